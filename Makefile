@@ -1,0 +1,54 @@
+# `make train` and `make test` need Python >= 3.11 and nothing else: they create .venv and install into it.
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-all lint format bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+RANKS ?= 2
+ARGS ?=
+# The ranks of one machine share its cores; torchrun alone would give each rank one thread.
+train bench: export OMP_NUM_THREADS ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + $(RANKS) - 1) / $(RANKS) )))
+# The ranks meet in a private file. `torchrun --standalone` opens a port to the whole network, and unpickles what it reads there.
+TORCHRUN = $(BIN)/torchrun --nproc-per-node $(RANKS) --rdzv-backend c10d --rdzv-conf store_type=file --local-addr 127.0.0.1
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## create .venv and install bigvision into it (again when the dependencies changed)
+
+# The first Python that runs, is new enough and can make virtual environments (a version manager's shim may be none of these).
+$(STAMP): pyproject.toml constraints.txt
+	@for python in python3 python3.13 python3.12 python3.11; do \
+		if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			exec $$python -m venv $(VENV); \
+		fi; \
+	done; echo 'bigvision needs Python >= 3.11 with its venv module; none was found on PATH' >&2; exit 1
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: $(STAMP)  ## train on two ranks, by default recipes/digits.yaml: make train ARGS="--train.epochs 2" RANKS=4
+	$(TORCHRUN) launch/train.py $(ARGS)
+
+test: $(STAMP)  ## run the tests, without the long matrices
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-all: $(STAMP)  ## run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## check style, format and the types of the public API
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP)  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## measure the training step beside its peers, on one rank and on two
+	$(BIN)/python -m benchmarks.step_time $(ARGS)
+	$(TORCHRUN) -m benchmarks.step_time $(ARGS)
+
+clean:  ## remove .venv and caches; checkpoints stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,19 @@
+"""Who am I: launcher environments, process groups, device, mesh and seeds."""
+
+from bigvision.runtime.collectives import RankFailure, all_or_none, from_main, gather_json
+from bigvision.runtime.identity import Identity, identify
+from bigvision.runtime.process import Runtime, choose_device, start
+from bigvision.runtime.seeds import derive_seed
+
+__all__ = [
+    "Identity",
+    "RankFailure",
+    "Runtime",
+    "all_or_none",
+    "choose_device",
+    "derive_seed",
+    "from_main",
+    "gather_json",
+    "identify",
+    "start",
+]

@@ -1,0 +1,65 @@
+"""Small facts exchanged between ranks: as JSON and over the CPU, never as pickled objects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bigvision.errors import UserError
+
+T = TypeVar("T")
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Return every rank's *value*, in the order of the ranks, on every rank."""
+    if dist.get_world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    text = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([text.numel()]))
+    longest = max(int(size) for size in sizes)
+    padded = torch.nn.functional.pad(text, (0, longest - text.numel()))
+    texts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(texts, padded)
+    return [json.loads(bytes(text[: int(size)].numpy()).decode()) for text, size in zip(texts, sizes)]
+
+
+def from_main(value: Any) -> Any:
+    """Return rank 0's *value* on every rank."""
+    return gather_json(value if dist.get_rank() == 0 else None)[0]
+
+
+class RankFailure(RuntimeError):
+    """Another rank could not do its part; names the rank and its error."""
+
+
+def all_or_none(work: Callable[[], T]) -> T:
+    """Do *work* on every rank; when it fails on any, raise the same error on all, so that none waits for another.
+
+    Raises:
+        UserError: with the first failing rank's own words, when what failed was a user's mistake.
+        RankFailure: names the first rank that failed and its error.
+    """
+    failure: Exception | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    said = None if failure is None else [isinstance(failure, UserError), _words(failure)]
+    for rank, words in enumerate(gather_json(said)):
+        if words is None:
+            continue
+        if words[0]:
+            raise UserError(words[1]) from failure
+        raise RankFailure(f"rank {rank}: {words[1]}") from failure
+    return result  # type: ignore[return-value]
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, (UserError, RankFailure)) else f"{type(error).__name__}: {error}"

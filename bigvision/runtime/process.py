@@ -1,0 +1,101 @@
+"""This rank while it runs: its device, its process group and the mesh of replicas and shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from bigvision.errors import UserError
+from bigvision.runtime.identity import Identity, identify
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a rank knows about itself once the process group stands."""
+
+    identity: Identity
+    device: torch.device
+    mesh: DeviceMesh
+    """(replicate, shard), over all ranks."""
+
+    @property
+    def rank(self) -> int:
+        return self.identity.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.identity.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Only this rank prints and writes what is written once."""
+        return self.rank == 0
+
+
+@contextmanager
+def start(device: str = "auto", replicas: int = 1, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
+    """Join the other ranks, and leave them at the end.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+        replicas: full copies of the model; the mesh is (replicas, ranks / replicas).
+        timeout: how long a rank waits for the others in one collective.
+
+    Raises:
+        UserError: half-set environment, more ranks than devices, ranks that replicas do not divide.
+    """
+    identity = identify(os.environ)
+    chosen = choose_device(device, identity)
+    if identity.world_size % replicas:
+        raise UserError(f"parallel.replicas: {replicas} does not divide the {identity.world_size} ranks")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        # Convolution algorithms picked by timing differ from run to run, and with them the bits of a resumed run.
+        torch.backends.cudnn.benchmark = False
+    owned = not dist.is_initialized()
+    if owned:
+        _init_process_group(identity, chosen, timeout)
+    try:
+        shape = (replicas, identity.world_size // replicas)
+        yield Runtime(identity, chosen, init_device_mesh(chosen.type, shape, mesh_dim_names=("replicate", "shard")))
+    finally:
+        if owned:
+            dist.destroy_process_group()
+
+
+def choose_device(device: str, identity: Identity) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        UserError: CUDA was asked for and is not there, or there are more ranks on this host than devices.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("parallel.device: cuda, but torch sees no CUDA device here: use cpu or auto")
+    if identity.local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{identity.local_world_size} ranks on a host with {torch.cuda.device_count()} CUDA devices: "
+            "start as many ranks as devices, or use parallel.device cpu"
+        )
+    return torch.device("cuda", identity.local_rank)
+
+
+def _init_process_group(identity: Identity, device: torch.device, timeout: timedelta) -> None:
+    # Metadata (errors, checksums) travels over gloo also where tensors travel over NCCL.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    bound = device if device.type == "cuda" else None
+    if identity.launcher == "python":
+        # One rank needs no rendezvous, and so opens no port.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound)
+        return
+    dist.init_process_group(
+        backend, rank=identity.rank, world_size=identity.world_size, timeout=timeout, device_id=bound
+    )  # fmt: skip
