@@ -1,0 +1,29 @@
+"""Train and fine-tune timm backbones that are too large, or too slow, for one device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigvision.config import Config, load_config
+    from bigvision.engine import Engine
+    from bigvision.training import train
+
+__version__ = "0.1.0"
+__all__ = ["Config", "Engine", "load_config", "train"]
+
+_HOMES = {
+    "Config": "bigvision.config",
+    "Engine": "bigvision.engine",
+    "load_config": "bigvision.config",
+    "train": "bigvision.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch and timm take seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bigvision' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

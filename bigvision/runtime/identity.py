@@ -49,7 +49,9 @@ def _from_torch_environment(environ: Mapping[str, str]) -> Identity | None:
     if world_size < 1 or not 0 <= rank < world_size:
         raise UserError(f"environment: RANK={rank} must be from 0 to WORLD_SIZE-1 (WORLD_SIZE={world_size})")
     if not 0 <= local_rank < local_world_size:
-        raise UserError(f"environment: LOCAL_RANK={local_rank} must be from 0 to {local_name}-1 ({local_world_size} ranks here)")
+        raise UserError(
+            f"environment: LOCAL_RANK={local_rank} must be from 0 to {local_name}-1 ({local_world_size} ranks here)"
+        )
     launcher = next((name for key, name in _LAUNCHERS.items() if environ.get(key)), "torch environment")
     return Identity(rank, world_size, local_rank, local_world_size, launcher)
 
@@ -58,7 +60,9 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     try:
         return int(environ[name])
     except ValueError:
-        raise UserError(f"environment: {name}={environ[name]!r} is not a whole number: unset it or start with torchrun") from None
+        raise UserError(
+            f"environment: {name}={environ[name]!r} is not a whole number: unset it or start with torchrun"
+        ) from None
 
 
 # accelerate starts its ranks through torch's launcher, so its mark is looked for first.

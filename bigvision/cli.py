@@ -1,0 +1,102 @@
+"""The command line: ``bigvision train`` and ``bigvision eval``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+from bigvision.config import describe, resolve
+from bigvision.errors import UserError, nearest
+
+USAGE = """usage: bigvision COMMAND ...
+
+  train [RECIPE.yaml] [--section.key value ...]   train; without a recipe, the handwritten digits
+  eval STEP_FOLDER [--section.key value ...]      print a checkpoint's validation metrics
+
+More: bigvision train --help; train and eval both run under torchrun and accelerate launch."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 a fault while running, 2 a mistake in what was asked for."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command, *rest = arguments or ["--help"]
+    try:
+        if command in ("-h", "--help"):
+            print(USAGE)
+            return 0
+        if command not in COMMANDS:
+            raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
+        return COMMANDS[command](_without_local_rank(rest))
+    except UserError as error:
+        # Every rank makes the same mistake; one says it. A rank that does not know who it is speaks for itself.
+        if os.environ.get("RANK", "0") == "0" or not os.environ.get("WORLD_SIZE"):
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def run_train(arguments: list[str]) -> int:
+    """``bigvision train [RECIPE.yaml] [--print-config] [--section.key value ...]``."""
+    from bigvision.launching.accelerate import overrides
+
+    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else str(default_recipe())
+    print_only = "--print-config" in arguments
+    flags = [argument for argument in arguments if argument != "--print-config"]
+    config, origins = resolve(recipe, flags, overrides(os.environ))
+    if print_only:
+        print(describe(config, origins))
+        return 0
+    from bigvision.training import train
+
+    train(config)
+    return 0
+
+
+def run_eval(arguments: list[str]) -> int:
+    """``bigvision eval STEP_FOLDER [--section.key value ...]``: one JSON object of metrics on standard output."""
+    if not arguments or arguments[0].startswith("-"):
+        if {"-h", "--help"} & set(arguments):
+            resolve(None, ["--help"], prog="bigvision eval STEP_FOLDER")
+        raise UserError("eval: name a step folder: bigvision eval checkpoints/digits/step-00000100")
+    folder = Path(arguments[0])
+    try:
+        saved = json.loads((folder / "progress.json").read_bytes())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"eval: {folder} is not a step folder of a run: {error}") from None
+    from bigvision.launching.accelerate import overrides
+
+    config, _ = resolve(saved, arguments[1:], overrides(os.environ), prog="bigvision eval STEP_FOLDER")
+    from bigvision.training import evaluate_checkpoint
+
+    metrics = evaluate_checkpoint(folder, config)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(metrics))
+    return 0
+
+
+def default_recipe() -> Path:
+    """The recipe that trains when none is named."""
+    beside_source = Path(__file__).parent.parent / "recipes" / "digits.yaml"
+    return beside_source if beside_source.exists() else Path(__file__).parent / "recipes" / "digits.yaml"
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    # Launchers append it, in either spelling; the environment says the same.
+    joined = [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=-?\d+", argument)]
+    while at := next((n for n, argument in enumerate(joined, start=1) if argument in ("--local_rank", "--local-rank")), 0):
+        del joined[at - 1 : at + 1]
+    return joined
+
+
+COMMANDS = {"train": run_train, "eval": run_eval}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

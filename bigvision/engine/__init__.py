@@ -1,0 +1,22 @@
+"""The unified engine: one file per strategy."""
+
+from __future__ import annotations
+
+from bigvision.config import Config
+from bigvision.engine.base import Engine, Metrics, StepResult
+from bigvision.engine.data_parallel import micro_batch
+from bigvision.engine.ddp import DDPEngine
+from bigvision.engine.fsdp import FSDPEngine
+from bigvision.models import Block, Blueprint
+from bigvision.runtime import Runtime
+from bigvision.tasks import Task
+
+STRATEGIES = {"ddp": DDPEngine, "fsdp": FSDPEngine}
+
+
+def build_engine(config: Config, blueprint: Blueprint, blocks: list[Block], task: Task, runtime: Runtime, steps: int) -> Engine:
+    """The engine of ``parallel.strategy``; *steps* are the optimizer steps of the whole run."""
+    return STRATEGIES[config.parallel.strategy](config, blueprint, blocks, task, runtime, steps)
+
+
+__all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "build_engine", "micro_batch"]

@@ -1,0 +1,78 @@
+"""The one shape that every strategy shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bigvision.data.batch import Batch
+from bigvision.fragments import Fragment
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. Tensors are 0-D and on the device: reading one waits for the step."""
+
+    loss: Tensor
+    """Mean over the global batch."""
+    grad_norm: Tensor
+    """Of the whole model's gradient, before clipping."""
+    lr: float
+    skipped: bool
+    """True when fp16 gradients overflowed: weights and moments are as before."""
+    samples: int
+    """Of the global batch."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Sums over samples, already reduced over ranks."""
+
+    names: tuple[str, ...]
+    sums: Tensor
+    """float64, (names,)."""
+    count: Tensor
+    """float64, 0-D: samples in the sums."""
+
+    def __add__(self, other: Metrics) -> Metrics:
+        return Metrics(self.names, self.sums + other.sums, self.count + other.count)
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.count.item() for name, value in zip(self.names, self.sums.tolist())}
+
+
+class Engine(ABC):
+    """A model, its optimizer and everything between a batch and the next weights, under one strategy."""
+
+    step: int = 0
+    """Optimizer steps taken (also the skipped ones)."""
+    samples: int = 0
+    """Samples consumed: the whole state of the data."""
+
+    @abstractmethod
+    def train_step(self, batch: Batch) -> StepResult:
+        """Take one optimizer step on this rank's part of the global batch. Every rank calls it with as many samples."""
+
+    @abstractmethod
+    def eval_step(self, batch: Batch) -> Metrics:
+        """Return metrics of all ranks' batches. Every rank calls it with as many samples; padding is not counted."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Make running statistics the same on all ranks. Called on every rank before evaluation and saving."""
+
+    @abstractmethod
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield live views of all that this rank holds; writing to them restores."""
+
+    @abstractmethod
+    def scalars(self) -> dict[str, Any]:
+        """What of the state is not a tensor, as JSON."""
+
+    @abstractmethod
+    def restored(self, scalars: dict[str, Any]) -> None:
+        """Take over *scalars* and refresh what derives from the fragments; called after they were written."""

@@ -1,0 +1,72 @@
+"""Every parameter, gradient and moment sharded over the ranks of a replica."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from bigvision.engine.data_parallel import DataParallelEngine, average
+from bigvision.engine.precision import COMPUTE_DTYPES
+
+
+class FSDPEngine(DataParallelEngine):
+    """FSDP2: ``fully_shard`` on each block and on the root (Zhao et al. 2023), over a (replicate, shard) mesh.
+
+    Scalars, which cannot be sharded, and BatchNorm's weights, which must stay fp32 beside fp32 running statistics, are
+    kept whole on every rank; they are few and small.
+    """
+
+    def _shard(self, blocks: list[nn.Module]) -> None:
+        norms = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        whole = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
+        whole |= {parameter for parameter in self.module.parameters() if parameter.ndim == 0}
+        self.whole_names = {name for name, parameter in self.module.named_parameters() if parameter in whole}
+        mesh = self.runtime.mesh if self.config.parallel.replicas > 1 else self.runtime.mesh["shard"]
+        compute = COMPUTE_DTYPES[self.config.parallel.precision]
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32
+        )  # fmt: skip
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        fully_shard(self.module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+
+    def _distribute(self) -> nn.Module:
+        self.whole = [p for name, p in self.module.named_parameters() if name in self.whole_names]
+        return self.module
+
+    def _micro_step(self, last: bool) -> AbstractContextManager[object]:
+        # Gradients are scattered after every micro-batch, so that none is ever kept whole; only the exchange between
+        # replicas waits for the last.
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_is_last_backward(last)
+        self.module.set_requires_all_reduce(last)
+        return nullcontext()
+
+    def _reduce(self) -> None:
+        average([p.grad for p in self.whole if p.grad is not None], self.runtime.world_size)
+
+    def _run(self, tensor: Tensor, is_parameter: bool) -> tuple[Tensor, int, tuple[int, int]]:
+        if not isinstance(tensor, DTensor):
+            return tensor.view(-1), 0, (self.runtime.rank, self.runtime.world_size)
+        mesh = self.runtime.mesh
+        values = tensor.to_local()
+        # fully_shard cuts dimension 0 as torch.chunk does: all but the last shards that are not empty are equal.
+        rows, shards = tensor.shape[0], mesh["shard"].size()
+        chunk = -(-rows // shards)
+        start_row = min(rows, chunk * mesh.get_local_rank("shard"))
+        assert values.shape[0] == min(chunk, rows - start_row), (tuple(tensor.shape), tuple(values.shape))
+        start = start_row * (tensor.numel() // rows if rows else 0)
+        return values.view(-1), start, (mesh.get_local_rank("replicate"), mesh["replicate"].size())
+
+    def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
+        whole = [g for g in gradients if not isinstance(g, DTensor)]
+        shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        for tensors, holders in ((whole, self.runtime.world_size), (shards, self.config.parallel.replicas)):
+            if tensors:
+                total += torch.stack(torch._foreach_norm(tensors)).double().square().sum() / holders
+        return total

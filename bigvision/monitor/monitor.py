@@ -1,0 +1,112 @@
+"""What a run says of itself, on rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bigvision.config import Config
+from bigvision.engine import StepResult
+from bigvision.monitor.progress import ProgressBar
+from bigvision.runtime import Runtime, gather_json
+
+
+class Monitor:
+    """Writes metrics.jsonl, shows progress and names the next commands. Every rank has one; only rank 0's speaks."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        self.console = Console(quiet=not runtime.is_main, highlight=False, soft_wrap=True)
+        self.path = Path(config.out) / "metrics.jsonl"
+        self.progress: ProgressBar | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, markup=False)
+
+    def begin(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+        """Start to measure at *step*. Lines beyond it, which a killed run logged before it could save, are dropped."""
+        if self.runtime.is_main:
+            _keep_lines(self.path, step)
+            self.file = self.path.open("a", encoding="utf-8", buffering=1)
+            if self.config.monitor.progress:
+                self.progress = ProgressBar(self.console, step, steps, metrics)
+        self.steps = steps
+        self._restart_clock()
+
+    def after_step(self, step: int, samples: int, result: StepResult) -> None:
+        """Take note of an optimizer step; each ``monitor.every`` steps, and at the last, write it down."""
+        self.seen += result.samples
+        if step % self.config.monitor.every and step != self.steps:
+            return
+        peak = max(gather_json(_peak_memory(self.runtime.device)))
+        # Reading the loss waits for the device, and with it for the steps that are timed.
+        line = {
+            "step": step,
+            "samples": samples,
+            "loss": float(result.loss),
+            "lr": result.lr,
+            "grad_norm": float(result.grad_norm),
+            "images_per_second": round(self.seen / (time.perf_counter() - self.since), 2),
+            "peak_memory": peak,
+        }
+        self._write(line | ({"skipped": True} if result.skipped else {}))
+        if self.progress:
+            self.progress.update(step, line["loss"], line["images_per_second"])
+        self._restart_clock()
+
+    def after_evaluation(self, step: int, samples: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of an evaluation down."""
+        self._write({"step": step, "samples": samples} | {f"val_{name}": value for name, value in metrics.items()})
+        if self.progress:
+            self.progress.evaluated(step, metrics)
+        self._restart_clock()
+
+    def close(self) -> None:
+        """Stop drawing; also when the run ends by an error."""
+        if self.progress:
+            self.progress.close()
+
+    def farewell(self, folder: Path, metrics: dict[str, float]) -> None:
+        """Tell the user where the checkpoint is and what to do with it."""
+        if "top1" in metrics:
+            self.say(f"validation accuracy {metrics['top1']:.2%}")
+        self.say(f"checkpoint  {folder}")
+        self.say("resume      run the same command again (more steps: --train.epochs or --train.steps)")
+        self.say(f"evaluate    bigvision eval {folder}")
+        self.say(f'load        timm.create_model("local-dir:{folder}", pretrained=True)')
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.runtime.is_main:
+            self.file.write(json.dumps(line) + "\n")
+
+    def _restart_clock(self) -> None:
+        self.since, self.seen = time.perf_counter(), 0
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a CUDA device, or the most that was resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _keep_lines(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # cut by the kill
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,36 @@
+"""Single-label classification."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Classify:
+    """Cross-entropy with label smoothing (Szegedy et al. 2016); top-1 and top-5 accuracy."""
+
+    metrics = ("loss", "top1", "top5")
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the samples' losses.
+
+        Args:
+            outputs: logits, (B, classes).
+            labels: int64, (B,).
+        """
+        return F.cross_entropy(outputs.float(), labels, label_smoothing=self.label_smoothing, reduction="sum")
+
+    def measure(self, outputs: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        """Return sums over the valid samples of the loss (without smoothing) and of hits in the first and first five."""
+        outputs = outputs.float()
+        loss = F.cross_entropy(outputs, labels, reduction="none")
+        # A tie counts as a miss, and so does NaN: a model that answers all classes alike has learned nothing.
+        own = outputs.gather(1, labels[:, None])
+        others_ahead = (outputs >= own).sum(dim=1) - 1
+        known = torch.isfinite(own[:, 0])
+        top1, top5 = (known & (others_ahead >= 0) & (others_ahead < k) for k in (1, 5))
+        return torch.stack([(value.double() * valid).sum() for value in (loss, top1, top5)])

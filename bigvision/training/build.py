@@ -1,0 +1,100 @@
+"""From a configuration to a run that is ready for its next step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bigvision import checkpoint
+from bigvision.checkpoint import Checkpoint
+from bigvision.config import Config
+from bigvision.engine import Engine, build_engine, micro_batch
+from bigvision.errors import UserError
+from bigvision.models import Blueprint, blueprint, check_model, find_blocks, model_card
+from bigvision.runtime import Runtime, all_or_none
+from bigvision.tasks import build_task
+from bigvision.training.data import Data, open_data
+
+
+@dataclass
+class Build:
+    """Everything the training loop needs."""
+
+    engine: Engine
+    data: Data
+    blueprint: Blueprint
+    card: dict[str, Any]
+    """timm's model card, config.json of every checkpoint."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    metrics: dict[str, float]
+    """Of the last evaluation before this start; empty at a fresh one."""
+
+
+def build(config: Config, runtime: Runtime, say: Callable[[str], None]) -> Build:
+    """Check everything that can be checked without a model, then build, shard and restore it. Called on every rank."""
+    out = Path(config.out)
+    all_or_none(lambda: checkpoint.prepare_folder(out) if runtime.is_main else None)
+    check_model(config.model)
+    micro_batch(config, runtime.world_size)
+    data = open_data(config, runtime)
+    found = checkpoint.find(config.checkpoint.resume, out, config.checkpoint.verify, say)
+    steps = total_steps(config, len(data.train))
+    if found and found.progress["step"] > steps:
+        raise UserError(
+            f"train.{'epochs' if config.train.steps is None else 'steps'}: the run would end at step {steps}, "
+            f"but {found.folder} is at step {found.progress['step']}: train for longer, or choose another --out"
+        )
+    engine, plan, card = build_model(config, data.num_classes, runtime, steps, say)
+    metrics: dict[str, float] = {}
+    if found:
+        found.restore(list(engine.fragments()))
+        engine.restored(found.progress["scalars"])
+        metrics = found.progress["metrics"]
+        say(f"resuming from {found.folder}, step {engine.step} of {steps}")
+    if runtime.is_main:
+        (out / "run.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    return Build(engine, data, plan, card, steps, metrics)
+
+
+def build_model(
+    config: Config, num_classes: int, runtime: Runtime, steps: int, say: Callable[[str], None]
+) -> tuple[Engine, Blueprint, dict[str, Any]]:
+    """Build the sharded model with its first values; returns the engine, the blueprint and the model card.
+
+    Raises:
+        UserError: the model, its options, its weights and the number of classes do not fit together.
+    """
+    outputs = config.model.num_classes or num_classes
+    if outputs < num_classes:
+        raise UserError(
+            f"model.num_classes: {outputs}, but the data has {num_classes} classes: use null or at least {num_classes}"
+        )
+
+    def plan_model() -> tuple[Blueprint, list[Any], dict[str, Any]]:
+        plan = blueprint(config.model, outputs)
+        blocks = find_blocks(plan.module, plan.image_size)
+        for note in (plan.note, blocks.note):
+            if note:
+                say(note)
+        return plan, list(blocks), model_card(config.model, outputs, plan)
+
+    plan, blocks, card = all_or_none(plan_model)
+    return build_engine(config, plan, blocks, build_task(config.task), runtime, steps), plan, card
+
+
+def restore_model(found: Checkpoint, engine: Engine) -> None:
+    """Take over only the weights of a checkpoint, for evaluation. Called on every rank."""
+    found.restore([fragment for fragment in engine.fragments() if fragment.group == "model"], "checkpoint")
+
+
+def total_steps(config: Config, samples: int) -> int:
+    """Optimizer steps of the whole run; the last may reach into the next epoch, so that every sample is seen."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return math.ceil(config.train.epochs * samples / config.train.global_batch)
