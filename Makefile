@@ -8,8 +8,9 @@ STAMP := $(VENV)/installed
 RANKS ?= 2
 ARGS ?=
 # The ranks of one machine share its cores; torchrun alone would give each rank one thread.
-train bench: export OMP_NUM_THREADS ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + $(RANKS) - 1) / $(RANKS) )))
-# The ranks meet in a private file. `torchrun --standalone` opens a port to the whole network, and unpickles what it reads there.
+CORES = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+train bench: export OMP_NUM_THREADS ?= $(shell echo $$(( ($(CORES) + $(RANKS) - 1) / $(RANKS) )))
+# The ranks meet in a private file: `torchrun --standalone` opens a port to the network and unpickles what it reads there.
 TORCHRUN = $(BIN)/torchrun --nproc-per-node $(RANKS) --rdzv-backend c10d --rdzv-conf store_type=file --local-addr 127.0.0.1
 
 help:  ## show this list

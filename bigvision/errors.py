@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what the user asked for: one line with the key, the value and the mend. Ends the program with exit code 2."""
+    """A mistake in what was asked for: one line with the key, the value and the mend. Ends the program with exit code 2."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

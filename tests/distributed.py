@@ -9,6 +9,8 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 MOST_RANKS = 4
@@ -34,11 +36,7 @@ class Pool:
             self._start()
         port = free_port()
         for rank, (_, connection) in enumerate(self.workers[:ranks]):
-            environment = {
-                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            }  # fmt: skip
-            connection.send(({k: str(v) for k, v in environment.items()}, function, args, kwargs))
+            connection.send((_environment(rank, ranks, port), function, args, kwargs))
         results: dict[int, Any] = {}
         waiting = {connection: rank for rank, (_, connection) in enumerate(self.workers[:ranks])}
         while waiting:
@@ -66,9 +64,7 @@ class Pool:
         self.workers = []
 
     def _start(self) -> None:
-        # Imported once by the server, from which the ranks are forked before any thread exists.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bigvision.training", "tests.distributed"])
+        context = _context()
         for _ in range(MOST_RANKS):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
@@ -92,6 +88,40 @@ def _serve(connection: Connection) -> None:
         except BaseException:
             answer = (True, traceback.format_exc())
         connection.send(answer)
+
+
+def start_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[BaseProcess]:
+    """Start processes that a test may kill; they run a module-level *function* under torchrun's environment."""
+    port = free_port()
+    processes = []
+    for rank in range(ranks):
+        process = _context().Process(target=_run_once, args=(_environment(rank, ranks, port), function, args))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def _run_once(environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    function(*args)
+
+
+def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    values = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    return {name: str(value) for name, value in values.items()}
+
+
+def _context() -> ForkServerContext:
+    # Imported once by the server, from which the ranks are forked before any thread exists.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bigvision.training", "bigvision.cli", "tests.distributed"])
+    return context
 
 
 def free_port() -> int:

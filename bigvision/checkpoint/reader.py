@@ -71,7 +71,7 @@ def read_fragments(folder: Path, places: dict[str, dict[str, Place]], fragments:
                 descriptors[place.file] = os.open(folder / place.file, os.O_RDONLY | os.O_NOFOLLOW)
             values = fragment.values.detach()
             target = values if values.device.type == "cpu" else torch.empty_like(values, device="cpu")
-            data = memoryview(target.view(torch.uint8).numpy())
+            data = memoryview(target.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
             offset = place.offset + fragment.start * values.element_size()
             for begin, end in chunks(0, len(data)):
                 _read_into(descriptors[place.file], data[begin:end], offset + begin, place.file)

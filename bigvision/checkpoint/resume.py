@@ -50,9 +50,8 @@ def find(resume: str, out: Path, full: bool, say: Callable[[str], None]) -> Chec
     steps: list[int] = from_main(steps_in(out))
     if resume == "never":
         if steps:
-            raise UserError(
-                f"checkpoint.resume: never, but {out} already holds {folder_name(steps[0])}: choose another --out or move it away"
-            )
+            held = folder_name(steps[0])
+            raise UserError(f"checkpoint.resume: never, but {out} already holds {held}: choose another --out or move it away")
         return None
     if resume != "auto":
         return open_checkpoint(Path(resume), full, "checkpoint.resume")

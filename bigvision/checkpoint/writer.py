@@ -55,7 +55,7 @@ def write_fragments(folder: Path, files: Iterable[FileLayout], fragments: Iterab
             offset += fragment.start * fragment.values.element_size()
             if file not in descriptors:
                 descriptors[file] = os.open(folder / file, os.O_WRONLY | os.O_NOFOLLOW)
-            data = memoryview(fragment.values.detach().cpu().view(torch.uint8).numpy())
+            data = memoryview(fragment.values.detach().cpu().view(torch.uint8).numpy())  # pyright: ignore
             crc = 0
             for begin, end in chunks(0, len(data)):
                 # Summed while the bytes are in cache for the write.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from bigvision.config import Config
@@ -21,7 +22,8 @@ from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Block, Blueprint
 from bigvision.optim import allocate_state, build_optimizer, learning_rate
-from bigvision.runtime import Runtime, derive_seed
+from bigvision.runtime import Runtime
+from bigvision.seeds import seed_from
 from bigvision.tasks import Task
 
 
@@ -40,6 +42,8 @@ class DataParallelEngine(Engine):
         self.config, self.task, self.runtime, self.steps = config, task, runtime, steps
         self.micro_batch = micro_batch(config, runtime.world_size)
         self.scale = LossScale(config.parallel.precision)
+        self.statistics_differ = False
+        self.input_shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
         self.mean = torch.tensor(blueprint.mean, device=runtime.device)
         self.std = torch.tensor(blueprint.std, device=runtime.device)
 
@@ -88,7 +92,7 @@ class DataParallelEngine(Engine):
     def train_step(self, batch: Batch) -> StepResult:
         if not self.module.training:
             self.module.train()
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step, self.runtime.rank))
+        torch.manual_seed(seed_from("dropout", self.config.seed, self.step, self.runtime.rank))
         lr = learning_rate(self.config.optim, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -113,6 +117,7 @@ class DataParallelEngine(Engine):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scale.update(skipped)
+        self.statistics_differ = True
         self.step += 1
         self.samples += samples
         return StepResult(loss, grad_norm, lr, skipped, samples)
@@ -151,10 +156,13 @@ class DataParallelEngine(Engine):
     # The state.
 
     def synchronize(self) -> None:
+        # Once only: the mean of equal numbers may differ from them in its last bit.
+        if not self.statistics_differ:
+            return
         # Each rank's batches moved its own running statistics; their mean is what one rank would keep on average.
-        floating = [b for b in self.module.state_dict(keep_vars=True).values() if not isinstance(b, nn.Parameter)]
-        floating = [buffer for buffer in floating if buffer.is_floating_point()]
-        average(floating, self.runtime.world_size)
+        buffers = [b for b in self.module.state_dict(keep_vars=True).values() if not isinstance(b, nn.Parameter)]
+        average([buffer for buffer in buffers if buffer.is_floating_point()], self.runtime.world_size)
+        self.statistics_differ = False
 
     def fragments(self) -> Iterator[Fragment]:
         yield from self._model_fragments()
@@ -205,7 +213,7 @@ def micro_batch(config: Config, ranks: int) -> int:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of *tensor* that this rank holds, as a plain tensor over the same storage."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def average(tensors: list[Tensor], ranks: int) -> None:

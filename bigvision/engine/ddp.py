@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bigvision.engine.data_parallel import DataParallelEngine
+from bigvision.engine.precision import autocast
 
 
 class DDPEngine(DataParallelEngine):
@@ -21,16 +22,31 @@ class DDPEngine(DataParallelEngine):
     def _distribute(self) -> nn.Module:
         if self.runtime.world_size == 1:
             return self.module
-        # Buckets are otherwise rebuilt after the first step in the order in which gradients came. A resumed run would
-        # sum in another order than the one it continues, and so end in other bits. Unused parameters work, too.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-        return DistributedDataParallel(
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        self._rehearse(self.module)
+        unused = any(p.grad is None for p in self.module.parameters() if p.requires_grad)
+        self.module.zero_grad(set_to_none=True)
+        wrapped = DistributedDataParallel(
             self.module,
             broadcast_buffers=False,
             init_sync=False,
-            find_unused_parameters=True,
+            find_unused_parameters=unused,
             gradient_as_bucket_view=True,
         )
+        # After its first backward pass DDP rebuilds its buckets, once, in the order in which gradients came. Without
+        # this one a resumed run would sum its first step in another order than the run that it continues.
+        self._rehearse(wrapped)
+        self.module.zero_grad(set_to_none=True)
+        return wrapped
+
+    def _rehearse(self, model: nn.Module) -> None:
+        """A forward and backward pass that leaves nothing behind: running statistics do not move in eval mode."""
+        self.module.eval()
+        count = self.micro_batch if self.config.parallel.compile else 1
+        with autocast(self.config.parallel.precision, self.runtime.device):
+            outputs = model(torch.zeros(count, *self.input_shape, device=self.runtime.device))
+        outputs.float().sum().backward()
+        self.module.train()
 
     def _micro_step(self, last: bool) -> AbstractContextManager[object]:
         if isinstance(self.forward, DistributedDataParallel) and not last:

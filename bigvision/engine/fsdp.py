@@ -31,6 +31,7 @@ class FSDPEngine(DataParallelEngine):
             param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32
         )  # fmt: skip
         for block in blocks:
+            block.register_forward_hook(_own_storage)
             fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
         fully_shard(self.module, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
@@ -70,3 +71,12 @@ class FSDPEngine(DataParallelEngine):
             if tensors:
                 total += torch.stack(torch._foreach_norm(tensors)).double().square().sum() / holders
         return total
+
+
+def _own_storage(block: nn.Module, inputs: object, output: object) -> object:
+    """Copy an output that is a view: an in-place operation on it would drop the hook that gathers the block's parameters."""
+    if isinstance(output, Tensor) and output._is_view():
+        return output.clone()
+    if isinstance(output, (tuple, list)):
+        return type(output)(_own_storage(block, inputs, part) for part in output)
+    return output

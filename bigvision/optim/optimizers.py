@@ -16,7 +16,8 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     momentum = config.momentum
-    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    # Not fused: that step has no form for sharded tensors.
+    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, foreach=True)
 
 
 def allocate_state(optimizer: Optimizer) -> None:

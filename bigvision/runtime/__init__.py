@@ -1,9 +1,8 @@
-"""Who am I: launcher environments, process groups, device, mesh and seeds."""
+"""Who am I: launcher environments, process groups, device and mesh."""
 
 from bigvision.runtime.collectives import RankFailure, all_or_none, from_main, gather_json
 from bigvision.runtime.identity import Identity, identify
 from bigvision.runtime.process import Runtime, choose_device, start
-from bigvision.runtime.seeds import derive_seed
 
 __all__ = [
     "Identity",
@@ -11,7 +10,6 @@ __all__ = [
     "Runtime",
     "all_or_none",
     "choose_device",
-    "derive_seed",
     "from_main",
     "gather_json",
     "identify",

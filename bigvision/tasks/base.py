@@ -10,8 +10,10 @@ from torch import Tensor
 class Task(Protocol):
     """Turns a model's output into a loss and metrics. Sums, never means: the engine alone knows the global batch."""
 
-    metrics: tuple[str, ...]
-    """Names of what :meth:`measure` sums."""
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what :meth:`measure` sums."""
+        ...
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the 0-D sum of the samples' losses."""

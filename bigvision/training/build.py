@@ -79,10 +79,13 @@ def build_model(
     def plan_model() -> tuple[Blueprint, list[Any], dict[str, Any]]:
         plan = blueprint(config.model, outputs)
         blocks = find_blocks(plan.module, plan.image_size)
-        for note in (plan.note, blocks.note):
+        for note in (plan.note, blocks.reason and f"{config.model.name}: blocks taken from its containers: {blocks.reason}"):
             if note:
                 say(note)
-        return plan, list(blocks), model_card(config.model, outputs, plan)
+        card = model_card(
+            config.model, outputs, plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std
+        )  # fmt: skip
+        return plan, list(blocks), card
 
     plan, blocks, card = all_or_none(plan_model)
     return build_engine(config, plan, blocks, build_task(config.task), runtime, steps), plan, card

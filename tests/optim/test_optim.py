@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import timm
@@ -27,7 +28,7 @@ def test_schedule() -> None:
     config = OptimConfig(lr=2.0, warmup=0.1)
     rates = [learning_rate(config, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == 2.0 and max(rates) == 2.0
-    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a < b for a, b in pairwise(rates[:10])) and all(a > b for a, b in pairwise(rates[10:]))
     assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
     assert [learning_rate(OptimConfig(lr=2.0, warmup=4), step, 100) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
     constant = OptimConfig(lr=2.0, warmup=0, schedule="constant")

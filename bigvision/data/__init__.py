@@ -1,0 +1,24 @@
+"""Sources, decoding, transforms and the loader."""
+
+from bigvision.data.batch import Batch, normalize
+from bigvision.data.loader import Batches, eval_batches, train_batches
+from bigvision.data.sample import Sample, Source, Style, UnreadableSample
+from bigvision.data.sources import DATASETS, check_source, open_source
+from bigvision.data.transforms import Transform, transform
+
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "Batches",
+    "Sample",
+    "Source",
+    "Style",
+    "Transform",
+    "UnreadableSample",
+    "check_source",
+    "eval_batches",
+    "normalize",
+    "open_source",
+    "train_batches",
+    "transform",
+]

@@ -1,0 +1,1 @@
+"""How ranks are started, and what their launchers ask for."""

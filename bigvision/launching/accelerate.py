@@ -1,0 +1,162 @@
+"""What ``accelerate launch`` asks for through the environment, in the words of our configuration.
+
+Each setting is honoured (it has a key of ours), neutral (it changes nothing here, and the reason stands beside it) or refused
+by name. Nothing is ignored: a setting that the table does not know is refused as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from bigvision.errors import UserError, nearest
+
+Overrides = dict[str, tuple[object, str]]
+
+YES, NO = ("true", "1", "yes", "on", "y", "t"), ("false", "0", "no", "off", "n", "f")
+ANY = None
+
+
+class Rule(NamedTuple):
+    accepts: Mapping[str, Any] | tuple[str, ...] | None
+    """Values that are accepted, in lower case. A mapping gives our value (None: no change)."""
+    note: str
+    """Why any value is neutral or, for the values that are not accepted, what the user reads: the reason and the mend."""
+    key: str = ""
+    """Our key that a mapped value sets."""
+
+
+RULES: dict[str, Rule] = {
+    # How the ranks were launched.
+    "ACCELERATE_USE_DEEPSPEED": Rule(NO, "DeepSpeed ZeRO comes with a later release; use distributed_type: FSDP"),
+    "ACCELERATE_USE_MEGATRON_LM": Rule(NO, "Megatron-LM is not for vision backbones; use distributed_type: FSDP"),
+    "ACCELERATE_USE_SAGEMAKER": Rule(NO, "start the ranks with compute_environment: LOCAL_MACHINE"),
+    "ACCELERATE_USE_FSDP": Rule(
+        dict.fromkeys(YES, "fsdp") | dict.fromkeys(NO, "ddp"), "use true or false", "parallel.strategy"
+    ),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": Rule(YES + NO, "only says that PARALLELISM_CONFIG_* are there"),
+    "ACCELERATE_USE_CPU": Rule(dict.fromkeys(YES, "cpu") | dict.fromkeys(NO), "use true or false", "parallel.device"),
+    "ACCELERATE_CPU_AFFINITY": Rule(NO, "bigvision does not bind ranks to cores; drop enable_cpu_affinity"),
+    "ACCELERATE_DEBUG_MODE": Rule(ANY, "checks accelerate's own collectives"),
+    "ACCELERATE_ENABLE_RICH": Rule(ANY, "how accelerate itself prints"),
+    "ACCELERATE_LOG_LEVEL": Rule(ANY, "how accelerate itself prints"),
+    # Numbers.
+    "ACCELERATE_MIXED_PRECISION": Rule(
+        {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}, "use mixed_precision: no, bf16 or fp16", "parallel.precision"
+    ),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": Rule(
+        ("1",), "accumulation follows from train.global_batch and train.micro_batch; drop gradient_accumulation_steps"
+    ),
+    # torch.compile. "NO" is set by every launch, so it leaves the recipe's choice.
+    "ACCELERATE_DYNAMO_BACKEND": Rule(
+        {"no": None, "inductor": True},
+        "bigvision compiles with inductor; use dynamo_backend: INDUCTOR or NO",
+        "parallel.compile",
+    ),
+    "ACCELERATE_DYNAMO_MODE": Rule(("default",), "drop dynamo_mode"),
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": Rule(NO, "bigvision compiles for the shapes it meets; drop dynamo_use_dynamic"),
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": Rule(NO, "a block may have graph breaks; drop dynamo_use_fullgraph"),
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": Rule(YES + NO, "bigvision always compiles block by block"),
+    # FSDP: how the model is sharded.
+    "FSDP_VERSION": Rule(("1", "2"), "use fsdp_version: 2. Both give the same shards and numbers; bigvision uses fully_shard"),
+    "FSDP_SHARDING_STRATEGY": Rule(
+        ("full_shard", "1"), "bigvision shards everything; use FULL_SHARD, with --parallel.replicas N for hybrid sharding"
+    ),
+    "FSDP_RESHARD_AFTER_FORWARD": Rule(
+        (*YES, "full_shard"), "bigvision frees each block after its forward pass; use fsdp_reshard_after_forward: true"
+    ),
+    "FSDP_AUTO_WRAP_POLICY": Rule(
+        ("transformer_based_wrap",), "bigvision shards each block of the model; use TRANSFORMER_BASED_WRAP or drop it"
+    ),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": Rule((), "bigvision finds the blocks itself; drop fsdp_transformer_layer_cls_to_wrap"),
+    "FSDP_MIN_NUM_PARAMS": Rule(ANY, "read by SIZE_BASED_WRAP only, which is refused"),
+    "FSDP_IGNORED_MODULES": Rule((), "bigvision shards every parameter; drop fsdp_ignored_modules"),
+    "FSDP_OFFLOAD_PARAMS": Rule(NO, "bigvision keeps parameters on the device; use fsdp_offload_params: false"),
+    # FSDP: memory and overlap.
+    "FSDP_ACTIVATION_CHECKPOINTING": Rule(
+        # Every launch says false when nothing was asked for, so that leaves the recipe's choice.
+        dict.fromkeys(YES, "blocks") | dict.fromkeys(NO),
+        "use true or false",
+        "parallel.recompute",
+    ),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": Rule(
+        NO, "activations are recomputed, not offloaded; use fsdp_activation_checkpointing_offload: false"
+    ),
+    "FSDP_BACKWARD_PREFETCH": Rule(("backward_pre", "1"), "fully_shard prefetches so; use BACKWARD_PRE or drop it"),
+    "FSDP_FORWARD_PREFETCH": Rule(NO, "fully_shard has no such switch; use fsdp_forward_prefetch: false"),
+    # FSDP: what does not arise in bigvision.
+    "FSDP_STATE_DICT_TYPE": Rule(ANY, "a checkpoint has one form, which does not depend on the sharding"),
+    "FSDP_USE_ORIG_PARAMS": Rule(ANY, "parameters always keep their names and shapes"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": Rule(ANY, "no rank ever builds more than its share and one tensor"),
+    "FSDP_SYNC_MODULE_STATES": Rule(ANY, "every rank starts from the same numbers, nothing has to be sent"),
+    # The mesh. Its two data-parallel sizes are read together, in _mesh.
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": Rule(ANY, "see _mesh"),
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": Rule(ANY, "see _mesh"),
+    "PARALLELISM_CONFIG_TP_SIZE": Rule(("1",), "bigvision has no tensor parallelism; use parallelism_config_tp_size: 1"),
+    "PARALLELISM_CONFIG_CP_SIZE": Rule(("1",), "bigvision has no context parallelism; use parallelism_config_cp_size: 1"),
+    "PARALLELISM_CONFIG_SP_SIZE": Rule(("1",), "bigvision has no sequence parallelism; use parallelism_config_sp_size: 1"),
+    "PARALLELISM_CONFIG_CP_BACKEND": Rule(ANY, "context parallelism is off"),
+    "PARALLELISM_CONFIG_SP_BACKEND": Rule(ANY, "sequence parallelism is off"),
+}
+
+
+def overrides(environ: Mapping[str, str]) -> Overrides:
+    """Our keys that ``accelerate launch`` decides: ``{"parallel.precision": ("bf16", "ACCELERATE_MIXED_PRECISION")}``.
+
+    Empty without accelerate. The launcher always sets ACCELERATE_MIXED_PRECISION; a user may set ACCELERATE_USE_* by hand.
+
+    Raises:
+        UserError: a setting that bigvision does not have, or one that it does not know.
+    """
+    if not any(name == "ACCELERATE_MIXED_PRECISION" or name.startswith("ACCELERATE_USE_") for name in environ):
+        return {}
+    _refuse_one_process_for_several(environ)
+    # Accelerate, too, reads the second and the third family only when the first one says so.
+    families = ["ACCELERATE_"]
+    families += ["FSDP_"] if _is_on(environ, "ACCELERATE_USE_FSDP") else []
+    families += ["PARALLELISM_CONFIG_"] if _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG") else []
+    # In the table's order, so that the broadest mistake is said first; then the names that it does not have.
+    order = [*RULES, *sorted(set(environ) - set(RULES))]
+
+    asked: Overrides = {"parallel.strategy": ("ddp", "ACCELERATE_USE_FSDP (not set)")}
+    for name in order:
+        text = environ.get(name, "")
+        value = text.strip().lower()
+        if not name.startswith(tuple(families)) or value in ("", "none"):
+            continue
+        rule = RULES.get(name)
+        if rule is None:
+            raise UserError(
+                f"{name}={text}: bigvision does not know this setting of accelerate{nearest(name, RULES)}; unset it"
+            )
+        if rule.accepts is not None and value not in rule.accepts:
+            raise UserError(f"{name}={text} is refused: {rule.note}")
+        if isinstance(rule.accepts, Mapping) and rule.accepts[value] is not None:
+            asked[rule.key] = (rule.accepts[value], name)
+    return asked | _mesh(environ)
+
+
+def _is_on(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "").strip().lower() in YES
+
+
+def _mesh(environ: Mapping[str, str]) -> Overrides:
+    """Replicas from accelerate's (replicate, shard) sizes, which must be those of all ranks."""
+    if not _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return {}
+    names = ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "PARALLELISM_CONFIG_DP_SHARD_SIZE", "WORLD_SIZE")
+    texts = [environ.get(name, "1") for name in names]
+    if not all(text.isdecimal() for text in texts) or int(texts[0]) * int(texts[1]) != int(texts[2]):
+        given = ", ".join(f"{name}={text}" for name, text in zip(names, texts))
+        raise UserError(f"{given} is refused: replicate size times shard size must be the number of ranks")
+    return {"parallel.replicas": (int(texts[0]), names[0])}
+
+
+def _refuse_one_process_for_several(environ: Mapping[str, str]) -> None:
+    """For several CPU processes without FSDP or MPI, accelerate sets MASTER_ADDR, starts one process and says nothing."""
+    started = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"}
+    if _is_on(environ, "ACCELERATE_USE_CPU") and "MASTER_ADDR" in environ and not started & set(environ):
+        raise UserError(
+            f"MASTER_ADDR={environ['MASTER_ADDR']} is refused without RANK: accelerate starts one process where several on "
+            "the CPU are asked for; use launch/accelerate/fsdp_cpu.yaml for several, or unset MASTER_ADDR for one"
+        )

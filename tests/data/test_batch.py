@@ -1,0 +1,36 @@
+import torch
+
+from bigvision.data import Batch, normalize
+
+
+def batch_of(size: int) -> Batch:
+    images = torch.randint(0, 256, (size, 3, 4, 5), dtype=torch.uint8)
+    return Batch(images, torch.arange(size), torch.arange(size) + 100, torch.arange(size) < size - 1)
+
+
+def test_split_covers_the_batch_with_a_short_last_part():
+    whole = batch_of(7)
+    parts = whole.split(3)
+    assert [len(part) for part in parts] == [3, 3, 1]
+    for name in ("images", "labels", "ids", "valid"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+def test_to_keeps_types():
+    moved = batch_of(2).to("cpu")
+    assert (moved.images.dtype, moved.labels.dtype, moved.ids.dtype, moved.valid.dtype) == (
+        torch.uint8,
+        torch.int64,
+        torch.int64,
+        torch.bool,
+    )
+
+
+def test_normalize():
+    images = batch_of(3).images
+    before = images.clone()
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    wanted = (images.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(3, 1, 1)
+    torch.testing.assert_close(normalize(images, mean, std).double(), wanted, atol=1e-5, rtol=1e-5)
+    assert normalize(images, mean, std, torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(images, before)

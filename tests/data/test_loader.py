@@ -1,0 +1,348 @@
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from photo_files import write_photos
+
+from bigvision.data import Batch, Sample, UnreadableSample, eval_batches, open_source, train_batches, transform
+from bigvision.data.position import places
+
+LENGTH = 23
+GLOBAL = 12
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return open_source(f"synthetic:{LENGTH}x10", "train")
+
+
+AUGMENTED = transform("photo", 8, train=True)
+PLAIN = transform("photo", 8, train=False)
+
+
+def join(batches: list[Batch]) -> Batch:
+    return Batch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "labels", "ids", "valid")))
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    for name in ("ids", "labels", "valid", "images"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def train(source, steps, *, position=0, ranks=1, workers=0, global_batch=GLOBAL, seed=3) -> list[Batch]:
+    """Return the global batches, the ranks' parts put together."""
+    loaders = [
+        train_batches(
+            source,
+            AUGMENTED,
+            seed=seed,
+            position=position,
+            global_batch=global_batch,
+            rank=rank,
+            ranks=ranks,
+            workers=workers,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        return [join([next(loader) for loader in loaders]) for _ in range(steps)]
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+@pytest.fixture(scope="module")
+def reference(noise) -> Batch:
+    return join(train(noise, 10))
+
+
+# Training
+
+
+def test_each_epoch_sees_each_sample_once(noise, reference):
+    for start in range(0, 10 * GLOBAL - LENGTH, LENGTH):
+        assert sorted(reference.ids[start : start + LENGTH].tolist()) == list(range(LENGTH))
+    assert reference.valid.all()
+    assert reference.labels.tolist() == [noise.read(index).label for index in reference.ids.tolist()]
+
+
+def test_epochs_and_seeds_differ(noise, reference):
+    first, second = (reference.ids[start : start + LENGTH] for start in (0, LENGTH))
+    assert not torch.equal(first, second)
+    # The same sample is augmented anew in the second epoch.
+    assert not torch.equal(reference.images[first.argsort()], reference.images[LENGTH + second.argsort()])
+    assert not torch.equal(join(train(noise, 2, seed=4)).ids, reference.ids[: 2 * GLOBAL])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_and_ranks_change_nothing(noise, reference, ranks, workers):
+    assert_equal(join(train(noise, 10, ranks=ranks, workers=workers)), reference)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_anywhere_and_twice_within_an_epoch(noise, reference, workers):
+    starts = [0, 1, 2, 1 + LENGTH // GLOBAL, *random.Random(0).sample(range(3, 9), 2)]
+    for step in starts[: 3 if workers else None]:
+        resumed = join(train(noise, 10 - step, position=step * GLOBAL, workers=workers))
+        assert torch.equal(resumed.ids, reference.ids[step * GLOBAL :])
+        assert torch.equal(resumed.images, reference.images[step * GLOBAL :])
+
+
+def test_resumed_with_another_global_batch(noise, reference):
+    parts = [*train(noise, 1, global_batch=5), *train(noise, 2, position=5, global_batch=8, ranks=4)]
+    parts += train(noise, 1, position=21, global_batch=99)
+    assert_equal(join(parts), join([reference.split(120)[0]]))
+
+
+def test_a_global_batch_larger_than_the_source(noise, reference):
+    assert_equal(join(train(noise, 2, global_batch=60, ranks=4)), reference)
+
+
+def test_a_global_batch_that_does_not_divide(noise):
+    with pytest.raises(ValueError, match="does not divide"):
+        train(noise, 1, ranks=5)
+
+
+def test_photos_with_workers(photos):
+    source = open_source(f"imagefolder:{photos}", "train")
+    assert_equal(join(train(source, 6, workers=2, ranks=2)), join(train(source, 6)))
+
+
+def test_in_memory_sources_with_workers():
+    source = open_source("digits", "train")
+    assert_equal(join(train(source, 2, workers=2, global_batch=64)), join(train(source, 2, global_batch=64)))
+
+
+def test_no_shared_state_between_transforms(noise, reference):
+    """A sample's pixels follow from (seed, epoch, index), whatever was drawn before it."""
+    for number in (0, 5, LENGTH + 1):
+        one = join(train(noise, 1, position=number, global_batch=1))
+        assert torch.equal(one.images[0], reference.images[number])
+
+
+# The process around it
+
+
+def draws() -> tuple:
+    return torch.rand(3).tolist(), random.random(), np.random.rand()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_generators_are_left_alone(noise, workers):
+    def seed():
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+
+    seed()
+    wanted = [draws(), draws(), draws()]
+    seed()
+    options = {"seed": 0, "position": 0, "global_batch": 4, "rank": 0, "ranks": 1, "workers": workers}
+    found = [draws()]
+    with train_batches(noise, AUGMENTED, **options) as loader:
+        next(loader)
+        found.append(draws())
+        next(loader)
+    found.append(draws())
+    assert found == wanted
+
+
+class Drawing:
+    """Draws from each of the three generators."""
+
+    def __call__(self, image):
+        values = [torch.rand(()).item(), random.random(), np.random.rand()]
+        return (torch.tensor(values) * 255).to(torch.uint8).view(3, 1, 1).expand(3, 2, 2)
+
+
+def test_all_three_generators_are_seeded_for_each_sample(noise):
+    options = {"seed": 0, "position": 0, "global_batch": 8, "rank": 0, "ranks": 1}
+    found = []
+    for workers in (0, 2):
+        with train_batches(noise, Drawing(), workers=workers, **options) as loader:
+            found.append(join([next(loader) for _ in range(4)]))
+    assert_equal(*found)
+    assert len(found[0].images[:, :, 0, 0].unique(dim=0)) == 32
+
+
+class Broken:
+    name, classes, style = "broken", ["a"], "photo"
+
+    def __len__(self):
+        return 10
+
+    def read(self, index: int) -> Sample:
+        if index == 7:
+            raise KeyError("the real reason")
+        return Sample(torch.zeros(3, 8, 8, dtype=torch.uint8), 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_in_workers_keep_their_message(workers):
+    with eval_batches(Broken(), PLAIN, batch=4, rank=0, ranks=1, workers=workers) as loader:
+        next(loader)
+        with pytest.raises(KeyError, match="the real reason"):
+            next(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_one_line(tmp_path, workers):
+    write_photos(tmp_path, {"a": 6}, size=(100, 100))
+    (tmp_path / "a/002.jpg").write_bytes((tmp_path / "a/002.jpg").read_bytes()[:1000])
+    source = open_source(f"imagefolder:{tmp_path}", "train", shared=False)
+    with eval_batches(source, PLAIN, batch=6, rank=0, ranks=1, workers=workers) as loader:
+        with pytest.raises(UnreadableSample) as caught:
+            next(loader)
+    message = str(caught.value)
+    assert str(tmp_path / "a/002.jpg") in message and "sample" in message and "\n" not in message
+
+
+class Pids:
+    """Gives the worker's process id instead of pixels."""
+
+    def __call__(self, image):
+        return torch.tensor(list(os.getpid().to_bytes(4, "little")), dtype=torch.uint8).view(1, 2, 2).expand(3, 2, 2)
+
+
+def worker_of(batch: Batch) -> int:
+    return int.from_bytes(bytes(batch.images[0, 0].flatten().tolist()), "little")
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+def test_workers_outlive_a_signal_to_stop_and_end_with_close(noise):
+    options = {"seed": 0, "position": 0, "global_batch": 4, "rank": 0, "ranks": 1, "workers": 2}
+    loader = train_batches(noise, Pids(), **options)
+    workers = {worker_of(next(loader)) for _ in range(4)}
+    assert len(workers) == 2 and os.getpid() not in workers
+    for pid in workers:
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGUSR1)
+    assert {worker_of(next(loader)) for _ in range(20)} == workers
+    loader.close()
+    assert not any(alive(pid) for pid in workers)
+    with pytest.raises(StopIteration):
+        next(loader)
+    loader.close()
+
+
+def test_a_killed_worker_is_named_as_the_cause(noise):
+    with train_batches(noise, Pids(), seed=0, position=0, global_batch=4, rank=0, ranks=1, workers=2) as loader:
+        os.kill(worker_of(next(loader)), signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="a data worker was killed"):
+            for _ in range(20):
+                next(loader)
+
+
+KILLED = """
+from multiprocessing import active_children
+import os, signal
+from bigvision.data import open_source, train_batches, transform
+
+if __name__ == "__main__":
+    change = transform("photo", 8, train=True)
+    source = open_source("synthetic:9x10", "train")
+    loader = train_batches(source, change, seed=0, position=0, global_batch=4, rank=0, ranks=1, workers=2)
+    next(loader)
+    print(*[worker.pid for worker in active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+def test_workers_end_when_their_process_is_killed(tmp_path):
+    (tmp_path / "script.py").write_text(KILLED)
+    # Not through a pipe: the workers would hold its other end.
+    with open(tmp_path / "out", "w") as out:
+        subprocess.run([sys.executable, tmp_path / "script.py"], stdout=out, timeout=60)
+    workers = [int(pid) for pid in (tmp_path / "out").read_text().split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in workers)
+
+
+class Stuck:
+    def __call__(self, image):
+        time.sleep(1000)
+
+
+def test_close_ends_a_worker_that_is_stuck(noise, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # how long DataLoader waits for it
+    before = multiprocessing.active_children()
+    loader = train_batches(noise, Stuck(), seed=0, position=0, global_batch=4, rank=0, ranks=1, workers=1)
+    (worker,) = set(multiprocessing.active_children()) - set(before)
+    time.sleep(0.5)
+    loader.close()
+    worker.join(timeout=1)
+    assert not worker.is_alive()
+
+
+def test_the_signals_of_this_process_are_not_held(noise):
+    with train_batches(noise, PLAIN, seed=0, position=0, global_batch=4, rank=0, ranks=1, workers=1) as loader:
+        next(loader)
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+def test_sources_and_transforms_pickle(photos):
+    for spec in (f"imagefolder:{photos}", "digits", "synthetic:3x8"):
+        source = open_source(spec, "train")
+        change = transform(source.style, 16, train=True)
+        copy, same = pickle.loads(pickle.dumps((source, change)))  # noqa: S301
+        assert len(copy) == len(source) and same(copy.read(0).image).shape == (3, 16, 16)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 23])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_evaluation_sees_each_sample_once(length, ranks):
+    source = open_source(f"synthetic:{length}x8", "val")
+    parts = [list(eval_batches(source, PLAIN, batch=3, rank=rank, ranks=ranks, workers=0)) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {-(-length // (3 * ranks))}
+    assert all(len(batch) == 3 for part in parts for batch in part)
+    whole = join([batch for step in zip(*parts) for batch in step])
+    assert whole.ids[whole.valid].tolist() == list(range(length))
+    for index, image, label in zip(whole.ids.tolist(), whole.images, whole.labels.tolist()):
+        assert label == index % 10
+        assert torch.equal(image, PLAIN(source.read(index).image))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_evaluation_does_not_depend_on_workers(noise, workers):
+    for rank in range(2):
+        plain, other = (
+            join(list(eval_batches(noise, PLAIN, batch=4, rank=rank, ranks=2, workers=count))) for count in (0, workers)
+        )
+        assert_equal(plain, other)
+
+
+def test_evaluation_of_photos_is_the_same_on_other_ranks(photos):
+    source = open_source(f"imagefolder:{photos}", "val")
+    found = []
+    for ranks, batch in ((1, 6), (2, 2), (4, 5)):
+        parts = [list(eval_batches(source, PLAIN, batch=batch, rank=rank, ranks=ranks, workers=0)) for rank in range(ranks)]
+        whole = join([batch for step in zip(*parts) for batch in step])
+        found.append((whole.ids[whole.valid], whole.images[whole.valid]))
+    assert all(torch.equal(found[0][part], other[part]) for other in found[1:] for part in (0, 1))
+
+
+def test_the_stream_is_what_the_page_says(noise, reference):
+    wanted = [place.id for place in places(3, LENGTH, 0, 10 * GLOBAL)]
+    assert reference.ids.tolist() == wanted

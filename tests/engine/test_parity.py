@@ -1,0 +1,78 @@
+"""The numbers do not depend on the strategy or the number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.recipes import recipe, run
+
+LAYOUTS = [("ddp", 2, 1), ("ddp", 3, 1), ("fsdp", 1, 1), ("fsdp", 2, 1), ("fsdp", 3, 1), ("fsdp", 4, 1), ("fsdp", 4, 2)]
+
+
+def same_losses(reference: list[float], others: list[float], relative: float = 1e-5) -> None:
+    assert len(reference) == len(others) == 20
+    assert others == pytest.approx(reference, rel=relative)
+    # Losses that all repeat the first would agree as well.
+    assert len(set(reference)) > 15
+
+
+def parallel(strategy: str, replicas: int, **more: Any) -> dict[str, Any]:
+    return {"strategy": strategy, "replicas": replicas, **more}
+
+
+@pytest.mark.parametrize("model", ["vit", "swin", "convnext", "eva02"])
+def test_losses_equal_those_of_one_process(tmp_path: Path, model: str) -> None:
+    """24 samples in micro-batches of 5: the last one is short on every number of ranks."""
+    reference = run_ranks(run, 1, recipe(tmp_path / "reference", model))[0]
+    for strategy, ranks, replicas in LAYOUTS:
+        out = tmp_path / f"{strategy}-{ranks}-{replicas}"
+        same_losses(reference, run_ranks(run, ranks, recipe(out, model, parallel=parallel(strategy, replicas)))[0])
+
+
+@pytest.mark.parametrize("model", ["resnet", "efficientnet"])
+def test_batchnorm_models_equal_one_process_with_the_same_micro_batches(tmp_path: Path, model: str) -> None:
+    """Batch statistics are those of a rank's micro-batch, so one process has to cut the global batch alike."""
+    for micro_batch, layouts in ((6, [("ddp", 2, 1), ("fsdp", 4, 1), ("fsdp", 4, 2)]), (8, [("ddp", 3, 1), ("fsdp", 3, 1)])):
+        train = {"micro_batch": micro_batch}
+        reference = run_ranks(run, 1, recipe(tmp_path / f"reference-{micro_batch}", model, train=train))[0]
+        for strategy, ranks, replicas in layouts:
+            out = tmp_path / f"{strategy}-{ranks}-{replicas}-{micro_batch}"
+            plain = recipe(out, model, train=train, parallel=parallel(strategy, replicas))
+            same_losses(reference, run_ranks(run, ranks, plain)[0])
+
+
+def test_scalar_and_tiny_parameters(tmp_path: Path) -> None:
+    """NFNet's skip gains are 0-D; layer scale and norms have fewer elements than four ranks can share."""
+    skip_init = {"options": {"depths": [1, 1, 1, 1], "channels": [8, 12, 16, 20], "stem_chs": 8, "skipinit": True}}
+
+    def plain(name: str, **sections: Any) -> dict[str, Any]:
+        made = recipe(tmp_path / name, "nfnet", **sections)
+        return made | {"model": made["model"] | skip_init}
+
+    reference = run_ranks(run, 1, plain("reference"))[0]
+    for strategy, ranks in (("ddp", 3), ("fsdp", 3), ("fsdp", 4)):
+        other = plain(f"{strategy}-{ranks}", parallel=parallel(strategy, 1))
+        same_losses(reference, run_ranks(run, ranks, other)[0])
+
+
+@pytest.mark.parametrize("optim", [{"name": "sgd", "lr": 0.05}, {"clip": None}, {"clip": 0.1, "weight_decay": 0.3}])
+def test_other_optimizers_and_clipping(tmp_path: Path, optim: dict[str, Any]) -> None:
+    reference = run_ranks(run, 1, recipe(tmp_path / "reference", optim=optim))[0]
+    for strategy, ranks, replicas in (("ddp", 3, 1), ("fsdp", 3, 1), ("fsdp", 4, 2)):
+        plain = recipe(tmp_path / f"{strategy}-{ranks}", optim=optim, parallel=parallel(strategy, replicas))
+        same_losses(reference, run_ranks(run, ranks, plain)[0])
+
+
+@pytest.mark.parametrize("model", ["vit", "swin", "resnet"])
+def test_recompute_changes_nothing(tmp_path: Path, model: str) -> None:
+    train = {"micro_batch": 6}
+    reference = run_ranks(run, 1, recipe(tmp_path / "reference", model, train=train))[0]
+    for strategy, ranks in (("ddp", 2), ("fsdp", 2)):
+        plain = recipe(
+            tmp_path / f"{strategy}-{ranks}", model, train=train, parallel=parallel(strategy, 1, recompute="blocks")
+        )  # fmt: skip
+        same_losses(reference, run_ranks(run, ranks, plain)[0])

@@ -1,0 +1,161 @@
+"""Imports between rooms point one way, heavy packages are imported where they are used, and nothing runs foreign code."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(path for folder in ("bigvision", "launch", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+
+# A room imports itself and the rooms of the lines above its own.
+LEVELS = (
+    {"errors", "seeds"},
+    {"config", "fragments"},
+    {"runtime", "models", "data", "tasks", "optim"},
+    {"engine", "checkpoint"},
+    {"monitor"},
+    {"training", "planning"},
+    {"cli", "launching", "__main__"},
+)
+SIDEWAYS = {("cli", "launching"), ("__main__", "cli")}  # the only imports inside one line
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+
+HEAVY = {"accelerate", "deepspeed", "ray", "sklearn", "tensorboard", "torch.utils.tensorboard"}
+FORBIDDEN = {"cloudpickle", "dill", "eval", "exec", "joblib", "marshal", "os.popen", "os.system", "pickle", "shelve"}
+FORBIDDEN |= {"torch.load", "torch.save", "yaml.full_load", "yaml.load", "yaml.unsafe_load"}
+
+
+def within(name: str, names: set[str]) -> bool:
+    """Whether *name* is one of *names* or inside one of them."""
+    return any(name == other or name.startswith(other + ".") for other in names)
+
+
+def imports(tree: ast.AST, path: Path) -> Iterator[tuple[ast.stmt, str, str]]:
+    """Each import statement with a full dotted name that it brings in, and the name that the file calls it by."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name, alias.asname or alias.name
+        elif isinstance(node, ast.ImportFrom):
+            package = path.parts[: len(path.parts) - node.level] if node.level else ()
+            module = ".".join((*package, *([node.module] if node.module else [])))
+            for alias in node.names:
+                yield node, f"{module}.{alias.name}", alias.asname or alias.name
+
+
+def at_the_top(tree: ast.AST) -> Iterator[ast.stmt]:
+    """The statements that run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.stmt):
+            yield node
+        yield from at_the_top(node)
+
+
+def dotted(node: ast.AST, names: dict[str, str]) -> str:
+    """``torch.load`` for the expression ``t.load`` where the file said ``import torch as t``; else ``""``."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        owner = dotted(node.value, names)
+        return f"{owner}.{node.attr}" if owner else ""
+    return ""
+
+
+def mistakes(source: str, path: Path) -> list[str]:
+    """What is wrong in the file *path* (relative to the repository) with the text *source*."""
+    tree, found = ast.parse(source), []
+    top = set(at_the_top(tree))
+    here = path.with_suffix("").parts[1] if path.parts[0] == "bigvision" else ""
+    names: dict[str, str] = {}
+
+    for node, name, called in imports(tree, path):
+        names[called] = name
+        where = f"{path}:{node.lineno}: "
+        if within(name, FORBIDDEN):
+            found.append(f"{where}imports {name}")
+        if here and node in top and within(name, HEAVY):
+            found.append(f"{where}imports {name} at the top: import it in the function that uses it")
+        if not here or not within(name, {"bigvision"}):
+            continue
+        there = [*name.split("."), "__init__"][1]
+        if here == "__init__":
+            if node in top:
+                found.append(f"{where}imports {there} at the top: the public names are imported lazily")
+        elif here not in LEVEL or there not in LEVEL:
+            found.append(f"{where}{here} imports {there}: not both are rooms of LEVELS")
+        elif here != there and LEVEL[there] >= LEVEL[here] and (here, there) not in SIDEWAYS:
+            found.append(f"{where}{here} may not import {there}")
+
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        if dotted(node.func, names) in FORBIDDEN:
+            found.append(f"{path}:{node.lineno}: calls {dotted(node.func, names)}")
+        for word in node.keywords:
+            if word.arg in ("shell", "allow_pickle") and not (isinstance(word.value, ast.Constant) and not word.value.value):
+                found.append(f"{path}:{node.lineno}: {word.arg}={ast.unparse(word.value)}")
+    return found
+
+
+def test_every_file_keeps_the_rules() -> None:
+    assert FILES
+    assert [line for path in FILES for line in mistakes(path.read_text(), path.relative_to(ROOT))] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "said"),
+    [
+        ("bigvision/engine/fsdp.py", "from bigvision.checkpoint import reader", "engine may not import checkpoint"),
+        ("bigvision/checkpoint/reader.py", "from bigvision import engine", "checkpoint may not import engine"),
+        ("bigvision/data/loader.py", "from ..training import loop", "data may not import training"),
+        ("bigvision/data/loader.py", "from .. import models", "data may not import models"),
+        ("bigvision/data/__init__.py", "from ..cli import main", "data may not import cli"),
+        ("bigvision/config.py", "def f():\n    import bigvision.runtime.mesh", "config may not import runtime"),
+        ("bigvision/training/loop.py", "from bigvision import train", "training imports train"),
+        ("bigvision/tools/x.py", "import bigvision.config", "tools imports config"),
+        ("bigvision/__init__.py", "from bigvision.cli import main", "imported lazily"),
+        ("bigvision/engine/zero.py", "import deepspeed.comm as dist", "deepspeed.comm at the top"),
+        ("bigvision/monitor/board.py", "try:\n    from torch.utils import tensorboard\nexcept ImportError: ...", "at the top"),
+        ("bigvision/data/digits.py", "class A:\n    from sklearn import datasets", "sklearn.datasets at the top"),
+        ("bigvision/data/x.py", "import pickle", "imports pickle"),
+        ("bigvision/data/x.py", "from pickle import loads", "imports pickle.loads"),
+        ("bigvision/data/x.py", "import torch as t\nt.load('x')", "calls torch.load"),
+        ("bigvision/data/x.py", "from yaml import load", "imports yaml.load"),
+        ("bigvision/data/x.py", "import yaml\nyaml.load('x')", "calls yaml.load"),
+        ("bigvision/data/x.py", "eval('1')", "calls eval"),
+        ("launch/train.py", "import subprocess\nsubprocess.run('ls', shell=True)", "shell=True"),
+        ("benchmarks/x.py", "import numpy\nnumpy.load('x', allow_pickle=True)", "allow_pickle=True"),
+    ],
+)
+def test_the_checker_sees(path: str, source: str, said: str) -> None:
+    found = mistakes(source, Path(path))
+    assert len(found) == 1 and said in found[0], found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (
+            "bigvision/engine/fsdp.py",
+            "from bigvision.models import blocks\nfrom .base import Engine\nfrom ..fragments import Fragment",
+        ),
+        ("bigvision/cli.py", "from bigvision.launching import accelerate\nfrom bigvision.errors import UserError"),
+        (
+            "bigvision/__init__.py",
+            "if TYPE_CHECKING:\n    from bigvision.cli import main\ndef f():\n    import bigvision.engine",
+        ),
+        ("bigvision/engine/zero.py", "def f(model):\n    import deepspeed\n    model.eval()"),
+        ("bigvision/models/x.py", "from safetensors.torch import load\nload('x')\nsubprocess.run(['ls'], shell=False)"),
+        ("benchmarks/peers.py", "import accelerate\nfrom bigvision.engine import base"),
+    ],
+)
+def test_the_checker_accepts(path: str, source: str) -> None:
+    assert mistakes(source, Path(path)) == []
