@@ -23,6 +23,8 @@ class DDPEngine(DataParallelEngine):
         if self.runtime.world_size == 1:
             return self.module
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        # Gradients of expanded tokens: a copy of a few values.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self._rehearse(self.module)
         unused = any(p.grad is None for p in self.module.parameters() if p.requires_grad)
         self.module.zero_grad(set_to_none=True)

@@ -1,0 +1,8 @@
+"""timm models: built on meta, with exact values on demand, and cut into blocks."""
+
+from bigvision.models.blocks import Block, Blocks, find_blocks, trace
+from bigvision.models.build import Blueprint, blueprint
+from bigvision.models.card import model_card
+from bigvision.models.check import check_model
+
+__all__ = ["Block", "Blocks", "Blueprint", "blueprint", "check_model", "find_blocks", "model_card", "trace"]

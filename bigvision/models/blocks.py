@@ -1,0 +1,138 @@
+"""Blocks: the pieces in which a backbone is sharded, recomputed, compiled and placed on pipeline stages.
+
+They are found, not listed per model: in the order in which a coarse trace calls them, the modules that are one piece of
+the model. What is in no block (norms, the stem, a usual head) stays with the root.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import fx, nn
+
+from bigvision.models.tracing import (
+    CONTAINERS,
+    TraceFailed,
+    calls,
+    holders,
+    is_piece,
+    read_directly,
+    shares_nothing,
+    size,
+    trace,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One piece of the model, called exactly once in a forward."""
+
+    path: str
+    module: nn.Module
+    parameters: int
+    """Number of parameters."""
+
+
+@dataclass(frozen=True)
+class Blocks(Sequence[Block]):
+    """The blocks of a model in execution order; none is inside another and no parameter is in two."""
+
+    blocks: tuple[Block, ...]
+    graph: fx.GraphModule | None
+    """The trace that they were found in, from which pipeline stages are cut."""
+    reason: str | None
+    """Why there is no trace: then the blocks are the members of the model's containers."""
+
+    @property
+    def traced(self) -> bool:
+        return self.graph is not None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @overload
+    def __getitem__(self, index: int) -> Block: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Block, ...]: ...
+    def __getitem__(self, index):
+        return self.blocks[index]
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.blocks)
+
+
+def find_blocks(module: nn.Module, image_size: int | None = None, max_share: float = 0.25) -> Blocks:
+    """Find the blocks of a timm model on meta. Nothing is computed and the module is left as it is.
+
+    A block has at most `max_share` of the parameters, as far as modules can be opened. A lone layer is a block only where
+    the layers outside of blocks would else be larger together than a block may be. A model that cannot be traced is
+    watched with one image of `image_size` pixels (its own size by default).
+    """
+    try:
+        graph = trace(module, max_share)
+        once = [path for path, count in calls(graph.graph).items() if count == 1]
+        direct, reason = read_directly(graph.graph, module), None
+    except TraceFailed as failure:
+        graph, once, direct, reason = None, _watched(module, image_size, _members(module, max_share)), set(), str(failure)
+    candidates = _independent([Block(path, part := module.get_submodule(path), size(part)) for path in once], direct, module)
+    chosen = {block.path for block in candidates if is_piece(block.module)}
+    lone = sorted((block for block in candidates if block.path not in chosen), key=lambda block: block.parameters)
+    largest = max((block.parameters for block in candidates if block.path in chosen), default=size(module))
+    limit = min(largest, max_share * size(module))
+    rest = size(module) - sum(block.parameters for block in candidates if block.path in chosen)
+    while rest > limit and lone and 10 * lone[-1].parameters > limit:  # smaller ones are not worth a block
+        block = lone.pop()
+        chosen.add(block.path)
+        rest -= block.parameters
+    return Blocks(tuple(block for block in candidates if block.path in chosen), graph, reason)
+
+
+def _independent(blocks: list[Block], direct: set[int], module: nn.Module) -> list[Block]:
+    """Those with parameters that nothing outside of the block uses: not tied to another module, not read directly."""
+    owners = holders(module)
+
+    def alone(part: nn.Module) -> bool:
+        return shares_nothing(part, owners) and not any(id(parameter) in direct for parameter in part.parameters())
+
+    return [block for block in blocks if block.parameters and alone(block.module)]
+
+
+def _members(module: nn.Module, max_share: float) -> list[str]:
+    """The members of the model's containers, larger ones opened; for models that cannot be traced."""
+    total, found = size(module), []
+
+    def visit(path: str, child: nn.Module) -> None:
+        holds = any(isinstance(grandchild, CONTAINERS) for grandchild in child.children())
+        if path and not isinstance(child, CONTAINERS) and not (holds and size(child) > max_share * total):
+            found.append(path)
+            return
+        for name, grandchild in child.named_children():
+            visit(f"{path}.{name}" if path else name, grandchild)
+
+    visit("", module)
+    return found
+
+
+def _watched(module: nn.Module, image_size: int | None, paths: list[str]) -> list[str]:
+    """Those of `paths` that a forward of one image calls exactly once, in that order; all, when meta cannot run it."""
+    twin = copy.deepcopy(module).to("meta")
+    called: Counter[str] = Counter()
+
+    def watch(path: str) -> None:
+        twin.get_submodule(path).register_forward_pre_hook(lambda _module, _inputs: called.update([path]))
+
+    for path in paths:
+        watch(path)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            channels, *size = resolve_model_data_config(twin)["input_size"]
+            twin(torch.empty(1, channels, *([image_size] * 2 if image_size else size), device="meta"))
+    except Exception:
+        return paths
+    return [path for path, count in called.items() if count == 1]

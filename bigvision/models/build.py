@@ -1,0 +1,230 @@
+"""From a timm name to a module on the meta device and the real values of its tensors, one at a time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+import timm
+import timm.data
+import torch
+from torch import Tensor, nn
+
+from bigvision.config import ModelConfig
+from bigvision.errors import UserError
+from bigvision.models import weights as pretrained
+from bigvision.models.arguments import accepted, blame
+from bigvision.models.attributes import fill, named_tensors, plain_attributes, to_meta
+from bigvision.models.check import check_model
+from bigvision.models.recorder import Recorder, recording
+from bigvision.models.replay import ReplayDiffers, replay
+from bigvision.models.tape import NotRecordable, Tape, View
+
+
+class Blueprint:
+    """A model before it has memory.
+
+    `module` is the timm model with every parameter and buffer on the meta device, to be sharded or cut in place.
+    `tensors` gives the values that a normal ``torch.manual_seed(seed); timm.create_model(...)`` on the CPU gives, bit for
+    bit, holding one tensor (and what the caller keeps) at a time.
+    """
+
+    module: nn.Module
+    image_size: int
+    """Side of the square input in pixels."""
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Per channel, of inputs in [0, 1]."""
+    interpolation: str
+    crop_pct: float
+    """How timm resizes for evaluation: the filter, and the share of the shorter side that the centre crop keeps."""
+    recorded: bool
+    """False: the model was built normally, which gives the same numbers and needs the memory of the whole model."""
+    notes: list[str]
+    """What the user should know, one line each: why `recorded` is False, what starts fresh although weights were given."""
+
+    arguments: dict[str, Any]
+    """The keyword arguments that ``timm.create_model`` took."""
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        self.notes = []
+        self._name = config.name
+        with pretrained.capture() as loading:
+            built = _construct(config, num_classes, self.notes)
+        self.module, self.arguments, self._tape, self._finals, self._attributes = built
+        self.recorded = self._tape is not None
+        self._loaded: dict[str, Tensor] = {}
+        if config.weights is not None or config.pretrained:
+            self._loaded, notes = pretrained.read(config, self.module, loading)
+            self.notes += notes
+        data = timm.data.resolve_model_data_config(self.module)
+        self.in_chans = getattr(self.module, "in_chans", data["input_size"][0])
+        self.image_size = config.image_size or data["input_size"][-1]
+        self.interpolation, self.crop_pct = data["interpolation"], data["crop_pct"]
+        # timm's cards keep three values for any number of channels.
+        self.mean, self.std = (_per_channel(data[key], self.in_chans) for key in ("mean", "std"))
+        if config.image_size is not None:
+            # A model made for this size is judged by it; another one also by whether meta can run it at all.
+            usual = None if "img_size" in self.arguments else data["input_size"][-1]
+            _check_size(config, self.module, self.in_chans, usual)
+
+    @property
+    def note(self) -> str | None:
+        """The notes as one line, or None."""
+        return "; ".join(self.notes) or None
+
+    def tensors(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield ``(name, value)`` once for every parameter and buffer, persistent or not, in no particular order.
+
+        Values are finished CPU tensors of the module's dtypes; tied names share memory. Drop each before asking for the
+        next. The caller's random state is not touched.
+        """
+        if self._tape is None:
+            yield from self._built(seed, set())
+            return
+        done: set[str] = set()
+        wanted = []
+        for storage, views in self._finals.items():
+            for name, view in views:
+                # A tied tensor may be in the file under any one of its names.
+                source = next((n for n, v in views if v == view and n in self._loaded), None)
+                if source is not None:
+                    done.add(name)
+                    yield name, self._loaded[source].to(view.dtype).contiguous()
+            if any(name not in done for name, _ in views):
+                wanted.append(storage)
+        values = replay(self._tape, seed, wanted)
+        while True:
+            try:
+                storage, value = next(values)
+            except StopIteration:
+                return
+            except ReplayDiffers as error:
+                self.notes.append(f"built the rest normally: {error}")
+                break
+            for name, view in self._finals[storage]:
+                if name not in done:
+                    done.add(name)
+                    yield name, view.on(value)
+            del value
+        yield from self._built(seed, done)
+
+    def _built(self, seed: int, done: set[str]) -> Iterator[tuple[str, Tensor]]:
+        with torch.random.fork_rng(devices=[]), pretrained.capture(), torch.device("cpu"):
+            torch.manual_seed(seed)
+            twin = timm.create_model(self._name, **self.arguments)
+        for name, tensor in named_tensors(twin):
+            if name not in done:
+                loaded = self._loaded.get(name)
+                yield name, tensor.detach() if loaded is None else loaded.to(tensor.dtype).contiguous()
+
+    def fill_attributes(self, module: nn.Module, device: torch.device | str) -> None:
+        """Give plain tensor attributes of `module` (tensors that are neither parameters nor buffers) their values on `device`.
+
+        Call it after ``module.to_empty(device=...)``. Almost no timm model has any. Submodules that `module` lacks (another
+        pipeline stage's) are passed over.
+        """
+        fill(module, self._attributes, self._tape, device)
+
+
+def blueprint(config: ModelConfig, num_classes: int) -> Blueprint:
+    """Describe the model of `config` with `num_classes` outputs, without giving it memory.
+
+    Raises `UserError` for names, options, sizes and weight files that do not fit each other.
+    """
+    check_model(config)
+    return Blueprint(config, num_classes)
+
+
+def _construct(config: ModelConfig, num_classes: int, notes: list[str]):
+    """The module on meta, the arguments it was made with, its tape (None: not recordable), final views and attributes."""
+    before, torch_state = _random_state(), torch.get_rng_state()
+    recorder: Recorder | None = None
+
+    def build(arguments: dict[str, Any]) -> nn.Module:
+        nonlocal recorder
+        with recording() as recorder:
+            return timm.create_model(config.name, **arguments)
+
+    try:
+        module, arguments = accepted(config, num_classes, build)
+        assert recorder is not None
+        if _random_state() != before:
+            torch.set_rng_state(torch_state)
+            raise NotRecordable("it draws random numbers from outside torch's recorded operations")
+        finals = _finals(recorder, module)
+        attributes = plain_attributes(module, recorder, set(finals))
+        tape: Tape | None = recorder.tape
+        for name in sorted(name for storage, views in finals.items() if storage in tape.unset for name, _ in views):
+            notes.append(f"timm leaves {name} without a value: it starts as zeros")
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever the recording could not follow, a normal build can: unless it is the arguments that do not work.
+        def plainly(arguments: dict[str, Any]) -> nn.Module:
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                torch.manual_seed(0)  # of what is kept of this build, plain attributes, all ranks must have the same
+                return timm.create_model(config.name, **arguments)
+
+        try:
+            module, arguments = accepted(config, num_classes, plainly)
+        except UserError:
+            raise
+        except Exception as plain_error:
+            raise blame(config, num_classes, plain_error) from plain_error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        notes.append(f"{config.name} was built normally, at the memory of the whole model, not recorded: {reason}")
+        tape, finals = None, {}
+        attributes = plain_attributes(module, None, {t.untyped_storage()._cdata for _, t in named_tensors(module)})
+    to_meta(module, attributes)
+    return module, arguments, tape, finals, attributes
+
+
+def _finals(recorder: Recorder, module: nn.Module) -> dict[int, list[tuple[str, View]]]:
+    """The names in each storage."""
+    finals: dict[int, list[tuple[str, View]]] = {}
+    for name, tensor in named_tensors(module):
+        if tensor.device.type != "meta":
+            with recorder:
+                tensor = recorder.constant(tensor.detach())
+        view = recorder.view(tensor)
+        if view is None:
+            raise NotRecordable(f"{name} is of unknown origin")
+        recorder.check_filled(view)
+        finals.setdefault(view.storage, []).append((name, view))
+    return finals
+
+
+def _random_state() -> tuple:
+    """Where Python's, NumPy's and torch's global generators stand."""
+    drawn: Any = numpy.random.get_state(legacy=False)
+    mine = {key: value.tobytes() if isinstance(value, numpy.ndarray) else value for key, value in drawn["state"].items()}
+    return random.getstate(), mine, torch.get_rng_state().tolist()
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return tuple(values) if len(values) == channels else (math.fsum(values) / len(values),) * channels
+
+
+def _check_size(config: ModelConfig, module: nn.Module, channels: int, usual: int | None) -> None:
+    """Raise `UserError` when the model cannot take `image_size` although it takes its `usual` one. Nothing is computed."""
+
+    def runs(size: int) -> Exception | None:
+        twin = copy.deepcopy(module).eval()  # some models keep what they compute in evaluation mode
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                twin(torch.empty(1, channels, size, size, device="meta"))
+        except Exception as error:
+            return error
+        return None
+
+    size = config.image_size
+    assert size is not None
+    if (error := runs(size)) is not None and (usual is None or runs(usual) is None):
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.image_size: {config.name} cannot take {size} x {size} pixels ({reason}); try another size")

@@ -1,0 +1,57 @@
+"""What can be known to be wrong about a model before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+from safetensors import SafetensorError, safe_open
+from timm.models import get_arch_pretrained_cfgs, is_model, split_model_name_tag
+
+from bigvision.config import ModelConfig
+from bigvision.errors import UserError, nearest
+
+PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"}
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise `UserError` for an unknown model name or a weights file that cannot be read. Builds nothing, loads nothing."""
+    check_name(config.name)
+    if config.weights is not None and config.pretrained:
+        raise UserError(f"model.weights: {config.weights} and model.pretrained: true exclude each other; keep one")
+    if config.weights is not None:
+        check_weights_file(config.weights)
+    elif config.pretrained:
+        architecture, _ = split_model_name_tag(config.name)
+        if not any(card.has_weights for card in get_arch_pretrained_cfgs(architecture).values()):
+            raise UserError(f"model.pretrained: timm has no weights for {config.name}; use false")
+    if config.image_size is not None and config.image_size < 1:
+        raise UserError(f"model.image_size: {config.image_size} is not a size in pixels; give a positive number")
+    if not 0.0 <= config.drop_path < 1.0:
+        raise UserError(f"model.drop_path: {config.drop_path} is not a rate; give a number from 0 up to 1")
+
+
+def check_name(name: str) -> None:
+    """Raise `UserError` unless `name` is one of timm's, with or without a weights tag."""
+    architecture, tag = split_model_name_tag(name)
+    if "/" in name or ":" in name or not is_model(architecture):
+        raise UserError(f"model.name: {name!r} is not a timm model{nearest(architecture, timm.list_models())}")
+    if tag and not any(card.tag == tag for card in get_arch_pretrained_cfgs(architecture).values()):
+        tags = [f"{architecture}.{card.tag}" for card in get_arch_pretrained_cfgs(architecture).values() if card.tag]
+        raise UserError(f"model.name: timm has no weights {name!r}{nearest(name, tags) or f'; use {architecture!r}'}")
+
+
+def check_weights_file(file: str) -> None:
+    """Raise `UserError` unless `file` is a safetensors file with a readable header."""
+    path = Path(file).expanduser()
+    if path.suffix.lower() in PICKLED:
+        raise UserError(f"model.weights: {file} is a pickled file, which can run code when read; convert it to .safetensors")
+    if path.suffix.lower() != ".safetensors":
+        raise UserError(f"model.weights: {file} is not a .safetensors file; name the file itself, or convert it")
+    if not path.is_file():
+        raise UserError(f"model.weights: {file} does not exist; check the path")
+    try:
+        with safe_open(path, "pt") as opened:
+            opened.keys()
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"model.weights: {file} is damaged or not safetensors ({error}); fetch or write it again") from error

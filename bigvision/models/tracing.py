@@ -1,0 +1,142 @@
+"""A coarse torch.fx trace of a timm model: the forward written in terms of whole modules."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import get_notrace_functions, get_notrace_modules
+from torch import fx, nn
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class TraceFailed(Exception):
+    """The model, or too large a part of it to be one piece, cannot be traced; the message says why."""
+
+
+class _CoarseTracer(fx.Tracer):
+    """Calls the modules in `opened` and keeps every other one as a single node."""
+
+    def __init__(self, opened: set[str]) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
+        self._opened = opened
+        self.inside: list[str] = []
+        """Paths of the modules being called; after a failure, the last is where it happened."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self._opened
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        path = self.path_of_module(m)
+        self.inside.append(path)
+        result = super().call_module(m, forward, args, kwargs)
+        self.inside.pop()
+        return result
+
+
+def trace(module: nn.Module, max_share: float = 0.25) -> fx.GraphModule:
+    """Trace `module` in its present mode (training or evaluation), computing nothing and leaving it as it is.
+
+    The graph's ``call_module`` nodes are `module`'s own submodules, none of them larger than `max_share` of its
+    parameters as far as they can be opened. Raises `TraceFailed`.
+    """
+    opened = openable(module, max_share)
+    while True:
+        tracer = _CoarseTracer(opened)
+        try:
+            graph = tracer.trace(module)
+        except Exception as error:
+            path = tracer.inside[-1] if tracer.inside else ""
+            if size(module.get_submodule(path)) > max_share * size(module):
+                where = f"{path or 'forward'} of {type(module).__name__}"
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise TraceFailed(f"{where} cannot be traced: {reason}") from error
+            opened = opened - {path}  # small enough to stay in one piece
+            continue
+        return fx.GraphModule(module, graph, type(module).__name__)
+
+
+def openable(module: nn.Module, max_share: float) -> set[str]:
+    """The paths of the modules to look into: containers, stages, what is too large a share to be one piece, what shares
+    parameters with the rest."""
+    total = size(module)
+    closed = tuple(get_notrace_modules())
+    owners = holders(module)
+    opened: set[str] = set()
+
+    def visit(path: str, child: nn.Module, parent: nn.Module) -> None:
+        if path:
+            if isinstance(child, closed) or not has_parts(child):
+                return
+            small = size(child) <= max_share * total and shares_nothing(child, owners)
+            if small and (is_unit(child, parent) or not (isinstance(child, CONTAINERS) or is_stage(child))):
+                return
+        opened.add(path)
+        for name, grandchild in child._modules.items():
+            if grandchild is not None:
+                visit(f"{path}.{name}" if path else name, grandchild, child)
+
+    visit("", module, module)
+    return opened
+
+
+def holders(module: nn.Module) -> Counter[int]:
+    """How many places in `module` hold each parameter, by id; more than one where it is tied or its module is shared."""
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+
+
+def shares_nothing(part: nn.Module, owners: Counter[int]) -> bool:
+    """Whether all holders of the parameters of `part` are inside it."""
+    return all(owners[parameter] == count for parameter, count in holders(part).items())
+
+
+def size(module: nn.Module) -> int:
+    """Parameters, each tied one once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def has_parts(module: nn.Module) -> bool:
+    """Whether anything can be gained by looking into `module`: it has submodules, and is no primitive of torch's."""
+    primitive = type(module).__module__.startswith("torch.nn.") and not isinstance(module, CONTAINERS)
+    return not primitive and any(True for _ in module.children())
+
+
+def is_piece(module: nn.Module) -> bool:
+    """Whether `module` multiplies by at least two weights, as a block of any kind does and a lone layer does not."""
+    weights = {id(p) for m in module.modules() for p in m._parameters.values() if p is not None and p.dim() > 1}
+    return len(weights) > 1
+
+
+def is_unit(module: nn.Module, parent: nn.Module) -> bool:
+    """Whether `module` is a Sequential of lone layers, repeated in a container: a block without a class of its own."""
+    return isinstance(module, nn.Sequential) and isinstance(parent, CONTAINERS) and is_piece(module) and not _pieces(module)
+
+
+def is_stage(module: nn.Module) -> bool:
+    """Whether most of `module` is one container of blocks, or all of it is blocks of one class, more than two."""
+    if any(isinstance(c, CONTAINERS) and _pieces(c) and 2 * size(c) >= size(module) for c in module.children()):
+        return True
+    parts = [child for child in module.children() if size(child)]
+    return len(parts) > 2 and len({type(part) for part in parts}) == 1 and len(_pieces(module)) == len(parts)
+
+
+def _pieces(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.children() if is_piece(child)]
+
+
+def calls(graph: fx.Graph) -> dict[str, int]:
+    """How often each module is called, by path in the order of the first call."""
+    counts: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
+    return counts
+
+
+def read_directly(graph: fx.Graph, module: nn.Module) -> set[int]:
+    """The ids of the parameters that the graph uses without calling the module that has them."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    targets = (str(node.target) for node in graph.nodes if node.op == "get_attr")
+    return {id(parameters[target]) for target in targets if target in parameters}

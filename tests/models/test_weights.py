@@ -1,0 +1,210 @@
+"""Values from files, model cards, and what is said about mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from bigvision.errors import UserError
+from bigvision.models import blueprint, check_model, model_card
+from tests.models.configs import TINY, Model
+from tests.models.test_build import materialised
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(3)
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, **TINY)
+
+
+@pytest.fixture
+def file(vit, tmp_path):
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    return str(tmp_path / "vit.safetensors")
+
+
+def model(**changes) -> Model:
+    return Model(**{"image_size": 32, "options": dict(TINY), **changes})
+
+
+def test_values_come_from_the_file(vit, file):
+    plan = blueprint(model(weights=file), 10)
+    values = dict(plan.tensors(0))
+    assert plan.note is None and values.keys() == vit.state_dict().keys()
+    assert all(torch.equal(values[name], tensor) for name, tensor in vit.state_dict().items())
+
+
+def test_a_half_precision_file_gives_full_precision_values(vit, tmp_path):
+    save_file({name: tensor.bfloat16() for name, tensor in vit.state_dict().items()}, tmp_path / "half.safetensors")
+    values = dict(blueprint(model(weights=str(tmp_path / "half.safetensors")), 10).tensors(0))
+    assert all(value.dtype == torch.float32 for value in values.values())
+
+
+def test_position_embeddings_are_resampled_as_timm_does(file):
+    plan = blueprint(model(weights=file, image_size=64), 10)
+    overlay = {"file": file, "num_classes": 10}
+    options = dict(TINY, img_size=64, num_classes=10)
+    theirs = timm.create_model("vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    values = dict(plan.tensors(0))
+    assert all(torch.equal(values[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_a_head_of_other_size_starts_fresh_unless_it_was_asked_for(file):
+    plan = blueprint(model(weights=file), 4)
+    values, fresh = dict(plan.tensors(5)), dict(blueprint(model(), 4).tensors(5))
+    assert "head.weight" in plan.note and "fresh" in plan.note
+    assert torch.equal(values["head.weight"], fresh["head.weight"])
+    assert not torch.equal(values["patch_embed.proj.weight"], fresh["patch_embed.proj.weight"])
+    with pytest.raises(UserError, match=r"model\.num_classes: 4 does not fit the 10 classes of .*null"):
+        blueprint(model(weights=file, num_classes=4), 4)
+    assert blueprint(model(weights=file, num_classes=10), 10).note is None
+
+
+def test_batch_counters_may_be_missing_and_are_zero(tmp_path):
+    state = timm.create_model("test_resnet", num_classes=3).state_dict()
+    save_file({name: t for name, t in state.items() if "num_batches" not in name}, tmp_path / "old.safetensors")
+    values = dict(blueprint(Model("test_resnet", weights=str(tmp_path / "old.safetensors")), 3).tensors(0))
+    assert values["bn1.num_batches_tracked"].item() == 0
+    assert torch.equal(values["bn1.weight"], state["bn1.weight"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.pop("norm.weight"), r"lacks norm\.weight \(1 such\)"),
+        (lambda state: state.update(extra=torch.zeros(1)), r"has, unknown to the model, extra \(1 such\)"),
+        (lambda state: state.update({"norm.bias": torch.zeros(5)}), r"norm\.bias is \(5,\) in .* and \(48,\) in the model"),
+    ],
+)
+def test_a_file_of_another_model_is_refused(vit, tmp_path, change, message):
+    state = dict(vit.state_dict())
+    change(state)
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=message):
+        blueprint(model(weights=str(tmp_path / "other.safetensors")), 10)
+
+
+def test_a_normal_build_takes_the_file_too(file, monkeypatch):
+    from bigvision.models import build
+    from bigvision.models.tape import NotRecordable
+
+    def refuse(recorder, module):
+        raise NotRecordable("for this test")
+
+    monkeypatch.setattr(build, "_finals", refuse)
+    plan = blueprint(model(weights=file), 4)
+    assert not plan.recorded and "for this test" in plan.note and "fresh" in plan.note
+    monkeypatch.undo()
+    recorded = dict(blueprint(model(weights=file), 4).tensors(5))
+    assert all(torch.equal(recorded[name], value) for name, value in plan.tensors(5))
+
+
+@pytest.mark.parametrize(
+    "content, suffix, message",
+    [
+        (b"", ".pth", "pickled file"),
+        (b"", ".bin", "pickled file"),
+        (b"", ".npz", r"not a \.safetensors file"),
+        (b"\x08\0\0\0\0\0\0\0{broken}", ".safetensors", "damaged or not safetensors"),
+        (b"", ".safetensors", "damaged or not safetensors"),
+        (None, ".safetensors", "does not exist"),
+    ],
+)
+def test_files_that_are_not_weights(tmp_path, content, suffix, message):
+    path = tmp_path / f"weights{suffix}"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^model\.weights: .*{message}"):
+        check_model(model(weights=str(path)))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (Model("vit_tiny_patch16_244"), r"^model\.name: 'vit_tiny_patch16_244' is not a timm .*mean 'vit_tiny_patch16_"),
+        (Model("hf-hub:timm/resnet18"), r"^model\.name: "),
+        (Model("resnet18.a9_in1k"), r"^model\.name: timm has no weights 'resnet18\.a9_in1k'; did you mean 'resnet18\.a"),
+        (Model("vit_tiny_patch16_224", pretrained=True, weights="x.safetensors"), "exclude each other; keep one"),
+        (Model(drop_path=1.0), r"^model\.drop_path: 1\.0 is not a rate"),
+        (Model(image_size=0), r"^model\.image_size: 0 is not a size"),
+    ],
+)
+def test_mistakes_seen_before_building(config, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check_model(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (Model(options={"dept": 3}), r"^model\.options\.dept: .*did you mean 'depth'"),
+        (Model(options={"depth": "x"}), r"^model\.options\.depth: .*cannot be built with 'x'"),
+        (Model(options={"img_size": 3}), r"^model\.options\.img_size: .*model\.image_size"),
+        (Model(options={"checkpoint_path": "x.pth"}), r"^model\.options\.checkpoint_path: "),
+        (Model("hrnet_w18_small", options={"dept": 3}), r"^model\.options\.dept: "),
+        (Model("vgg11", drop_path=0.1), r"^model\.drop_path: vgg11 has no stochastic depth"),
+        (Model(image_size=8), r"^model\.image_size: .*8 x 8 pixels"),
+        (Model("convnext_atto", image_size=8), r"^model\.image_size: .*8 x 8 pixels"),
+    ],
+)
+def test_mistakes_seen_while_building(config, message):
+    with pytest.raises(UserError, match=message) as caught:
+        blueprint(config, 10)
+    assert "\n" not in str(caught.value)
+
+
+def test_good_configurations_pass_the_check(file):
+    for config in (Model(), Model("resnet18.a1_in1k"), model(weights=file), Model("resnet18", pretrained=True)):
+        check_model(config)
+
+
+def test_pretrained_reads_the_safetensors_file_of_the_hub(vit, file, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or file)
+    plan = blueprint(model(pretrained=True), 4)
+    assert asked[0][0] == ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")
+    assert "starts fresh" in plan.note
+    assert torch.equal(dict(plan.tensors(0))["norm.weight"], vit.state_dict()["norm.weight"])
+
+
+def test_pretrained_without_network_says_what_to_do(monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_args, **_kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(UserError, match=r"^model\.pretrained: .*no route to host.*set model\.weights to it"):
+        blueprint(model(pretrained=True), 10)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        model(drop_path=0.1),
+        Model("test_resnet", image_size=64),
+        Model("swin_tiny_patch4_window7_224", image_size=64, options={"depths": (1, 1, 1, 1)}),
+        Model("vit_tiny_patch16_224.augreg_in21k", image_size=48, options={"depth": 2, "in_chans": 1, "patch_size": 8}),
+    ],
+    ids=lambda config: config.name,
+)
+def test_timm_opens_what_the_card_describes(config, tmp_path):
+    plan = blueprint(config, 7)
+    card = model_card(config, 7, plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std)
+    module = materialised(plan).eval()
+    (tmp_path / "config.json").write_text(json.dumps(card))
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    opened = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, plan.in_chans, plan.image_size, plan.image_size)
+    with torch.no_grad():
+        assert torch.equal(opened(images), module(images))
+    data = timm.data.resolve_model_data_config(opened)
+    assert data["input_size"] == (plan.in_chans, plan.image_size, plan.image_size)
+    assert (tuple(data["mean"]), tuple(data["std"])) == (plan.mean, plan.std)
