@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     """Measure, print the table and write it."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     options.add_argument("--model", default="vit_tiny_patch16_224")
     options.add_argument("--options", default="{patch_size: 4}")
     options.add_argument("--image-size", type=int, default=32)

@@ -82,8 +82,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str, ranks: 
 
     def plain(out: Path) -> dict[str, Any]:
         made = recipe(
-            out, parallel={"strategy": strategy}, train={"steps": steps}, data={"workers": workers, "train": "digits", "val": "digits"},
-            checkpoint={"every": 4}, task={"label_smoothing": 0.1},
+            out, parallel={"strategy": strategy}, train={"steps": steps}, checkpoint={"every": 4},
+            data={"workers": workers, "train": "digits", "val": "digits"}, task={"label_smoothing": 0.1},
         )  # fmt: skip
         made["model"] = made["model"] | {"drop_path": 0.2, "options": made["model"]["options"] | {"proj_drop_rate": 0.1}}
         return made

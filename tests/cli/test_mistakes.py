@@ -1,0 +1,167 @@
+"""A user's mistake: one line on one rank, exit code 2, nothing trained."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from tests.distributed import run_ranks
+from tests.recipes import recipe, run
+
+
+def command(arguments: list[str], environment: dict[str, str | None] | None = None) -> tuple[int, str, str]:
+    """Run the command line on this rank; return the exit code, standard output and standard error."""
+    from bigvision.cli import main
+
+    before = dict(os.environ)
+    try:
+        for name, value in (environment or {}).items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                code = main(arguments)
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        return code, out.getvalue(), err.getvalue()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def write_recipe(folder: Path, **sections: dict) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(folder / "out", **sections)))
+    return str(path)
+
+
+def refused(arguments: list[str], *words: str, ranks: int = 1) -> None:
+    results = run_ranks(command, ranks, arguments)
+    assert [code for code, _, _ in results] == [2] * ranks, results
+    message = results[0][2]
+    assert message.startswith("error: ") and message.count("\n") == 1, message
+    assert all(word in message for word in words), message
+    assert all(err == "" for _, _, err in results[1:]), "one rank says it"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model.name", "vit_tiny_patch16_225"], ["model.name", "vit_tiny_patch16_224"]),
+        (["--data.train", "digit"], ["data.train", "'digits'"]),
+        (["--data.val", "cifar11"], ["data.val", "cifar10"]),
+        (["--data.train", "imagefolder:/no/such/folder"], ["data.train", "/no/such/folder"]),
+        (["--train.stpes", "3"], ["--train.stpes", "'--train.steps'"]),
+        (["--parallel.strategy", "zero9"], ["parallel.strategy", "ddp, fsdp"]),
+        (["--model.options", "{dpeth: 3}"], ["model.options.dpeth", "depth"]),
+        (["--model.num_classes", "3"], ["model.num_classes", "10 classes"]),
+        (["--model.weights", "/no/such.safetensors"], ["model.weights"]),
+        (["--checkpoint.resume", "/no/such/step-00000001"], ["checkpoint.resume", "/no/such/step-00000001"]),
+        (["--parallel.strategy", "fsdp", "--parallel.replicas", "2"], ["parallel.replicas: 2", "1 ranks"]),
+    ],
+)
+def test_one_line(tmp_path: Path, flags: list[str], words: list[str]) -> None:
+    refused([*["train", write_recipe(tmp_path)], *flags], *words)
+    assert not list(tmp_path.glob("out/step-*"))
+
+
+def test_the_recipes_own_mistakes(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    Path(path).write_text(Path(path).read_text().replace("global_batch", "globl_batch"))
+    refused(["train", path], "train.globl_batch", "'train.global_batch'", path)
+    refused(["train", str(tmp_path / "missing.yaml")], "missing.yaml", "No such file")
+    refused(["trian"], "'trian'", "'train'")
+    refused(["eval"], "step folder")
+    refused(["eval", str(tmp_path)], str(tmp_path))
+
+
+def test_a_global_batch_that_cannot_be_divided(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    refused(["train", path, "--train.global_batch", "25"], "train.global_batch: 25", "3 data-parallel ranks", "24 or 27", ranks=3)
+    refused(["train", path, "--train.global_batch", "2"], "train.global_batch: 2", "use 3", ranks=3)
+
+
+def test_empty_image_folder(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    refused(["train", write_recipe(tmp_path), "--data.train", f"imagefolder:{tmp_path / 'images'}"], "data.train", "images", ranks=2)
+
+
+def test_class_count_that_does_not_fit_the_weights(tmp_path: Path) -> None:
+    import timm
+
+    options = recipe(tmp_path)["model"]["options"]
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7, **options)
+    save_file(model.state_dict(), tmp_path / "seven.safetensors")
+    path = write_recipe(tmp_path)
+    flags = ["--model.weights", str(tmp_path / "seven.safetensors"), "--model.num_classes", "10"]
+    refused(["train", path, *flags], "model.num_classes", "7", "10", ranks=2)
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    run_ranks(run, 2, recipe(tmp_path / "first", train={"steps": 1}))
+    path = write_recipe(tmp_path, train={"steps": 2})
+    resume = ["--checkpoint.resume", str(tmp_path / "first" / "step-00000001")]
+    other = ["--model.options", "{patch_size: 8, depth: 3, embed_dim: 96, num_heads: 3}"]
+    refused(["train", path, *resume, *other], "checkpoint.resume", "another model", "96]", ranks=2)
+    refused(["train", path, *resume, "--model.name", "convnext_atto", "--model.options", "{}"], "another model", ranks=2)
+    refused(["train", path, *resume, "--optim.name", "sgd"], "checkpoint.resume", "another optimizer", ranks=2)
+    refused(["train", path, *resume, "--train.steps", "0"], "train.steps", "step 1", ranks=2)
+    refused(["eval", str(tmp_path / "first" / "step-00000001"), *other], "another model", ranks=2)
+
+
+@pytest.mark.parametrize("out", ["/proc/bigvision", "FILE/out", "/dev/null"])
+def test_an_output_folder_that_cannot_be_made(tmp_path: Path, out: str) -> None:
+    (tmp_path / "FILE").write_text("")
+    refused(["train", write_recipe(tmp_path), "--out", out.replace("FILE", str(tmp_path / "FILE"))], "out:", "--out", ranks=2)
+
+
+def test_half_set_environments(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    for missing in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        code, _, message = run_ranks(command, 1, ["train", path], {missing: None})[0]
+        assert code == 2 and f"without {missing}" in message and message.count("\n") == 1
+    code, _, message = run_ranks(command, 1, ["train", path], {"RANK": "1", "WORLD_SIZE": None})[0]
+    assert code == 2 and "without WORLD_SIZE" in message, "also said when no rank is 0"
+
+
+def test_never_into_a_folder_with_checkpoints(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, train={"steps": 1})
+    assert run_ranks(command, 1, ["train", path])[0][0] == 0
+    refused(["train", path, "--checkpoint.resume", "never"], "checkpoint.resume: never", "--out", ranks=2)
+
+
+def test_accelerate_settings_that_are_refused(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    accelerate = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
+    code, _, message = run_ranks(command, 1, ["train", path], accelerate)[0]
+    assert code == 2 and "FSDP_OFFLOAD_PARAMS=true" in message and message.count("\n") == 1
+
+
+def test_what_is_right(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, train={"steps": 2})
+    for spelling in (["--local_rank=0"], ["--local-rank=0"], ["--local_rank", "0"], ["--local-rank", "0"]):
+        code, out, _ = run_ranks(command, 1, ["train", *spelling, path, "--print-config"])[0]
+        assert code == 0 and "steps: 2" in out and path in out
+    code, out, err = run_ranks(command, 2, ["train", path])[0]
+    assert code == 0, err
+    folder = tmp_path / "out" / "step-00000002"
+    assert str(folder) in out and "resume" in out and f"bigvision eval {folder}" in out and "timm.create_model" in out
+    results = [run_ranks(command, ranks, ["eval", str(folder), *flags])[0] for ranks, flags in (
+        (1, []), (2, []), (3, ["--train.global_batch", "27"]), (2, ["--parallel.strategy", "fsdp"]),
+    )]  # fmt: skip
+    metrics = [yaml.safe_load(out) for _, out, _ in results]
+    assert [code for code, _, _ in results] == [0] * 4 and all(m == pytest.approx(metrics[0], rel=1e-5) for m in metrics)
+    assert set(metrics[0]) == {"loss", "top1", "top5"}
+    code, out, _ = run_ranks(command, 1, ["--help"])[0]
+    assert code == 0 and "train" in out and "eval" in out
+    code, out, _ = run_ranks(command, 1, ["train", "--help"])[0]
+    assert code == 0 and "--train.global_batch" in out
+    assert torch.get_num_threads() >= 1
