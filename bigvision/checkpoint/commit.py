@@ -94,11 +94,12 @@ def save(
 
     def commit() -> None:
         if main:
-            for group, files in layouts.items():
-                if len(files) > 1:
-                    documents[f"{group}.safetensors.index.json"] = index(files)
+            contents = dict(documents)
+            # Only the model's: readers of a folder with two indexes do not know which one is meant.
+            if len(layouts["model"]) > 1:
+                contents["model.safetensors.index.json"] = index(layouts["model"])
             sizes = {file.name: file.size for files in layouts.values() for file in files}
-            for name, content in documents.items():
+            for name, content in contents.items():
                 run = write_document(unfinished, name, content)
                 sizes[name] = run.length
                 runs.append(run)

@@ -75,7 +75,7 @@ def lay_out(group: str, tensors: list[TensorSpec], shard_size: int) -> list[File
 
 
 def index(files: list[FileLayout]) -> dict[str, Any]:
-    """The content of ``GROUP.safetensors.index.json``, by which readers find a tensor's file among several."""
+    """The content of ``model.safetensors.index.json``, by which readers find a tensor's file among several."""
     total = sum(file.size - len(file.header) for file in files)
     return {"metadata": {"total_size": total}, "weight_map": {name: file.name for file in files for name in file.offsets}}
 
