@@ -85,13 +85,17 @@ def test_the_recipes_own_mistakes(tmp_path: Path) -> None:
 
 def test_a_global_batch_that_cannot_be_divided(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
-    refused(["train", path, "--train.global_batch", "25"], "train.global_batch: 25", "3 data-parallel ranks", "24 or 27", ranks=3)
+    refused(
+        ["train", path, "--train.global_batch", "25"], "train.global_batch: 25", "3 data-parallel ranks", "24 or 27", ranks=3
+    )
     refused(["train", path, "--train.global_batch", "2"], "train.global_batch: 2", "use 3", ranks=3)
 
 
 def test_empty_image_folder(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    refused(["train", write_recipe(tmp_path), "--data.train", f"imagefolder:{tmp_path / 'images'}"], "data.train", "images", ranks=2)
+    refused(
+        ["train", write_recipe(tmp_path), "--data.train", f"imagefolder:{tmp_path / 'images'}"], "data.train", "images", ranks=2
+    )
 
 
 def test_class_count_that_does_not_fit_the_weights(tmp_path: Path) -> None:

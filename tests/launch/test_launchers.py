@@ -112,7 +112,9 @@ def test_accelerate_launch_trains_the_same(tmp_path: Path) -> None:
     """Two CPU ranks under FSDP from the configuration file in launch/accelerate; the recipe asks for something else."""
     run_ranks(run, 2, recipe(tmp_path / "reference", parallel={"strategy": "fsdp"}))
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(tmp_path / "out", parallel={"strategy": "ddp", "precision": "bf16", "device": "auto"})))
+    path.write_text(
+        yaml.safe_dump(recipe(tmp_path / "out", parallel={"strategy": "ddp", "precision": "bf16", "device": "auto"}))
+    )
     accelerate = [str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/fsdp_cpu.yaml"]
     launch([*accelerate, "launch/train.py", str(path)])
     assert losses(tmp_path / "out") == losses(tmp_path / "reference")
