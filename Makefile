@@ -12,7 +12,7 @@ CORES = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 train bench: export OMP_NUM_THREADS ?= $(shell echo $$(( ($(CORES) + $(RANKS) - 1) / $(RANKS) )))
 # The ranks meet in a private file: `torchrun --standalone` opens a port to the network and unpickles what it reads there.
 TORCHRUN = $(BIN)/torchrun --nproc-per-node $(RANKS) --rdzv-backend c10d --rdzv-conf store_type=file \
-	--rdzv-endpoint "$$(mktemp -u)" --local-addr 127.0.0.1
+	--rdzv-endpoint "$$(mktemp -d)/rendezvous" --local-addr 127.0.0.1
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile

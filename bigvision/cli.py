@@ -51,7 +51,8 @@ def run_train(arguments: list[str]) -> int:
     flags = [argument for argument in arguments if argument != "--print-config"]
     config, origins = resolve(recipe, flags, overrides(os.environ))
     if print_only:
-        print(describe(config, origins))
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(config, origins))
         return 0
     from bigvision.training import train
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -396,13 +397,16 @@ def _check(config: Config) -> None:
         "task.label_smoothing": 0, "model.drop_path": 0,
     }.items():  # fmt: skip
         value = _get(config, key)
-        if value is not None and not value >= lowest:
-            raise UserError(f"{key}: {value} is below {lowest}, the lowest that makes sense")
+        if value is not None and not lowest <= value < math.inf:
+            raise UserError(f"{key}: {value} must be a finite number from {lowest} on")
     for key in ("task.label_smoothing", "model.drop_path"):
         if not _get(config, key) < 1:
             raise UserError(f"{key}: {_get(config, key)} must be below 1")
-    if not config.train.epochs > 0:
-        raise UserError(f"train.epochs: {config.train.epochs} must be above 0")
+    if not 0 < config.train.epochs < math.inf:
+        raise UserError(f"train.epochs: {config.train.epochs} must be a number above 0")
+    for key, values in (("optim.betas", config.optim.betas), ("optim.momentum", (config.optim.momentum,))):
+        if not all(0 <= value < 1 for value in values):
+            raise UserError(f"{key}: {_spell(_get(config, key))} must be from 0 to below 1")
     if config.optim.clip is not None and not config.optim.clip > 0:
         raise UserError(f"optim.clip: {config.optim.clip} must be above 0; null does not clip")
     if config.parallel.strategy != "fsdp" and config.parallel.replicas != 1:

@@ -118,14 +118,19 @@ def save(
         raise
     if main:
         _write_hint(out, final.name)
-        prune(out, keep)
+        prune(out, keep, step)
     return final
 
 
-def prune(out: Path, keep: int) -> None:
-    """Remove all but the newest *keep* valid checkpoints; damaged ones are not counted and left to their owner."""
+def prune(out: Path, keep: int, newest: int) -> None:
+    """Remove all but the last *keep* valid checkpoints up to step *newest*, which was just written.
+
+    Damaged ones are neither counted nor removed, and so are later ones: a run that fell back past them will replace them.
+    """
     valid = []
     for step in steps_in(out):
+        if step > newest:
+            continue
         try:
             manifest.read(out / folder_name(step))
             valid.append(step)

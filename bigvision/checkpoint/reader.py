@@ -108,8 +108,8 @@ def _check_same_tensors(folder: Path, places: dict[str, dict[str, Place]], fragm
     wanted: dict[str, dict[str, Fragment]] = {}
     for fragment in fragments:
         wanted.setdefault(fragment.group, {})[fragment.name] = fragment
-    for group, tensors in wanted.items():
-        held = places.get(group, {})
+    for group in sorted(wanted.keys() | places.keys()):
+        tensors, held = wanted.get(group, {}), places.get(group, {})
         start = f"{what}: {folder} is the checkpoint of another {group}: "
         mend = "use the configuration that it was trained with, or another out folder"
         for name, fragment in tensors.items():

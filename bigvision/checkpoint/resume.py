@@ -27,13 +27,17 @@ class Checkpoint:
     """step, samples, lr, scalars, metrics and the run's configuration."""
     places: dict[str, dict[str, Place]]
 
-    def restore(self, fragments: list[Fragment], what: str = "checkpoint.resume") -> None:
-        """Fill *fragments*, on every rank.
+    def restore(
+        self, fragments: list[Fragment], groups: tuple[str, ...] | None = None, what: str = "checkpoint.resume"
+    ) -> None:
+        """Fill *fragments*, on every rank; only those of *groups*, or all groups of the checkpoint.
 
         Raises:
             UserError: the checkpoint is of another model; *what* is the key that asked for it.
         """
-        all_or_none(lambda: read_fragments(self.folder, self.places, fragments, what))
+        places = {group: held for group, held in self.places.items() if groups is None or group in groups}
+        wanted = [fragment for fragment in fragments if groups is None or fragment.group in groups]
+        all_or_none(lambda: read_fragments(self.folder, places, wanted, what))
 
 
 def find(resume: str, out: Path, full: bool, say: Callable[[str], None]) -> Checkpoint | None:
@@ -54,7 +58,13 @@ def find(resume: str, out: Path, full: bool, say: Callable[[str], None]) -> Chec
             raise UserError(f"checkpoint.resume: never, but {out} already holds {held}: choose another --out or move it away")
         return None
     if resume != "auto":
-        return open_checkpoint(Path(resume), full, "checkpoint.resume")
+        found = open_checkpoint(Path(resume), full, "checkpoint.resume")
+        if steps and steps[0] > found.progress["step"]:
+            raise UserError(
+                f"checkpoint.resume: {resume} is at step {found.progress['step']}, but {out} already goes on to "
+                f"{folder_name(steps[0])}: choose another --out"
+            )
+        return found
     for step in steps:
         folder = out / folder_name(step)
         found, problem = _try_open(folder, full)

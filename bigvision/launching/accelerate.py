@@ -28,7 +28,7 @@ class Rule(NamedTuple):
 
 RULES: dict[str, Rule] = {
     # How the ranks were launched.
-    "ACCELERATE_USE_DEEPSPEED": Rule(NO, "DeepSpeed ZeRO comes with a later release; use distributed_type: FSDP"),
+    "ACCELERATE_USE_DEEPSPEED": Rule(NO, "bigvision has no DeepSpeed ZeRO here; use distributed_type: FSDP"),
     "ACCELERATE_USE_MEGATRON_LM": Rule(NO, "Megatron-LM is not for vision backbones; use distributed_type: FSDP"),
     "ACCELERATE_USE_SAGEMAKER": Rule(NO, "start the ranks with compute_environment: LOCAL_MACHINE"),
     "ACCELERATE_USE_FSDP": Rule(

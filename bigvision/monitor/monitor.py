@@ -80,7 +80,10 @@ class Monitor:
         self.say(f"checkpoint  {folder}")
         self.say("resume      run the same command again (more steps: --train.epochs or --train.steps)")
         self.say(f"evaluate    bigvision eval {folder}")
-        self.say(f'load        timm.create_model("local-dir:{folder}", pretrained=True)')
+        if (folder / "model.safetensors").exists():
+            self.say(f'load        timm.create_model("local-dir:{folder}", pretrained=True)')
+        else:
+            self.say(f'load        accelerate.load_checkpoint_in_model(model, "{folder}")')
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.runtime.is_main:

@@ -93,7 +93,7 @@ def _init_process_group(identity: Identity, device: torch.device, timeout: timed
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" else None
     if identity.launcher == "python":
-        # One rank needs no rendezvous, and so opens no port.
+        # One rank needs no rendezvous, and so opens no port to others.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound)
         return
     dist.init_process_group(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import yaml
 from bigvision import checkpoint
 from bigvision.checkpoint import Checkpoint
 from bigvision.config import Config
+from bigvision.data import check_source
 from bigvision.engine import Engine, build_engine, micro_batch
 from bigvision.errors import UserError
 from bigvision.models import Blueprint, blueprint, check_model, find_blocks, model_card
@@ -39,18 +40,21 @@ class Build:
 def build(config: Config, runtime: Runtime, say: Callable[[str], None]) -> Build:
     """Check everything that can be checked without a model, then build, shard and restore it. Called on every rank."""
     out = Path(config.out)
-    all_or_none(lambda: checkpoint.prepare_folder(out) if runtime.is_main else None)
-    check_model(config.model)
+    for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
+        check_source(spec, key=key)
     micro_batch(config, runtime.world_size)
-    data = open_data(config, runtime)
+    all_or_none(lambda: checkpoint.prepare_folder(out) if runtime.is_main else None)
     found = checkpoint.find(config.checkpoint.resume, out, config.checkpoint.verify, say)
+    fresh = config if found is None else without_weights(config)
+    check_model(fresh.model)
+    data = open_data(config, runtime)
     steps = total_steps(config, len(data.train))
     if found and found.progress["step"] > steps:
         raise UserError(
             f"train.{'epochs' if config.train.steps is None else 'steps'}: the run would end at step {steps}, "
             f"but {found.folder} is at step {found.progress['step']}: train for longer, or choose another --out"
         )
-    engine, plan, card = build_model(config, data.num_classes, runtime, steps, say)
+    engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say)
     metrics: dict[str, float] = {}
     if found:
         found.restore(list(engine.fragments()))
@@ -85,6 +89,8 @@ def build_model(
         card = model_card(
             config.model, outputs, plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std
         )  # fmt: skip
+        if plan.in_chans != 3:
+            raise UserError(f"model.options.in_chans: {plan.in_chans}, but the images have 3 channels: remove it")
         return plan, list(blocks), card
 
     plan, blocks, card = all_or_none(plan_model)
@@ -93,7 +99,12 @@ def build_model(
 
 def restore_model(found: Checkpoint, engine: Engine) -> None:
     """Take over only the weights of a checkpoint, for evaluation. Called on every rank."""
-    found.restore([fragment for fragment in engine.fragments() if fragment.group == "model"], "checkpoint")
+    found.restore(list(engine.fragments()), groups=("model",), what="checkpoint")
+
+
+def without_weights(config: Config) -> Config:
+    """The configuration of a model whose weights will all come from a checkpoint: the first ones are not looked for."""
+    return replace(config, model=replace(config.model, pretrained=False, weights=None))
 
 
 def total_steps(config: Config, samples: int) -> int:

@@ -41,7 +41,7 @@ def open_data(config: Config, runtime: Runtime) -> Data:
         return Data(train, val)
 
     first = all_or_none(lambda: open_both(download=True) if runtime.is_main else None)
-    return first or open_both(download=False)
+    return all_or_none(lambda: first or open_both(download=False))
 
 
 def training_batches(config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, position: int) -> Batches:

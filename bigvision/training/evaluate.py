@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from bigvision import checkpoint
 from bigvision.config import Config
 from bigvision.engine import micro_batch
 from bigvision.runtime import Runtime, start
-from bigvision.training.build import Build, build_model, restore_model
+from bigvision.training.build import Build, build_model, restore_model, without_weights
 from bigvision.training.data import open_data, validation_batches
 
 
@@ -35,9 +36,12 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
         UserError: the folder is not a valid checkpoint or is of another model.
     """
     with start(config.parallel.device, config.parallel.replicas) as runtime:
+        # The batches of an evaluation need not add up to the run's global batch.
+        ranks = runtime.world_size
+        whole = -(-config.train.global_batch // ranks) * ranks
+        config = without_weights(replace(config, train=replace(config.train, global_batch=whole)))
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
         data = open_data(config, runtime)
-        micro_batch(config, runtime.world_size)
         engine, blueprint, card = build_model(config, data.num_classes, runtime, steps=1, say=lambda text: None)
         restore_model(found, engine)
         return evaluate(config, Build(engine, data, blueprint, card, 1, {}), runtime)

@@ -62,6 +62,12 @@ def refused(arguments: list[str], *words: str, ranks: int = 1) -> None:
         (["--train.stpes", "3"], ["--train.stpes", "'--train.steps'"]),
         (["--parallel.strategy", "zero9"], ["parallel.strategy", "ddp, fsdp"]),
         (["--model.options", "{dpeth: 3}"], ["model.options.dpeth", "depth"]),
+        (
+            ["--model.options", "{patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3, in_chans: 1}"],
+            ["in_chans", "3 channels"],
+        ),
+        (["--optim.betas", "[0.9, 2]"], ["optim.betas", "[0.9, 2"]),
+        (["--train.epochs", ".inf"], ["train.epochs"]),
         (["--model.num_classes", "3"], ["model.num_classes", "10 classes"]),
         (["--model.weights", "/no/such.safetensors"], ["model.weights"]),
         (["--checkpoint.resume", "/no/such/step-00000001"], ["checkpoint.resume", "/no/such/step-00000001"]),
@@ -117,7 +123,10 @@ def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
     refused(["train", path, *resume, *other], "checkpoint.resume", "another model", "96]", ranks=2)
     refused(["train", path, *resume, "--model.name", "convnext_atto", "--model.options", "{}"], "another model", ranks=2)
     refused(["train", path, *resume, "--optim.name", "sgd"], "checkpoint.resume", "another optimizer", ranks=2)
-    refused(["train", path, *resume, "--train.steps", "0"], "train.steps", "step 1", ranks=2)
+    refused(["train", path, *resume, "--optim.name", "sgd", "--optim.momentum", "0"], "another optimizer", ranks=2)
+    run_ranks(run, 2, recipe(tmp_path / "out", train={"steps": 3}))
+    refused(["train", path, *resume], "checkpoint.resume", "step 1", "step-00000003", "--out", ranks=2)
+    refused(["train", path, *resume, "--out", str(tmp_path / "new"), "--train.steps", "0"], "train.steps", "step 1", ranks=2)
     refused(["eval", str(tmp_path / "first" / "step-00000001"), *other], "another model", ranks=2)
 
 
@@ -159,7 +168,7 @@ def test_what_is_right(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "step-00000002"
     assert str(folder) in out and "resume" in out and f"bigvision eval {folder}" in out and "timm.create_model" in out
     results = [run_ranks(command, ranks, ["eval", str(folder), *flags])[0] for ranks, flags in (
-        (1, []), (2, []), (3, ["--train.global_batch", "27"]), (2, ["--parallel.strategy", "fsdp"]),
+        (1, []), (2, []), (3, ["--train.global_batch", "25"]), (2, ["--parallel.strategy", "fsdp"]),
     )]  # fmt: skip
     metrics = [yaml.safe_load(out) for _, out, _ in results]
     assert [code for code, _, _ in results] == [0] * 4 and all(m == pytest.approx(metrics[0], rel=1e-5) for m in metrics)

@@ -71,8 +71,8 @@ def test_the_zoo_has_every_module():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", timm.list_models())
-def test_every_model_of_timm_is_recorded(name):
+@pytest.mark.parametrize("name", timm.list_models()[::5])
+def test_every_fifth_architecture_of_timm_is_recorded(name):
     plan = blueprint(Model(name), 10)
     assert plan.recorded, plan.note
     if sum(parameter.numel() for parameter in plan.module.parameters()) < 100e6:

@@ -74,15 +74,18 @@ def run_with_trace(plain: dict[str, Any]) -> None:
     run(plain)
 
 
-@pytest.mark.parametrize(("strategy", "ranks", "workers"), [("fsdp", 2, 0), ("fsdp", 3, 2), ("ddp", 3, 0), ("ddp", 2, 2)])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str, ranks: int, workers: int) -> None:
+KILLED = [("fsdp", 2, 1, 0), ("fsdp", 3, 1, 2), ("fsdp", 4, 2, 0), ("ddp", 3, 1, 0), ("ddp", 2, 1, 2)]
+
+
+@pytest.mark.parametrize(("strategy", "ranks", "replicas", "workers"), KILLED)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str, ranks: int, replicas: int, workers: int) -> None:
     """SIGKILL of all ranks at random moments, in the middle of epochs; dropout and drop path on."""
     rng = random.Random(f"{strategy}{ranks}{workers}")
     steps = 30
 
     def plain(out: Path) -> dict[str, Any]:
         made = recipe(
-            out, parallel={"strategy": strategy}, train={"steps": steps}, checkpoint={"every": 4},
+            out, parallel={"strategy": strategy, "replicas": replicas}, train={"steps": steps}, checkpoint={"every": 4},
             data={"workers": workers, "train": "digits", "val": "digits"}, task={"label_smoothing": 0.1},
         )  # fmt: skip
         made["model"] = made["model"] | {"drop_path": 0.2, "options": made["model"]["options"] | {"proj_drop_rate": 0.1}}
