@@ -99,7 +99,8 @@ class Batches(Iterator[Batch]):
             workers = getattr(self._batches, "_workers", ())
             if workers and wait([worker.sentinel for worker in workers], timeout=1):
                 raise RuntimeError(
-                    "a data worker was killed, perhaps for want of memory or of room in /dev/shm; try fewer data.workers"
+                    "a data worker was killed, perhaps for want of memory or of room in /dev/shm; try fewer data.workers "
+                    'or, in a script of your own, guard its start with if __name__ == "__main__"'
                 ) from error
             raise
         if isinstance(batch, UnreadableSample):

@@ -63,7 +63,7 @@ def refused(arguments: list[str], *words: str, ranks: int = 1) -> None:
         (["--parallel.strategy", "zero9"], ["parallel.strategy", "ddp, fsdp"]),
         (["--model.options", "{dpeth: 3}"], ["model.options.dpeth", "depth"]),
         (
-            ["--model.options", "{patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3, in_chans: 1}"],
+            ["--model.options", "{depth: 3, embed_dim: 48, num_heads: 3, in_chans: 1}"],
             ["in_chans", "3 channels"],
         ),
         (["--optim.betas", "[0.9, 2]"], ["optim.betas", "[0.9, 2"]),
