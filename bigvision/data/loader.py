@@ -81,7 +81,7 @@ class Batches(Iterator[Batch]):
             sampler=requests,
             collate_fn=_as_read,
             num_workers=workers,
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=_settle_worker,
             multiprocessing_context=_worker_context() if workers else None,
             pin_memory=torch.device(device).type == "cuda",
             # DataLoader draws a seed for its workers: without this one, from the global generator.
@@ -185,11 +185,16 @@ def _as_read(batch: Any) -> Any:
     return batch
 
 
-def _end_with_parent(worker: int) -> None:
-    """Let a worker end when the process that reads its batches does, however that ended.
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
+def _settle_worker(worker: int) -> None:
+    """Let a worker end when the process that reads its batches does, however that ended, and not by a signal to stop.
 
     DataLoader's own watch is for another parent process id. Here that is the server's, which lives as long as its workers.
     """
+    # Also when another part of the program started the server, without holding them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -221,7 +226,7 @@ def _signals_held() -> Iterator[None]:
     """
     # multiprocessing starts its tracker before the server, and unblocks SIGTERM when it does: have it running.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
     finally:

@@ -40,13 +40,19 @@ class Build:
 def build(config: Config, runtime: Runtime, say: Callable[[str], None]) -> Build:
     """Check everything that can be checked without a model, then build, shard and restore it. Called on every rank."""
     out = Path(config.out)
-    for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
-        check_source(spec, key=key)
-    micro_batch(config, runtime.world_size)
-    all_or_none(lambda: checkpoint.prepare_folder(out) if runtime.is_main else None)
+
+    def check() -> None:
+        for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
+            check_source(spec, key=key)
+        micro_batch(config, runtime.world_size)
+        if runtime.is_main:
+            checkpoint.prepare_folder(out)
+
+    # Together, also where every rank would find the same by itself: one that left early would break the others' start.
+    all_or_none(check)
     found = checkpoint.find(config.checkpoint.resume, out, config.checkpoint.verify, say)
     fresh = config if found is None else without_weights(config)
-    check_model(fresh.model)
+    all_or_none(lambda: check_model(fresh.model))
     data = open_data(config, runtime)
     steps = total_steps(config, len(data.train))
     if found and found.progress["step"] > steps:
@@ -61,8 +67,12 @@ def build(config: Config, runtime: Runtime, say: Callable[[str], None]) -> Build
         engine.restored(found.progress["scalars"])
         metrics = found.progress["metrics"]
         say(f"resuming from {found.folder}, step {engine.step} of {steps}")
-    if runtime.is_main:
-        (out / "run.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+    def note() -> None:
+        if runtime.is_main:
+            (out / "run.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+    all_or_none(note)
     return Build(engine, data, plan, card, steps, metrics)
 
 
