@@ -32,8 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
         return COMMANDS[command](_without_local_rank(rest))
     except UserError as error:
-        # Every rank makes the same mistake; one says it. A rank that does not know who it is speaks for itself.
-        if os.environ.get("RANK", "0") == "0" or not os.environ.get("WORLD_SIZE"):
+        if _speaks():
             print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
@@ -86,6 +85,16 @@ def default_recipe() -> Path:
     """The recipe that trains when none is named."""
     beside_source = Path(__file__).parent.parent / "recipes" / "digits.yaml"
     return beside_source if beside_source.exists() else Path(__file__).parent / "recipes" / "digits.yaml"
+
+
+def _speaks() -> bool:
+    """Every rank makes the same mistake; one says it. A rank that does not know who it is speaks for itself."""
+    from bigvision.runtime import identify
+
+    try:
+        return identify(os.environ).rank == 0
+    except UserError:
+        return True
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:

@@ -214,7 +214,7 @@ def parse_size(text: str, key: str) -> int:
     unit = text[len(number) :].strip().upper()
     try:
         size = int(float(number) * units[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise UserError(f"{key}: {text!r} is not a size: write a number and a unit, such as 5GB or 512MiB")
@@ -399,6 +399,8 @@ def _check(config: Config) -> None:
         value = _get(config, key)
         if value is not None and not lowest <= value < math.inf:
             raise UserError(f"{key}: {value} must be a finite number from {lowest} on")
+    if config.seed >= 2**63:
+        raise UserError(f"seed: {config.seed} must be below 2**63")
     for key in ("task.label_smoothing", "model.drop_path"):
         if not _get(config, key) < 1:
             raise UserError(f"{key}: {_get(config, key)} must be below 1")

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterable
 from dataclasses import astuple
 from pathlib import Path
@@ -117,8 +118,12 @@ def save(
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
     if main:
-        _write_hint(out, final.name)
-        prune(out, keep, step)
+        try:
+            _write_hint(out, final.name)
+            prune(out, keep, step)
+        except OSError as error:
+            # The checkpoint is safe; no other rank knows of this, and the run can go on.
+            warnings.warn(f"{final} is saved, but clearing up after it failed: {error}", stacklevel=2)
     return final
 
 
@@ -149,7 +154,12 @@ def _publish(unfinished: Path, final: Path) -> None:
         # A run resumed at its last step writes that step again.
         aside = final.with_name(f"{final.name}.aside-{secrets.token_hex(4)}")
         final.rename(aside)
-    unfinished.rename(final)
+    try:
+        unfinished.rename(final)
+    except OSError:
+        if aside is not None:
+            aside.rename(final)
+        raise
     sync_folder(final.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)

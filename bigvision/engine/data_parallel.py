@@ -47,6 +47,9 @@ class DataParallelEngine(Engine):
         self.mean = torch.tensor(blueprint.mean, device=runtime.device)
         self.std = torch.tensor(blueprint.std, device=runtime.device)
 
+        if config.parallel.precision == "fp32":
+            # Convolutions would else round their inputs to 10 bits on CUDA, and the strategies differ in the third digit.
+            torch.backends.cudnn.allow_tf32 = False
         self.module: nn.Module = blueprint.module
         parallel = config.parallel
         wrap_blocks([block.module for block in blocks], parallel.recompute == "blocks", parallel.compile)
@@ -160,8 +163,8 @@ class DataParallelEngine(Engine):
         if not self.statistics_differ:
             return
         # Each rank's batches moved its own running statistics; their mean is what one rank would keep on average.
-        buffers = [b for b in self.module.state_dict(keep_vars=True).values() if not isinstance(b, nn.Parameter)]
-        average([buffer for buffer in buffers if buffer.is_floating_point()], self.runtime.world_size)
+        running = [m._buffers.get(name) for m in self.module.modules() for name in ("running_mean", "running_var")]
+        average([buffer for buffer in running if buffer is not None], self.runtime.world_size)
         self.statistics_differ = False
 
     def fragments(self) -> Iterator[Fragment]:
@@ -179,18 +182,19 @@ class DataParallelEngine(Engine):
             yield Fragment("model", name, tuple(tensor.shape), start, values, copy)
 
     def scalars(self) -> dict[str, Any]:
-        steps = next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), None)
+        # Parameters that never had a gradient are still at 0.
+        steps = max((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), default=None)
         return {
             "step": self.step,
             "samples": self.samples,
             "optimizer_steps": steps,
-            "loss_scale": self.scale.value,
+            "loss_scale": self.scale.value if self.scale.dynamic else None,
             "good_steps": self.scale.good_steps,
         }
 
     def restored(self, scalars: dict[str, Any]) -> None:
         self.step, self.samples = scalars["step"], scalars["samples"]
-        if self.scale.dynamic:
+        if self.scale.dynamic and scalars["loss_scale"] is not None:
             self.scale.value, self.scale.good_steps = scalars["loss_scale"], scalars["good_steps"]
         for state in self.optimizer.state.values():
             if "step" in state:
@@ -214,6 +218,17 @@ def micro_batch(config: Config, ranks: int) -> int:
 def local(tensor: Tensor) -> Tensor:
     """The part of *tensor* that this rank holds, as a plain tensor over the same storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of the squares of all elements, float64 and 0-D."""
+    pieces = [tensor.reshape(-1) for tensor in tensors]
+    if device.type == "cpu":
+        # There the norm adds up one by one in fp32, which over ten million elements costs four digits.
+        pieces = [part for piece in pieces for part in piece.split(1 << 16)]
+    if not pieces:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(pieces)).double().square().sum()
 
 
 def average(tensors: list[Tensor], ranks: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bigvision.engine.data_parallel import DataParallelEngine
+from bigvision.engine.data_parallel import DataParallelEngine, squared_norm
 from bigvision.engine.precision import autocast
 
 
@@ -62,4 +62,4 @@ class DDPEngine(DataParallelEngine):
         return tensor.view(-1), 0, (self.runtime.rank, self.runtime.world_size)
 
     def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
-        return torch.stack(torch._foreach_norm(gradients)).double().square().sum() / self.runtime.world_size
+        return squared_norm(gradients, self.runtime.device) / self.runtime.world_size

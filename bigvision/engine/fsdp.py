@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from bigvision.engine.data_parallel import DataParallelEngine, average
+from bigvision.engine.data_parallel import DataParallelEngine, average, squared_norm
 from bigvision.engine.precision import COMPUTE_DTYPES
 
 
@@ -43,7 +43,6 @@ class FSDPEngine(DataParallelEngine):
         # Gradients are scattered after every micro-batch, so that none is ever kept whole; only the exchange between
         # replicas waits for the last.
         assert isinstance(self.module, FSDPModule)
-        self.module.set_is_last_backward(last)
         self.module.set_requires_all_reduce(last)
         return nullcontext()
 
@@ -66,11 +65,10 @@ class FSDPEngine(DataParallelEngine):
     def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
         whole = [g for g in gradients if not isinstance(g, DTensor)]
         shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
-        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        for tensors, holders in ((whole, self.runtime.world_size), (shards, self.config.parallel.replicas)):
-            if tensors:
-                total += torch.stack(torch._foreach_norm(tensors)).double().square().sum() / holders
-        return total
+        device = self.runtime.device
+        return (
+            squared_norm(shards, device) / self.config.parallel.replicas + squared_norm(whole, device) / self.runtime.world_size
+        )
 
 
 def _own_storage(block: nn.Module, inputs: object, output: object) -> object:

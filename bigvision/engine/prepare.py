@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 
 
@@ -17,13 +20,38 @@ def wrap_blocks(blocks: Iterable[nn.Module], recompute: bool, compile: bool) -> 
 
     Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside
     of what is compiled.
+
+    Raises:
+        UserError: both for blocks with BatchNorm.
     """
     for block in blocks:
+        norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
+        if recompute and compile and norms:
+            raise UserError("parallel.recompute: blocks and parallel.compile: true exclude each other for BatchNorm: drop one")
         if recompute:
-            # The step's generator state is a function of the position, but dropout inside a block draws from it.
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            options = {"context_fn": functools.partial(_pass_contexts, norms)} if norms else {}
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
         if compile:
-            block.forward = torch.compile(block.forward)
+            # Blocks of different widths share one code: dynamic shapes would make one slow kernel for all of them.
+            block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def _pass_contexts(norms: list[BatchNorm]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the first pass and around the second one."""
+    return nullcontext(), _statistics_held(norms)
+
+
+@contextmanager
+def _statistics_held(norms: list[BatchNorm]) -> Iterator[None]:
+    """Undo what a second pass does to the running statistics, which the first one has moved already."""
+    buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before):
+            # Not a change for autograd: the backward pass holds on to the buffers and does not use their values.
+            buffer.data.copy_(value)
 
 
 def to_empty(module: nn.Module, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -87,7 +88,9 @@ class Monitor:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.runtime.is_main:
-            self.file.write(json.dumps(line) + "\n")
+            # JSON has no word for what is not finite.
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            self.file.write(json.dumps(finite) + "\n")
 
     def _restart_clock(self) -> None:
         self.since, self.seen = time.perf_counter(), 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from bigvision import checkpoint
 from bigvision.config import Config
 from bigvision.engine import micro_batch
-from bigvision.runtime import Runtime, start
+from bigvision.runtime import Runtime, identify, start
 from bigvision.training.build import Build, build_model, restore_model, without_weights
 from bigvision.training.data import open_data, validation_batches
 
@@ -35,11 +36,16 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
     Raises:
         UserError: the folder is not a valid checkpoint or is of another model.
     """
-    with start(config.parallel.device, config.parallel.replicas) as runtime:
-        # The batches of an evaluation need not add up to the run's global batch.
-        ranks = runtime.world_size
-        whole = -(-config.train.global_batch // ranks) * ranks
-        config = without_weights(replace(config, train=replace(config.train, global_batch=whole)))
+    # Neither the replicas nor the global batch of the run need fit the ranks that evaluate it.
+    ranks = identify(os.environ).world_size
+    replicas = config.parallel.replicas if ranks % config.parallel.replicas == 0 else 1
+    whole = -(-config.train.global_batch // ranks) * ranks
+    config = replace(
+        without_weights(config),
+        parallel=replace(config.parallel, replicas=replicas),
+        train=replace(config.train, global_batch=whole),
+    )
+    with start(config.parallel.device, replicas) as runtime:
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
         data = open_data(config, runtime)
         engine, blueprint, card = build_model(config, data.num_classes, runtime, steps=1, say=lambda text: None)

@@ -68,6 +68,8 @@ def refused(arguments: list[str], *words: str, ranks: int = 1) -> None:
         ),
         (["--optim.betas", "[0.9, 2]"], ["optim.betas", "[0.9, 2"]),
         (["--train.epochs", ".inf"], ["train.epochs"]),
+        (["--checkpoint.shard_size", "infGB"], ["checkpoint.shard_size"]),
+        (["--seed", "99999999999999999999999"], ["seed"]),
         (["--model.num_classes", "3"], ["model.num_classes", "10 classes"]),
         (["--model.weights", "/no/such.safetensors"], ["model.weights"]),
         (["--checkpoint.resume", "/no/such/step-00000001"], ["checkpoint.resume", "/no/such/step-00000001"]),
@@ -143,6 +145,8 @@ def test_half_set_environments(tmp_path: Path) -> None:
         assert code == 2 and f"without {missing}" in message and message.count("\n") == 1
     code, _, message = run_ranks(command, 1, ["train", path], {"RANK": "1", "WORLD_SIZE": None})[0]
     assert code == 2 and "without WORLD_SIZE" in message, "also said when no rank is 0"
+    code, _, message = run_ranks(command, 1, ["train", path], {"RANK": "5"})[0]
+    assert code == 2 and "RANK=5" in message
 
 
 def test_never_into_a_folder_with_checkpoints(tmp_path: Path) -> None:
@@ -173,6 +177,10 @@ def test_what_is_right(tmp_path: Path) -> None:
     metrics = [yaml.safe_load(out) for _, out, _ in results]
     assert [code for code, _, _ in results] == [0] * 4 and all(m == pytest.approx(metrics[0], rel=1e-5) for m in metrics)
     assert set(metrics[0]) == {"loss", "top1", "top5"}
+    replicated = [*["train", path], "--out", str(tmp_path / "two"), "--parallel.strategy", "fsdp", "--parallel.replicas", "2"]
+    assert run_ranks(command, 4, replicated)[0][0] == 0
+    code, again, err = run_ranks(command, 1, ["eval", str(tmp_path / "two" / "step-00000002")])[0]
+    assert code == 0 and yaml.safe_load(again) == pytest.approx(metrics[0], rel=1e-5), err
     code, out, _ = run_ranks(command, 1, ["--help"])[0]
     assert code == 0 and "train" in out and "eval" in out
     code, out, _ = run_ranks(command, 1, ["train", "--help"])[0]

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.distributed import run_ranks
-from tests.recipes import recipe, run
+from tests.recipes import lines, recipe, run
 
 LAYOUTS = [("ddp", 2, 1), ("ddp", 3, 1), ("fsdp", 1, 1), ("fsdp", 2, 1), ("fsdp", 3, 1), ("fsdp", 4, 1), ("fsdp", 4, 2)]
 
@@ -65,6 +67,34 @@ def test_other_optimizers_and_clipping(tmp_path: Path, optim: dict[str, Any]) ->
     for strategy, ranks, replicas in (("ddp", 3, 1), ("fsdp", 3, 1), ("fsdp", 4, 2)):
         plain = recipe(tmp_path / f"{strategy}-{ranks}", optim=optim, parallel=parallel(strategy, replicas))
         same_losses(reference, run_ranks(run, ranks, plain)[0])
+
+
+def test_clipping_by_the_norm_of_large_tensors(tmp_path: Path) -> None:
+    """Matrices of millions of elements: a norm that is added up in fp32 depends on how they are cut."""
+    options = {"patch_size": 8, "depth": 1, "embed_dim": 1024, "num_heads": 4}
+    short = {"steps": 4, "global_batch": 12, "micro_batch": None}
+
+    def plain(name: str, **parallel: Any) -> dict[str, Any]:
+        made = recipe(tmp_path / name, train=short, optim={"name": "sgd", "lr": 0.3, "clip": 0.5}, parallel=parallel)
+        return made | {"model": made["model"] | {"options": options}}
+
+    reference = run_ranks(run, 1, plain("reference"))[0]
+    norms = [line["grad_norm"] for line in lines(tmp_path / "reference") if "loss" in line]
+    for strategy, ranks in (("fsdp", 3), ("ddp", 2)):
+        assert run_ranks(run, ranks, plain(strategy, strategy=strategy))[0] == pytest.approx(reference, rel=1e-5)
+        others = [line["grad_norm"] for line in lines(tmp_path / strategy) if "loss" in line]
+        assert others == pytest.approx(norms, rel=1e-5) and min(norms) > 0.5
+
+
+def test_recompute_leaves_running_statistics_alone(tmp_path: Path) -> None:
+    saved = []
+    for recompute in ("none", "blocks"):
+        out = tmp_path / recompute
+        run_ranks(run, 2, recipe(out, "resnet", train={"steps": 3}, parallel={"strategy": "fsdp", "recompute": recompute}))
+        saved.append(load_file(out / "step-00000003" / "model.safetensors"))
+    counters = [name for name in saved[0] if name.endswith("num_batches_tracked")]
+    assert counters and {int(saved[1][name]) for name in counters} == {9}
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 
 @pytest.mark.parametrize("model", ["vit", "swin", "resnet"])
