@@ -65,6 +65,8 @@ class OptimConfig:
     """Peak learning rate."""
     weight_decay: float = 0.05
     """Decoupled for adamw; never applied to norms, biases and other tensors with fewer than two dimensions."""
+    layer_decay: float | None = None
+    """Each layer's rate is that of the layer above times this factor, e.g. 0.75; null: the same rate for all."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the moments."""
     momentum: float = 0.9
@@ -79,8 +81,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: Literal["ddp", "fsdp"] = "fsdp"
-    """ddp: a whole copy per rank. fsdp: every parameter sharded over the ranks of a replica."""
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "fsdp"
+    """ddp: a whole copy per rank. fsdp: every parameter sharded over the ranks of a replica. zero1, zero2, zero3:
+    DeepSpeed, which shards the optimizer state, then the gradients too, then the parameters too."""
     replicas: int = 1
     """fsdp: full copies of the model, each sharded over ranks / replicas ranks."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -89,6 +92,10 @@ class ParallelConfig:
     """blocks: keep only each block's input and compute its activations again in the backward pass."""
     compile: bool = False
     """Compile each block with torch.compile."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """zero1, zero2, zero3: keep the optimizer state in CPU memory and take its step there; all: the parameters too (zero3)."""
+    deepspeed: str | None = None
+    """A DeepSpeed configuration file (JSON): its ZeRO stage is the strategy, "auto" in it takes the values from here."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA when the machine has it."""
 
