@@ -1,0 +1,32 @@
+"""The run configuration: dataclasses, filled from a YAML recipe, then from flags. Nothing in a recipe names code."""
+
+from bigvision.config.resolve import Overrides, describe, load_config, resolve
+from bigvision.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimConfig,
+    ParallelConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from bigvision.config.values import parse_size
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimConfig",
+    "Overrides",
+    "ParallelConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "describe",
+    "load_config",
+    "parse_size",
+    "resolve",
+]

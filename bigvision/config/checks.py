@@ -1,0 +1,46 @@
+"""Values that no run can have."""
+
+from __future__ import annotations
+
+import math
+
+from bigvision.config.schema import Config
+from bigvision.config.values import get, parse_size, spell
+from bigvision.errors import UserError
+
+
+def check(config: Config) -> None:
+    """Values that no run can have. What depends on ranks, model or data is checked where those are known."""
+    for key, lowest in {
+        "seed": 0, "data.workers": 0, "parallel.replicas": 1, "train.global_batch": 1, "train.micro_batch": 1,
+        "train.steps": 0, "train.eval_every": 1, "checkpoint.every": 1, "checkpoint.keep": 1, "monitor.every": 1,
+        "model.image_size": 1, "model.num_classes": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0,
+        "task.label_smoothing": 0, "model.drop_path": 0,
+    }.items():  # fmt: skip
+        value = get(config, key)
+        if value is not None and not lowest <= value < math.inf:
+            raise UserError(f"{key}: {value} must be a finite number from {lowest} on")
+    if config.seed >= 2**63:
+        raise UserError(f"seed: {config.seed} must be below 2**63")
+    for key in ("task.label_smoothing", "model.drop_path"):
+        if not get(config, key) < 1:
+            raise UserError(f"{key}: {get(config, key)} must be below 1")
+    if not 0 < config.train.epochs < math.inf:
+        raise UserError(f"train.epochs: {config.train.epochs} must be a number above 0")
+    for key, values in (("optim.betas", config.optim.betas), ("optim.momentum", (config.optim.momentum,))):
+        if not all(0 <= value < 1 for value in values):
+            raise UserError(f"{key}: {spell(get(config, key))} must be from 0 to below 1")
+    if config.optim.clip is not None and not config.optim.clip > 0:
+        raise UserError(f"optim.clip: {config.optim.clip} must be above 0; null does not clip")
+    if config.optim.layer_decay is not None and not 0 < config.optim.layer_decay <= 1:
+        raise UserError(f"optim.layer_decay: {config.optim.layer_decay} must be above 0 and at most 1; null: one rate for all")
+    parallel = config.parallel
+    if parallel.offload != "none" and not parallel.strategy.startswith("zero"):
+        raise UserError(f"parallel.offload: {parallel.offload} needs parallel.strategy zero1, zero2 or zero3")
+    if parallel.offload == "all" and parallel.strategy != "zero3":
+        raise UserError("parallel.offload: all needs parallel.strategy zero3; optimizer works with each ZeRO stage")
+    if parallel.strategy != "fsdp" and parallel.replicas != 1:
+        raise UserError(f"parallel.replicas: {parallel.replicas} needs parallel.strategy fsdp")
+    if config.model.pretrained and config.model.weights:
+        raise UserError("model.pretrained: true contradicts model.weights: choose one of the two")
+    parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")

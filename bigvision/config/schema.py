@@ -1,0 +1,146 @@
+"""The run configuration as dataclasses: each field is a YAML key and a flag, and its docstring is the help."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "vit_tiny_patch16_224"
+    """A timm model name."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights (needs a network or timm's cache)."""
+    weights: str | None = None
+    """Start from this local safetensors file (timm's parameter names)."""
+    image_size: int | None = None
+    """Side of the square input in pixels; null takes the model's own."""
+    num_classes: int | None = None
+    """Outputs of the classifier; null takes the number of classes in the data."""
+    drop_path: float = 0.0
+    """Stochastic depth rate (Huang et al. 2016)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """More keyword arguments for the timm constructor, e.g. '{patch_size: 4, depth: 6}'."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    name: Literal["classify"] = "classify"
+    label_smoothing: float = 0.0
+    """Weight of the uniform distribution in the target (Szegedy et al. 2016)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = "digits"
+    """digits, imagefolder:PATH, mnist, fashion-mnist, cifar10, cifar100, synthetic[:SAMPLES[xSIZE]]."""
+    val: str = "digits"
+    """The same choices; the validation split of that dataset."""
+    workers: int = 2
+    """Decoding processes per rank; 0 decodes in the training process. The samples do not depend on it."""
+    root: str = "data"
+    """Folder of the datasets that torchvision downloads."""
+    augment: bool = True
+    """Random crops, shifts and flips that fit the dataset; false feeds the training images as the evaluation ones."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Decoupled for adamw; never applied to norms, biases and other tensors with fewer than two dimensions."""
+    layer_decay: float | None = None
+    """Each layer's rate is that of the layer above times this factor, e.g. 0.75; null: the same rate for all."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the moments."""
+    momentum: float = 0.9
+    """SGD's (Nesterov) momentum."""
+    clip: float | None = 1.0
+    """Largest norm of the whole model's gradient; null does not clip."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """The learning rate after the warm-up."""
+    warmup: float = 0.05
+    """Share of all steps (below 1) or number of steps (1 and above) over which the rate rises linearly from 0."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "fsdp"
+    """ddp: a whole copy per rank. fsdp: every parameter sharded over the ranks of a replica. zero1, zero2, zero3:
+    DeepSpeed, which shards the optimizer state, then the gradients too, then the parameters too."""
+    replicas: int = 1
+    """fsdp: full copies of the model, each sharded over ranks / replicas ranks."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """What is computed in; master weights, gradient reduction and optimizer state stay fp32."""
+    recompute: Literal["none", "blocks"] = "none"
+    """blocks: keep only each block's input and compute its activations again in the backward pass."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """zero1, zero2, zero3: keep the optimizer state in CPU memory and take its step there; all: the parameters too (zero3)."""
+    deepspeed: str | None = None
+    """A DeepSpeed configuration file (JSON): its ZeRO stage is the strategy, "auto" in it takes the values from here."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA when the machine has it."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: float = 5.0
+    """Passes over the training data."""
+    steps: int | None = None
+    """Optimizer steps in all; overrides epochs."""
+    global_batch: int = 128
+    """Samples per optimizer step over all ranks."""
+    micro_batch: int | None = None
+    """Samples in one forward and backward pass on one rank; null takes the rank's whole part of the global batch."""
+    eval_every: int | None = None
+    """Steps between evaluations; null evaluates at each epoch's end. The last step is always evaluated."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int | None = None
+    """Steps between checkpoints; null saves at each epoch's end. The last step is always saved."""
+    keep: int = 3
+    """Newest valid checkpoints kept in the output folder."""
+    resume: str = "auto"
+    """auto (the newest valid one in `out`), never, or the path of any run's step folder."""
+    shard_size: str = "5GB"
+    """Largest size of one model or optimizer file (units kB, MB, GB, KiB, MiB, GiB)."""
+    verify: bool = True
+    """Check every checksum before resuming; false checks sizes and headers only."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    progress: bool = True
+    """Show a progress bar (on rank 0)."""
+    every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "checkpoints/digits"
+    """Output folder: run.yaml, metrics.jsonl and the checkpoints."""
+    seed: int = 0
+    """Weights, data order, augmentation and dropout are functions of it."""
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain YAML data; :func:`load_config` reads it back."""
+        plain = dataclasses.asdict(self)
+        plain["optim"]["betas"] = list(self.optim.betas)
+        return plain
