@@ -98,7 +98,7 @@ class DataParallelEngine(Engine):
         torch.manual_seed(seed_from("dropout", self.config.seed, self.step, self.runtime.rank))
         lr = learning_rate(self.config.optim, self.step, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
 
         samples = len(batch) * self.runtime.world_size
         # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their number.

@@ -1,28 +1,59 @@
-"""Which parameters are decayed."""
+"""Which parameters are decayed, and how fast each layer learns."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from bigvision.errors import UserError
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Group what is decayed, and what is not: norms, biases and what the timm model excludes by name.
 
-    Each group carries "names", in the order of its "params", and holds either sharded or whole parameters, since a fused
-    step takes one kind. Frozen parameters are in none.
+def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
+    """Group the trainable parameters by what their layer's rate is multiplied with, "lr_scale", and by "weight_decay".
+
+    Norms, biases and what the timm model excludes by name are not decayed. Each group carries "names", in the order of its
+    "params", and holds either sharded or whole parameters, since a fused step takes one kind. The stem's groups come first.
+
+    Raises:
+        UserError: *layer_decay* for a model that does not name its layers.
     """
     from timm.optim import param_groups_weight_decay
 
     excluded = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()  # type: ignore[operator]
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=excluded)
-    split = []
-    for group in groups:
-        for sharded in (True, False):
-            chosen = [p for p in group["params"] if isinstance(p, DTensor) == sharded]
-            if chosen:
-                split.append({**group, "params": chosen, "names": [names[id(p)] for p in chosen]})
-    return split
+    decays = {
+        parameter: group["weight_decay"]
+        for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=excluded)
+        for parameter in group["params"]
+    }
+    names = [name for name, _ in module.named_parameters()]
+    scales = dict.fromkeys(names, 1.0) if layer_decay is None else layer_scales(module, layer_decay)
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter in decays:
+            key = (scales[name], decays[parameter], not isinstance(parameter, DTensor))
+            empty = {"params": [], "names": [], "lr_scale": key[0], "weight_decay": key[1]}
+            group = groups.setdefault(key, empty)
+            group["params"].append(parameter)
+            group["names"].append(name)
+    return [groups[key] for key in sorted(groups)]
+
+
+def layer_scales(module: nn.Module, decay: float) -> dict[str, float]:
+    """Return *decay* to the power of a parameter's distance, in layers, from the head, which has 1 (Clark et al. 2020).
+
+    Layers are counted as timm does: the stem, each block, the head (Bao et al. 2022).
+
+    Raises:
+        UserError: the model does not name its layers.
+    """
+    from timm.models import group_parameters
+
+    if not hasattr(module, "group_matcher"):
+        name = getattr(module, "pretrained_cfg", {}).get("architecture") or type(module).__name__
+        raise UserError(f"optim.layer_decay: {decay} needs layers, which timm does not define for {name}: set it to null")
+    matcher = module.group_matcher(coarse=False)  # type: ignore[operator]
+    layers = cast("dict[str, int]", group_parameters(module, matcher, reverse=True))
+    top = max(layers.values())
+    return {name: decay ** (top - layer) for name, layer in layers.items()}

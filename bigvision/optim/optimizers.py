@@ -12,7 +12,7 @@ from bigvision.optim.groups import parameter_groups
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:
     """Return AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum over the module's parameter groups."""
-    groups = parameter_groups(module, config.weight_decay)
+    groups = parameter_groups(module, config.weight_decay, config.layer_decay)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     momentum = config.momentum

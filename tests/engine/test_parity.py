@@ -69,6 +69,16 @@ def test_other_optimizers_and_clipping(tmp_path: Path, optim: dict[str, Any]) ->
         same_losses(reference, run_ranks(run, ranks, plain)[0])
 
 
+def test_layer_decay(tmp_path: Path) -> None:
+    decayed = {"layer_decay": 0.75}
+    reference = run_ranks(run, 1, recipe(tmp_path / "reference", optim=decayed))[0]
+    assert reference != pytest.approx(run_ranks(run, 1, recipe(tmp_path / "without"))[0], rel=1e-3)
+    for strategy, ranks in (("ddp", 2), ("fsdp", 3)):
+        plain = recipe(tmp_path / f"{strategy}-{ranks}", optim=decayed, parallel=parallel(strategy, 1))
+        same_losses(reference, run_ranks(run, ranks, plain)[0])
+    assert max(line["lr"] for line in lines(tmp_path / "fsdp-3") if "loss" in line) == 1e-3
+
+
 def test_clipping_by_the_norm_of_large_tensors(tmp_path: Path) -> None:
     """Matrices of millions of elements: a norm that is added up in fp32 depends on how they are cut."""
     options = {"patch_size": 8, "depth": 1, "embed_dim": 1024, "num_heads": 4}
