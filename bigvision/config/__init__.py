@@ -1,5 +1,6 @@
 """The run configuration: dataclasses, filled from a YAML recipe, then from flags. Nothing in a recipe names code."""
 
+from bigvision.config.ds_file import DsFile, read_ds_file
 from bigvision.config.resolve import Overrides, describe, load_config, resolve
 from bigvision.config.schema import (
     CheckpointConfig,
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DsFile",
     "ModelConfig",
     "MonitorConfig",
     "OptimConfig",
@@ -28,5 +30,6 @@ __all__ = [
     "describe",
     "load_config",
     "parse_size",
+    "read_ds_file",
     "resolve",
 ]

@@ -43,7 +43,8 @@ def parse_flags(defaults: Config, flags: list[str], kinds: Mapping[str, Any], pr
         parsed, unknown = tyro.cli(
             Config,
             prog=prog,
-            description="Train a timm model: bigvision train [RECIPE.yaml] [--section.key value ...]",
+            description="Train a timm model: bigvision train [RECIPE.yaml] [--section.key value ...]. "
+            "--deepspeed FILE is another spelling of --parallel.deepspeed FILE.",
             args=flags,
             default=defaults,
             registry=registry,

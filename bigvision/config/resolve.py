@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from bigvision.config.checks import check
+from bigvision.config.ds_file import read_ds_file
+from bigvision.config.ds_merge import merge
 from bigvision.config.flags import parse_flags
 from bigvision.config.schema import Config
 from bigvision.config.values import coerce, get, leaves, spell
@@ -24,8 +26,11 @@ def load_config(
 ) -> Config:
     """Build the configuration from a recipe (a YAML file or a mapping), then *overrides*, then command-line *flags*.
 
+    A DeepSpeed file (``parallel.deepspeed``) decides the strategy and what nothing else has decided.
+
     Raises:
-        UserError: an unknown key (with the nearest right name), a wrong type or an impossible value.
+        UserError: an unknown key (with the nearest right name), a wrong type or an impossible value, or a DeepSpeed file that
+            contradicts the rest.
     """
     return resolve(recipe, flags, overrides)[0]
 
@@ -50,6 +55,11 @@ def resolve(
             raise UserError(f"--{key} {value} contradicts {asked[1]}, which asks for {asked[0]!r}: drop one of the two")
         given[key] = (value, "flag")
     config = _build(given, kinds)
+    if path := config.parallel.deepspeed:
+        origins = {key: origin for key, (_, origin) in given.items()}
+        firm = {*(overrides or {}), *from_flags}
+        given |= {key: (value, path) for key, value in merge(read_ds_file(path), config, origins, firm, kinds).items()}
+        config = _build(given, kinds)
     check(config)
     return config, {key: given[key][1] if key in given else "default" for key in kinds}
 

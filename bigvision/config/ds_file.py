@@ -1,0 +1,275 @@
+"""A DeepSpeed configuration file (JSON), read without DeepSpeed: what it asks of our keys and what it passes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigvision.config import ds_keys
+from bigvision.config.ds_keys import Choice, Knob, Neutral, Only, Ours, Refused, Rule
+from bigvision.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class DsFile:
+    path: str
+    asked: Mapping[str, tuple[Any, str]]
+    """Our key → (the value that the file asks for, the file's key). What the file leaves to us is not here."""
+    also: Mapping[str, tuple[Any, ...]]
+    """Other values that agree with the file, where a part of what decides the key is "auto"."""
+    accumulation: int | None
+    """gradient_accumulation_steps; whether it fits is known with the number of ranks."""
+    knobs: Mapping[str, Any]
+    """What DeepSpeed gets as it stands, nested as in the file, without "auto"."""
+    said: Mapping[str, Any]
+    """The file's key → its value, for the keys that are ours."""
+
+
+def read_ds_file(path: str | Path) -> DsFile:
+    """Read the DeepSpeed file *path*.
+
+    A scheduler's warmup_type, warmup_num_steps, cos_min_ratio and total_num_steps have to be written (a value or "auto"), and
+    so has SGD's nesterov: DeepSpeed's values for what is left out are not ours. DeepSpeed's warm-up is one step behind
+    :func:`bigvision.optim.learning_rate`, which is what trains: its first step has the rate 0, ours the first above 0.
+
+    Raises:
+        UserError: not a JSON object, a key that DeepSpeed does not know or has removed, one that bigvision does not offer, a
+            value of the wrong type, or values that contradict each other.
+    """
+    reader = _Reader(str(path))
+    tree = reader.parse()
+    knobs = reader.walk(tree, ds_keys.TOP)
+    spellings = {f"zero_optimization.stage3_{name}": f"zero_optimization.{name}" for name in ds_keys.STAGE3}
+    for one, other in {"bfloat16": "bf16", **spellings}.items():
+        if {one, other} <= reader.present:
+            raise reader.error(f"{one} and {other} are one key: drop one of the two")
+    if "bfloat16" in knobs:
+        knobs["bf16"] = knobs.pop("bfloat16")
+    reader.strategy()
+    reader.precision()
+    reader.offload()
+    reader.optimizer()
+    reader.scheduler()
+    accumulation = reader.said.get("gradient_accumulation_steps", "auto")
+    return DsFile(
+        path=str(path),
+        asked=reader.asked,
+        also=reader.also,
+        accumulation=None if accumulation == "auto" else int(accumulation),
+        knobs=knobs,
+        said=reader.said,
+    )
+
+
+class _Reader:
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.said: dict[str, Any] = {}
+        self.asked: dict[str, tuple[Any, str]] = {}
+        self.also: dict[str, tuple[Any, ...]] = {}
+        self.present: set[str] = set()
+
+    def error(self, text: str) -> UserError:
+        return UserError(f"{self.path}: {text}")
+
+    def parse(self) -> dict[str, Any]:
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            names = [name for name, _ in pairs]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise self.error(f"the key {twice[0]!r} is written twice: drop one of the two")
+            return dict(pairs)
+
+        def finite(text: str) -> float:
+            if not math.isfinite(number := float(text)):
+                raise self.error(f"{text} is not a finite number: write one")
+            return number
+
+        try:
+            text = Path(self.path).read_text(encoding="utf-8-sig")
+            tree = json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+        except OSError as error:
+            raise self.error(f"{error.strerror or error}: name a DeepSpeed configuration file") from None
+        except UnicodeDecodeError:
+            raise self.error("not UTF-8 text: name a DeepSpeed configuration file") from None
+        except json.JSONDecodeError as error:
+            raise self.error(f"not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        except (RecursionError, ValueError):
+            raise self.error("not valid JSON: sections or numbers of a size that no setting has") from None
+        if not isinstance(tree, dict):
+            raise self.error(f"must hold an object such as {{...}}, not {_json(tree)}")
+        return tree
+
+    def walk(self, tree: Mapping[str, Any], table: Mapping[str, Rule], prefix: str = "") -> dict[str, Any]:
+        """Apply *table* to the section *tree*; return its knobs."""
+        knobs: dict[str, Any] = {}
+        for name, rule in table.items():
+            if name not in tree:
+                continue
+            key, value = prefix + name, tree[name]
+            self.present.add(key)
+            if isinstance(rule, Mapping):
+                if not isinstance(value, dict):
+                    raise self.error(f"{key}: {_json(value)} must be a section of keys: {{...}}")
+                if inner := self.walk(value, rule, f"{key}."):
+                    knobs[name] = inner
+            elif isinstance(rule, Refused):
+                if not (rule.switch and isinstance(value, dict) and value.get(rule.switch) is False):
+                    raise self.error(f"{key}: {_json(value)} is refused: {rule.why}")
+            elif isinstance(rule, Neutral):
+                pass
+            elif isinstance(rule, Only):
+                if value != "auto" and not any(_same(value, right) for right in rule.values):
+                    raise self.error(f"{key}: {_json(value)} is refused: {rule.why}")
+            elif isinstance(rule, Choice):
+                self.choose(key, value, rule)
+            else:
+                typed = value if value == "auto" else self.typed(key, value, rule)
+                if isinstance(rule, Ours):
+                    self.said[key] = value
+                    if rule.key and value != "auto":
+                        self.ask(rule.key, None if rule.key == "optim.clip" and value == 0 else typed, key)
+                elif value != "auto":
+                    knobs[name] = typed
+        # Last: a known key that is wrong, such as an optimizer's type, often explains an unknown one.
+        for name in tree:
+            if name not in table:
+                known = [known for known, rule in table.items() if not isinstance(rule, Refused)]
+                raise self.error(f"unknown key {prefix + name!r}{nearest(name, known)}; correct or drop it")
+        return knobs
+
+    def choose(self, key: str, value: Any, rule: Choice) -> None:
+        if not isinstance(value, str):
+            raise self.error(f"{key}: {_json(value)} is not a text")
+        self.said[key] = value
+        if value == "auto":
+            return
+        if value.lower() not in rule.accepts:
+            raise self.error(f"{key}: {_json(value)} is refused: {rule.refused.get(value.lower(), rule.mend)}")
+        self.ask(rule.key, rule.accepts[value.lower()], key)
+
+    def typed(self, key: str, value: Any, rule: Ours | Knob) -> Any:
+        """*value* as the rule's kind; 5e8 is a whole number, as it is for DeepSpeed."""
+        number = _is_number(value)
+        name, right = {
+            "bool": ("true or false", isinstance(value, bool)),
+            "int": ("a whole number", number and value % 1 == 0),
+            "number": ("a number", number),
+            "stage": ("one of 1, 2, 3", number and value in (0, 1, 2, 3)),
+            "device": ("one of none, cpu", value in ("none", "cpu")),
+            "level": ("one of " + ", ".join(ds_keys.LEVELS), value in ds_keys.LEVELS),
+            "betas": ("a list of 2 numbers", _is_pair(value)),
+        }[rule.kind]
+        if (rule.kind, value) == ("device", "nvme"):
+            raise self.error(f'{key}: "nvme" is refused: bigvision offloads to CPU memory; write "cpu" or "none"')
+        if not right:
+            raise self.error(f'{key}: {_json(value)} is not {name} or "auto"')
+        if number and not rule.lowest <= value <= rule.highest:
+            limit = f"from {rule.lowest:g} on" if rule.highest == math.inf else f"from {rule.lowest:g} to {rule.highest:g}"
+            raise self.error(f"{key}: {_json(value)} must be {limit}")
+        if rule.kind == "stage":
+            if value == 0:
+                raise self.error(f"{key}: 0 shards nothing: use --parallel.strategy ddp (or fsdp) without a DeepSpeed file")
+            return f"zero{int(value)}"
+        return int(value) if rule.kind == "int" else value
+
+    def ask(self, ours: str, value: Any, key: str) -> None:
+        before = self.asked.setdefault(ours, (value, key))
+        if before[0] != value:
+            raise self.error(f"{before[1]} and {key} both set {ours}, to {before[0]} and {value}: make them equal")
+
+    def strategy(self) -> None:
+        if "zero_optimization.stage" not in self.said:
+            raise self.error(
+                "zero_optimization.stage: is missing, so nothing is sharded: write a stage from 1 to 3, "
+                "or use --parallel.strategy ddp (or fsdp) without a DeepSpeed file"
+            )
+
+    def precision(self) -> None:
+        """One that is on decides. One that is off leaves the other, unless that is off too."""
+        states = {"fp16": "fp16.enabled", "bf16": "bfloat16.enabled" if "bfloat16.enabled" in self.said else "bf16.enabled"}
+        on = [name for name, key in states.items() if self.said.get(key) is True]
+        off = [name for name, key in states.items() if self.said.get(key) is False]
+        if len(on) == 2:
+            raise self.error(f"{states['fp16']} and {states['bf16']} are both true: choose one of the two")
+        if on:
+            self.ask("parallel.precision", on[0], states[on[0]])
+        elif off:
+            self.ask("parallel.precision", "fp32", states[off[0]])
+            self.also["parallel.precision"] = tuple(name for name in states if name not in off)
+
+    def offload(self) -> None:
+        keys = [f"zero_optimization.offload_{name}.device" for name in ("optimizer", "param")]
+        optimizer, param = (self.said.get(key) for key in keys)
+        if param == "cpu" and optimizer not in ("cpu", "auto"):
+            raise self.error(
+                f'{keys[1]}: "cpu" without {keys[0]}: "cpu": bigvision offloads parameters only together with the optimizer'
+            )
+        stage = self.said["zero_optimization.stage"]
+        if param == "cpu" and stage not in (3, "auto"):
+            raise self.error(f'{keys[1]}: "cpu" needs zero_optimization.stage 3, not {stage}')
+        if optimizer == "none":
+            self.ask("parallel.offload", "none", keys[0])
+        elif param == "cpu":
+            self.ask("parallel.offload", "all", keys[1])
+        elif optimizer == "cpu":
+            self.ask("parallel.offload", "optimizer", keys[0])
+            self.also["parallel.offload"] = ("all",) if param == "auto" else ()
+        elif param == "none":
+            self.ask("parallel.offload", "none", keys[1])
+            self.also["parallel.offload"] = ("optimizer",) if optimizer == "auto" else ()
+
+    def optimizer(self) -> None:
+        if "optimizer" not in self.present:
+            return
+        if "optimizer.type" not in self.said:
+            raise self.error('optimizer.type: is missing: write AdamW, SGD or "auto"')
+        name, _ = self.asked.get("optim.name", (None, ""))
+        given = {key.rpartition(".")[2] for key in self.present if key.startswith("optimizer.params.")}
+        if strange := sorted(given & {"adamw": ds_keys.SGD_ONLY, "sgd": ds_keys.ADAMW_ONLY}.get(name or "", set())):
+            raise self.error(f"optimizer.params.{strange[0]} does not belong to {self.said['optimizer.type']}: drop the key")
+        if self.said["optimizer.type"].lower() == "adam" and self.said.get("optimizer.params.adam_w_mode") is False:
+            raise self.error(
+                "optimizer.params.adam_w_mode: false is refused: bigvision's weight decay is decoupled; write true, or "
+                "use SGD for L2 decay"
+            )
+        momentum, nesterov = (self.said.get(f"optimizer.params.{key}") for key in ("momentum", "nesterov"))
+        if name == "sgd" and nesterov not in (True, "auto") and momentum != 0:
+            raise self.error('optimizer.params.nesterov: must be true or "auto": the momentum of SGD is Nesterov\'s')
+
+    def scheduler(self) -> None:
+        if "scheduler" not in self.present:
+            return
+        if "scheduler.type" not in self.said:
+            raise self.error('scheduler.type: is missing: write WarmupLR, WarmupCosineLR or "auto"')
+        schedule, _ = self.asked.get("optim.schedule", ("", ""))
+        given = {key.rpartition(".")[2] for key in self.present if key.startswith("scheduler.params.")}
+        if strange := sorted(given & {"constant": ds_keys.COSINE_ONLY, "cosine": ds_keys.CONSTANT_ONLY}.get(schedule, set())):
+            raise self.error(f"scheduler.params.{strange[0]} does not belong to {self.said['scheduler.type']}: drop the key")
+        for name, default in ds_keys.NEEDED.get(schedule, {}).items():
+            if name not in given:
+                mend = '"linear"' if name == "warmup_type" else '"auto"'
+                raise self.error(f"scheduler.params.{name}: is missing, which means {default} in DeepSpeed: write {mend}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_number(item) for item in value)
+
+
+def _same(value: Any, right: Any) -> bool:
+    """Equal, where true is not 1 and a text may have capitals."""
+    if isinstance(value, str) and isinstance(right, str):
+        return value.lower() == right
+    return value == right and isinstance(value, bool) == isinstance(right, bool)
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

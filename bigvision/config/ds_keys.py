@@ -1,0 +1,296 @@
+"""Every key of a DeepSpeed configuration file, and what becomes of it here.
+
+A key has a key of ours, is passed on to DeepSpeed, changes nothing, or is refused with the reason. "auto" is accepted wherever
+a value of ours or of DeepSpeed can stand in; a section that is switched off (``"enabled": false``) asks for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Ours(NamedTuple):
+    """Has a key of ours, or is read together with others."""
+
+    kind: str
+    key: str = ""
+    lowest: float = 0
+    highest: float = math.inf
+
+
+class Choice(NamedTuple):
+    """A name for which we have a value (upper and lower case are one)."""
+
+    key: str
+    accepts: Mapping[str, str]
+    refused: Mapping[str, str]
+    mend: str
+
+
+class Knob(NamedTuple):
+    """Passed on to DeepSpeed: how it works, not what it computes."""
+
+    kind: str
+    lowest: float = 0
+    highest: float = math.inf
+
+
+class Only(NamedTuple):
+    """Accepted with these values: another one would change the numbers or would do nothing."""
+
+    values: tuple[Any, ...]
+    why: str
+
+
+class Neutral(NamedTuple):
+    """Changes nothing here, whatever its value."""
+
+    why: str
+
+
+class Refused(NamedTuple):
+    why: str
+    switch: str = ""
+    """A section in which this is false asks for nothing."""
+
+
+Rule = Ours | Choice | Knob | Only | Neutral | Refused | Mapping[str, "Rule"]
+
+REMOVED = "DeepSpeed has removed it: drop the key"
+QUANTIZED = Only((False,), "quantized communication changes the numbers; write false")
+NVME = Only((None,), "bigvision offloads to CPU memory, not to NVMe; drop the key")
+LEVELS = ("debug", "info", "warning", "error", "critical")
+BOOL, COUNT, SIZE = Knob("bool"), Knob("int"), Knob("int", 1)
+FLAT = "it needs whole tensors, while ZeRO gives each rank a flat piece of them: use AdamW or SGD"
+MISSING = "optim.name does not offer it: use AdamW or SGD"
+
+UNOFFERED: dict[str, str] = {
+    **dict.fromkeys(("adafactor", "adalomo", "came", "lamb", "lars", "muon", "shampoo", "soap"), FLAT),
+    **dict.fromkeys(("onebitadam", "onebitlamb", "zerooneadam"), "DeepSpeed has removed it: use AdamW or SGD"),
+}
+
+OPTIMIZER = {
+    "type": Choice(
+        "optim.name",
+        {"adamw": "adamw", "adam": "adamw", "sgd": "sgd"},
+        UNOFFERED,
+        MISSING,
+    ),
+    "params": {
+        "lr": Ours("number", "optim.lr"),
+        "weight_decay": Ours("number", "optim.weight_decay"),
+        "betas": Ours("betas", "optim.betas"),
+        "momentum": Ours("number", "optim.momentum"),
+        "nesterov": Ours("bool"),
+        "adam_w_mode": Ours("bool"),
+        "eps": Only((1e-8,), "bigvision's AdamW has eps 1e-8; drop the key"),
+        "dampening": Only((0,), "bigvision's SGD has no dampening; drop the key"),
+        "amsgrad": Only((False,), "bigvision has no AMSGrad; drop the key"),
+        "bias_correction": Only((True,), "bigvision's AdamW corrects the bias; drop the key"),
+        "fp32_optimizer_states": Only((True,), "bigvision keeps the optimizer's state in fp32; drop the key"),
+        "torch_adam": Neutral("the same numbers by other code"),
+        "foreach": Neutral("the same numbers by other code"),
+        "fused": Neutral("the same numbers by other code"),
+        "set_grad_none": Neutral("the engine clears the gradients"),
+        "max_grad_norm": Refused("write gradient_clipping instead"),
+    },
+    "legacy_fusion": Only((False,), "use false: the older code has other numbers"),
+}
+ADAMW_ONLY = {"betas", "adam_w_mode", "eps", "amsgrad", "bias_correction", "fp32_optimizer_states", "torch_adam"}
+SGD_ONLY = {"momentum", "nesterov", "dampening"}
+
+SCHEDULER = {
+    "type": Choice(
+        "optim.schedule",
+        {"warmuplr": "constant", "warmupcosinelr": "cosine"},
+        {},
+        "optim.schedule does not offer it: use WarmupLR (constant) or WarmupCosineLR (cosine)",
+    ),
+    "params": {
+        "warmup_num_steps": Ours("int", "optim.warmup", 1),
+        "warmup_max_lr": Ours("number", "optim.lr"),
+        "total_num_steps": Ours("int", "train.steps", 1),
+        "warmup_type": Only(("linear",), 'the warm-up is linear; write "linear"'),
+        "warmup_min_lr": Only((0,), "the warm-up rises from 0; write 0"),
+        "warmup_min_ratio": Only((0,), "the warm-up rises from 0; write 0"),
+        "cos_min_ratio": Only((0,), "the cosine falls to 0; write 0"),
+        "last_batch_iteration": Only((-1,), "checkpoint.resume continues a run; drop the key"),
+    },
+}
+# DeepSpeed's value for one that is left out would not be ours.
+NEEDED = {
+    "constant": {"warmup_type": '"log"', "warmup_num_steps": "1000"},
+    "cosine": {"warmup_type": '"log"', "warmup_num_steps": "1000", "cos_min_ratio": "0.0001", "total_num_steps": "no value"},
+}
+CONSTANT_ONLY, COSINE_ONLY = {"warmup_max_lr", "warmup_min_lr"}, {"total_num_steps", "warmup_min_ratio", "cos_min_ratio"}
+
+BF16 = {
+    "enabled": Ours("bool"),
+    "immediate_grad_update": BOOL,
+    "check_grad_overflow": BOOL,
+    "bf16_master_weights_and_grads": Only((False,), "master weights stay fp32; write false"),
+    "bf16_optimizer_states": Only((False,), "the optimizer's state stays fp32; write false"),
+}
+FP16 = {
+    "enabled": Ours("bool"),
+    "loss_scale": Knob("number"),
+    "initial_scale_power": COUNT,
+    "loss_scale_window": SIZE,
+    "hysteresis": COUNT,
+    "consecutive_hysteresis": BOOL,
+    "min_loss_scale": SIZE,
+    "auto_cast": Only((False,), "the images are cast where the model needs it; write false"),
+    "fp16_master_weights_and_grads": Only((False,), "master weights stay fp32; write false"),
+}
+
+OFFLOAD_PARAM = {
+    "device": Ours("device"),
+    "pin_memory": BOOL,
+    "nvme_path": NVME,
+    "buffer_count": COUNT,
+    "buffer_size": COUNT,
+    "max_in_cpu": COUNT,
+}
+OFFLOAD_OPTIMIZER = {
+    "device": Ours("device"),
+    "pin_memory": BOOL,
+    "nvme_path": NVME,
+    "buffer_count": COUNT,
+    "pipeline_read": BOOL,
+    "pipeline_write": BOOL,
+    "fast_init": BOOL,
+    "cpuadam_cores_perc": Knob("number", 0, 1),
+    "ratio": Only((1,), "bigvision offloads the whole optimizer state; write 1"),
+    "super_offload": Only((False,), "bigvision has no SuperOffload; write false"),
+}
+
+# DeepSpeed takes these with and without stage3_ before them.
+STAGE3 = {
+    "prefetch_bucket_size": COUNT,
+    "param_persistence_threshold": COUNT,
+    "model_persistence_threshold": COUNT,
+    "max_live_parameters": COUNT,
+    "max_reuse_distance": COUNT,
+    "module_granularity_threshold": COUNT,
+    "use_all_reduce_for_fetch_params": BOOL,
+    "allgather_sequential": BOOL,
+    "gather_16bit_weights_on_model_save": Neutral("bigvision saves the model itself"),
+}
+ZERO: Mapping[str, Rule] = {
+    "stage": Ours("stage", "parallel.strategy"),
+    "offload_optimizer": OFFLOAD_OPTIMIZER,
+    "offload_param": OFFLOAD_PARAM,
+    "contiguous_gradients": BOOL,
+    "reduce_scatter": BOOL,
+    "reduce_bucket_size": SIZE,
+    "use_multi_rank_bucket_allreduce": BOOL,
+    "allgather_partitions": BOOL,
+    "allgather_bucket_size": COUNT,
+    "overlap_comm": BOOL,
+    "sub_group_size": COUNT,
+    **STAGE3,
+    **{f"stage3_{name}": rule for name, rule in STAGE3.items()},
+    "stage3_gather_fp16_weights_on_model_save": Neutral("bigvision saves the model itself"),
+    "load_from_fp32_weights": Neutral("bigvision loads its own checkpoints"),
+    "pipeline_loading_checkpoint": Neutral("bigvision loads its own checkpoints"),
+    "ignore_unused_parameters": BOOL,
+    "round_robin_gradients": BOOL,
+    "parameter_alignment": BOOL,
+    "memory_efficient_linear": BOOL,
+    "override_module_apply": BOOL,
+    "log_trace_cache_warnings": BOOL,
+    "enable_sanity_checks": BOOL,
+    "compute_grad_norm": Only((True,), "bigvision reports and clips the gradient's norm; write true"),
+    "elastic_checkpoint": Only((False,), "bigvision's checkpoints fit any number of ranks; write false"),
+    "legacy_stage1": Only((False,), "write false"),
+    "save_muon_momentum_buffer_in_memory": Only((False,), "optim.name does not offer Muon; write false"),
+    "zero_hpz_partition_size": Only((1,), "bigvision has no secondary partition; write 1"),
+    "zero_quantized_weights": QUANTIZED,
+    "zero_quantized_nontrainable_weights": QUANTIZED,
+    "zero_quantized_gradients": QUANTIZED,
+    "leaf_module": Refused("bigvision decides what is gathered together; drop the key"),
+    "zenflow": Refused("ZenFlow steps with old gradients, which changes the numbers; drop the key"),
+    "cpu_offload": Refused('an old spelling: write "offload_optimizer": {"device": "cpu"}'),
+    "cpu_offload_param": Refused('an old spelling: write "offload_param": {"device": "cpu"}'),
+    "cpu_offload_use_pin_memory": Refused("an old spelling: write pin_memory in offload_optimizer and offload_param"),
+    **dict.fromkeys(("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"), Refused(REMOVED)),
+}
+
+METRICS = Refused("bigvision writes metrics.jsonl itself, see monitor.every; drop the section", "enabled")
+DATA = Refused("bigvision has its own data order; drop the section", "enabled")
+PARALLEL = Refused("bigvision is data-parallel; drop the key")
+PRECISION = Only((), 'parallel.precision decides; write "auto"')
+SAVING = Refused("bigvision writes its own checkpoints, see checkpoint.every and checkpoint.keep; drop the section")
+
+TOP: Mapping[str, Rule] = {
+    "zero_optimization": ZERO,
+    "train_batch_size": Ours("int", "train.global_batch", 1),
+    "train_micro_batch_size_per_gpu": Ours("int", "train.micro_batch", 1),
+    "gradient_accumulation_steps": Ours("int", "", 1),
+    "gradient_clipping": Ours("number", "optim.clip"),
+    "fp16": FP16,
+    "bf16": BF16,
+    "bfloat16": BF16,
+    "optimizer": OPTIMIZER,
+    "scheduler": SCHEDULER,
+    # How DeepSpeed works and what it prints.
+    "steps_per_print": SIZE,
+    "wall_clock_breakdown": BOOL,
+    "memory_breakdown": BOOL,
+    "dump_state": BOOL,
+    "disable_allgather": BOOL,
+    "disable_python_gc": BOOL,
+    "log_level": Knob("level"),
+    "timers": {"throughput": {"enabled": BOOL, "synchronized": BOOL}},
+    # Numbers.
+    "communication_data_type": Only(("fp32",), "gradients are reduced in fp32; write fp32"),
+    "data_types": {
+        "grad_accum_dtype": Only(("fp32",), "gradients are accumulated in fp32; write fp32"),
+        "param_dtype": PRECISION,
+        "buffer_dtype": PRECISION,
+        "keep_in_fp32_modules": PRECISION,
+    },
+    "prescale_gradients": Only((False,), "the gradient is the mean over the ranks; write false"),
+    "gradient_predivide_factor": Only((1,), "the gradient is the mean over the ranks; write 1"),
+    "gradient_allreduce_op": Only(("mean",), "the gradient is the mean over the ranks; write mean"),
+    "managed_gradient_accumulation": Only((True,), "accumulation follows from the batch sizes; write true"),
+    "torch_autocast": Refused("parallel.precision decides what is computed in; drop the section", "enabled"),
+    "weight_quantization": Refused("bigvision does not quantize weights; drop the section"),
+    # What bigvision does itself.
+    "zero_allow_untested_optimizer": Neutral("bigvision's optimizers are tested"),
+    "zero_force_ds_cpu_optimizer": Neutral("the optimizer follows from optim.name and parallel.offload"),
+    "dataloader_drop_last": Neutral("DeepSpeed's data loader is not used"),
+    "vocabulary_size": Neutral("images have no vocabulary"),
+    "activation_checkpointing": Refused("use parallel.recompute: blocks and drop the section"),
+    "compile": Refused("use parallel.compile: true and drop the section", "deepcompile"),
+    "flops_profiler": Refused("bigvision measures its steps itself; drop the section", "enabled"),
+    "autotuning": Refused("bigvision does not start DeepSpeed's tuner; drop the section", "enabled"),
+    "comms_logger": Refused("bigvision does not log DeepSpeed's communication; drop the section", "enabled"),
+    "tensorboard": METRICS,
+    "wandb": METRICS,
+    "csv_monitor": METRICS,
+    "comet": METRICS,
+    "data_efficiency": DATA,
+    "checkpoint": SAVING,
+    "datastates_ckpt": SAVING,
+    "aio": Refused("bigvision offloads to CPU memory, not to NVMe; drop the section"),
+    "hybrid_engine": Refused("it generates text between training steps; drop the section", "enabled"),
+    # Other kinds of parallelism.
+    "pipeline": PARALLEL,
+    "tensor_parallel": PARALLEL,
+    "expert_parallel": PARALLEL,
+    "data_parallel_size": PARALLEL,
+    "sequence_parallel_size": Only((1,), "bigvision is data-parallel; write 1"),
+    "seq_parallel_communication_data_type": Only(("fp32",), "bigvision is data-parallel; drop the key"),
+    "use_data_before_expert_parallelism": Only((False,), "bigvision is data-parallel; write false"),
+    # Gone.
+    "allgather_size": Refused("an old spelling: write allgather_bucket_size in zero_optimization"),
+    "amp": Refused("DeepSpeed has removed it: use parallel.precision and drop the key"),
+    **dict.fromkeys(
+        ("compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula",
+         "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
+        Refused(REMOVED),
+    ),
+}  # fmt: skip
