@@ -17,6 +17,7 @@ USAGE = """usage: bigvision COMMAND ...
   train [RECIPE.yaml] [--section.key value ...]   train; without a recipe, the handwritten digits
   eval STEP_FOLDER [--section.key value ...]      print a checkpoint's validation metrics
 
+--deepspeed FILE and --deepspeed_config FILE are other spellings of --parallel.deepspeed FILE.
 More: bigvision train --help; train and eval both run under torchrun and accelerate launch."""
 
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
-        return COMMANDS[command](_without_local_rank(rest))
+        return COMMANDS[command](_with_our_spelling(_without_local_rank(rest)))
     except UserError as error:
         if _speaks():
             print(f"error: {error}", file=sys.stderr)
@@ -72,6 +73,9 @@ def run_eval(arguments: list[str]) -> int:
         raise UserError(f"eval: {folder} is not a step folder of a run: {error}") from None
     from bigvision.launching.accelerate import overrides
 
+    if isinstance(saved, dict) and isinstance(saved.get("parallel"), dict):
+        # The file may be gone, and what it decided is saved; it counts again where a flag names it.
+        saved["parallel"]["deepspeed"] = None
     config, _ = resolve(saved, arguments[1:], overrides(os.environ), prog="bigvision eval STEP_FOLDER")
     from bigvision.training import evaluate_checkpoint
 
@@ -103,6 +107,16 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
     while at := next((n for n, argument in enumerate(joined, start=1) if argument in ("--local_rank", "--local-rank")), 0):
         del joined[at - 1 : at + 1]
     return joined
+
+
+def _with_our_spelling(arguments: list[str]) -> list[str]:
+    """DeepSpeed's flags for its file in our words. Its bare ``--deepspeed`` beside ``--deepspeed_config FILE`` says no more."""
+    named = any(re.match(r"--deepspeed[-_]config(=|\Z)", argument) for argument in arguments)
+    kept = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"]):
+        if not (named and argument == "--deepspeed" and following.startswith("-")):
+            kept.append(re.sub(r"\A--deepspeed([-_]config)?(?==|\Z)", "--parallel.deepspeed", argument))
+    return kept
 
 
 COMMANDS = {"train": run_train, "eval": run_eval}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 from pathlib import Path
 
@@ -160,6 +161,42 @@ def test_accelerate_settings_that_are_refused(tmp_path: Path) -> None:
     accelerate = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
     code, _, message = run_ranks(command, 1, ["train", path], accelerate)[0]
     assert code == 2 and "FSDP_OFFLOAD_PARAMS=true" in message and message.count("\n") == 1
+
+
+def test_a_deepspeed_file_in_its_three_spellings(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 2, "elastic": 1}')
+    for flags in (["--deepspeed", str(file)], [f"--deepspeed={file}"], ["--deepspeed", "--deepspeed_config", str(file)]):
+        code, _, message = command(["train", path, *flags])
+        assert code == 2 and message.count("\n") == 1 and f"{file}: unknown key 'elastic'" in message
+    refused(["train", path, "--parallel.deepspeed", str(file)], str(file), "unknown key 'elastic'", ranks=2)
+    file.write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": 7}')
+    refused(["train", path, "--deepspeed", str(file)], "train_batch_size: 7", "train.global_batch: ", path)
+    refused(["train", path, "--deepspeed", str(tmp_path / "no.json")], "no.json", "No such file")
+    assert command(["train", path, "--deepspeed"])[0] == 2
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    refused(["train", path, "--deepspeed", str(file), "--parallel.strategy", "fsdp"], "stage: 2", "parallel.strategy: fsdp")
+    code, out, err = command(["train", path, "--deepspeed", "--deepspeed_config", str(file), "--print-config"])
+    assert code == 0 and f"strategy: zero2 # {file}" in " ".join(out.split()), err
+    for arguments in (["--help"], ["train", "--help"]):
+        assert "--deepspeed FILE" in " ".join(command(arguments)[1].split())
+
+
+def test_an_evaluation_does_not_need_the_file_that_the_run_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bigvision.training
+
+    configs = []
+    monkeypatch.setattr(bigvision.training, "evaluate_checkpoint", lambda folder, config: configs.append(config) or {})
+    saved = {"parallel": {"deepspeed": str(tmp_path / "gone.json"), "strategy": "zero2"}}
+    (tmp_path / "progress.json").write_text(json.dumps({"config": saved}))
+    assert command(["eval", str(tmp_path)])[0] == 0
+    assert (configs[0].parallel.deepspeed, configs[0].parallel.strategy) == (None, "zero2")
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    assert command(["eval", str(tmp_path), "--deepspeed", str(tmp_path / "ds.json")])[0] == 0
+    assert configs[1].parallel.strategy == "zero3"
+    code, _, message = command(["eval", str(tmp_path), "--deepspeed", str(tmp_path / "gone.json")])
+    assert code == 2 and "gone.json" in message
 
 
 def test_what_is_right(tmp_path: Path) -> None:
