@@ -6,9 +6,11 @@ by name. Nothing is ignored: a setting that the table does not know is refused a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from bigvision.config import read_ds_file
 from bigvision.errors import UserError, nearest
 
 Overrides = dict[str, tuple[object, str]]
@@ -28,7 +30,7 @@ class Rule(NamedTuple):
 
 RULES: dict[str, Rule] = {
     # How the ranks were launched.
-    "ACCELERATE_USE_DEEPSPEED": Rule(NO, "bigvision has no DeepSpeed ZeRO here; use distributed_type: FSDP"),
+    "ACCELERATE_USE_DEEPSPEED": Rule(YES + NO, "use true or false"),
     "ACCELERATE_USE_MEGATRON_LM": Rule(NO, "Megatron-LM is not for vision backbones; use distributed_type: FSDP"),
     "ACCELERATE_USE_SAGEMAKER": Rule(NO, "start the ranks with compute_environment: LOCAL_MACHINE"),
     "ACCELERATE_USE_FSDP": Rule(
@@ -45,7 +47,7 @@ RULES: dict[str, Rule] = {
         {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}, "use mixed_precision: no, bf16 or fp16", "parallel.precision"
     ),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": Rule(
-        ("1",), "accumulation follows from train.global_batch and train.micro_batch; drop gradient_accumulation_steps"
+        ("1", "auto"), "accumulation follows from train.global_batch and train.micro_batch; drop gradient_accumulation_steps"
     ),
     # torch.compile. "NO" is set by every launch, so it leaves the recipe's choice.
     "ACCELERATE_DYNAMO_BACKEND": Rule(
@@ -57,6 +59,22 @@ RULES: dict[str, Rule] = {
     "ACCELERATE_DYNAMO_USE_DYNAMIC": Rule(NO, "bigvision compiles for the shapes it meets; drop dynamo_use_dynamic"),
     "ACCELERATE_DYNAMO_USE_FULLGRAPH": Rule(NO, "a block may have graph breaks; drop dynamo_use_fullgraph"),
     "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": Rule(YES + NO, "bigvision always compiles block by block"),
+    # DeepSpeed: which kind of ZeRO. What is read together is in _deepspeed.
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": Rule(ANY, "see _deepspeed"),
+    "ACCELERATE_CONFIG_DS_FIELDS": Rule(ANY, "names the keys of accelerate's own file; see _deepspeed"),
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": Rule(
+        {"1": "zero1", "2": "zero2", "3": "zero3"},
+        "use zero_stage: 1, 2 or 3; without ZeRO use distributed_type: MULTI_GPU or FSDP",
+        "parallel.strategy",
+    ),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": Rule(("cpu",), "bigvision offloads to CPU memory; use cpu or none"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": Rule(("cpu",), "bigvision offloads to CPU memory; use cpu or none"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": Rule((), "bigvision offloads to CPU memory; drop it"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": Rule((), "bigvision offloads to CPU memory; drop it"),
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": Rule((), "bigvision has no mixtures of experts; drop it"),
+    "ACCELERATE_GRADIENT_CLIPPING": Rule(ANY, "see _deepspeed"),
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": Rule(ANY, "no rank ever builds more than its share and one tensor"),
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": Rule(ANY, "a checkpoint has one form, which does not depend on ZeRO"),
     # FSDP: how the model is sharded.
     "FSDP_VERSION": Rule(("1", "2"), "use fsdp_version: 2. Both give the same shards and numbers; bigvision uses fully_shard"),
     "FSDP_SHARDING_STRATEGY": Rule(
@@ -100,29 +118,43 @@ RULES: dict[str, Rule] = {
 }
 
 
+DEEPSPEED = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_GRADIENT_CLIPPING")
+DEEPSPEED_VALUES = (
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_GRADIENT_CLIPPING",
+)
+
+
 def overrides(environ: Mapping[str, str]) -> Overrides:
     """Our keys that ``accelerate launch`` decides: ``{"parallel.precision": ("bf16", "ACCELERATE_MIXED_PRECISION")}``.
 
     Empty without accelerate. The launcher always sets ACCELERATE_MIXED_PRECISION; a user may set ACCELERATE_USE_* by hand.
 
     Raises:
-        UserError: a setting that bigvision does not have, or one that it does not know.
+        UserError: a setting that bigvision does not have, or one that it does not know, or a DeepSpeed file that is refused.
     """
     if not any(name == "ACCELERATE_MIXED_PRECISION" or name.startswith("ACCELERATE_USE_") for name in environ):
         return {}
     _refuse_one_process_for_several(environ)
-    # Accelerate, too, reads the second and the third family only when the first one says so.
+    # Accelerate, too, reads the other families only when the first one says so.
     families = ["ACCELERATE_"]
+    unread = DEEPSPEED if not _is_on(environ, "ACCELERATE_USE_DEEPSPEED") else ()
     families += ["FSDP_"] if _is_on(environ, "ACCELERATE_USE_FSDP") else []
     families += ["PARALLELISM_CONFIG_"] if _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG") else []
     # In the table's order, so that the broadest mistake is said first; then the names that it does not have.
     order = [*RULES, *sorted(set(environ) - set(RULES))]
 
     asked: Overrides = {"parallel.strategy": ("ddp", "ACCELERATE_USE_FSDP (not set)")}
+    settled: set[str] = set()
+    if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
+        asked, settled = _deepspeed(environ)
     for name in order:
         text = environ.get(name, "")
         value = text.strip().lower()
-        if not name.startswith(tuple(families)) or value in ("", "none"):
+        if not name.startswith(tuple(families)) or name.startswith(unread) or name in settled or value in ("", "none"):
             continue
         rule = RULES.get(name)
         if rule is None:
@@ -138,6 +170,49 @@ def overrides(environ: Mapping[str, str]) -> Overrides:
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "").strip().lower() in YES
+
+
+def _deepspeed(environ: Mapping[str, str]) -> tuple[Overrides, set[str]]:
+    """What a DeepSpeed launch asks for beside the table, and the names that need no more reading.
+
+    A mixed precision of "no" is also what the launcher writes when nobody chose one. It then gives way to a DeepSpeed file
+    that says its precision; where the file leaves it open, "no" is fp32 as with every launch.
+    """
+    if _is_on(environ, "ACCELERATE_USE_FSDP"):
+        raise UserError("ACCELERATE_USE_DEEPSPEED=true is refused beside ACCELERATE_USE_FSDP=true: choose one of the two")
+    # Accelerate's stage where none is named.
+    asked: Overrides = {"parallel.strategy": ("zero2", "ACCELERATE_USE_DEEPSPEED")}
+    settled = {"ACCELERATE_USE_FSDP"}
+    said = {name: text for name in DEEPSPEED_VALUES if (text := environ.get(name, "").strip()).lower() not in ("", "auto")}
+    file = said.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file.lower() != "none":
+        asked = {"parallel.deepspeed": (file, "ACCELERATE_DEEPSPEED_CONFIG_FILE")}
+        content = read_ds_file(file)
+        if said.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == str(content.accumulation):
+            settled.add("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+        unset = "mixed_precision" not in environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+        unset = unset and environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == "no"
+        if unset and "parallel.precision" in content.asked:
+            settled.add("ACCELERATE_MIXED_PRECISION")
+    clip = said.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    if clip.lower() != "none":
+        try:
+            norm = float(clip)
+        except ValueError:
+            norm = -1.0
+        if not 0 <= norm < math.inf:
+            raise UserError(f"ACCELERATE_GRADIENT_CLIPPING={clip} is refused: use a number, or 0 for none")
+        asked["optim.clip"] = (norm or None, "ACCELERATE_GRADIENT_CLIPPING")
+    names = ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE")
+    optimizer, param = (said.get(name, "").lower() for name in names)
+    if param == "cpu" and optimizer != "cpu":
+        raise UserError(
+            f"{names[1]}=cpu is refused: parameters are offloaded only together with the optimizer; set both to cpu"
+        )
+    if optimizer or param:
+        offload = "all" if param == "cpu" else "optimizer" if optimizer == "cpu" else "none"
+        asked["parallel.offload"] = (offload, names[1] if param == "cpu" or not optimizer else names[0])
+    return asked, settled
 
 
 def _mesh(environ: Mapping[str, str]) -> Overrides:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,13 @@ FSDP = {
     "MASTER_PORT": "41719",
     "RANK": "0",
     "WORLD_SIZE": "2",
+}
+# And for launch/accelerate/deepspeed_zero2_cpu.yaml with zero_stage: 2 in place of the file.
+ZERO = {name: FSDP[name] for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")} | {
+    "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_USE_DEEPSPEED": "true",
 }
 DDP = {name: value for name, value in FSDP.items() if "FSDP" not in name}
 MESH = {f"PARALLELISM_CONFIG_{name}_SIZE": "1" for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")}
@@ -113,7 +121,6 @@ def test_neutral(name: str, value: str) -> None:
         ("ACCELERATE_FP8_BACKEND", "TE"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
         ("ACCELERATE_MIXED_PRECISION", "fp8"),
-        ("ACCELERATE_USE_DEEPSPEED", "true"),
         ("ACCELERATE_USE_FSDP", "perhaps"),
         ("ACCELERATE_USE_MEGATRON_LM", "true"),
         ("ACCELERATE_USE_SAGEMAKER", "true"),
@@ -137,6 +144,113 @@ def test_refused_by_name_in_one_line(name: str, value: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(f'{name}={value}')}") as error:
         overrides((DDP if name == "ACCELERATE_USE_FSDP" else FSDP) | {name: value})
     assert "\n" not in str(error.value) and len(str(error.value)) > len(name) + 20
+
+
+def test_the_deepspeed_launch() -> None:
+    fp32 = {"parallel.precision": ("fp32", "ACCELERATE_MIXED_PRECISION")}
+    stage = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+    assert overrides(ZERO) == fp32 | {"parallel.strategy": ("zero2", stage)}
+    assert overrides(ZERO | {stage: "3"})["parallel.strategy"] == ("zero3", stage)
+    unset = {name: value for name, value in ZERO.items() if name != stage}
+    assert overrides(unset)["parallel.strategy"] == ("zero2", "ACCELERATE_USE_DEEPSPEED"), "accelerate's own default"
+    off = ZERO | {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_GRADIENT_CLIPPING": "1.0"}
+    assert overrides(off)["parallel.strategy"][0] == "ddp" and "optim.clip" not in overrides(off), "accelerate reads it not"
+
+
+OPTIMIZER, PARAM = (f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE" for name in ("OPTIMIZER", "PARAM"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "key", "ours"),
+    [
+        ({OPTIMIZER: "cpu"}, "parallel.offload", ("optimizer", OPTIMIZER)),
+        ({OPTIMIZER: "cpu", PARAM: "none"}, "parallel.offload", ("optimizer", OPTIMIZER)),
+        ({OPTIMIZER: "cpu", PARAM: "cpu"}, "parallel.offload", ("all", PARAM)),
+        ({OPTIMIZER: "none", PARAM: "none"}, "parallel.offload", ("none", OPTIMIZER)),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "optim.clip", (0.5, "ACCELERATE_GRADIENT_CLIPPING")),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "0.0"}, "optim.clip", (None, "ACCELERATE_GRADIENT_CLIPPING")),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "parallel.precision", ("bf16", "ACCELERATE_MIXED_PRECISION")),
+    ],
+)
+def test_deepspeed_settings_that_are_honoured(environ: dict[str, str], key: str, ours: tuple) -> None:
+    assert overrides(ZERO | environ) == overrides(ZERO) | {key: ours}
+    offload_all = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"} if ours[0] == "all" else {}
+    assert resolve(overrides=overrides(ZERO | environ | offload_all))[1][key] == ours[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH", "none"),
+        ("ACCELERATE_DEEPSPEED_ZERO3_INIT", "true"),
+        ("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "true"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "auto"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "none"),
+        ("ACCELERATE_USE_FSDP", "false"),
+        ("FSDP_OFFLOAD_PARAMS", "true"),
+    ],
+)
+def test_deepspeed_settings_that_are_neutral(name: str, value: str) -> None:
+    assert overrides(ZERO | {name: value}) == overrides(ZERO)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", "Block"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "nvme"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH", "/disk"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH", "/disk"),
+        ("ACCELERATE_DEEPSPEED_SOMETHING_NEW", "true"),
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "nan"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "much"),
+        ("ACCELERATE_USE_DEEPSPEED", "perhaps"),
+    ],
+)
+def test_deepspeed_settings_that_are_refused(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(f'{name}={value}')}") as error:
+        overrides(ZERO | {name: value})
+    assert "\n" not in str(error.value) and len(str(error.value)) > len(name) + 20
+
+
+def test_fsdp_and_deepspeed_together_are_refused() -> None:
+    with pytest.raises(UserError, match=r"ACCELERATE_USE_DEEPSPEED=true .* ACCELERATE_USE_FSDP=true"):
+        overrides(ZERO | {"ACCELERATE_USE_FSDP": "true"})
+
+
+def test_a_deepspeed_file(tmp_path: Path) -> None:
+    def launch(text: str, **environ: str) -> dict[str, tuple[object, str]]:
+        (tmp_path / "ds.json").write_text(text)
+        given = {name: value for name, value in ZERO.items() if name != "ACCELERATE_DEEPSPEED_ZERO_STAGE"}
+        given |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}
+        given |= {"ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file"}
+        return overrides(given | {f"ACCELERATE_{name}": value for name, value in environ.items()})
+
+    open_file = '{"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}'
+    bf16_file = '{"zero_optimization": {"stage": 3}, "bf16": {"enabled": true}, "gradient_accumulation_steps": 4}'
+    asked = {"parallel.deepspeed": (str(tmp_path / "ds.json"), "ACCELERATE_DEEPSPEED_CONFIG_FILE")}
+    fp32 = {"parallel.precision": ("fp32", "ACCELERATE_MIXED_PRECISION")}
+    assert launch(open_file) == asked | fp32, '"no" is fp32, as with every launch'
+    assert launch(bf16_file) == asked, 'a "no" that nobody chose gives way'
+    config, origins = resolve({"parallel": {"strategy": "fsdp"}}, [], launch(bf16_file))
+    assert (config.parallel.strategy, config.parallel.precision) == ("zero3", "bf16")
+    assert origins["parallel.strategy"] == origins["parallel.precision"] == str(tmp_path / "ds.json")
+    with pytest.raises(UserError, match=r"bf16.enabled: true contradicts parallel.precision: fp32 \(ACCELERATE_MIXED"):
+        resolve(None, [], launch(bf16_file, CONFIG_DS_FIELDS="deepspeed_config_file,mixed_precision"))
+    with pytest.raises(UserError, match=r"stage: 3 contradicts parallel.strategy: zero2 \(ACCELERATE_DEEPSPEED_ZERO_STAGE\)"):
+        resolve(None, [], launch(bf16_file, DEEPSPEED_ZERO_STAGE="2"))
+    assert launch(bf16_file, GRADIENT_ACCUMULATION_STEPS="4") == asked
+    for text, steps in ((bf16_file, "2"), (open_file, "4")):
+        with pytest.raises(UserError, match=f"^ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} is refused"):
+            launch(text, GRADIENT_ACCUMULATION_STEPS=steps)
+    with pytest.raises(UserError, match=r"ds\.json: not valid JSON"):
+        launch("{")
 
 
 def test_an_unknown_name_gets_the_nearest_one() -> None:
@@ -189,3 +303,15 @@ def test_the_installed_launcher_sets_nothing_unknown() -> None:
     names = set(launch.prepare_multi_gpu_env(args))
     ours = {name for name in names if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"))}
     assert "FSDP_VERSION" in ours and ours <= set(RULES)
+
+
+def test_the_installed_deepspeed_launcher_sets_nothing_unknown() -> None:
+    commands = pytest.importorskip("accelerate.commands.launch")
+    launch = pytest.importorskip("accelerate.utils.launch")
+    args: argparse.Namespace = commands.launch_command_parser().parse_args(["--use_deepspeed", "--num_processes", "2", "x.py"])
+    vars(args).update(num_machines=1, main_process_port=0, mixed_precision="no", debug=True, enable_cpu_affinity=True)
+    vars(args).update(deepspeed_fields_from_accelerate_config="", zero_stage=2, gradient_accumulation_steps=1)
+    vars(args).update(gradient_clipping=1.0, offload_optimizer_device="cpu", offload_param_device="cpu", zero3_init_flag=True)
+    vars(args).update(zero3_save_16bit_model=True, deepspeed_config_file="x", deepspeed_moe_layer_cls_names="x")
+    names = {name for name in launch.prepare_deepspeed_cmd_env(args)[1] if name.startswith("ACCELERATE_")}
+    assert "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES" in names and names <= set(RULES)
