@@ -48,7 +48,7 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             if isinstance(value, (int, float, str)) and not isinstance(value, bool):
                 try:
                     return float(value)
-                except ValueError:
+                except (ValueError, OverflowError):
                     pass
         elif typing.get_origin(option) is tuple:
             if isinstance(value, (list, tuple)) and len(value) == len(typing.get_args(option)):

@@ -57,6 +57,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
         ({"checkpoint": {"shard_size": "5XB"}}, [], ["checkpoint.shard_size", "5XB", "5GB"]),
         ({"train": {"global_batch": 0}}, [], ["train.global_batch: 0"]),
         ({"optim": {"clip": 0}}, [], ["optim.clip"]),
+        ({"optim": {"lr": 10**400}}, [], ["optim.lr", "a number"]),
         ({"train": {"epochs": 0}}, [], ["train.epochs"]),
         ({"task": {"label_smoothing": 1.0}}, [], ["task.label_smoothing"]),
         ({"parallel": {"strategy": "ddp", "replicas": 2}}, [], ["parallel.replicas: 2", "fsdp"]),
