@@ -7,11 +7,12 @@ from bigvision.engine.base import Engine, Metrics, StepResult
 from bigvision.engine.data_parallel import micro_batch
 from bigvision.engine.ddp import DDPEngine
 from bigvision.engine.fsdp import FSDPEngine
+from bigvision.engine.zero import ZeroEngine
 from bigvision.models import Block, Blueprint
 from bigvision.runtime import Runtime
 from bigvision.tasks import Task
 
-STRATEGIES = {"ddp": DDPEngine, "fsdp": FSDPEngine}
+STRATEGIES = {"ddp": DDPEngine, "fsdp": FSDPEngine, "zero1": ZeroEngine, "zero2": ZeroEngine, "zero3": ZeroEngine}
 
 
 def build_engine(config: Config, blueprint: Blueprint, blocks: list[Block], task: Task, runtime: Runtime, steps: int) -> Engine:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bigvision.engine.data_parallel import DataParallelEngine, squared_norm
+from bigvision.engine.native import NativeEngine, squared_norm
 from bigvision.engine.precision import autocast
 
 
-class DDPEngine(DataParallelEngine):
+class DDPEngine(NativeEngine):
     """DistributedDataParallel (Li et al. 2020); the plain module on one rank."""
 
     def _shard(self, blocks: list[nn.Module]) -> None:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from bigvision.engine.data_parallel import DataParallelEngine, average, squared_norm
+from bigvision.engine.data_parallel import average
+from bigvision.engine.native import NativeEngine, squared_norm
 from bigvision.engine.precision import COMPUTE_DTYPES
 
 
-class FSDPEngine(DataParallelEngine):
+class FSDPEngine(NativeEngine):
     """FSDP2: ``fully_shard`` on each block and on the root (Zhao et al. 2023), over a (replicate, shard) mesh.
 
     Scalars, which cannot be sharded, and BatchNorm's weights, which must stay fp32 beside fp32 running statistics, are

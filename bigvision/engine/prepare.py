@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
+from bigvision.models import Blueprint
 
 
 def wrap_blocks(blocks: Iterable[nn.Module], recompute: bool, compile: bool) -> None:
@@ -67,17 +68,56 @@ def to_empty(module: nn.Module, device: torch.device) -> None:
             owner._parameters[name] = first._parameters[first_name]
 
 
-def fill(tensors: Iterable[tuple[str, Tensor]], fragments: Iterable[Fragment], buffers: Mapping[str, Tensor]) -> None:
-    """Copy this rank's runs of each whole tensor into place, one tensor at a time; *buffers* are those in no fragment."""
+def fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], module: nn.Module, device: torch.device) -> None:
+    """Copy this rank's runs of each whole first value into place, one tensor at a time, and make the plain attributes.
+
+    Buffers that are not saved are in no fragment and are filled whole.
+    """
     missing: dict[str, list[Fragment]] = {}
     for fragment in fragments:
         missing.setdefault(fragment.name, []).append(fragment)
-    left = dict(buffers)
+    left = {name: buffer for name, buffer in module.named_buffers() if name not in missing}
     with torch.no_grad():
-        for name, tensor in tensors:
+        for name, tensor in blueprint.tensors(seed):
             for run in missing.pop(name, ()):
                 assert run.shape == tuple(tensor.shape), f"{name}: {run.shape} against {tuple(tensor.shape)}"
                 run.values.copy_(tensor.reshape(-1)[run.start : run.start + run.values.numel()])
             if name in left:
                 left.pop(name).copy_(tensor)
     assert not missing and not left, f"without values: {[*missing, *left]}"
+    blueprint.fill_attributes(module, device)
+
+
+def materialize(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, place: Callable[[nn.Parameter], None]
+) -> None:
+    """Give parameters storage in *dtype* and buffers in their own, without values; *place* takes each parameter at once."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, old in owner._parameters.items():
+            if old is None:
+                continue
+            if old not in made:
+                made[old] = nn.Parameter(torch.empty_like(old, device=device, dtype=dtype), old.requires_grad)
+                made[old].__dict__.update(old.__dict__)
+                place(made[old])
+            owner._parameters[name] = made[old]
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = torch.empty_like(buffer, device=device)
+
+
+def norms_in_fp32(module: nn.Module) -> None:
+    """Let BatchNorm compute with its weights as fp32, as its running statistics are, whatever format they are held in."""
+    for norm in module.modules():
+        if isinstance(norm, BatchNorm):
+            norm.forward = functools.partial(_with_fp32_weights, norm, norm.forward)
+
+
+def _with_fp32_weights(norm: BatchNorm, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    held = norm._parameters
+    norm._parameters = {name: weight if weight is None else weight.float() for name, weight in held.items()}
+    try:
+        return forward(images)
+    finally:
+        norm._parameters = held

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from bigvision.config import OptimConfig
-from bigvision.optim.groups import parameter_groups
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:
-    """Return AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum over the module's parameter groups."""
-    groups = parameter_groups(module, config.weight_decay, config.layer_decay)
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, on_cpu: bool = False) -> Optimizer:
+    """Return AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum over :func:`parameter_groups`.
+
+    Args:
+        on_cpu: the parameters that are stepped lie in CPU memory: DeepSpeed's vectorised AdamW is taken.
+    """
+    if config.name == "adamw" and on_cpu:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, adamw_mode=True)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     momentum = config.momentum

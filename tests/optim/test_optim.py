@@ -139,7 +139,7 @@ def test_state_made_beforehand_changes_nothing(name: str) -> None:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
         values = [p.detach().clone() for p in model.parameters()]
-        optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1))
+        optimizer = build_optimizer(parameter_groups(model, 0.0), OptimConfig(name=name, lr=0.1))
         if early:
             allocate_state(optimizer)
             assert all(p.grad is None and len(optimizer.state[p]) > 0 for p in model.parameters())

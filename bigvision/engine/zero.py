@@ -1,0 +1,217 @@
+"""DeepSpeed ZeRO: optimizer state, then gradients too, then parameters too, sharded over the ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bigvision.data.batch import Batch
+from bigvision.engine.data_parallel import DataParallelEngine
+from bigvision.engine.precision import COMPUTE_DTYPES
+from bigvision.engine.prepare import fill, materialize, norms_in_fp32
+from bigvision.engine.zero_settings import deepspeed_settings
+from bigvision.fragments import Fragment
+from bigvision.models import Blueprint
+from bigvision.optim import build_optimizer, parameter_groups
+
+
+class ZeroEngine(DataParallelEngine):
+    """ZeRO stages 1 to 3 (Rajbhandari et al. 2020) and ZeRO-Offload (Ren et al. 2021) through ``deepspeed.initialize``.
+
+    DeepSpeed holds, gathers and reduces tensors, clips and steps; the parameter groups, the learning rate, the number of
+    micro-batches in a step and all that is saved are ours. Its own checkpoints are never written or read.
+    """
+
+    def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
+        deepspeed = load_deepspeed(self.runtime.device)
+        parallel = self.config.parallel
+        dtype = COMPUTE_DTYPES[parallel.precision]
+        largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+        total = sum(p.numel() for p in self.module.parameters())
+        settings = deepspeed_settings(self.config, self.runtime.world_size, self.runtime.device, total, largest)
+        if dtype != torch.float32:
+            norms_in_fp32(self.module)
+        # Now, while every parameter has its shape.
+        groups = parameter_groups(self.module, self.config.optim.weight_decay, self.config.optim.layer_decay)
+        if parallel.strategy == "zero3":
+            # Each parameter is sharded as soon as it is allocated, so that no rank ever holds two whole ones.
+            os.environ.setdefault("LOCAL_RANK", str(self.runtime.identity.local_rank))
+            initializer = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
+
+            def shard(parameter: nn.Parameter) -> None:
+                initializer._convert_to_deepspeed_param(parameter)
+                parameter.partition()  # type: ignore[attr-defined]
+
+            materialize(self.module, self.runtime.device, dtype, shard)
+        else:
+            materialize(self.module, self.runtime.device, dtype, lambda parameter: None)
+        named = dict(self.module.named_parameters())
+        for group in groups:
+            group["params"] = [named[name] for name in group["names"]]
+        self.inner = build_optimizer(groups, self.config.optim, on_cpu=parallel.offload != "none")
+        self.deepspeed, self.sharded, _, _ = deepspeed.initialize(
+            model=self.module, optimizer=self.inner, config=settings, dist_init_required=False
+        )
+        self.forward = self.deepspeed
+        self.names = {id(p): name for name, p in self.module.named_parameters()}
+        self._allocate_state()
+        fill(blueprint, self.config.seed, self._model_fragments(), self.module, self.runtime.device)
+        self._refresh()
+
+    # The step.
+
+    def _set_rate(self, lr: float) -> None:
+        for group in self.inner.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+    def _pass(self, part: Batch, factor: float, last: bool) -> Tensor:
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        loss = self.task.loss(self._outputs(part), part.labels)
+        self.deepspeed.backward(loss * factor, scale_wrt_gas=False)
+        return loss.detach()
+
+    def _update(self, loss_sum: Tensor) -> tuple[Tensor, Tensor, bool]:
+        self.deepspeed.step()
+        dist.all_reduce(loss_sum)
+        grad_norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float64, device=loss_sum.device)
+        return loss_sum, grad_norm, not self.deepspeed.was_step_applied()
+
+    # The state.
+
+    def _model_fragments(self) -> Iterator[Fragment]:
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, nn.Parameter):
+                values, start = self._run(tensor, None)
+                yield Fragment("model", name, whole_shape(tensor), start, values, (0, 1))
+            else:
+                copy = (self.runtime.rank, self.runtime.world_size)
+                yield Fragment("model", name, tuple(tensor.shape), 0, tensor.view(-1), copy)
+
+    def _optimizer_fragments(self) -> Iterator[Fragment]:
+        for parameter in self.module.parameters():
+            for key in self._state_keys():
+                values, start = self._run(parameter, key)
+                yield Fragment("optimizer", f"{self.names[id(parameter)]}/{key}", whole_shape(parameter), start, values, (0, 1))
+
+    def _run(self, parameter: nn.Parameter, key: str | None) -> tuple[Tensor, int]:
+        """This rank's fp32 values of a parameter (*key* None) or of its optimizer state, and their start in the whole."""
+        if self.config.parallel.strategy == "zero3":
+            group, offset, size = self.sharded.grad_position[self.sharded.get_param_id(parameter)]
+            flat = self.sharded.fp32_partitioned_groups_flat[group]
+            flat = flat if key is None else self.inner.state[flat][key]
+            numel = parameter.ds_numel  # type: ignore[attr-defined]
+            # The last ranks' pieces are padded to the size of the others'.
+            start = min(size * self.runtime.rank, numel)
+            return flat.detach()[offset : offset + min(size, numel - start)], start
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return torch.empty(0, device=self.runtime.device), 0
+        return mapping.get_hp_fragment(key).detach(), mapping.lp_fragment_address.start
+
+    def _flats(self) -> list[Tensor]:
+        """The fp32 tensors that the optimizer steps: this rank's pieces of many parameters, one behind the other."""
+        if self.config.parallel.strategy == "zero3":
+            return self.sharded.fp32_partitioned_groups_flat
+        return [flat for group in self.inner.param_groups for flat in group["params"]]
+
+    def _state_keys(self) -> tuple[str, ...]:
+        if self.config.optim.name == "adamw":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self.config.optim.momentum else ()
+
+    def _allocate_state(self) -> None:
+        """Create the state that the optimizer would create at its first step, so that it can be saved and restored before."""
+        for flat in self._flats():
+            state = self.inner.state[flat]
+            for key in self._state_keys():
+                state[key] = torch.zeros_like(flat, requires_grad=False)
+            if self.config.optim.name == "adamw":
+                state["step"] = 0 if self._is_cpu_adam() else torch.zeros((), device=flat.device)
+        if self.config.parallel.strategy != "zero3":
+            self.sharded._lazy_init_hp_params_optimizer_state()
+
+    def _refresh(self) -> None:
+        """Bring the parameters that the model computes with up to date with the fp32 ones."""
+        if self.config.parallel.strategy != "zero3":
+            self.sharded.update_lp_params()
+            return
+        self.sharded._partition_all_parameters()
+        for group in range(len(self.sharded.fp16_groups)):
+            self.sharded._reassign_or_swap_out_partitioned_parameters(group)
+        if kept_whole := self.sharded.persistent_parameters:
+            kept_whole[0].all_gather(kept_whole)
+
+    def _is_cpu_adam(self) -> bool:
+        return hasattr(self.inner, "ds_opt_adam")
+
+    def scalars(self) -> dict[str, Any]:
+        state = self.inner.state[self._flats()[0]]
+        scaler = getattr(self.sharded, "loss_scaler", None)
+        dynamic = scaler is not None and scaler.dynamic
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "optimizer_steps": int(state["step"]) if "step" in state else None,
+            "loss_scale": scaler.cur_scale if dynamic else None,
+            "good_steps": (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window if dynamic else 0,
+        }
+
+    def restored(self, scalars: dict[str, Any]) -> None:
+        self.step, self.samples = scalars["step"], scalars["samples"]
+        steps = scalars["optimizer_steps"]
+        for flat in self._flats():
+            state = self.inner.state[flat]
+            if "step" in state:
+                state["step"] = steps if self._is_cpu_adam() else state["step"].fill_(steps)
+        if self._is_cpu_adam():
+            self._repeat_powers(steps)
+        scaler = getattr(self.sharded, "loss_scaler", None)
+        if scaler is not None and scaler.dynamic and scalars["loss_scale"] is not None:
+            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = scalars["loss_scale"], scalars["good_steps"], -1
+        self.deepspeed.global_steps = self.deepspeed.micro_steps = self.step
+        self.deepspeed.global_samples = self.samples
+        self._refresh()
+
+    def _repeat_powers(self, steps: int) -> None:
+        """CPU Adam multiplies up the powers of its decay rates step by step; computed at once they differ in the last bit."""
+        one = [torch.zeros(1) for _ in range(4)]
+        group = self.inner.param_groups[0]
+        for step in range(1, steps + 1):
+            self.inner.ds_opt_adam.adam_update(
+                self.inner.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *one
+            )  # fmt: skip
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, also where this rank holds only a piece."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def load_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for *device*, with its log at warnings and without what an earlier run in this process left."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.utils import groups
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    groups._release_process_group_references()
+    deepspeed.comm.comm.cdb = None
+    # Ranks compare these counters, and need not have run the same before.
+    deepspeed.zero.Init.param_id = 0
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    parameter_offload.FWD_MODULE_STACK.clear()
+    if device.type == "cpu":
+        # It asks for matrix instructions that few processors have; torch computes fp16 on every one.
+        get_accelerator().is_fp16_supported = lambda: True
+        # A library for inference that it would else compile first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False)
+    return deepspeed
