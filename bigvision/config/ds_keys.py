@@ -196,7 +196,7 @@ ZERO: Mapping[str, Rule] = {
     "load_from_fp32_weights": Neutral("bigvision loads its own checkpoints"),
     "pipeline_loading_checkpoint": Neutral("bigvision loads its own checkpoints"),
     "ignore_unused_parameters": BOOL,
-    "round_robin_gradients": BOOL,
+    "round_robin_gradients": Only((False,), "DeepSpeed then says wrongly which rank holds what; write false"),
     "parameter_alignment": BOOL,
     "memory_efficient_linear": BOOL,
     "override_module_apply": BOOL,

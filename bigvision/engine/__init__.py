@@ -7,7 +7,8 @@ from bigvision.engine.base import Engine, Metrics, StepResult
 from bigvision.engine.data_parallel import micro_batch
 from bigvision.engine.ddp import DDPEngine
 from bigvision.engine.fsdp import FSDPEngine
-from bigvision.engine.zero import ZeroEngine
+from bigvision.engine.zero import ZeroEngine, check_cpu_adam
+from bigvision.engine.zero_settings import check_batches
 from bigvision.models import Block, Blueprint
 from bigvision.runtime import Runtime
 from bigvision.tasks import Task
@@ -15,9 +16,20 @@ from bigvision.tasks import Task
 STRATEGIES = {"ddp": DDPEngine, "fsdp": FSDPEngine, "zero1": ZeroEngine, "zero2": ZeroEngine, "zero3": ZeroEngine}
 
 
+def check_engine(config: Config, runtime: Runtime) -> None:
+    """Find what would fail later, before a model is built.
+
+    Raises:
+        UserError: batch sizes that do not fit the ranks or the DeepSpeed file, no compiler for what has to be compiled.
+    """
+    check_batches(config, runtime.world_size)
+    if config.parallel.offload != "none" and config.optim.name == "adamw":
+        check_cpu_adam(runtime.device)
+
+
 def build_engine(config: Config, blueprint: Blueprint, blocks: list[Block], task: Task, runtime: Runtime, steps: int) -> Engine:
     """The engine of ``parallel.strategy``; *steps* are the optimizer steps of the whole run."""
     return STRATEGIES[config.parallel.strategy](config, blueprint, blocks, task, runtime, steps)
 
 
-__all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "build_engine", "micro_batch"]
+__all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "build_engine", "check_engine", "micro_batch"]

@@ -88,9 +88,7 @@ def fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], module:
     blueprint.fill_attributes(module, device)
 
 
-def materialize(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, place: Callable[[nn.Parameter], None]
-) -> None:
+def materialize(module: nn.Module, device: torch.device, dtype: torch.dtype, place: Callable[[nn.Parameter], None]) -> None:
     """Give parameters storage in *dtype* and buffers in their own, without values; *place* takes each parameter at once."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
@@ -115,9 +113,11 @@ def norms_in_fp32(module: nn.Module) -> None:
 
 
 def _with_fp32_weights(norm: BatchNorm, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    held = norm._parameters
-    norm._parameters = {name: weight if weight is None else weight.float() for name, weight in held.items()}
+    # Plain attributes hide the parameters of the same names, which stay where hooks look for them.
+    cast = {name: weight.float() for name, weight in norm._parameters.items() if weight is not None}
+    norm.__dict__.update(cast)
     try:
         return forward(images)
     finally:
-        norm._parameters = held
+        for name in cast:
+            del norm.__dict__[name]

@@ -16,6 +16,7 @@ from bigvision.engine.data_parallel import DataParallelEngine
 from bigvision.engine.precision import COMPUTE_DTYPES
 from bigvision.engine.prepare import fill, materialize, norms_in_fp32
 from bigvision.engine.zero_settings import deepspeed_settings
+from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
 from bigvision.optim import build_optimizer, parameter_groups
@@ -215,3 +216,20 @@ def load_deepspeed(device: torch.device) -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False)
     return deepspeed
+
+
+def check_cpu_adam(device: torch.device) -> None:
+    """Compile DeepSpeed's CPU Adam, or find it compiled (in torch's cache of extensions).
+
+    Raises:
+        UserError: there is no working compiler.
+    """
+    deepspeed = load_deepspeed(device)
+    try:
+        deepspeed.ops.op_builder.CPUAdamBuilder().load(verbose=False)
+    except (Exception, SystemExit) as error:
+        cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            "parallel.offload: the optimizer's step on the CPU is compiled once, and here it cannot be "
+            f"({cause}): install a C++ compiler (g++) and ninja, or use parallel.offload none"
+        ) from None

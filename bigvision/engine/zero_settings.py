@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 
-from bigvision.config import Config
+from bigvision.config import Config, read_ds_file
+from bigvision.engine.data_parallel import micro_batch
+from bigvision.errors import UserError
+
+Settings = dict[str, Any]
 
 
-def deepspeed_settings(config: Config, ranks: int, device: torch.device, parameters: int, largest: int) -> dict[str, Any]:
-    """The configuration for ``deepspeed.initialize``.
+def deepspeed_settings(config: Config, ranks: int, device: torch.device, parameters: int, largest: int) -> Settings:
+    """The configuration for ``deepspeed.initialize``; what the file leaves open, or calls "auto", is decided here.
 
     Args:
         parameters: of the whole model.
@@ -18,44 +22,90 @@ def deepspeed_settings(config: Config, ranks: int, device: torch.device, paramet
     """
     parallel = config.parallel
     share = config.train.global_batch // ranks
-    pinned = device.type == "cuda"
-    zero: dict[str, Any] = {
-        "stage": int(parallel.strategy[-1]),
+    zero: Settings = {
         "overlap_comm": device.type == "cuda",
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        # A buffer of this many elements is allocated at every step.
+        # As many elements are allocated at every step.
         "reduce_bucket_size": max(1, min(parameters, 50_000_000)),
         "allgather_bucket_size": 500_000_000,
     }
     if parallel.strategy == "zero3":
+        # Two blocks at a time; what is smaller than a thousandth of the model is kept whole on every rank.
         zero |= {
-            # Two blocks at a time, and tensors of less than a thousandth of the model whole on every rank.
             "stage3_prefetch_bucket_size": largest,
             "stage3_max_live_parameters": 2 * largest,
             "stage3_max_reuse_distance": largest,
-            "stage3_param_persistence_threshold": min(parameters // 1000, 100_000),
+            "stage3_param_persistence_threshold": persistence_threshold(parameters),
         }
-    if parallel.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
-    if parallel.offload == "all":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
-    settings: dict[str, Any] = {
+    settings: Settings = {
+        "zero_optimization": zero,
+        # As in LossScale, so that a run may change its strategy.
+        "fp16": {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1},
+        "bf16": {},
+        # It would wait for the device at every step.
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if parallel.deepspeed:
+        settings = _merge(settings, read_ds_file(parallel.deepspeed).knobs)
+    zero = settings["zero_optimization"]
+    for section, wanted in (("offload_optimizer", parallel.offload != "none"), ("offload_param", parallel.offload == "all")):
+        given = {"pin_memory": True} | zero.pop(section, {})
+        if wanted:
+            zero[section] = given | {"device": "cpu", "pin_memory": given["pin_memory"] and device.type == "cuda"}
+    zero["stage"] = int(parallel.strategy[-1])
+    for precision in ("fp16", "bf16"):
+        settings[precision]["enabled"] = parallel.precision == precision
+    return settings | {
         # The engine says which micro-batch is a step's last, since the last one may be short.
         "train_batch_size": share * ranks,
         "train_micro_batch_size_per_gpu": share,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip or 0.0,
-        "zero_optimization": zero,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-        "timers": {"throughput": {"enabled": False}},
+        "steps_per_print": settings.get("steps_per_print"),
     }
-    if parallel.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
-    if parallel.precision == "fp16":
-        settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
-    return settings
+
+
+def persistence_threshold(parameters: int) -> int:
+    """The largest parameter that ZeRO-3 keeps whole on every rank, in elements, for a model of *parameters* elements."""
+    return min(parameters // 1000, 100_000)
+
+
+def check_batches(config: Config, ranks: int) -> None:
+    """Compare the accumulation that the DeepSpeed file asks for with ours, which depends on the number of ranks.
+
+    Raises:
+        UserError: they differ, or the ranks do not divide the global batch.
+    """
+    size = micro_batch(config, ranks)
+    if not config.parallel.deepspeed:
+        return
+    asked = read_ds_file(config.parallel.deepspeed).accumulation
+    total = config.train.global_batch
+    ours = -(-total // ranks // size)
+    if asked is not None and asked != ours:
+        fits = f"train.micro_batch {total // ranks // asked}" if total % (ranks * asked) == 0 else "another value"
+        raise UserError(
+            f"{config.parallel.deepspeed}: gradient_accumulation_steps: {asked} contradicts train.global_batch: {total}, which "
+            f'in micro-batches of {size} on {ranks} ranks takes {ours}: use {fits}, or write "auto" in the file'
+        )
+    asked_size = read_ds_file(config.parallel.deepspeed).said.get("train_micro_batch_size_per_gpu")
+    if isinstance(asked_size, int) and asked_size != size:
+        raise UserError(
+            f"{config.parallel.deepspeed}: train_micro_batch_size_per_gpu: {asked_size} is more than the {size} samples that "
+            f'train.global_batch: {total} leaves to each of {ranks} ranks: write at most {size}, or "auto"'
+        )
+
+
+def _merge(ours: Settings, knobs: Settings) -> Settings:
+    """*ours* with the file's *knobs* over it. DeepSpeed reads some names with and without ``stage3_``."""
+    merged = dict(ours)
+    for name, value in knobs.items():
+        twin = name.removeprefix("stage3_") if name.startswith("stage3_") else f"stage3_{name}"
+        merged.pop(twin, None)
+        merged[name] = _merge(merged.get(name, {}), value) if isinstance(value, dict) else value
+    return merged

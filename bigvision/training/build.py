@@ -14,7 +14,7 @@ from bigvision import checkpoint
 from bigvision.checkpoint import Checkpoint
 from bigvision.config import Config
 from bigvision.data import check_source
-from bigvision.engine import Engine, build_engine, micro_batch
+from bigvision.engine import Engine, build_engine, check_engine
 from bigvision.errors import UserError
 from bigvision.models import Blueprint, blueprint, check_model, find_blocks, model_card
 from bigvision.runtime import Runtime, all_or_none
@@ -44,7 +44,7 @@ def build(config: Config, runtime: Runtime, say: Callable[[str], None]) -> Build
     def check() -> None:
         for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
             check_source(spec, key=key)
-        micro_batch(config, runtime.world_size)
+        check_engine(config, runtime)
         if runtime.is_main:
             checkpoint.prepare_folder(out)
 
