@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -18,23 +19,27 @@ USAGE = """usage: bigvision COMMAND ...
   eval STEP_FOLDER [--section.key value ...]      print a checkpoint's validation metrics
 
 --deepspeed FILE and --deepspeed_config FILE are other spellings of --parallel.deepspeed FILE.
-More: bigvision train --help; train and eval both run under torchrun and accelerate launch."""
+More: bigvision train --help; train and eval both run under torchrun, deepspeed and accelerate launch."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 a fault while running, 2 a mistake in what was asked for."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    command, *rest = arguments or ["--help"]
+    # The deepspeed launcher puts its flag in front: --local_rank=0 train ...
+    command, *rest = _without_local_rank(arguments) or ["--help"]
     try:
         if command in ("-h", "--help"):
             print(USAGE)
             return 0
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
-        return COMMANDS[command](_with_our_spelling(_without_local_rank(rest)))
+        return COMMANDS[command](_with_our_spelling(rest))
     except UserError as error:
         if _speaks():
             print(f"error: {error}", file=sys.stderr)
+        else:
+            # A launcher ends all ranks when one leaves, also the one that has not come to say why.
+            time.sleep(GRACE)
         return 2
     except Exception as error:
         traceback.print_exc()
@@ -92,11 +97,11 @@ def default_recipe() -> Path:
 
 
 def _speaks() -> bool:
-    """Every rank makes the same mistake; one says it. A rank that does not know who it is speaks for itself."""
+    """Every rank makes the same mistake; one per host says it. A rank that does not know who it is speaks for itself."""
     from bigvision.runtime import identify
 
     try:
-        return identify(os.environ).rank == 0
+        return identify(os.environ).local_rank == 0
     except UserError:
         return True
 
@@ -118,6 +123,9 @@ def _with_our_spelling(arguments: list[str]) -> list[str]:
             kept.append(re.sub(r"\A--deepspeed([-_]config)?(?==|\Z)", "--parallel.deepspeed", argument))
     return kept
 
+
+GRACE = 5.0
+"""Seconds that a silent rank leaves to the one that speaks."""
 
 COMMANDS = {"train": run_train, "eval": run_eval}
 

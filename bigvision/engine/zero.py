@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import re
+import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,6 +129,8 @@ class ZeroEngine(DataParallelEngine):
     def _state_keys(self) -> tuple[str, ...]:
         if self.config.optim.name == "adamw":
             return ("exp_avg", "exp_avg_sq")
+        if self.config.optim.name == "lion":
+            return ("exp_avg",)
         return ("momentum_buffer",) if self.config.optim.momentum else ()
 
     def _allocate_state(self) -> None:
@@ -197,12 +204,17 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 def load_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed for *device*, with its log at warnings and without what an earlier run in this process left."""
     os.environ["DS_ACCELERATOR"] = device.type
+    # What it says of compilers and CUDA is said by check_cpu_adam, in one line, where it matters.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.utils import groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls them by names that newer releases of torch replace.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", FutureWarning)
     groups._release_process_group_references()
     deepspeed.comm.comm.cdb = None
     # Ranks compare these counters, and need not have run the same before.
@@ -225,10 +237,21 @@ def check_cpu_adam(device: torch.device) -> None:
         UserError: there is no working compiler.
     """
     deepspeed = load_deepspeed(device)
+    from torch.utils import cpp_extension
+
+    # DeepSpeed requires the package ninja; the folder of its program is on PATH only in an activated environment.
+    os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
     try:
-        deepspeed.ops.op_builder.CPUAdamBuilder().load(verbose=False)
+        builder = deepspeed.ops.op_builder.CPUAdamBuilder()
+        folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
+        with (folder / "bigvision.lock").open("w") as turn:
+            # The kernel frees this lock with its process. torch's is a file that a killed run leaves, to be waited for forever.
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)
+            builder.load(verbose=False)
     except (Exception, SystemExit) as error:
-        cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        cause = next((line for line in said if re.search(r"not found|error:|required", line)), said[0])[:200]
         raise UserError(
             "parallel.offload: the optimizer's step on the CPU is compiled once, and here it cannot be "
             f"({cause}): install a C++ compiler (g++) and ninja, or use parallel.offload none"

@@ -19,8 +19,9 @@ from tests.recipes import recipe, run
 
 def command(arguments: list[str], environment: dict[str, str | None] | None = None) -> tuple[int, str, str]:
     """Run the command line on this rank; return the exit code, standard output and standard error."""
-    from bigvision.cli import main
+    from bigvision import cli
 
+    cli.GRACE = 0.0
     before = dict(os.environ)
     try:
         for name, value in (environment or {}).items():
@@ -29,7 +30,7 @@ def command(arguments: list[str], environment: dict[str, str | None] | None = No
                 os.environ[name] = value
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
             try:
-                code = main(arguments)
+                code = cli.main(arguments)
             except SystemExit as stop:
                 code = int(stop.code or 0)
         return code, out.getvalue(), err.getvalue()
