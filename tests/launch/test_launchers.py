@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,19 +15,8 @@ from safetensors.torch import load_file
 
 from bigvision.data import Source, normalize, open_source, transform
 from tests.distributed import run_ranks
+from tests.launch.commands import BIN, ROOT, TORCHRUN, launch, start
 from tests.recipes import lines, losses, recipe, run
-
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-TORCHRUN = [str(BIN / "torchrun"), "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1"]
-
-
-def launch(command: list[str], timeout: float = 600) -> str:
-    """Run a command as a user would and return what it printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +114,7 @@ def test_accelerate_launch_with_a_setting_that_is_refused(tmp_path: Path) -> Non
     config["fsdp_config"]["fsdp_offload_params"] = True
     (tmp_path / "offload.yaml").write_text(yaml.safe_dump(config))
     command = [str(BIN / "accelerate"), "launch", "--config_file", str(tmp_path / "offload.yaml"), "launch/train.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = start(command, timeout=300)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(said) == 1 and "FSDP_OFFLOAD_PARAMS=true" in said[0]
 
