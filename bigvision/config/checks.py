@@ -8,6 +8,13 @@ from bigvision.config.schema import Config
 from bigvision.config.values import get, parse_size, spell
 from bigvision.errors import UserError
 
+WHOLE = {
+    "lamb": ("scales each step by norms of whole tensors", ("ddp", "fsdp")),
+    "adafactor": ("factors the second moments of whole matrices", ("ddp",)),
+    "muon": ("orthogonalises whole matrices", ("ddp",)),
+}
+"""The optimizers that are not elementwise: what they need whole, and the strategies that have it."""
+
 
 def check(config: Config) -> None:
     """Values that no run can have. What depends on ranks, model or data is checked where those are known."""
@@ -35,6 +42,13 @@ def check(config: Config) -> None:
     if config.optim.layer_decay is not None and not 0 < config.optim.layer_decay <= 1:
         raise UserError(f"optim.layer_decay: {config.optim.layer_decay} must be above 0 and at most 1; null: one rate for all")
     parallel = config.parallel
+    what, fits = WHOLE.get(config.optim.name, ("", (parallel.strategy,)))
+    if parallel.strategy not in fits:
+        piece = "some rows" if parallel.strategy == "fsdp" else "a flat piece"
+        raise UserError(
+            f"optim.name: {config.optim.name} {what}, but parallel.strategy: {parallel.strategy} gives each rank {piece} of "
+            f"them: use {' or '.join(fits)}, or adamw"
+        )
     if parallel.offload != "none" and not parallel.strategy.startswith("zero"):
         raise UserError(f"parallel.offload: {parallel.offload} needs parallel.strategy zero1, zero2 or zero3")
     if parallel.offload == "all" and parallel.strategy != "zero3":

@@ -48,17 +48,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "lion", "lamb", "adafactor", "muon"] = "adamw"
+    """adamw, sgd, lion: every strategy. lamb needs whole tensors: ddp, fsdp. adafactor, muon need whole matrices: ddp."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
-    """Decoupled for adamw; never applied to norms, biases and other tensors with fewer than two dimensions."""
+    """Decoupled, but in the gradient for sgd and in the scaled step for lamb; never applied to norms, biases and
+    other tensors with fewer than two dimensions."""
     layer_decay: float | None = None
     """Each layer's rate is that of the layer above times this factor, e.g. 0.75; null: the same rate for all."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the moments."""
+    """Decay rates of the moments of adamw, lion (often 0.9, 0.99), lamb, adafactor (the second: its limit) and of muon's
+    NAdamW, which steps what is not a matrix."""
     momentum: float = 0.9
-    """SGD's (Nesterov) momentum."""
+    """Nesterov's, of sgd and muon (often 0.95)."""
     clip: float | None = 1.0
     """Largest norm of the whole model's gradient; null does not clip."""
     schedule: Literal["cosine", "constant"] = "cosine"

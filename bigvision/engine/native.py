@@ -19,7 +19,7 @@ from bigvision.engine.precision import LossScale
 from bigvision.engine.prepare import fill, to_empty
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
-from bigvision.optim import allocate_state, build_optimizer, parameter_groups
+from bigvision.optim import allocate_state, build_optimizer, parameter_groups, step_counters
 
 
 class NativeEngine(DataParallelEngine):
@@ -116,7 +116,7 @@ class NativeEngine(DataParallelEngine):
 
     def scalars(self) -> dict[str, Any]:
         # Parameters that never had a gradient are still at 0.
-        steps = max((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), default=None)
+        steps = max((int(counter) for counter in step_counters(self.optimizer)), default=None)
         return {
             "step": self.step,
             "samples": self.samples,
@@ -129,9 +129,8 @@ class NativeEngine(DataParallelEngine):
         self.step, self.samples = scalars["step"], scalars["samples"]
         if self.scale.dynamic and scalars["loss_scale"] is not None:
             self.scale.value, self.scale.good_steps = scalars["loss_scale"], scalars["good_steps"]
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"].fill_(scalars["optimizer_steps"])
+        for counter in step_counters(self.optimizer):
+            counter.fill_(scalars["optimizer_steps"])
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from bigvision.config import OptimConfig
 from bigvision.errors import UserError
-from bigvision.optim import allocate_state, build_optimizer, learning_rate, parameter_groups
+from bigvision.optim import allocate_state, build_optimizer, learning_rate, parameter_groups, step_counters
 from tests.models.zoo import ZOO, Entry
 
 
@@ -132,17 +132,22 @@ def test_schedule() -> None:
     assert all(math.isfinite(learning_rate(config, step, 1)) for step in range(3))
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+# Of two matrices and two biases: each, none, each group, or what muon leaves to NAdamW (a 20 x 3 matrix is too narrow for it).
+COUNTERS = {"adamw": 4, "sgd": 0, "lion": 0, "lamb": 2, "adafactor": 4, "muon": 3}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb", "adafactor", "muon"])
 def test_state_made_beforehand_changes_nothing(name: str) -> None:
     models = []
     for early in (False, True):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+        model = torch.nn.Sequential(torch.nn.Linear(3, 20), torch.nn.Linear(20, 16))
         values = [p.detach().clone() for p in model.parameters()]
-        optimizer = build_optimizer(parameter_groups(model, 0.0), OptimConfig(name=name, lr=0.1))
+        optimizer = build_optimizer(parameter_groups(model, 0.1), OptimConfig(name=name, lr=0.1))
         if early:
             allocate_state(optimizer)
             assert all(p.grad is None and len(optimizer.state[p]) > 0 for p in model.parameters())
+            assert [int(counter) for counter in step_counters(optimizer)] == [0] * COUNTERS[name]
             with torch.no_grad():
                 for parameter, value in zip(model.parameters(), values):
                     parameter.copy_(value)
@@ -150,5 +155,6 @@ def test_state_made_beforehand_changes_nothing(name: str) -> None:
             optimizer.zero_grad()
             model(torch.ones(1, 3)).square().sum().backward()
             optimizer.step()
+        assert [int(counter) for counter in step_counters(optimizer)] == [3] * COUNTERS[name]
         models.append(model)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
