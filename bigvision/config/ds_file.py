@@ -226,10 +226,10 @@ class _Reader:
         if "optimizer" not in self.present:
             return
         if "optimizer.type" not in self.said:
-            raise self.error('optimizer.type: is missing: write AdamW, SGD or "auto"')
+            raise self.error('optimizer.type: is missing: write AdamW, Lion, SGD or "auto"')
         name, _ = self.asked.get("optim.name", (None, ""))
         given = {key.rpartition(".")[2] for key in self.present if key.startswith("optimizer.params.")}
-        if strange := sorted(given & {"adamw": ds_keys.SGD_ONLY, "sgd": ds_keys.ADAMW_ONLY}.get(name or "", set())):
+        if strange := sorted(given & ds_keys.FOREIGN.get(name or "", set())):
             raise self.error(f"optimizer.params.{strange[0]} does not belong to {self.said['optimizer.type']}: drop the key")
         if self.said["optimizer.type"].lower() == "adam" and self.said.get("optimizer.params.adam_w_mode") is False:
             raise self.error(

@@ -63,18 +63,18 @@ QUANTIZED = Only((False,), "quantized communication changes the numbers; write f
 NVME = Only((None,), "bigvision offloads to CPU memory, not to NVMe; drop the key")
 LEVELS = ("debug", "info", "warning", "error", "critical")
 BOOL, COUNT, SIZE = Knob("bool"), Knob("int"), Knob("int", 1)
-FLAT = "it needs whole tensors, while ZeRO gives each rank a flat piece of them: use AdamW or SGD"
-MISSING = "optim.name does not offer it: use AdamW or SGD"
+FLAT = "it needs whole tensors, while ZeRO gives each rank a flat piece of them: use AdamW, Lion or SGD"
+MISSING = "optim.name does not offer it: use AdamW, Lion or SGD"
 
 UNOFFERED: dict[str, str] = {
     **dict.fromkeys(("adafactor", "adalomo", "came", "lamb", "lars", "muon", "shampoo", "soap"), FLAT),
-    **dict.fromkeys(("onebitadam", "onebitlamb", "zerooneadam"), "DeepSpeed has removed it: use AdamW or SGD"),
+    **dict.fromkeys(("onebitadam", "onebitlamb", "zerooneadam"), "DeepSpeed has removed it: use AdamW, Lion or SGD"),
 }
 
 OPTIMIZER = {
     "type": Choice(
         "optim.name",
-        {"adamw": "adamw", "adam": "adamw", "sgd": "sgd"},
+        {"adamw": "adamw", "adam": "adamw", "sgd": "sgd", "lion": "lion"},
         UNOFFERED,
         MISSING,
     ),
@@ -98,8 +98,12 @@ OPTIMIZER = {
     },
     "legacy_fusion": Only((False,), "use false: the older code has other numbers"),
 }
-ADAMW_ONLY = {"betas", "adam_w_mode", "eps", "amsgrad", "bias_correction", "fp32_optimizer_states", "torch_adam"}
-SGD_ONLY = {"momentum", "nesterov", "dampening"}
+FOREIGN = {
+    "adamw": {"momentum", "nesterov", "dampening"},
+    "sgd": {"betas", "adam_w_mode", "eps", "amsgrad", "bias_correction", "fp32_optimizer_states", "torch_adam"},
+    "lion": {"momentum", "nesterov", "dampening", "adam_w_mode", "eps", "amsgrad", "bias_correction", "torch_adam"},
+}
+"""optim.name → the parameters that belong to another optimizer."""
 
 SCHEDULER = {
     "type": Choice(
@@ -205,7 +209,7 @@ ZERO: Mapping[str, Rule] = {
     "compute_grad_norm": Only((True,), "bigvision reports and clips the gradient's norm; write true"),
     "elastic_checkpoint": Only((False,), "bigvision's checkpoints fit any number of ranks; write false"),
     "legacy_stage1": Only((False,), "write false"),
-    "save_muon_momentum_buffer_in_memory": Only((False,), "optim.name does not offer Muon; write false"),
+    "save_muon_momentum_buffer_in_memory": Only((False,), "Muon needs whole matrices, which ZeRO cuts; write false"),
     "zero_hpz_partition_size": Only((1,), "bigvision has no secondary partition; write 1"),
     "zero_quantized_weights": QUANTIZED,
     "zero_quantized_nontrainable_weights": QUANTIZED,

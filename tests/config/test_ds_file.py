@@ -74,6 +74,11 @@ def test_the_shipped_files(path: str) -> None:
         ),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "eps": 1e-8}}}, 2, {"optim.name": "adamw", "optim.lr": 0.1}),
         (
+            {"optimizer": {"type": "Lion", "params": {"lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.5}}},
+            2,
+            {"optim.name": "lion", "optim.lr": 1e-4, "optim.betas": [0.9, 0.99], "optim.weight_decay": 0.5},
+        ),
+        (
             {"optimizer": {"type": "adam", "params": {"betas": [0.9, 0.95], "adam_w_mode": True, "torch_adam": True}}},
             2,
             {"optim.name": "adamw", "optim.betas": [0.9, 0.95]},
@@ -243,7 +248,9 @@ def test_a_path_that_names_no_file(tmp_path: Path) -> None:
         ({"optimizer": {"params": {}}}, ["optimizer.type", "missing"]),
         ({"optimizer": {"type": "Lamb", "params": {"max_coeff": 1}}}, ['optimizer.type: "Lamb"', "whole tensors"]),
         ({"optimizer": {"type": "Muon"}}, ["Muon", "whole tensors"]),
-        ({"optimizer": {"type": "Lion"}}, ["Lion", "optim.name"]),
+        ({"optimizer": {"type": "Adafactor"}}, ["Adafactor", "whole tensors"]),
+        ({"optimizer": {"type": "Lion", "params": {"momentum": 0.9}}}, ["momentum", "Lion"]),
+        ({"optimizer": {"type": "Lion", "params": {"adam_w_mode": True}}}, ["adam_w_mode", "Lion"]),
         ({"optimizer": {"type": "Adagrad"}}, ["Adagrad", "optim.name"]),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, ["adam_w_mode: false", "decoupled"]),
         ({"optimizer": {"type": "AdamW", "params": {"eps": 1e-6}}}, ["optimizer.params.eps: 1e-06"]),
