@@ -8,12 +8,14 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from bigvision.data.batch import Batch
 from bigvision.engine.data_parallel import DataParallelEngine
@@ -77,7 +79,9 @@ class ZeroEngine(DataParallelEngine):
 
     def _pass(self, part: Batch, factor: float, last: bool) -> Tensor:
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        loss = self.task.loss(self._outputs(part), part.labels)
+        with saved_tensors_hooks(_pack, _unpack) if self.config.parallel.strategy == "zero3" else nullcontext():
+            outputs = self._outputs(part)
+        loss = self.task.loss(outputs, part.labels)
         self.deepspeed.backward(loss * factor, scale_wrt_gas=False)
         return loss.detach()
 
@@ -193,6 +197,24 @@ class ZeroEngine(DataParallelEngine):
             self.inner.ds_opt_adam.adam_update(
                 self.inner.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *one
             )  # fmt: skip
+
+
+def _pack(tensor: Tensor) -> Any:
+    """What autograd keeps of a view of a gathered parameter: which view it is.
+
+    A linear layer saves its transposed weight, whose values would stay gathered from the forward pass to the backward one.
+    """
+    whole = tensor._base
+    if whole is None or not hasattr(whole, "ds_id"):
+        return tensor
+    return whole, tensor.shape, tensor.stride(), tensor.storage_offset() - whole.storage_offset()
+
+
+def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    whole, shape, stride, offset = kept
+    return whole.data.as_strided(shape, stride, whole.data.storage_offset() + offset)
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
