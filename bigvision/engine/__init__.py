@@ -7,7 +7,8 @@ from bigvision.engine.base import Engine, Metrics, StepResult
 from bigvision.engine.data_parallel import micro_batch
 from bigvision.engine.ddp import DDPEngine
 from bigvision.engine.fsdp import FSDPEngine
-from bigvision.engine.zero import ZeroEngine, check_cpu_adam
+from bigvision.engine.zero import ZeroEngine
+from bigvision.engine.zero_import import check_cpu_adam
 from bigvision.engine.zero_settings import check_batches
 from bigvision.models import Block, Blueprint
 from bigvision.runtime import Runtime

@@ -97,7 +97,7 @@ def materialize(module: nn.Module, device: torch.device, dtype: torch.dtype, pla
                 continue
             if old not in made:
                 made[old] = nn.Parameter(torch.empty_like(old, device=device, dtype=dtype), old.requires_grad)
-                made[old].__dict__.update(old.__dict__)
+                vars(made[old]).update(vars(old))
                 place(made[old])
             owner._parameters[name] = made[old]
         for name, buffer in owner._buffers.items():
@@ -109,7 +109,7 @@ def norms_in_fp32(module: nn.Module) -> None:
     """Let BatchNorm compute with its weights as fp32, as its running statistics are, whatever format they are held in."""
     for norm in module.modules():
         if isinstance(norm, BatchNorm):
-            norm.forward = functools.partial(_with_fp32_weights, norm, norm.forward)
+            norm.forward = functools.partial(_with_fp32_weights, norm, norm.forward)  # type: ignore[method-assign]
 
 
 def _with_fp32_weights(norm: BatchNorm, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
-import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +16,8 @@ from bigvision.data.batch import Batch
 from bigvision.engine.data_parallel import DataParallelEngine
 from bigvision.engine.precision import COMPUTE_DTYPES
 from bigvision.engine.prepare import fill, materialize, norms_in_fp32
+from bigvision.engine.zero_import import load_deepspeed
 from bigvision.engine.zero_settings import deepspeed_settings
-from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
 from bigvision.optim import build_optimizer, parameter_groups
@@ -61,10 +56,12 @@ class ZeroEngine(DataParallelEngine):
         named = dict(self.module.named_parameters())
         for group in groups:
             group["params"] = [named[name] for name in group["names"]]
-        self.inner = build_optimizer(groups, self.config.optim, on_cpu=parallel.offload != "none")
-        self.deepspeed, self.sharded, _, _ = deepspeed.initialize(
-            model=self.module, optimizer=self.inner, config=settings, dist_init_required=False
-        )
+        self.inner: Any = build_optimizer(groups, self.config.optim, on_cpu=parallel.offload != "none")
+        with _nothing_sent(deepspeed.DeepSpeedEngine):
+            wrapped: Any = deepspeed.initialize(
+                model=self.module, optimizer=self.inner, config=settings, dist_init_required=False
+            )
+        self.deepspeed, self.sharded = wrapped[:2]
         self.forward = self.deepspeed
         self.names = {id(p): name for name, p in self.module.named_parameters()}
         self._allocate_state()
@@ -161,30 +158,38 @@ class ZeroEngine(DataParallelEngine):
     def _is_cpu_adam(self) -> bool:
         return hasattr(self.inner, "ds_opt_adam")
 
-    def scalars(self) -> dict[str, Any]:
-        state = self.inner.state[self._flats()[0]]
+    def _scaler(self) -> Any:
+        """DeepSpeed's loss scale, where it changes (fp16)."""
         scaler = getattr(self.sharded, "loss_scaler", None)
-        dynamic = scaler is not None and scaler.dynamic
+        return scaler if scaler is not None and scaler.dynamic else None
+
+    def scalars(self) -> dict[str, Any]:
+        state, scaler = self.inner.state[self._flats()[0]], self._scaler()
+        stable = scaler.cur_iter - scaler.last_overflow_iter - 1 if scaler else 0
         return {
             "step": self.step,
             "samples": self.samples,
             "optimizer_steps": int(state["step"]) if "step" in state else None,
-            "loss_scale": scaler.cur_scale if dynamic else None,
-            "good_steps": (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window if dynamic else 0,
+            "loss_scale": scaler.cur_scale if scaler else None,
+            # DeepSpeed doubles the scale at the step after this many, and counts on.
+            "good_steps": (stable - 1) % scaler.scale_window if scaler and stable else 0,
+            "deepspeed": {"stable_steps": stable, "hysteresis": scaler.cur_hysteresis} if scaler else None,
         }
 
     def restored(self, scalars: dict[str, Any]) -> None:
         self.step, self.samples = scalars["step"], scalars["samples"]
-        steps = scalars["optimizer_steps"]
+        steps, scaler = scalars["optimizer_steps"], self._scaler()
         for flat in self._flats():
             state = self.inner.state[flat]
             if "step" in state:
                 state["step"] = steps if self._is_cpu_adam() else state["step"].fill_(steps)
         if self._is_cpu_adam():
             self._repeat_powers(steps)
-        scaler = getattr(self.sharded, "loss_scaler", None)
-        if scaler is not None and scaler.dynamic and scalars["loss_scale"] is not None:
-            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = scalars["loss_scale"], scalars["good_steps"], -1
+        if scaler and scalars["loss_scale"] is not None:
+            # Another strategy counts only the good steps.
+            own = scalars.get("deepspeed") or {"stable_steps": scalars["good_steps"] + 1, "hysteresis": scaler.delayed_shift}
+            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = scalars["loss_scale"], own["stable_steps"], -1
+            scaler.cur_hysteresis = own["hysteresis"]
         self.deepspeed.global_steps = self.deepspeed.micro_steps = self.step
         self.deepspeed.global_samples = self.samples
         self._refresh()
@@ -197,6 +202,17 @@ class ZeroEngine(DataParallelEngine):
             self.inner.ds_opt_adam.adam_update(
                 self.inner.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *one
             )  # fmt: skip
+
+
+@contextmanager
+def _nothing_sent(engine: Any) -> Iterator[None]:
+    """Every rank fills its own tensors; what rank 0 would send has no values yet, and DeepSpeed cannot send 0-D ones."""
+    broadcast = engine._broadcast_model
+    engine._broadcast_model = lambda self: None
+    try:
+        yield
+    finally:
+        engine._broadcast_model = broadcast
 
 
 def _pack(tensor: Tensor) -> Any:
@@ -220,52 +236,3 @@ def _unpack(kept: Any) -> Tensor:
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter, also where this rank holds only a piece."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def load_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed for *device*, with its log at warnings and without what an earlier run in this process left."""
-    os.environ["DS_ACCELERATOR"] = device.type
-    # What it says of compilers and CUDA is said by check_cpu_adam, in one line, where it matters.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.zero import parameter_offload
-    from deepspeed.utils import groups
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls them by names that newer releases of torch replace.
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-        warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", FutureWarning)
-    groups._release_process_group_references()
-    deepspeed.comm.comm.cdb = None
-    # Ranks compare these counters, and need not have run the same before.
-    deepspeed.zero.Init.param_id = 0
-    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
-    parameter_offload.FWD_MODULE_STACK.clear()
-    if device.type == "cpu":
-        # It asks for matrix instructions that few processors have; torch computes fp16 on every one.
-        get_accelerator().is_fp16_supported = lambda: True
-        # A library for inference that it would else compile first.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False)
-    return deepspeed
-
-
-def check_cpu_adam(device: torch.device) -> None:
-    """Compile DeepSpeed's CPU Adam, or find it compiled (in torch's cache of extensions).
-
-    Raises:
-        UserError: there is no working compiler.
-    """
-    deepspeed = load_deepspeed(device)
-    # DeepSpeed requires the package ninja; the folder of its program is on PATH only in an activated environment.
-    os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
-    try:
-        deepspeed.ops.op_builder.CPUAdamBuilder().load(verbose=False)
-    except (Exception, SystemExit) as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        cause = next((line for line in said if re.search(r"not found|error:|required", line)), said[0])[:200]
-        raise UserError(
-            "parallel.offload: the optimizer's step on the CPU is compiled once, and here it cannot be "
-            f"({cause}): install a C++ compiler (g++) and ninja, or use parallel.offload none"
-        ) from None

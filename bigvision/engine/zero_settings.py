@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def check_batches(config: Config, ranks: int) -> None:
         )
 
 
-def _merge(ours: Settings, knobs: Settings) -> Settings:
+def _merge(ours: Settings, knobs: Mapping[str, Any]) -> Settings:
     """*ours* with the file's *knobs* over it. DeepSpeed reads some names with and without ``stage3_``."""
     merged = dict(ours)
     for name, value in knobs.items():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed import start_ranks
 from tests.engine.test_memory import resident
 from tests.recipes import recipe
 
@@ -25,8 +26,11 @@ def held(module: torch.nn.Module | None = None) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measure(plain: dict[str, Any], samples: int) -> None:
-    """Write what a rank holds while it trains: exact bytes of tensors, and the resident memory at the step's peak."""
+def measure(plain: dict[str, Any], warm: bool) -> None:
+    """Write what a rank holds while it trains: exact bytes of tensors, and the resident memory at the step's peak.
+
+    With *warm* it trains a small model first, so that libraries have loaded what they load at their first use.
+    """
     from bigvision.config import load_config
     from bigvision.data import Batch
     from bigvision.runtime import start
@@ -36,17 +40,20 @@ def measure(plain: dict[str, Any], samples: int) -> None:
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     config = load_config(plain)
     strategy = config.parallel.strategy
-    size = config.model.image_size or 224
+    samples, size = 4, config.model.image_size or 224
     images = torch.zeros(samples, 3, size, size, dtype=torch.uint8)
     labels, ids = torch.zeros(samples, dtype=torch.int64), torch.arange(samples)
     batch = Batch(images, labels, ids, torch.ones(samples, dtype=torch.bool))
     with start("cpu") as runtime:
         if strategy.startswith("zero"):
-            from bigvision.engine.zero import load_deepspeed
+            from bigvision.engine.zero_import import load_deepspeed
 
             load_deepspeed(runtime.device)
+        if warm:
+            small = {"options": {"patch_size": 4, "depth": 1, "embed_dim": 48, "num_heads": 3}}
+            build_model(load_config(plain | {"model": plain["model"] | small}), 10, runtime, 9, say=print)[0].train_step(batch)
         nothing, empty = held(), resident("VmRSS")
-        engine, _, _ = build_model(config, 10, runtime, steps=9, say=print)
+        engine, _, _ = build_model(config, 10, runtime, 9, say=print)
         found: dict[str, Any] = {}
         engine.train_step(batch)
 
@@ -55,8 +62,12 @@ def measure(plain: dict[str, Any], samples: int) -> None:
         after_backward = getattr(owner, name)
 
         def watched(*args: Any, **more: Any) -> Any:
-            found["with_gradients"] = held(engine.module) - nothing
-            return after_backward(*args, **more)
+            if strategy != "zero2":
+                found["with_gradients"] = held(engine.module) - nothing
+            done = after_backward(*args, **more)
+            if strategy == "zero2":  # which has freed other ranks' gradients only now
+                found["with_gradients"] = held(engine.module) - nothing
+            return done
 
         setattr(owner, name, watched)
         engine.train_step(batch)
@@ -87,9 +98,9 @@ def measure(plain: dict[str, Any], samples: int) -> None:
         Path(plain["out"] + f"-{runtime.rank}.json").write_text(json.dumps(found))
 
 
-def measured(plain: dict[str, Any], ranks: int, samples: int) -> list[dict[str, Any]]:
+def measured(plain: dict[str, Any], ranks: int, warm: bool) -> list[dict[str, Any]]:
     """Each rank's findings, in processes that have held nothing before."""
-    for process in (processes := start_ranks(measure, ranks, plain, samples)):
+    for process in (processes := start_ranks(measure, ranks, plain, warm)):
         process.join(500)
     assert [process.exitcode for process in processes] == [0] * ranks
     return [json.loads(Path(plain["out"] + f"-{rank}.json").read_text()) for rank in range(ranks)]
@@ -106,7 +117,7 @@ def settings(tmp_path: Path, strategy: str, model: dict[str, Any], knobs: dict[s
     return plain
 
 
-def expected(strategy: str, found: dict[str, Any], ranks: int, bucket: int, threshold: int) -> tuple[int | None, int]:
+def expected(strategy: str, found: dict[str, Any], ranks: int, bucket: int, threshold: int) -> tuple[int | None, int | None]:
     """Bytes (at rest, with all gradients) of a rank in fp32 under AdamW: ZeRO's arithmetic with DeepSpeed's padding.
 
     ZeRO (Rajbhandari et al. 2020), section 3, with parameters and gradients of 4 bytes: DeepSpeed keeps a second copy of those
@@ -118,10 +129,10 @@ def expected(strategy: str, found: dict[str, Any], ranks: int, bucket: int, thre
     if strategy == "zero3":
         share = 4 * sum(-(-numel // ranks) for numel in found["parameters"])
         whole = 4 * sum(numel for numel in found["parameters"] if numel <= threshold)
-        return 5 * share + whole + 4 * bucket, 5 * share + whole + 4 * bucket
+        return 5 * share + whole + 4 * bucket, None  # what was gathered last is still there
     padded = 4 * sum(-(-numel // (2 * ranks)) * 2 * ranks for numel in found["groups"])
-    gradients = parameters if strategy == "zero1" else 4 * found["mine"]
-    return padded + 3 * padded // ranks, padded + 3 * padded // ranks + gradients + 4 * bucket
+    at_rest = padded + 3 * padded // ranks
+    return at_rest, at_rest + (parameters + 4 * bucket if strategy == "zero1" else 4 * found["mine"])
 
 
 @pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
@@ -131,12 +142,13 @@ def test_state_is_what_the_arithmetic_says(tmp_path: Path, ranks: int) -> None:
     ladder = []
     for strategy in LADDER:
         knobs = {"reduce_bucket_size": 10_000} | (sizes if strategy == "zero3" else {})
-        all_found = measured(settings(tmp_path, strategy, model, knobs, ranks), ranks, 4)
+        all_found = measured(settings(tmp_path, strategy, model, knobs, ranks), ranks, warm=False)
         for rank, found in enumerate(all_found):
             predicted = expected(strategy, found, ranks, 10_000, 200)
-            # Step counts, means and the like are left out.
-            for moment, size in zip(("at_rest", "with_gradients"), predicted):
-                assert size is None or abs(found[moment] - size) < 4096, (strategy, rank, moment, found[moment], size)
+            # Step counts, means and the like are left out. A gradient may be waiting in stage 2's bucket.
+            for moment, size, bucket in zip(("at_rest", "with_gradients"), predicted, (0, 40_000 * (strategy == "zero2"))):
+                here = found[moment]
+                assert size is None or -4096 < here - size < 4096 + bucket, (strategy, rank, moment, here, size)
         ladder.append(max(found["with_gradients"] for found in all_found))
     assert ladder == sorted(ladder, reverse=True) and len(set(ladder)) == 4
 
@@ -148,11 +160,16 @@ def test_resident_memory_follows_the_state(tmp_path: Path) -> None:
     sizes = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_param_persistence_threshold": 0}
     ladder, activations = [], 0
     for strategy in LADDER:
-        knobs = {"reduce_bucket_size": 500_000, "allgather_bucket_size": 500_000} | (sizes if strategy == "zero3" else {})
-        found = measured(settings(tmp_path, strategy, model, knobs, 4), 4, 16)
-        activations = found[0].get("activations", activations)
-        assert sum(found[0]["parameters"]) > 50_000_000
-        for rank in found:
-            assert rank["peak"] == pytest.approx(rank["with_gradients"] + activations, rel=0.15), (strategy, rank, activations)
-        ladder.append(max(rank["peak"] for rank in found))
+        knobs = {"reduce_bucket_size": 500_000} | (sizes if strategy == "zero3" else {})
+        all_found = measured(settings(tmp_path, strategy, model, knobs, 4), 4, warm=True)
+        activations = all_found[0].get("activations", activations)
+        parameters = 4 * sum(all_found[0]["parameters"])
+        assert parameters > 4 * 50_000_000
+        for found in all_found:
+            peak = found["with_gradients"] + activations
+            if strategy in ("zero1", "zero2"):
+                # gloo gathers the stepped parameters into a copy of its own.
+                peak = max(peak, found["at_rest"] + parameters + parameters // 4)
+            assert found["peak"] == pytest.approx(peak, rel=0.15), (strategy, found, activations)
+        ladder.append(max(found["peak"] for found in all_found))
     assert ladder == sorted(ladder, reverse=True)

@@ -75,6 +75,7 @@ def run_with_trace(plain: dict[str, Any]) -> None:
 
 
 KILLED = [("fsdp", 2, 1, 0), ("fsdp", 3, 1, 2), ("fsdp", 4, 2, 0), ("ddp", 3, 1, 0), ("ddp", 2, 1, 2)]
+KILLED += [pytest.param(*case, marks=pytest.mark.long) for case in (("zero2", 3, 1, 0), ("zero3", 2, 1, 2))]
 
 
 @pytest.mark.parametrize(("strategy", "ranks", "replicas", "workers"), KILLED)

@@ -1,0 +1,196 @@
+"""ZeRO's numbers are those of one process, on any number of ranks."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks, start_ranks
+from tests.engine.test_memory import peak_while_building
+from tests.engine.test_parity import same_losses
+from tests.recipes import lines, losses, recipe, run
+
+STAGES = ("zero1", "zero2", "zero3")
+EVERY = [(stage, ranks) for stage in STAGES for ranks in (1, 2, 3, 4)]
+SOME = [("zero1", 3), ("zero2", 2), ("zero2", 4), ("zero3", 3)]
+
+
+def compare(tmp_path: Path, layouts: list[tuple[str, int]], model: str = "vit", **sections: dict[str, Any]) -> None:
+    parallel = sections.pop("parallel", {})
+    reference = run_ranks(run, 1, recipe(tmp_path / "reference", model, **sections))[0]
+    for strategy, ranks in layouts:
+        plain = recipe(tmp_path / f"{strategy}-{ranks}", model, parallel={"strategy": strategy, **parallel}, **sections)
+        same_losses(reference, run_ranks(run, ranks, plain)[0])
+
+
+def test_losses_equal_those_of_one_process(tmp_path: Path) -> None:
+    """Four micro-batches and more, the last one short; clipping, decayed and other parameters, rates per layer."""
+    optim = {"layer_decay": 0.7, "clip": 0.5}
+    compare(tmp_path, EVERY, optim=optim, train={"micro_batch": 3, "global_batch": 24})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("micro_batch", [None, 3])
+@pytest.mark.parametrize("model", ["vit", "swin", "convnext", "eva02"])
+def test_losses_of_every_model(tmp_path: Path, model: str, micro_batch: int | None) -> None:
+    optim = {"layer_decay": 0.7, "clip": 0.5}
+    compare(tmp_path, EVERY, model, optim=optim, train={"micro_batch": micro_batch, "global_batch": 24})
+
+
+def test_models_with_batchnorm(tmp_path: Path) -> None:
+    """Batch statistics are those of a rank's micro-batch, so one process has to cut the global batch alike."""
+    compare(tmp_path, [(stage, 2) for stage in STAGES], "efficientnet", train={"micro_batch": 12})
+
+
+def test_scalar_and_tiny_parameters(tmp_path: Path) -> None:
+    """NFNet's skip gains are 0-D; layer scale and norms have fewer elements than four ranks can share."""
+    skip_init = {"options": {"depths": [1, 1, 1, 1], "channels": [8, 12, 16, 20], "stem_chs": 8, "skipinit": True}}
+
+    def plain(name: str, **parallel: Any) -> dict[str, Any]:
+        made = recipe(tmp_path / name, "nfnet", parallel=parallel)
+        return made | {"model": made["model"] | skip_init}
+
+    reference = run_ranks(run, 1, plain("reference"))[0]
+    for strategy, ranks in (("zero2", 3), ("zero3", 4)):
+        same_losses(reference, run_ranks(run, ranks, plain(strategy, strategy=strategy))[0])
+
+
+def test_recompute_and_compile(tmp_path: Path) -> None:
+    compare(tmp_path, [("zero1", 2), ("zero3", 3)], parallel={"recompute": "blocks"})
+    compare(tmp_path, [("zero2", 2)], train={"micro_batch": 6}, parallel={"compile": True})
+
+
+@pytest.mark.long
+def test_compile_between_deepspeeds_hooks(tmp_path: Path) -> None:
+    compare(tmp_path, [("zero3", 2)], train={"micro_batch": 6}, parallel={"compile": True})
+
+
+def test_optimizers_without_clipping(tmp_path: Path) -> None:
+    compare(tmp_path, [("zero1", 2), ("zero3", 3)], optim={"name": "sgd", "lr": 0.05, "clip": None})
+
+
+def test_clipping_by_the_norm_of_large_tensors(tmp_path: Path) -> None:
+    options = {"patch_size": 8, "depth": 1, "embed_dim": 1024, "num_heads": 4}
+    short = {"steps": 4, "global_batch": 12, "micro_batch": None}
+
+    def plain(name: str, **parallel: Any) -> dict[str, Any]:
+        made = recipe(tmp_path / name, train=short, optim={"name": "sgd", "lr": 0.3, "clip": 0.5}, parallel=parallel)
+        return made | {"model": made["model"] | {"options": options}}
+
+    def norms(name: str) -> list[float]:
+        return [line["grad_norm"] for line in lines(tmp_path / name) if "loss" in line]
+
+    reference = run_ranks(run, 1, plain("reference"))[0]
+    for strategy in ("zero2", "zero3"):
+        assert run_ranks(run, 3, plain(strategy, strategy=strategy))[0] == pytest.approx(reference, rel=1e-5)
+        assert norms(strategy) == pytest.approx(norms("reference"), rel=1e-5) and min(norms("reference")) > 0.5
+
+
+@pytest.mark.parametrize(("stage", "offload"), [("zero2", "optimizer"), pytest.param("zero3", "all", marks=pytest.mark.long)])
+def test_offload_steps_on_the_cpu_and_goes_on_bit_for_bit(tmp_path: Path, stage: str, offload: str) -> None:
+    parallel = {"strategy": stage, "offload": offload}
+    compare(tmp_path, [(stage, 2)], checkpoint={"every": 7, "keep": 9}, parallel=parallel)
+    whole, resumed = tmp_path / f"{stage}-2", tmp_path / "resumed"
+    run_ranks(run, 2, recipe(resumed, parallel=parallel, checkpoint={"resume": str(whole / "step-00000007")}))
+    assert losses(resumed) == losses(whole)[7:]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        one, other = (folder / "step-00000020" / file for folder in (whole, resumed))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_half_precision_follows_fsdp(tmp_path: Path) -> None:
+    """BatchNorm computes in fp32 under either."""
+    for model, precision, relative in (("efficientnet", "bf16", 2e-2), ("vit", "fp16", 2e-4)):
+        train = {"micro_batch": 12}
+        name = f"{model}-{precision}"
+        shared = {"precision": precision, "strategy": "fsdp"}
+        reference = run_ranks(run, 2, recipe(tmp_path / name, model, parallel=shared, train=train))[0]
+        for stage in STAGES:
+            plain = recipe(tmp_path / f"{name}-{stage}", model, parallel=shared | {"strategy": stage}, train=train)
+            assert run_ranks(run, 2, plain)[0] == pytest.approx(reference, rel=relative), (name, stage)
+
+
+def overflow_and_go_on(plain: dict[str, Any], resumed: str | None) -> list[Any]:
+    """Train with a loss scale that overflows at first; return (skipped, scale) of each step and the last scalars."""
+    from bigvision.config import load_config
+    from bigvision.data import Batch
+    from bigvision.runtime import start
+    from bigvision.training.build import build_model
+
+    with start("cpu") as runtime:
+        engine, plan, _ = build_model(load_config(plain), 10, runtime, steps=99, say=print)
+        if resumed:
+            engine.restored(json.loads(resumed))
+        images = torch.full((4, 3, plan.image_size, plan.image_size), 99, dtype=torch.uint8)
+        batch = Batch(images, torch.arange(4), torch.arange(4), torch.ones(4, dtype=torch.bool))
+        told = []
+        for _ in range(8):
+            result = engine.train_step(batch)
+            told.append((result.skipped, engine.scalars()["loss_scale"]))
+        return [told, json.dumps(engine.scalars())]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_loss_scale_is_kept(tmp_path: Path, stage: str) -> None:
+    file = tmp_path / "scale.json"
+    fp16 = {"enabled": True, "initial_scale_power": 40, "loss_scale_window": 3, "hysteresis": 2}
+    file.write_text(json.dumps({"zero_optimization": {"stage": int(stage[-1])}, "fp16": fp16}))
+    parallel = {"strategy": stage, "precision": "fp16", "deepspeed": str(file)}
+    plain = recipe(tmp_path, parallel=parallel, train={"global_batch": 8, "micro_batch": None})
+    told, scalars = run_ranks(overflow_and_go_on, 2, plain, None)[0]
+    assert tuple(told[0]) == (True, 2.0**40), "the first overflow only uses up the hysteresis"
+    assert told[1][0] and told[1][1] == 2.0**39
+    saved = json.loads(scalars)
+    assert saved["step"] == 8 and saved["optimizer_steps"] == sum(not skipped for skipped, _ in told)
+    # A native strategy takes the scale over, and gives it back.
+    native = recipe(tmp_path, parallel={"strategy": "fsdp", "precision": "fp16"}, train=plain["train"])
+    on, _ = run_ranks(overflow_and_go_on, 2, native, scalars)[0]
+    assert on[0][1] == saved["loss_scale"] / (2 if on[0][0] else 1)
+    same, again = run_ranks(overflow_and_go_on, 2, plain, scalars)[0]
+    assert same[0][1] in (saved["loss_scale"], saved["loss_scale"] / 2, saved["loss_scale"] * 2)
+    assert json.loads(again)["step"] == 16
+
+
+def write_peak_while_building(plain: dict[str, Any]) -> None:
+    # The allocator would else keep what is freed.
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    Path(plain["out"] + os.environ["RANK"]).write_text(json.dumps(peak_while_building(plain)))
+
+
+def test_a_sharded_model_is_never_whole(tmp_path: Path) -> None:
+    """86 M parameters over four ranks, as in test_memory."""
+    plain = recipe(tmp_path / "peak", parallel={"strategy": "zero3"}) | {"model": {"name": "vit_base_patch16_224"}}
+    for process in (processes := start_ranks(write_peak_while_building, 4, plain)):
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0] * 4
+    for rank in range(4):
+        found = json.loads((tmp_path / f"peak{rank}").read_text())
+        # DeepSpeed holds gradients and a second copy of the parameters, and imports 128 MiB of code.
+        allowed = found["share"] + 2 * found["gradients"] + 3.5 * found["largest"] + 128 * 2**20
+        assert found["peak"] < allowed, found
+        assert found["share"] + 2 * found["gradients"] + found["whole"] > allowed, "the bound would let a whole copy pass"
+
+
+def seen_settings(plain: dict[str, Any]) -> list[Any]:
+    from bigvision.config import load_config
+    from bigvision.runtime import start
+    from bigvision.training.build import build_model
+
+    with start("cpu") as runtime:
+        engine, _, _ = build_model(load_config(plain), 10, runtime, steps=9, say=print)
+        zero = engine.deepspeed._config.zero_config  # type: ignore[attr-defined]
+        return [zero.reduce_bucket_size, zero.prefetch_bucket_size, zero.param_persistence_threshold, zero.max_live_parameters]
+
+
+def test_knobs_reach_deepspeed(tmp_path: Path) -> None:
+    file = tmp_path / "knobs.json"
+    zero = {"stage": 3, "reduce_bucket_size": 12345, "prefetch_bucket_size": 77, "stage3_param_persistence_threshold": "auto"}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    bucket, prefetch, persistent, live = run_ranks(seen_settings, 1, recipe(tmp_path, parallel={"deepspeed": str(file)}))[0]
+    assert (bucket, prefetch) == (12345, 77) and 0 < persistent < 1000 and 0 < live < 10**6

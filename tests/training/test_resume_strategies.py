@@ -1,0 +1,53 @@
+"""A run of any strategy on any number of ranks goes on as any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.recipes import losses, recipe, run
+from tests.training.test_resume import digests
+
+STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+EVERY = [(strategy, ranks) for strategy in STRATEGIES for ranks in (1, 2, 3, 4)]
+SOME = [("ddp", 1), ("fsdp", 3), ("zero1", 3), ("zero2", 2), ("zero3", 4)]
+
+
+def check_pairs(tmp_path: Path, layouts: list[tuple[str, int]]) -> None:
+    """Odd shapes, decayed and other parameters, rates per layer, and files so small that there are many."""
+
+    def plain(name: str, strategy: str, steps: int, **checkpoint: Any) -> dict[str, Any]:
+        return recipe(
+            tmp_path / name, "convnext", parallel={"strategy": strategy}, optim={"schedule": "constant", "layer_decay": 0.8},
+            train={"steps": steps, "micro_batch": None}, checkpoint={"shard_size": "40kB", **checkpoint},
+        )  # fmt: skip
+
+    run_ranks(run, 1, plain("alone", "ddp", 8))
+    for first, ranks in layouts:
+        name = f"{first}-{ranks}"
+        run_ranks(run, ranks, plain(name, first, 8, every=3, keep=9))
+        whole, saved = losses(tmp_path / name), tmp_path / name / "step-00000003"
+        assert whole == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+        written = digests(saved)
+        assert sum(file.startswith("model-") for file in written) > 3
+        for second, others in layouts:
+            again, on = (f"{name}-{second}-{others}-{end}" for end in ("again", "on"))
+            run_ranks(run, others, plain(again, second, 3, resume=str(saved)))
+            run_ranks(run, others, plain(on, second, 8, resume=str(saved)))
+            assert digests(tmp_path / again / "step-00000003") == written, f"{name} resumed as {second}-{others}"
+            assert losses(tmp_path / on) == pytest.approx(whole[3:], rel=1e-5)
+            if (first, ranks) == (second, others):
+                assert losses(tmp_path / on) == whole[3:]
+                assert digests(tmp_path / on / "step-00000008") == digests(tmp_path / name / "step-00000008")
+
+
+def test_some_strategies_resume_each_other(tmp_path: Path) -> None:
+    check_pairs(tmp_path, SOME)
+
+
+@pytest.mark.long
+def test_every_strategy_resumes_every_other_on_every_number_of_ranks(tmp_path: Path) -> None:
+    check_pairs(tmp_path, EVERY)
