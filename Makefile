@@ -50,6 +50,7 @@ format: $(STAMP)  ## rewrite the code in the project's format
 bench: $(STAMP)  ## measure the training step beside its peers, on one rank and on two
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
 	$(TORCHRUN) -m benchmarks.step_time $(ARGS)
+	$(TORCHRUN) -m benchmarks.zero_time $(ARGS)
 
 clean:  ## remove .venv and caches; checkpoints stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache

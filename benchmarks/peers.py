@@ -101,6 +101,26 @@ def plain_fully_shard(model: nn.Module, units: Iterable[nn.Module], work: Work, 
     return step
 
 
+def plain_deepspeed(model: nn.Module, settings: dict[str, Any], work: Work, device: torch.device) -> Step:
+    """The loop of DeepSpeed's documentation over ``deepspeed.initialize``, with our optimizer and rates."""
+    import deepspeed
+
+    normalize, rate = _normalizer(model, device), _rates(work)
+    # The throughput timer is DeepSpeed's default.
+    told = {name: value for name, value in settings.items() if name != "timers"}
+    wrapped: Any = deepspeed.initialize(model=model, optimizer=_adamw(model, work), config=told, dist_init_required=False)
+    engine = wrapped[0]
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(engine(normalize(images)).float(), labels)
+        engine.backward(loss)
+        _set_rate(engine.optimizer, rate())
+        engine.step()
+        return loss.detach()
+
+    return step
+
+
 def accelerate_loop(model: nn.Module, work: Work, device: torch.device, units: str = "Block") -> Step:
     """The loop of Accelerate's documentation: DDP on CPU ranks (it has no FSDP there), FSDP2 around *units* on several GPUs.
 

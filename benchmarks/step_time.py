@@ -27,18 +27,23 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     """Measure, print the table and write it."""
-    options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    options.add_argument("--model", default="vit_tiny_patch16_224")
-    options.add_argument("--options", default="{patch_size: 4}")
-    options.add_argument("--image-size", type=int, default=32)
-    options.add_argument("--batch", type=int, default=16, help="per rank")
-    options.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    options.add_argument("--rounds", type=int, default=40)
-    options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    options.add_argument("--results", type=Path, default=RESULTS)
-    asked = options.parse_args()
+    asked = options(str(__doc__).splitlines()[0]).parse_args()
     with start(asked.device) as runtime:
         measure(asked, runtime)
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """What a measurement of steps can be asked for."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--options", default="{patch_size: 4}")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16, help="per rank")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser
 
 
 def measure(asked: argparse.Namespace, runtime: Runtime) -> None:
