@@ -76,3 +76,7 @@ class Engine(ABC):
     @abstractmethod
     def restored(self, scalars: dict[str, Any]) -> None:
         """Take over *scalars* and refresh what derives from the fragments; called after they were written."""
+
+    def close(self) -> None:
+        """Let go of what outlives the engine otherwise; it is not used afterwards."""
+        return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,7 +15,7 @@ from bigvision.data.batch import Batch
 from bigvision.engine.data_parallel import DataParallelEngine
 from bigvision.engine.precision import COMPUTE_DTYPES
 from bigvision.engine.prepare import fill, materialize, norms_in_fp32
-from bigvision.engine.zero_import import load_deepspeed
+from bigvision.engine.zero_import import forget_models, load_deepspeed
 from bigvision.engine.zero_settings import deepspeed_settings
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
@@ -43,7 +42,6 @@ class ZeroEngine(DataParallelEngine):
         groups = parameter_groups(self.module, self.config.optim.weight_decay, self.config.optim.layer_decay)
         if parallel.strategy == "zero3":
             # Each parameter is sharded as soon as it is allocated, so that no rank ever holds two whole ones.
-            os.environ.setdefault("LOCAL_RANK", str(self.runtime.identity.local_rank))
             initializer = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
 
             def shard(parameter: nn.Parameter) -> None:
@@ -87,6 +85,21 @@ class ZeroEngine(DataParallelEngine):
         dist.all_reduce(loss_sum)
         grad_norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float64, device=loss_sum.device)
         return loss_sum, grad_norm, not self.deepspeed.was_step_applied()
+
+    def close(self) -> None:
+        """Undo the hooks that hold the model and the optimizer for as long as the process lives.
+
+        Some cannot be undone: what they hold is emptied.
+        """
+        self.deepspeed.destroy()
+        self.deepspeed.optimizer = None
+        vars(self.sharded).clear()
+        self.inner.state.clear()
+        self.inner.param_groups.clear()
+        for parameter in self.module.parameters():
+            parameter.data, parameter.grad = parameter.data.new_empty(0), None
+            vars(parameter).pop("ds_tensor", None)
+        forget_models()
 
     # The state.
 

@@ -41,7 +41,7 @@ def load_deepspeed(device: torch.device) -> Any:
     # Ranks compare these counters, and need not have run the same before.
     deepspeed.zero.Init.param_id = 0
     counted.__defaults__[0][0] = 0
-    parameter_offload.FWD_MODULE_STACK.clear()
+    forget_models()
     if device.type == "cpu":
         # It asks for matrix instructions that few processors have; torch computes fp16 on every one.
         accelerator.is_fp16_supported = lambda: True
@@ -49,6 +49,13 @@ def load_deepspeed(device: torch.device) -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(accelerator.communication_backend_name(), dist_init_required=False)
     return deepspeed
+
+
+def forget_models() -> None:
+    """Empty the list in which DeepSpeed keeps every model of stage 3."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK.clear()
 
 
 def check_cpu_adam(device: torch.device) -> None:

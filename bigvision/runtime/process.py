@@ -62,10 +62,16 @@ def start(device: str = "auto", replicas: int = 1, timeout: timedelta = timedelt
     owned = not dist.is_initialized()
     if owned:
         _init_process_group(identity, chosen, timeout)
+    # DeepSpeed asks the environment which device is a rank's own, also where no launcher set it.
+    unnamed = "LOCAL_RANK" not in os.environ
+    if unnamed:
+        os.environ["LOCAL_RANK"] = str(identity.local_rank)
     try:
         shape = (replicas, identity.world_size // replicas)
         yield Runtime(identity, chosen, init_device_mesh(chosen.type, shape, mesh_dim_names=("replicate", "shard")))
     finally:
+        if unnamed:
+            del os.environ["LOCAL_RANK"]
         if owned:
             dist.destroy_process_group()
 

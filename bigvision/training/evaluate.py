@@ -49,5 +49,8 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
         data = open_data(config, runtime)
         engine, blueprint, card = build_model(config, data.num_classes, runtime, steps=1, say=lambda text: None)
-        restore_model(found, engine)
-        return evaluate(config, Build(engine, data, blueprint, card, 1, {}), runtime)
+        try:
+            restore_model(found, engine)
+            return evaluate(config, Build(engine, data, blueprint, card, 1, {}), runtime)
+        finally:
+            engine.close()

@@ -55,6 +55,7 @@ def train(config: Config) -> Result:
         finally:
             batches.close()
             monitor.close()
+            engine.close()
         monitor.farewell(folder, metrics)
         return Result(engine.step, folder, metrics)
 

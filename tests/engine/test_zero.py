@@ -14,6 +14,7 @@ import torch
 from tests.distributed import run_ranks, start_ranks
 from tests.engine.test_memory import peak_while_building
 from tests.engine.test_parity import same_losses
+from tests.engine.test_zero_memory import held
 from tests.recipes import lines, losses, recipe, run
 
 STAGES = ("zero1", "zero2", "zero3")
@@ -194,3 +195,30 @@ def test_knobs_reach_deepspeed(tmp_path: Path) -> None:
     file.write_text(json.dumps({"zero_optimization": zero}))
     bucket, prefetch, persistent, live = run_ranks(seen_settings, 1, recipe(tmp_path, parallel={"deepspeed": str(file)}))[0]
     assert (bucket, prefetch) == (12345, 77) and 0 < persistent < 1000 and 0 < live < 10**6
+
+
+def held_after_closing(plain: dict[str, Any]) -> list[int]:
+    """Bytes of all tensors before any engine, and after each of three was used and closed."""
+    from bigvision.config import load_config
+    from bigvision.data import Batch
+    from bigvision.runtime import start
+    from bigvision.training.build import build_model
+
+    found = [held()]
+    for _ in range(3):
+        with start("cpu") as runtime:
+            engine, plan, _ = build_model(load_config(plain), 10, runtime, steps=9, say=print)
+            images = torch.zeros(8, 3, plan.image_size, plan.image_size, dtype=torch.uint8)
+            labels = torch.zeros(8, dtype=torch.int64)
+            engine.train_step(Batch(images, labels, labels, torch.ones(8, dtype=torch.bool)))
+            engine.close()
+            del engine, images
+        found.append(held())
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_closed_engine_holds_nothing(tmp_path: Path, stage: str) -> None:
+    """DeepSpeed's hooks would keep model and optimizer for as long as the process lives."""
+    before, *after = run_ranks(held_after_closing, 1, recipe(tmp_path, parallel={"strategy": stage}))[0]
+    assert max(after) - before < 100_000 and after[2] - after[1] < 1000, (before, after)

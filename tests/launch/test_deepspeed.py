@@ -25,11 +25,11 @@ COMPILES = pytest.mark.skipif(
 )
 
 
-def cases(short: set[str]) -> list[Any]:
-    """The files of ds_configs, each with its marks."""
+def cases(files: list[str], short: set[str]) -> list[Any]:
+    """Files of ds_configs, each with its marks."""
     return [
         pytest.param(name, marks=[COMPILES] * name.endswith("offload") + [pytest.mark.long] * (name not in short))
-        for name in FILES
+        for name in files
     ]
 
 
@@ -53,15 +53,16 @@ def near(reference: list[float]) -> Any:
     return pytest.approx(reference, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", cases(SHORT))
+# Half precision is emulated on the CPU, and a whole run of it takes twenty minutes.
+@pytest.mark.parametrize("name", cases([name for name in FILES if precision(name) == "fp32"], SHORT))
 def test_the_launcher_trains_digits_with_every_file(name: str, tmp_path: Path) -> None:
-    flags = ["--deepspeed", f"ds_configs/{name}.json", "--out", str(tmp_path), "--parallel.precision", precision(name)]
+    flags = ["--deepspeed", f"ds_configs/{name}.json", "--out", str(tmp_path)]
     said = launch(deepspeed("--num_gpus", "2", "launch/train.py", *flags), timeout=3600)
     last = lines(tmp_path)[-1]
     assert last["val_top1"] >= 0.97, last
     assert f"checkpoint  {tmp_path}/step-{last['step']:08}" in said
     saved = yaml.safe_load((tmp_path / "run.yaml").read_text())["parallel"]
-    assert (saved["strategy"], saved["precision"]) == (name[:5], precision(name))
+    assert (saved["strategy"], saved["precision"]) == (name[:5], "fp32")
 
 
 def run_without_objects(plain: dict[str, Any]) -> list[float]:
@@ -79,11 +80,16 @@ def run_without_objects(plain: dict[str, Any]) -> list[float]:
         distributed_c10d._tensor_to_object = before
 
 
-@pytest.mark.parametrize("name", cases(set(FILES)))
+@pytest.mark.parametrize("name", cases(FILES, set(FILES)))
 def test_every_file_takes_the_steps_of_ddp(name: str, tmp_path: Path, reference: list[float]) -> None:
     parallel = {"deepspeed": f"ds_configs/{name}.json", "precision": precision(name)}
     found = run_ranks(run_without_objects, 2, recipe(tmp_path / "out", train={"steps": 3}, parallel=parallel))[0]
     assert found == (near(reference) if precision(name) == "fp32" else pytest.approx(reference, rel=2e-2))
+
+
+def test_one_rank_needs_no_launcher(tmp_path: Path, reference: list[float]) -> None:
+    launch([sys.executable, "launch/train.py", write_recipe(tmp_path), "--parallel.strategy", "zero3"])
+    assert losses(tmp_path / "out") == near(reference)
 
 
 HOSTS = ["--no_ssh", "--master_addr", "127.0.0.1", "--hostfile"]
