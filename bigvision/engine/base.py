@@ -75,7 +75,11 @@ class Engine(ABC):
 
     @abstractmethod
     def restored(self, scalars: dict[str, Any]) -> None:
-        """Take over *scalars* and refresh what derives from the fragments; called after they were written."""
+        """Take over *scalars* and :meth:`refresh`; called after all fragments were written."""
+
+    def refresh(self) -> None:
+        """Bring what derives from the fragments up to date: called after they were written, by :meth:`restored` too."""
+        return
 
     def close(self) -> None:
         """Let go of what outlives the engine otherwise; it is not used afterwards."""

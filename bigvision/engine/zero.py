@@ -64,7 +64,7 @@ class ZeroEngine(DataParallelEngine):
         self.names = {id(p): name for name, p in self.module.named_parameters()}
         self._allocate_state()
         fill(blueprint, self.config.seed, self._model_fragments(), self.module, self.runtime.device)
-        self._refresh()
+        self.refresh()
 
     # The step.
 
@@ -157,7 +157,7 @@ class ZeroEngine(DataParallelEngine):
         if self.config.parallel.strategy != "zero3":
             self.sharded._lazy_init_hp_params_optimizer_state()
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Bring the parameters that the model computes with up to date with the fp32 ones."""
         if self.config.parallel.strategy != "zero3":
             self.sharded.update_lp_params()
@@ -205,7 +205,7 @@ class ZeroEngine(DataParallelEngine):
             scaler.cur_hysteresis = own["hysteresis"]
         self.deepspeed.global_steps = self.deepspeed.micro_steps = self.step
         self.deepspeed.global_samples = self.samples
-        self._refresh()
+        self.refresh()
 
     def _repeat_powers(self, steps: int) -> None:
         """CPU Adam multiplies up the powers of its decay rates step by step; computed at once they differ in the last bit."""

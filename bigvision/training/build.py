@@ -110,6 +110,7 @@ def build_model(
 def restore_model(found: Checkpoint, engine: Engine) -> None:
     """Take over only the weights of a checkpoint, for evaluation. Called on every rank."""
     found.restore(list(engine.fragments()), groups=("model",), what="checkpoint")
+    engine.refresh()
 
 
 def without_weights(config: Config) -> Config:

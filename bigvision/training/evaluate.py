@@ -42,7 +42,8 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
     whole = -(-config.train.global_batch // ranks) * ranks
     config = replace(
         without_weights(config),
-        parallel=replace(config.parallel, replicas=replicas),
+        # There is no step to take.
+        parallel=replace(config.parallel, replicas=replicas, offload="none", deepspeed=None),
         train=replace(config.train, global_batch=whole),
     )
     with start(config.parallel.device, replicas) as runtime:

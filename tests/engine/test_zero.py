@@ -117,6 +117,25 @@ def test_half_precision_follows_fsdp(tmp_path: Path) -> None:
             assert run_ranks(run, 2, plain)[0] == pytest.approx(reference, rel=relative), (name, stage)
 
 
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
+def test_half_precision_goes_on_bit_for_bit(tmp_path: Path, precision: str) -> None:
+    """The copies that compute are made anew from the fp32 weights of the checkpoint, also from fsdp's."""
+    train = {"steps": 6, "micro_batch": 6}
+
+    def plain(name: str, strategy: str, **checkpoint: Any) -> dict[str, Any]:
+        parallel = {"strategy": strategy, "precision": precision}
+        return recipe(tmp_path / name, parallel=parallel, train=train, checkpoint=checkpoint, optim={"schedule": "constant"})
+
+    for stage in STAGES:
+        run_ranks(run, 3, plain(stage, stage, every=3))
+        run_ranks(run, 3, plain(f"{stage}-on", stage, resume=str(tmp_path / stage / "step-00000003")))
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            one, other = (tmp_path / name / "step-00000006" / file for name in (stage, f"{stage}-on"))
+            assert one.read_bytes() == other.read_bytes(), (stage, file)
+        run_ranks(run, 2, plain(f"{stage}-fsdp", "fsdp", resume=str(tmp_path / stage / "step-00000003")))
+        assert losses(tmp_path / f"{stage}-fsdp") == pytest.approx(losses(tmp_path / stage)[3:], rel=2e-3)
+
+
 def overflow_and_go_on(plain: dict[str, Any], resumed: str | None) -> list[Any]:
     """Train with a loss scale that overflows at first; return (skipped, scale) of each step and the last scalars."""
     from bigvision.config import load_config

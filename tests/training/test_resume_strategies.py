@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_ranks
-from tests.recipes import losses, recipe, run
+from tests.recipes import lines, losses, recipe, run
 from tests.training.test_resume import digests
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -42,6 +42,24 @@ def check_pairs(tmp_path: Path, layouts: list[tuple[str, int]]) -> None:
             if (first, ranks) == (second, others):
                 assert losses(tmp_path / on) == whole[3:]
                 assert digests(tmp_path / on / "step-00000008") == digests(tmp_path / name / "step-00000008")
+
+
+def evaluated(folder: str, plain: dict[str, Any]) -> dict[str, float]:
+    from bigvision import load_config
+    from bigvision.training import evaluate_checkpoint
+
+    return evaluate_checkpoint(Path(folder), load_config(plain))
+
+
+def test_every_strategy_evaluates_a_checkpoint(tmp_path: Path) -> None:
+    """Only the weights are restored, and they are those that compute."""
+    plain = recipe(tmp_path, train={"steps": 3})
+    run_ranks(run, 2, plain)
+    reached = next(line for line in lines(tmp_path) if "val_loss" in line)
+    for strategy in STRATEGIES:
+        other = plain | {"parallel": plain["parallel"] | {"strategy": strategy}}
+        found = run_ranks(evaluated, 3, str(tmp_path / "step-00000003"), other)[0]
+        assert found["loss"] == pytest.approx(reached["val_loss"], rel=1e-5) and found["top1"] == reached["val_top1"]
 
 
 def test_some_strategies_resume_each_other(tmp_path: Path) -> None:
