@@ -19,7 +19,7 @@ from tests.recipes import lines, losses, recipe, run
 
 STAGES = ("zero1", "zero2", "zero3")
 EVERY = [(stage, ranks) for stage in STAGES for ranks in (1, 2, 3, 4)]
-SOME = [("zero1", 3), ("zero2", 2), ("zero2", 4), ("zero3", 3)]
+SOME = [("zero1", 1), ("zero1", 4), ("zero2", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)]
 
 
 def compare(tmp_path: Path, layouts: list[tuple[str, int]], model: str = "vit", **sections: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ def compare(tmp_path: Path, layouts: list[tuple[str, int]], model: str = "vit", 
 def test_losses_equal_those_of_one_process(tmp_path: Path) -> None:
     """Four micro-batches and more, the last one short; clipping, decayed and other parameters, rates per layer."""
     optim = {"layer_decay": 0.7, "clip": 0.5}
-    compare(tmp_path, EVERY, optim=optim, train={"micro_batch": 3, "global_batch": 24})
+    compare(tmp_path, SOME, optim=optim, train={"micro_batch": 3, "global_batch": 24})
 
 
 @pytest.mark.long

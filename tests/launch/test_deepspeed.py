@@ -95,7 +95,9 @@ def test_one_rank_needs_no_launcher(tmp_path: Path, reference: list[float]) -> N
 HOSTS = ["--no_ssh", "--master_addr", "127.0.0.1", "--hostfile"]
 
 
-@pytest.mark.parametrize("how", ["bare", "module", "named slots", pytest.param("hostfile", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "how", ["bare", *(pytest.param(how, marks=pytest.mark.long) for how in ("module", "named slots", "hostfile"))]
+)
 def test_ways_to_launch(how: str, tmp_path: Path, reference: list[float]) -> None:
     """The number of ranks without flags is the launcher's choice: the GPUs, or the CPU's NUMA nodes."""
     (tmp_path / "hosts").write_text("localhost slots=2\n")
@@ -137,9 +139,7 @@ FAULTS: dict[str, tuple[Any, list[str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (name not in ("missing", "contradiction"))) for name in FAULTS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name != "contradiction")) for name in FAULTS])
 def test_a_mistake_is_one_line_and_exit_code_2(name: str, tmp_path: Path) -> None:
     """The launcher prints lines of its own, ends the other rank and hands on the exit code."""
     content, flags, words = FAULTS[name]
