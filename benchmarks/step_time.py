@@ -47,11 +47,9 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def measure(asked: argparse.Namespace, runtime: Runtime) -> None:
-    """Build every side from the same seed, check that their first losses agree, and time them."""
+    """Build every side from the same seed and race them."""
     threads = torch.get_num_threads()
     work = Work(precision=asked.precision)
-    batch_here = batch(asked.batch, seed=runtime.rank, image_size=asked.image_size)
-    images, labels = (tensor.to(runtime.device) for tensor in batch_here)
     alone = runtime.world_size == 1
     baseline = "hand-written" if alone else "fully_shard"
 
@@ -71,6 +69,18 @@ def measure(asked: argparse.Namespace, runtime: Runtime) -> None:
     # Creating an Accelerator may change the number.
     torch.set_num_threads(threads)
 
+    race(asked, runtime, steps, baseline, "One training step", f"step_time_{asked.device}")
+
+
+def race(asked: argparse.Namespace, runtime: Runtime, steps: dict[str, Step], baseline: str, question: str, stem: str) -> None:
+    """Check that the first losses of all *steps* agree, time them beside each other, print the table and write it.
+
+    Args:
+        steps: by name; among them the *baseline*, and "again", its control.
+    """
+    images, labels = (
+        tensor.to(runtime.device) for tensor in batch(asked.batch, seed=runtime.rank, image_size=asked.image_size)
+    )
     first = {name: mean_over_ranks(step(images, labels), runtime) for name, step in steps.items()}
     tolerance = 1e-5 if asked.precision == "fp32" else 2e-2
     assert max(first.values()) - min(first.values()) < tolerance * first[baseline], first
@@ -78,20 +88,19 @@ def measure(asked: argparse.Namespace, runtime: Runtime) -> None:
     def side(step: Step) -> Side:
         return lambda: step(images, labels)
 
-    control = side(steps.pop("again"))
-    ranks = f"{runtime.world_size} rank{'s' * (not alone)}"
+    ranks = f"{runtime.world_size} rank{'s' * (runtime.world_size > 1)}"
     report = compare(
-        f"One training step, {asked.model} {asked.options} at {asked.image_size} px, batch {asked.batch} per rank, "
+        f"{question}, {asked.model} {asked.options} at {asked.image_size} px, batch {asked.batch} per rank, "
         f"{asked.precision}, {ranks}",
-        {name: side(step) for name, step in steps.items()},
+        {name: side(step) for name, step in steps.items() if name != "again"},
         baseline,
-        control,
+        side(steps["again"]),
         rounds=asked.rounds,
         device=runtime.device,
     )
     if runtime.is_main:
         print(report.table())
-    report.write(asked.results / f"step_time_{asked.device}_{ranks.replace(' ', '_')}")
+    report.write(asked.results / f"{stem}_{ranks.replace(' ', '_')}")
 
 
 def configuration(asked: argparse.Namespace, work: Work, world_size: int, strategy: str) -> Any:

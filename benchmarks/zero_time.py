@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.harness import Side, compare
-from benchmarks.peers import Step, Work, batch, plain_deepspeed
-from benchmarks.step_time import configuration, fresh, mean_over_ranks, options, ours
+from benchmarks.peers import Step, Work, plain_deepspeed
+from benchmarks.step_time import configuration, fresh, options, ours, race
 from bigvision.engine.zero_settings import deepspeed_settings
 from bigvision.models import find_blocks
 from bigvision.runtime import Runtime, start
@@ -27,10 +26,8 @@ def main() -> None:
 
 
 def measure(asked: argparse.Namespace, runtime: Runtime, strategy: str) -> None:
-    """Build ours and two peers from the same seed, check that their first losses agree, and time them."""
+    """Build ours and two peers from the same seed and race them."""
     work = Work(precision=asked.precision)
-    batch_here = batch(asked.batch, seed=runtime.rank, image_size=asked.image_size)
-    images, labels = (tensor.to(runtime.device) for tensor in batch_here)
 
     def peer() -> Step:
         model = fresh(asked, runtime)
@@ -43,27 +40,7 @@ def measure(asked: argparse.Namespace, runtime: Runtime, strategy: str) -> None:
     baseline = f"deepspeed {strategy}"
     # Ours first: it makes DeepSpeed forget what it counted for earlier models.
     steps: dict[str, Step] = {f"bigvision {strategy}": ours(asked, runtime, work, strategy), baseline: peer(), "again": peer()}
-    first = {name: mean_over_ranks(step(images, labels), runtime) for name, step in steps.items()}
-    tolerance = 1e-5 if asked.precision == "fp32" else 2e-2
-    assert max(first.values()) - min(first.values()) < tolerance * first[baseline], first
-
-    def side(step: Step) -> Side:
-        return lambda: step(images, labels)
-
-    control = side(steps.pop("again"))
-    ranks = f"{runtime.world_size} rank{'s' * (runtime.world_size > 1)}"
-    report = compare(
-        f"One training step under {strategy}, {asked.model} {asked.options} at {asked.image_size} px, "
-        f"batch {asked.batch} per rank, {asked.precision}, {ranks}",
-        {name: side(step) for name, step in steps.items()},
-        baseline,
-        control,
-        rounds=asked.rounds,
-        device=runtime.device,
-    )
-    if runtime.is_main:
-        print(report.table())
-    report.write(asked.results / f"zero_time_{asked.device}_{strategy}_{ranks.replace(' ', '_')}")
+    race(asked, runtime, steps, baseline, f"One training step under {strategy}", f"zero_time_{asked.device}_{strategy}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class ZeroEngine(DataParallelEngine):
     def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
         deepspeed = load_deepspeed(self.runtime.device)
         parallel = self.config.parallel
+        self.weights_sharded = parallel.strategy == "zero3"
         dtype = COMPUTE_DTYPES[parallel.precision]
         largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
         total = sum(p.numel() for p in self.module.parameters())
@@ -40,7 +41,7 @@ class ZeroEngine(DataParallelEngine):
             norms_in_fp32(self.module)
         # Now, while every parameter has its shape.
         groups = parameter_groups(self.module, self.config.optim.weight_decay, self.config.optim.layer_decay)
-        if parallel.strategy == "zero3":
+        if self.weights_sharded:
             # Each parameter is sharded as soon as it is allocated, so that no rank ever holds two whole ones.
             initializer = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
 
@@ -74,7 +75,7 @@ class ZeroEngine(DataParallelEngine):
 
     def _pass(self, part: Batch, factor: float, last: bool) -> Tensor:
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        with saved_tensors_hooks(_pack, _unpack) if self.config.parallel.strategy == "zero3" else nullcontext():
+        with saved_tensors_hooks(_pack, _unpack) if self.weights_sharded else nullcontext():
             outputs = self._outputs(part)
         loss = self.task.loss(outputs, part.labels)
         self.deepspeed.backward(loss * factor, scale_wrt_gas=False)
@@ -120,7 +121,7 @@ class ZeroEngine(DataParallelEngine):
 
     def _run(self, parameter: nn.Parameter, key: str | None) -> tuple[Tensor, int]:
         """This rank's fp32 values of a parameter (*key* None) or of its optimizer state, and their start in the whole."""
-        if self.config.parallel.strategy == "zero3":
+        if self.weights_sharded:
             group, offset, size = self.sharded.grad_position[self.sharded.get_param_id(parameter)]
             flat = self.sharded.fp32_partitioned_groups_flat[group]
             flat = flat if key is None else self.inner.state[flat][key]
@@ -135,7 +136,7 @@ class ZeroEngine(DataParallelEngine):
 
     def _flats(self) -> list[Tensor]:
         """The fp32 tensors that the optimizer steps: this rank's pieces of many parameters, one behind the other."""
-        if self.config.parallel.strategy == "zero3":
+        if self.weights_sharded:
             return self.sharded.fp32_partitioned_groups_flat
         return [flat for group in self.inner.param_groups for flat in group["params"]]
 
@@ -154,12 +155,12 @@ class ZeroEngine(DataParallelEngine):
                 state[key] = torch.zeros_like(flat, requires_grad=False)
             if self.config.optim.name == "adamw":
                 state["step"] = 0 if self._is_cpu_adam() else torch.zeros((), device=flat.device)
-        if self.config.parallel.strategy != "zero3":
+        if not self.weights_sharded:
             self.sharded._lazy_init_hp_params_optimizer_state()
 
     def refresh(self) -> None:
         """Bring the parameters that the model computes with up to date with the fp32 ones."""
-        if self.config.parallel.strategy != "zero3":
+        if not self.weights_sharded:
             self.sharded.update_lp_params()
             return
         self.sharded._partition_all_parameters()

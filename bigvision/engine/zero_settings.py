@@ -85,19 +85,20 @@ def check_batches(config: Config, ranks: int) -> None:
     size = micro_batch(config, ranks)
     if not config.parallel.deepspeed:
         return
-    asked = read_ds_file(config.parallel.deepspeed).accumulation
+    file = read_ds_file(config.parallel.deepspeed)
+    asked = file.accumulation
     total = config.train.global_batch
     ours = -(-total // ranks // size)
     if asked is not None and asked != ours:
         fits = f"train.micro_batch {total // ranks // asked}" if total % (ranks * asked) == 0 else "another value"
         raise UserError(
-            f"{config.parallel.deepspeed}: gradient_accumulation_steps: {asked} contradicts train.global_batch: {total}, which "
+            f"{file.path}: gradient_accumulation_steps: {asked} contradicts train.global_batch: {total}, which "
             f'in micro-batches of {size} on {ranks} ranks takes {ours}: use {fits}, or write "auto" in the file'
         )
-    asked_size = read_ds_file(config.parallel.deepspeed).said.get("train_micro_batch_size_per_gpu")
+    asked_size = file.said.get("train_micro_batch_size_per_gpu")
     if isinstance(asked_size, int) and asked_size != size:
         raise UserError(
-            f"{config.parallel.deepspeed}: train_micro_batch_size_per_gpu: {asked_size} is more than the {size} samples that "
+            f"{file.path}: train_micro_batch_size_per_gpu: {asked_size} is more than the {size} samples that "
             f'train.global_batch: {total} leaves to each of {ranks} ranks: write at most {size}, or "auto"'
         )
 

@@ -56,7 +56,7 @@ def test_scalar_and_tiny_parameters(tmp_path: Path) -> None:
         return made | {"model": made["model"] | skip_init}
 
     reference = run_ranks(run, 1, plain("reference"))[0]
-    for strategy, ranks in (("ddp", 3), ("fsdp", 3), ("fsdp", 4)):
+    for strategy, ranks in (("ddp", 3), ("fsdp", 3), ("fsdp", 4), ("zero2", 3), ("zero3", 4)):
         other = plain(f"{strategy}-{ranks}", parallel=parallel(strategy, 1))
         same_losses(reference, run_ranks(run, ranks, other)[0])
 
@@ -90,7 +90,7 @@ def test_clipping_by_the_norm_of_large_tensors(tmp_path: Path) -> None:
 
     reference = run_ranks(run, 1, plain("reference"))[0]
     norms = [line["grad_norm"] for line in lines(tmp_path / "reference") if "loss" in line]
-    for strategy, ranks in (("fsdp", 3), ("ddp", 2)):
+    for strategy, ranks in (("fsdp", 3), ("ddp", 2), ("zero2", 3), ("zero3", 3)):
         assert run_ranks(run, ranks, plain(strategy, strategy=strategy))[0] == pytest.approx(reference, rel=1e-5)
         others = [line["grad_norm"] for line in lines(tmp_path / strategy) if "loss" in line]
         assert others == pytest.approx(norms, rel=1e-5) and min(norms) > 0.5
