@@ -30,6 +30,11 @@ MODELS: dict[str, dict[str, Any]] = {
     # Not ReLU: a rounding difference that crosses its kink changes a gradient by a whole activation.
     "resnet": {"name": "test_resnet", "image_size": 32, "options": {"act_layer": "silu"}},
     "efficientnet": {"name": "test_efficientnet", "image_size": 32},
+    "coat": {
+        "name": "coat_tiny",
+        "image_size": 32,
+        "options": {"embed_dims": [16] * 4, "serial_depths": [1, 1, 1, 1], "parallel_depth": 2},
+    },
     "nfnet": {"name": "nf_resnet26", "image_size": 32, "options": {}},
 }
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from bigvision.config.schema import Config
+from bigvision.config.schema import Config, ParallelConfig
 from bigvision.config.values import get, parse_size, spell
 from bigvision.errors import UserError
 
 WHOLE = {
-    "lamb": ("scales each step by norms of whole tensors", ("ddp", "fsdp")),
+    "lamb": ("scales each step by norms of whole tensors", ("ddp", "fsdp", "pipeline")),
     "adafactor": ("factors the second moments of whole matrices", ("ddp",)),
     "muon": ("orthogonalises whole matrices", ("ddp",)),
 }
@@ -19,7 +19,8 @@ WHOLE = {
 def check(config: Config) -> None:
     """Values that no run can have. What depends on ranks, model or data is checked where those are known."""
     for key, lowest in {
-        "seed": 0, "data.workers": 0, "parallel.replicas": 1, "train.global_batch": 1, "train.micro_batch": 1,
+        "seed": 0, "data.workers": 0, "parallel.replicas": 1, "parallel.stages": 2,
+        "parallel.stages_per_rank": 1, "parallel.microbatches": 1, "train.global_batch": 1, "train.micro_batch": 1,
         "train.steps": 0, "train.eval_every": 1, "checkpoint.every": 1, "checkpoint.keep": 1, "monitor.every": 1,
         "model.image_size": 1, "model.num_classes": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0,
         "task.label_smoothing": 0, "model.drop_path": 0,
@@ -44,7 +45,7 @@ def check(config: Config) -> None:
     parallel = config.parallel
     what, fits = WHOLE.get(config.optim.name, ("", (parallel.strategy,)))
     if parallel.strategy not in fits:
-        piece = "some rows" if parallel.strategy == "fsdp" else "a flat piece"
+        piece = "some rows" if parallel.strategy in ("fsdp", "pipeline") else "a flat piece"
         raise UserError(
             f"optim.name: {config.optim.name} {what}, but parallel.strategy: {parallel.strategy} gives each rank {piece} of "
             f"them: use {' or '.join(fits)}, or adamw"
@@ -53,8 +54,33 @@ def check(config: Config) -> None:
         raise UserError(f"parallel.offload: {parallel.offload} needs parallel.strategy zero1, zero2 or zero3")
     if parallel.offload == "all" and parallel.strategy != "zero3":
         raise UserError("parallel.offload: all needs parallel.strategy zero3; optimizer works with each ZeRO stage")
-    if parallel.strategy != "fsdp" and parallel.replicas != 1:
-        raise UserError(f"parallel.replicas: {parallel.replicas} needs parallel.strategy fsdp")
+    if parallel.strategy not in ("fsdp", "pipeline") and parallel.replicas != 1:
+        raise UserError(f"parallel.replicas: {parallel.replicas} needs parallel.strategy fsdp or pipeline")
+    check_pipeline(parallel)
     if config.model.pretrained and config.model.weights:
         raise UserError("model.pretrained: true contradicts model.weights: choose one of the two")
     parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")
+
+
+def check_pipeline(parallel: ParallelConfig) -> None:
+    """Settings of a pipeline that contradict each other or the strategy."""
+    if parallel.strategy != "pipeline":
+        for key in ("stages", "stages_per_rank", "microbatches"):
+            if (value := getattr(parallel, key)) is not None:
+                raise UserError(f"parallel.{key}: {value} needs parallel.strategy pipeline")
+        if parallel.schedule != ParallelConfig.schedule:
+            raise UserError(f"parallel.schedule: {parallel.schedule} needs parallel.strategy pipeline")
+        return
+    several, count = parallel.schedule not in ("gpipe", "1f1b"), parallel.stages_per_rank
+    if count is not None and several != (count > 1):
+        raise UserError(
+            f"parallel.stages_per_rank: {count} does not fit parallel.schedule: {parallel.schedule}, which has "
+            f"{'several stages' if several else 'one stage'} on each rank: use {2 if several else 1}, or another schedule"
+        )
+    if count is not None and count != 2 and parallel.schedule in ("zbv", "dualpipev"):
+        raise UserError(f"parallel.stages_per_rank: {count}, but parallel.schedule: {parallel.schedule} needs 2")
+    if parallel.compile and parallel.schedule in ("zbv", "dualpipev"):
+        raise UserError(
+            f"parallel.compile: true, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
+            "which compiled code does not allow: use false, or the schedule interleaved"
+        )

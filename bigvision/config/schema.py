@@ -72,11 +72,22 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "fsdp"
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "pipeline"] = "fsdp"
     """ddp: a whole copy per rank. fsdp: every parameter sharded over the ranks of a replica. zero1, zero2, zero3:
-    DeepSpeed, which shards the optimizer state, then the gradients too, then the parameters too."""
+    DeepSpeed, which shards the optimizer state, then the gradients too, then the parameters too. pipeline: each rank has
+    some of the blocks, and with more ranks than stages a shard of them."""
     replicas: int = 1
-    """fsdp: full copies of the model, each sharded over ranks / replicas ranks."""
+    """fsdp: full copies of the model, each sharded over ranks / replicas ranks. pipeline: copies of each stage, each sharded
+    over ranks / stages / replicas ranks."""
+    stages: int | None = None
+    """pipeline: ranks over which the blocks are spread; null takes all ranks."""
+    stages_per_rank: int | None = None
+    """pipeline: pieces of the model on each of these ranks; null takes 1 for gpipe and 1f1b, else 2."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
+    """pipeline: the order of the micro-batches' passes (Huang et al. 2019; Narayanan et al. 2019 and 2021; Qi et al. 2024;
+    DeepSeek-AI 2025). interleaved, zbv and dualpipev have several pieces of the model on a rank."""
+    microbatches: int | None = None
+    """pipeline: micro-batches of one step; null takes what train.micro_batch gives, else at most four per stage."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """What is computed in; master weights, gradient reduction and optimizer state stay fp32."""
     recompute: Literal["none", "blocks"] = "none"
@@ -89,6 +100,11 @@ class ParallelConfig:
     """A DeepSpeed configuration file (JSON): its ZeRO stage is the strategy, "auto" in it takes the values from here."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA when the machine has it."""
+
+    @property
+    def pipeline_ranks(self) -> int | None:
+        """Ranks in a pipeline; None is all of them."""
+        return self.stages if self.strategy == "pipeline" else 1
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,10 @@ class Engine(ABC):
     """Optimizer steps taken (also the skipped ones)."""
     samples: int = 0
     """Samples consumed: the whole state of the data."""
+    eval_batch: int
+    """Samples that :meth:`eval_step` should be given on each rank."""
+    notes: Sequence[str] = ()
+    """What the user should know of how the model is spread."""
 
     @abstractmethod
     def train_step(self, batch: Batch) -> StepResult:

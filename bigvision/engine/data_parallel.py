@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from bigvision.config import Config
 from bigvision.data.batch import Batch, normalize
 from bigvision.engine.base import Engine, Metrics, StepResult
+from bigvision.engine.batches import micro_batch
 from bigvision.engine.precision import autocast
 from bigvision.engine.prepare import wrap_blocks
-from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Block, Blueprint
 from bigvision.optim import learning_rate
@@ -22,15 +22,22 @@ from bigvision.runtime import Runtime
 from bigvision.seeds import seed_from
 from bigvision.tasks import Task
 
+BUCKET = 16 * 2**20
+"""Numbers exchanged at a time."""
+
 
 class DataParallelEngine(Engine):
     """Trains a timm model; subclasses say how parameters, gradients and optimizer state are spread over the ranks."""
 
+    module: nn.Module
+    """The whole model; on meta, but for what this rank holds."""
+    parts: list[nn.Module]
+    """What this rank runs of it: the module itself, or stages."""
     forward: Callable[[Tensor], Tensor]
     """What is called in a step: the module, or what a strategy wrapped around it."""
 
     def __init__(
-        self, config: Config, blueprint: Blueprint, blocks: list[Block], task: Task, runtime: Runtime, steps: int
+        self, config: Config, blueprint: Blueprint, blocks: Sequence[Block], task: Task, runtime: Runtime, steps: int
     ) -> None:
         """Place and initialise the model.
 
@@ -39,7 +46,8 @@ class DataParallelEngine(Engine):
             steps: optimizer steps of the whole run, for the schedule.
         """
         self.config, self.task, self.runtime, self.steps = config, task, runtime, steps
-        self.micro_batch = micro_batch(config, runtime.world_size)
+        self.micro_batch = micro_batch(config, runtime.data_ranks, runtime.world_size // runtime.data_ranks)
+        self.eval_batch = self.micro_batch
         self.statistics_differ = False
         self.input_shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
         self.mean = torch.tensor(blueprint.mean, device=runtime.device)
@@ -49,6 +57,7 @@ class DataParallelEngine(Engine):
             # Convolutions would else round their inputs to 10 bits on CUDA, and the strategies differ in the third digit.
             torch.backends.cudnn.allow_tf32 = False
         self.module: nn.Module = blueprint.module
+        self.parts: list[nn.Module] = [self.module]
         modules = [block.module for block in blocks]
         wrap_blocks(modules, config.parallel.recompute == "blocks", config.parallel.compile)
         self.module.train()
@@ -83,34 +92,47 @@ class DataParallelEngine(Engine):
     # The step.
 
     def train_step(self, batch: Batch) -> StepResult:
-        if not self.module.training:
-            self.module.train()
-        torch.manual_seed(seed_from("dropout", self.config.seed, self.step, self.runtime.rank))
+        self._set_mode(training=True)
+        torch.manual_seed(seed_from("dropout", self.config.seed, self.step, self.runtime.data_rank))
         lr = learning_rate(self.config.optim, self.step, self.steps)
         self._set_rate(lr)
 
-        samples = len(batch) * self.runtime.world_size
+        samples = len(batch) * self.runtime.data_ranks
         # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their number.
-        factor = self.runtime.world_size / samples
-        parts = batch.to(self.runtime.device).split(self.micro_batch)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        for number, part in enumerate(parts, start=1):
-            loss_sum += self._pass(part, factor, last=number == len(parts))
-        total, grad_norm, skipped = self._update(loss_sum)
+        factor = self.runtime.data_ranks / samples
+        total, grad_norm, skipped = self._update(self._passes(batch.to(self.runtime.device), factor))
         self.statistics_differ = True
         self.step += 1
         self.samples += samples
         return StepResult(total / samples, grad_norm, lr, skipped, samples)
 
+    def _passes(self, batch: Batch, factor: float) -> Tensor:
+        """Run all micro-batches of *batch*; return the sum of this rank's losses, float64 and 0-D."""
+        parts = batch.split(self.micro_batch)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        for number, part in enumerate(parts, start=1):
+            loss_sum += self._pass(part, factor, last=number == len(parts))
+        return loss_sum
+
     def eval_step(self, batch: Batch) -> Metrics:
-        if self.module.training:
-            self.module.eval()
-        batch = batch.to(self.runtime.device)
+        self._set_mode(training=False)
         with torch.no_grad():
-            sums = self.task.measure(self._outputs(batch), batch.labels, batch.valid)
-        totals = torch.cat([sums, batch.valid.sum(dtype=torch.float64)[None]])
+            totals = self._measure(batch.to(self.runtime.device))
         dist.all_reduce(totals)
         return Metrics(self.task.metrics, totals[:-1], totals[-1])
+
+    def _measure(self, batch: Batch) -> Tensor:
+        """The sums of the task's metrics over this rank's samples and their number, float64 (metrics + 1,)."""
+        return self._measured(self._outputs(batch), batch)
+
+    def _measured(self, outputs: Tensor, batch: Batch) -> Tensor:
+        sums = self.task.measure(outputs, batch.labels, batch.valid)
+        return torch.cat([sums, batch.valid.sum(dtype=torch.float64)[None]])
+
+    def _set_mode(self, training: bool) -> None:
+        for part in self.parts:
+            if part.training != training:
+                part.train(training)
 
     def _outputs(self, batch: Batch) -> Tensor:
         images = normalize(batch.images, self.mean, self.std)
@@ -124,8 +146,9 @@ class DataParallelEngine(Engine):
         if not self.statistics_differ:
             return
         # Each rank's batches moved its own running statistics; their mean is what one rank would keep on average.
-        running = [m._buffers.get(name) for m in self.module.modules() for name in ("running_mean", "running_var")]
-        average([buffer for buffer in running if buffer is not None], self.runtime.world_size)
+        norms = [module for part in self.parts for module in part.modules()]
+        running = [norm._buffers.get(name) for norm in norms for name in ("running_mean", "running_var")]
+        average([buffer for buffer in running if buffer is not None], self.runtime)
         self.statistics_differ = False
 
     def fragments(self) -> Iterator[Fragment]:
@@ -133,27 +156,19 @@ class DataParallelEngine(Engine):
         yield from self._optimizer_fragments()
 
 
-def micro_batch(config: Config, ranks: int) -> int:
-    """Samples in one pass on one rank.
-
-    Raises:
-        UserError: the ranks do not divide the global batch.
-    """
-    total = config.train.global_batch
-    if total % ranks:
-        below, above = total - total % ranks, total - total % ranks + ranks
-        fits = f"{below} or {above}" if below else f"{above}"
-        raise UserError(f"train.global_batch: {total} cannot be divided among {ranks} data-parallel ranks: use {fits}")
-    return min(config.train.micro_batch or total // ranks, total // ranks)
-
-
-def average(tensors: list[Tensor], ranks: int) -> None:
-    """Replace each tensor by its mean over all ranks, in one exchange."""
-    if not tensors or ranks == 1:
+def average(tensors: list[Tensor], runtime: Runtime) -> None:
+    """Replace each tensor by its mean over the data-parallel ranks, exchanging many at a time."""
+    if runtime.data_ranks == 1:
         return
-    flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= ranks
-    with torch.no_grad():
-        for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(values.view_as(tensor))
+    bucket: list[Tensor] = []
+    for number, tensor in enumerate(tensors, start=1):
+        bucket.append(tensor)
+        if number < len(tensors) and sum(one.numel() for one in bucket) < BUCKET:
+            continue
+        flat = torch.cat([one.detach().reshape(-1).float() for one in bucket])
+        dist.all_reduce(flat, group=runtime.data_group)
+        flat /= runtime.data_ranks
+        with torch.no_grad():
+            for one, values in zip(bucket, flat.split([one.numel() for one in bucket])):
+                one.copy_(values.view_as(one))
+        bucket = []

@@ -22,22 +22,24 @@ class FSDPEngine(NativeEngine):
     """
 
     def _shard(self, blocks: list[nn.Module]) -> None:
-        norms = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for part in self.parts for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         whole = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
-        whole |= {parameter for parameter in self.module.parameters() if parameter.ndim == 0}
-        self.whole_names = {name for name, parameter in self.module.named_parameters() if parameter in whole}
-        mesh = self.runtime.mesh if self.config.parallel.replicas > 1 else self.runtime.mesh["shard"]
+        whole |= {parameter for parameter in self._held().values() if parameter.ndim == 0}
+        self.whole_names = {name for name, parameter in self._held().items() if parameter in whole}
+        mesh = self.runtime.mesh["replicate", "shard"] if self.config.parallel.replicas > 1 else self.runtime.mesh["shard"]
         compute = COMPUTE_DTYPES[self.config.parallel.precision]
         policy = MixedPrecisionPolicy(
             param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32
         )  # fmt: skip
-        for block in blocks:
-            block.register_forward_hook(_own_storage)
-            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
-        fully_shard(self.module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        for part in self.parts:
+            inside = set(part.modules())
+            for block in (block for block in blocks if block in inside):
+                block.register_forward_hook(_own_storage)
+                fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
+            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
     def _distribute(self) -> nn.Module:
-        self.whole = [p for name, p in self.module.named_parameters() if name in self.whole_names]
+        self.whole = [p for name, p in self._held().items() if name in self.whole_names]
         return self.module
 
     def _micro_step(self, last: bool) -> AbstractContextManager[object]:
@@ -48,11 +50,11 @@ class FSDPEngine(NativeEngine):
         return nullcontext()
 
     def _reduce(self) -> None:
-        average([p.grad for p in self.whole if p.grad is not None], self.runtime.world_size)
+        average([p.grad for p in self.whole if p.grad is not None], self.runtime)
 
     def _run(self, tensor: Tensor, is_parameter: bool) -> tuple[Tensor, int, tuple[int, int]]:
         if not isinstance(tensor, DTensor):
-            return tensor.view(-1), 0, (self.runtime.rank, self.runtime.world_size)
+            return tensor.view(-1), 0, (self.runtime.data_rank, self.runtime.data_ranks)
         mesh = self.runtime.mesh
         values = tensor.to_local()
         # fully_shard cuts dimension 0 as torch.chunk does: all but the last shards that are not empty are equal.
@@ -68,7 +70,7 @@ class FSDPEngine(NativeEngine):
         shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
         device = self.runtime.device
         return (
-            squared_norm(shards, device) / self.config.parallel.replicas + squared_norm(whole, device) / self.runtime.world_size
+            squared_norm(shards, device) / self.config.parallel.replicas + squared_norm(whole, device) / self.runtime.data_ranks
         )
 
 

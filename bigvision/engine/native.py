@@ -28,12 +28,20 @@ class NativeEngine(DataParallelEngine):
     def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
         self.scale = LossScale(self.config.parallel.precision)
         self._shard(blocks)
-        to_empty(self.module, self.runtime.device)
-        groups = parameter_groups(self.module, self.config.optim.weight_decay, self.config.optim.layer_decay)
+        for part in self.parts:
+            to_empty(part, self.runtime.device)
+        optim = self.config.optim
+        groups = parameter_groups(self.module, optim.weight_decay, optim.layer_decay, self._held())
         self.optimizer: Optimizer = build_optimizer(groups, self.config.optim)
         allocate_state(self.optimizer)
-        fill(blueprint, self.config.seed, self._model_fragments(), self.module, self.runtime.device)
+        fill(blueprint, self.config.seed, self._model_fragments(), self.parts, self.runtime.device)
         self.forward = self._distribute()
+
+    def _held(self) -> dict[str, nn.Parameter]:
+        """The parameters of which this rank holds at least a shard, each tied one once."""
+        # By the names under which the whole model knows them: a stage may meet a tied one under another first.
+        here = {name: tensor for part in self.parts for name, tensor in part.named_parameters(remove_duplicate=False)}
+        return {name: here[name] for name, _ in self.module.named_parameters() if name in here}
 
     # What a strategy decides.
 
@@ -102,9 +110,13 @@ class NativeEngine(DataParallelEngine):
     # The state.
 
     def _model_fragments(self) -> Iterator[Fragment]:
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
+        for name, tensor in self._tensors().items():
             values, start, copy = self._run(tensor.detach(), isinstance(tensor, nn.Parameter))
             yield Fragment("model", name, tuple(tensor.shape), start, values, copy)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What is saved of the whole model, by name; on meta where this rank holds nothing of it."""
+        return self.module.state_dict(keep_vars=True)
 
     def _optimizer_fragments(self) -> Iterator[Fragment]:
         for group in self.optimizer.param_groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -68,24 +69,31 @@ def to_empty(module: nn.Module, device: torch.device) -> None:
             owner._parameters[name] = first._parameters[first_name]
 
 
-def fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], module: nn.Module, device: torch.device) -> None:
+def fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts: list[nn.Module], device: torch.device) -> None:
     """Copy this rank's runs of each whole first value into place, one tensor at a time, and make the plain attributes.
 
     Buffers that are not saved are in no fragment and are filled whole.
     """
     missing: dict[str, list[Fragment]] = {}
     for fragment in fragments:
-        missing.setdefault(fragment.name, []).append(fragment)
-    left = {name: buffer for name, buffer in module.named_buffers() if name not in missing}
+        if fragment.values.numel() or not math.prod(fragment.shape):
+            missing.setdefault(fragment.name, []).append(fragment)
+    saved = {run.values.data_ptr() for runs in missing.values() for run in runs}
+    left: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, buffer in part.named_buffers():
+            if buffer.data_ptr() not in saved:
+                left.setdefault(name, []).append(buffer)
     with torch.no_grad():
-        for name, tensor in blueprint.tensors(seed):
+        for name, tensor in blueprint.tensors(seed, {*missing, *left}):
             for run in missing.pop(name, ()):
                 assert run.shape == tuple(tensor.shape), f"{name}: {run.shape} against {tuple(tensor.shape)}"
                 run.values.copy_(tensor.reshape(-1)[run.start : run.start + run.values.numel()])
-            if name in left:
-                left.pop(name).copy_(tensor)
+            for buffer in left.pop(name, ()):
+                buffer.copy_(tensor)
     assert not missing and not left, f"without values: {[*missing, *left]}"
-    blueprint.fill_attributes(module, device)
+    for part in parts:
+        blueprint.fill_attributes(part, device)
 
 
 def materialize(module: nn.Module, device: torch.device, dtype: torch.dtype, place: Callable[[nn.Parameter], None]) -> None:

@@ -64,7 +64,7 @@ class ZeroEngine(DataParallelEngine):
         self.forward = self.deepspeed
         self.names = {id(p): name for name, p in self.module.named_parameters()}
         self._allocate_state()
-        fill(blueprint, self.config.seed, self._model_fragments(), self.module, self.runtime.device)
+        fill(blueprint, self.config.seed, self._model_fragments(), self.parts, self.runtime.device)
         self.refresh()
 
     # The step.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bigvision.config import Config, read_ds_file
-from bigvision.engine.data_parallel import micro_batch
+from bigvision.engine.batches import micro_batch
 from bigvision.errors import UserError
 
 Settings = dict[str, Any]
@@ -82,6 +82,8 @@ def check_batches(config: Config, ranks: int) -> None:
     Raises:
         UserError: they differ, or the ranks do not divide the global batch.
     """
+    if config.parallel.strategy == "pipeline":
+        return
     size = micro_batch(config, ranks)
     if not config.parallel.deepspeed:
         return

@@ -4,5 +4,18 @@ from bigvision.models.blocks import Block, Blocks, find_blocks, trace
 from bigvision.models.build import Blueprint, blueprint
 from bigvision.models.card import model_card
 from bigvision.models.check import check_model
+from bigvision.models.stages import Stage, StagePlan, plan_stages
 
-__all__ = ["Block", "Blocks", "Blueprint", "blueprint", "check_model", "find_blocks", "model_card", "trace"]
+__all__ = [
+    "Block",
+    "Blocks",
+    "Blueprint",
+    "Stage",
+    "StagePlan",
+    "blueprint",
+    "check_model",
+    "find_blocks",
+    "model_card",
+    "plan_stages",
+    "trace",
+]

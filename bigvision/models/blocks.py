@@ -48,6 +48,8 @@ class Blocks(Sequence[Block]):
     """The trace that they were found in, from which pipeline stages are cut."""
     reason: str | None
     """Why there is no trace: then the blocks are the members of the model's containers."""
+    max_share: float
+    """What :func:`find_blocks` was given."""
 
     @property
     def traced(self) -> bool:
@@ -90,7 +92,7 @@ def find_blocks(module: nn.Module, image_size: int | None = None, max_share: flo
         block = lone.pop()
         chosen.add(block.path)
         rest -= block.parameters
-    return Blocks(tuple(block for block in candidates if block.path in chosen), graph, reason)
+    return Blocks(tuple(block for block in candidates if block.path in chosen), graph, reason, max_share)
 
 
 def _independent(blocks: list[Block], direct: set[int], module: nn.Module) -> list[Block]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy
@@ -78,19 +78,21 @@ class Blueprint:
         """The notes as one line, or None."""
         return "; ".join(self.notes) or None
 
-    def tensors(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, seed: int, names: Set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(name, value)`` once for every parameter and buffer, persistent or not, in no particular order.
+
+        Those not in *names*, where it is given, are passed over at least cost.
 
         Values are finished CPU tensors of the module's dtypes; tied names share memory. Drop each before asking for the
         next. The caller's random state is not touched.
         """
         if self._tape is None:
-            yield from self._built(seed, set())
+            yield from self._built(seed, _others(self.module, names))
             return
-        done: set[str] = set()
+        done = _others(self.module, names)
         wanted = []
         for storage, views in self._finals.items():
-            for name, view in views:
+            for name, view in [pair for pair in views if pair[0] not in done]:
                 # A tied tensor may be in the file under any one of its names.
                 source = next((n for n, v in views if v == view and n in self._loaded), None)
                 if source is not None:
@@ -198,6 +200,11 @@ def _finals(recorder: Recorder, module: nn.Module) -> dict[int, list[tuple[str, 
         recorder.check_filled(view)
         finals.setdefault(view.storage, []).append((name, view))
     return finals
+
+
+def _others(module: nn.Module, names: Set[str] | None) -> set[str]:
+    """The tensors of *module* that are not among *names*."""
+    return set() if names is None else {name for name, _ in named_tensors(module)} - names
 
 
 def _random_state() -> tuple:

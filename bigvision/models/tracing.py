@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from timm.models import get_notrace_functions, get_notrace_modules
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class TraceFailed(Exception):
     """The model, or too large a part of it to be one piece, cannot be traced; the message says why."""
+
+
+class _BufferProxy(fx.Proxy):
+    """Stands for a buffer; its shape is known, so that Python may decide by it."""
+
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, buffer: Tensor) -> None:
+        super().__init__(node, tracer)
+        self._buffer = buffer
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._buffer.shape
+
+    @property
+    def ndim(self) -> int:
+        return self._buffer.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self._buffer.size() if dim is None else self._buffer.size(dim)
+
+    def dim(self) -> int:
+        return self._buffer.dim()
+
+    def numel(self) -> int:
+        return self._buffer.numel()
 
 
 class _CoarseTracer(fx.Tracer):
@@ -25,6 +52,11 @@ class _CoarseTracer(fx.Tracer):
         self.inside: list[str] = []
         """Paths of the modules being called; after a failure, the last is where it happened."""
 
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """The images alone: what else a forward takes is left at its default, by which Python may decide."""
+        name = next(iter(list(inspect.signature(root_fn).parameters)[1:]), "images")
+        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._opened
 
@@ -35,14 +67,25 @@ class _CoarseTracer(fx.Tracer):
         self.inside.pop()
         return result
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """What is computed from buffers is part of the graph too; without this it would be a constant, here on meta."""
+        if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
+            for name, buffer in self.root.named_buffers():
+                if buffer is attr_val:
+                    if name not in parameter_proxy_cache:
+                        node = self.create_node("get_attr", name, (), {})
+                        parameter_proxy_cache[name] = _BufferProxy(self, node, buffer)
+                    return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-def trace(module: nn.Module, max_share: float = 0.25) -> fx.GraphModule:
+
+def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()) -> fx.GraphModule:
     """Trace `module` in its present mode (training or evaluation), computing nothing and leaving it as it is.
 
     The graph's ``call_module`` nodes are `module`'s own submodules, none of them larger than `max_share` of its
-    parameters as far as they can be opened. Raises `TraceFailed`.
+    parameters as far as they can be opened. Those at the paths *inside* are looked into too. Raises `TraceFailed`.
     """
-    opened = openable(module, max_share)
+    opened = openable(module, max_share) | set(inside)
     while True:
         tracer = _CoarseTracer(opened)
         try:
@@ -51,7 +94,7 @@ def trace(module: nn.Module, max_share: float = 0.25) -> fx.GraphModule:
             path = tracer.inside[-1] if tracer.inside else ""
             if size(module.get_submodule(path)) > max_share * size(module):
                 where = f"{path or 'forward'} of {type(module).__name__}"
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
                 raise TraceFailed(f"{where} cannot be traced: {reason}") from error
             opened = opened - {path}  # small enough to stay in one piece
             continue

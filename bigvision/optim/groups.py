@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -10,11 +11,16 @@ from torch.distributed.tensor import DTensor
 from bigvision.errors import UserError
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, layer_decay: float | None = None, held: Mapping[str, nn.Parameter] | None = None
+) -> list[dict[str, Any]]:
     """Group the trainable parameters by what their layer's rate is multiplied with, "lr_scale", and by "weight_decay".
 
     Norms, biases and what the timm model excludes by name are not decayed. Each group carries "names", in the order of its
     "params", and holds either sharded or whole parameters, since a fused step takes one kind. The stem's groups come first.
+
+    Args:
+        held: the parameters that are stepped here, where they are others than the module's own (a pipeline stage's).
 
     Raises:
         UserError: *layer_decay* for a model that does not name its layers.
@@ -22,17 +28,20 @@ def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float 
     from timm.optim import param_groups_weight_decay
 
     excluded = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()  # type: ignore[operator]
+    own = dict(module.named_parameters())
+    names = {parameter: name for name, parameter in own.items()}
     decays = {
-        parameter: group["weight_decay"]
+        names[parameter]: group["weight_decay"]
         for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=excluded)
         for parameter in group["params"]
     }
-    names = [name for name, _ in module.named_parameters()]
-    scales = dict.fromkeys(names, 1.0) if layer_decay is None else layer_scales(module, layer_decay)
+    scales = dict.fromkeys(own, 1.0) if layer_decay is None else layer_scales(module, layer_decay)
+    held = own if held is None else held
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter in decays:
-            key = (scales[name], decays[parameter], not isinstance(parameter, DTensor))
+    for name in own:
+        if name in decays and name in held:
+            parameter = held[name]
+            key = (scales[name], decays[name], not isinstance(parameter, DTensor))
             empty = {"params": [], "names": [], "lr_scale": key[0], "weight_decay": key[1]}
             group = groups.setdefault(key, empty)
             group["params"].append(parameter)

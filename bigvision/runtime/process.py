@@ -1,4 +1,4 @@
-"""This rank while it runs: its device, its process group and the mesh of replicas and shards."""
+"""This rank while it runs: its device, its process group and the mesh of stages, replicas and shards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class Runtime:
     identity: Identity
     device: torch.device
     mesh: DeviceMesh
-    """(replicate, shard), over all ranks."""
+    """(stage, replicate, shard), over all ranks; one stage but for pipelines."""
+    data_group: dist.ProcessGroup | None = None
+    """The data-parallel ranks of this rank's stage; None is all ranks."""
 
     @property
     def rank(self) -> int:
@@ -34,27 +36,51 @@ class Runtime:
         return self.identity.world_size
 
     @property
+    def stage(self) -> int:
+        """This rank's place in its pipeline."""
+        return self.rank // self.data_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of each batch this rank's pipeline takes."""
+        return self.rank % self.data_ranks
+
+    @property
+    def data_ranks(self) -> int:
+        """Into how many parts a batch is cut."""
+        return self.world_size // self.mesh["stage"].size()
+
+    @property
     def is_main(self) -> bool:
         """Only this rank prints and writes what is written once."""
         return self.rank == 0
 
 
 @contextmanager
-def start(device: str = "auto", replicas: int = 1, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
+def start(
+    device: str = "auto", replicas: int = 1, stages: int | None = 1, timeout: timedelta = timedelta(minutes=30)
+) -> Iterator[Runtime]:
     """Join the other ranks, and leave them at the end.
 
     Args:
         device: "auto", "cpu" or "cuda".
-        replicas: full copies of the model; the mesh is (replicas, ranks / replicas).
+        replicas: full copies of the model; the mesh is (stages, replicas, ranks / stages / replicas).
+        stages: ranks in a pipeline; None is all of them.
         timeout: how long a rank waits for the others in one collective.
 
     Raises:
-        UserError: half-set environment, more ranks than devices, ranks that replicas do not divide.
+        UserError: half-set environment, more ranks than devices, ranks that stages or replicas do not divide.
     """
     identity = identify(os.environ)
     chosen = choose_device(device, identity)
-    if identity.world_size % replicas:
-        raise UserError(f"parallel.replicas: {replicas} does not divide the {identity.world_size} ranks")
+    stages = stages or identity.world_size
+    if identity.world_size % stages:
+        raise UserError(
+            f"parallel.stages: {stages} does not divide the {identity.world_size} ranks: start a multiple of {stages} ranks"
+        )
+    if identity.world_size // stages % replicas:
+        ranks = f"{identity.world_size} ranks" if stages == 1 else f"{identity.world_size // stages} ranks of a stage"
+        raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks}")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         # Convolution algorithms picked by timing differ from run to run, and with them the bits of a resumed run.
@@ -67,8 +93,11 @@ def start(device: str = "auto", replicas: int = 1, timeout: timedelta = timedelt
     if unnamed:
         os.environ["LOCAL_RANK"] = str(identity.local_rank)
     try:
-        shape = (replicas, identity.world_size // replicas)
-        yield Runtime(identity, chosen, init_device_mesh(chosen.type, shape, mesh_dim_names=("replicate", "shard")))
+        shares = identity.world_size // stages
+        shape = (stages, replicas, shares // replicas)
+        mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=("stage", "replicate", "shard"))
+        alike = init_device_mesh(chosen.type, (stages, shares), mesh_dim_names=("stage", "data")) if stages > 1 else None
+        yield Runtime(identity, chosen, mesh, alike["data"].get_group() if alike is not None else None)
     finally:
         if unnamed:
             del os.environ["LOCAL_RANK"]

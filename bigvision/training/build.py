@@ -16,7 +16,7 @@ from bigvision.config import Config
 from bigvision.data import check_source
 from bigvision.engine import Engine, build_engine, check_engine
 from bigvision.errors import UserError
-from bigvision.models import Blueprint, blueprint, check_model, find_blocks, model_card
+from bigvision.models import Blocks, Blueprint, blueprint, check_model, find_blocks, model_card
 from bigvision.runtime import Runtime, all_or_none
 from bigvision.tasks import build_task
 from bigvision.training.data import Data, open_data
@@ -90,7 +90,7 @@ def build_model(
             f"model.num_classes: {outputs}, but the data has {num_classes} classes: use null or at least {num_classes}"
         )
 
-    def plan_model() -> tuple[Blueprint, list[Any], dict[str, Any]]:
+    def plan_model() -> tuple[Blueprint, Blocks, dict[str, Any]]:
         plan = blueprint(config.model, outputs)
         blocks = find_blocks(plan.module, plan.image_size)
         for note in (plan.note, blocks.reason and f"{config.model.name}: blocks taken from its containers: {blocks.reason}"):
@@ -101,10 +101,13 @@ def build_model(
         )  # fmt: skip
         if plan.in_chans != 3:
             raise UserError(f"model.options.in_chans: {plan.in_chans}, but the images have 3 channels: remove it")
-        return plan, list(blocks), card
+        return plan, blocks, card
 
     plan, blocks, card = all_or_none(plan_model)
-    return build_engine(config, plan, blocks, build_task(config.task), runtime, steps), plan, card
+    engine = build_engine(config, plan, blocks, build_task(config.task), runtime, steps)
+    for note in engine.notes:
+        say(note)
+    return engine, plan, card
 
 
 def restore_model(found: Checkpoint, engine: Engine) -> None:

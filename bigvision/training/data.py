@@ -48,16 +48,16 @@ def training_batches(config: Config, data: Data, blueprint: Blueprint, runtime: 
     """This rank's batches from *position* samples on, without end."""
     return train_batches(
         data.train, _transform(config, data.train, blueprint, train=True), seed=config.seed, position=position,
-        global_batch=config.train.global_batch, rank=runtime.rank, ranks=runtime.world_size, workers=config.data.workers,
-        device=runtime.device,
+        global_batch=config.train.global_batch, rank=runtime.data_rank, ranks=runtime.data_ranks,
+        workers=config.data.workers, device=runtime.device,
     )  # fmt: skip
 
 
 def validation_batches(config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, batch: int) -> Batches:
     """This rank's batches of one evaluation; every rank gets as many, of as many samples."""
     return eval_batches(
-        data.val, _transform(config, data.val, blueprint, train=False), batch=batch, rank=runtime.rank,
-        ranks=runtime.world_size, workers=config.data.workers, device=runtime.device,
+        data.val, _transform(config, data.val, blueprint, train=False), batch=batch, rank=runtime.data_rank,
+        ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device,
     )  # fmt: skip
 
 

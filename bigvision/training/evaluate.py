@@ -8,7 +8,6 @@ from pathlib import Path
 
 from bigvision import checkpoint
 from bigvision.config import Config
-from bigvision.engine import micro_batch
 from bigvision.runtime import Runtime, identify, start
 from bigvision.training.build import Build, build_model, restore_model, without_weights
 from bigvision.training.data import open_data, validation_batches
@@ -17,7 +16,7 @@ from bigvision.training.data import open_data, validation_batches
 def evaluate(config: Config, run: Build, runtime: Runtime) -> dict[str, float]:
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks."""
     run.engine.synchronize()
-    batches = validation_batches(config, run.data, run.blueprint, runtime, micro_batch(config, runtime.world_size))
+    batches = validation_batches(config, run.data, run.blueprint, runtime, run.engine.eval_batch)
     try:
         total = None
         for batch in batches:
@@ -36,17 +35,8 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
     Raises:
         UserError: the folder is not a valid checkpoint or is of another model.
     """
-    # Neither the replicas nor the global batch of the run need fit the ranks that evaluate it.
-    ranks = identify(os.environ).world_size
-    replicas = config.parallel.replicas if ranks % config.parallel.replicas == 0 else 1
-    whole = -(-config.train.global_batch // ranks) * ranks
-    config = replace(
-        without_weights(config),
-        # There is no step to take.
-        parallel=replace(config.parallel, replicas=replicas, offload="none", deepspeed=None),
-        train=replace(config.train, global_batch=whole),
-    )
-    with start(config.parallel.device, replicas) as runtime:
+    config = _for_ranks(without_weights(config), identify(os.environ).world_size)
+    with start(config.parallel.device, config.parallel.replicas, config.parallel.pipeline_ranks) as runtime:
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
         data = open_data(config, runtime)
         engine, blueprint, card = build_model(config, data.num_classes, runtime, steps=1, say=lambda text: None)
@@ -55,3 +45,16 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
             return evaluate(config, Build(engine, data, blueprint, card, 1, {}), runtime)
         finally:
             engine.close()
+
+
+def _for_ranks(config: Config, ranks: int) -> Config:
+    """*config* for an evaluation: what of the run's layout does not fit so many ranks is left out, as is what a step needs."""
+    parallel = replace(
+        config.parallel, offload="none", deepspeed=None, schedule="1f1b", stages_per_rank=None, microbatches=None
+    )  # fmt: skip
+    if parallel.strategy == "pipeline" and (ranks == 1 or ranks % (parallel.stages or ranks)):
+        parallel = replace(parallel, strategy="fsdp", stages=None)
+    if ranks // (parallel.pipeline_ranks or ranks) % parallel.replicas:
+        parallel = replace(parallel, replicas=1)
+    whole = -(-config.train.global_batch // ranks) * ranks
+    return replace(config, parallel=parallel, train=replace(config.train, global_batch=whole))

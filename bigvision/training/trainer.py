@@ -33,7 +33,7 @@ def train(config: Config) -> Result:
     Raises:
         UserError: what was asked for cannot be done; the same on every rank, before anything is trained.
     """
-    with start(config.parallel.device, config.parallel.replicas) as runtime:
+    with start(config.parallel.device, config.parallel.replicas, config.parallel.pipeline_ranks) as runtime:
         monitor = Monitor(config, runtime)
         run = build(config, runtime, monitor.say)
         engine, steps, metrics = run.engine, run.steps, run.metrics

@@ -13,6 +13,7 @@ from tests.distributed import run_ranks
 from tests.recipes import lines, recipe, run
 
 LAYOUTS = [("ddp", 2, 1), ("ddp", 3, 1), ("fsdp", 1, 1), ("fsdp", 2, 1), ("fsdp", 3, 1), ("fsdp", 4, 1), ("fsdp", 4, 2)]
+FEW = [("ddp", 3, 1), ("fsdp", 3, 1), ("fsdp", 4, 2)]
 
 
 def same_losses(reference: list[float], others: list[float], relative: float = 1e-5) -> None:
@@ -26,11 +27,15 @@ def parallel(strategy: str, replicas: int, **more: Any) -> dict[str, Any]:
     return {"strategy": strategy, "replicas": replicas, **more}
 
 
-@pytest.mark.parametrize("model", ["vit", "swin", "convnext", "eva02"])
-def test_losses_equal_those_of_one_process(tmp_path: Path, model: str) -> None:
+CASES = [("vit", LAYOUTS), ("swin", FEW), ("convnext", FEW), ("eva02", FEW)]
+CASES += [pytest.param(model, LAYOUTS, marks=pytest.mark.long) for model in ("swin", "convnext", "eva02")]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("model", "layouts"), CASES)
+def test_losses_equal_those_of_one_process(tmp_path: Path, model: str, layouts: list[tuple[str, int, int]]) -> None:
     """24 samples in micro-batches of 5: the last one is short on every number of ranks."""
     reference = run_ranks(run, 1, recipe(tmp_path / "reference", model))[0]
-    for strategy, ranks, replicas in LAYOUTS:
+    for strategy, ranks, replicas in layouts:
         out = tmp_path / f"{strategy}-{ranks}-{replicas}"
         same_losses(reference, run_ranks(run, ranks, recipe(out, model, parallel=parallel(strategy, replicas)))[0])
 

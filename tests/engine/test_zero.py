@@ -87,7 +87,8 @@ def test_half_precision_follows_fsdp(tmp_path: Path) -> None:
             assert run_ranks(run, 2, plain)[0] == pytest.approx(reference, rel=relative), (name, stage)
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_goes_on_bit_for_bit(tmp_path: Path, precision: str) -> None:
     """The copies that compute are made anew from the fp32 weights of the checkpoint, also from fsdp's."""
     train = {"steps": 6, "micro_batch": 6}

@@ -21,7 +21,8 @@ LADDER = ("ddp", "zero1", "zero2", "zero3")
 
 def held(module: torch.nn.Module | None = None) -> int:
     """Bytes of all storages that tensors of this process use."""
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    tensors = [thing for thing in gc.get_objects() if type(thing) in kinds and not thing.is_meta]
     tensors += [p.grad for p in module.parameters() if p.grad is not None] if module else []
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 

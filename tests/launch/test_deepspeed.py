@@ -115,6 +115,7 @@ def test_ways_to_launch(how: str, tmp_path: Path, reference: list[float]) -> Non
     assert losses(tmp_path / "out") == near(reference)
 
 
+@pytest.mark.long
 def test_two_hosts_without_ssh(tmp_path: Path, reference: list[float]) -> None:
     """Two names for this machine, each with a launcher of its own, as on two hosts."""
     (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
@@ -178,7 +179,8 @@ def fsdp(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProces
     return start_under("fsdp", tmp_path_factory.mktemp("fsdp"))
 
 
-@pytest.mark.parametrize("strategy", ["zero3", *(pytest.param(name, marks=pytest.mark.long) for name in ("zero1", "zero2"))])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_torchrun_under_zero_prints_what_it_prints_under_fsdp(
     strategy: str, tmp_path: Path, fsdp: subprocess.CompletedProcess[str], reference: list[float]
 ) -> None:

@@ -1,0 +1,83 @@
+"""How a global batch is cut into the micro-batches of each rank."""
+
+from __future__ import annotations
+
+from bigvision.config import Config, ParallelConfig
+from bigvision.errors import UserError
+from bigvision.runtime import Runtime
+
+ONE_EACH = ("gpipe", "1f1b")
+"""The schedules with one stage on each rank; the others have two or more."""
+
+
+def micro_batch(config: Config, ranks: int, stages: int = 1) -> int:
+    """Samples in one forward and backward pass.
+
+    Args:
+        ranks: data-parallel parts of the global batch.
+        stages: ranks of a pipeline.
+
+    Raises:
+        UserError: the ranks do not divide the global batch; the micro-batches of a pipeline do not divide its samples, or its
+            schedule needs more or others.
+    """
+    total = config.train.global_batch
+    if total % ranks:
+        below, above = total - total % ranks, total - total % ranks + ranks
+        fits = f"{below} or {above}" if below else f"{above}"
+        raise UserError(f"train.global_batch: {total} cannot be divided among {ranks} data-parallel ranks: use {fits}")
+    share = total // ranks
+    if config.parallel.strategy == "pipeline":
+        return _in_pipeline(config, share, stages)
+    return min(config.train.micro_batch or share, share)
+
+
+def _in_pipeline(config: Config, share: int, stages: int) -> int:
+    """Samples in a micro-batch of a pipeline of *stages* ranks whose step has *share* samples."""
+    parallel, asked = config.parallel, config.train.micro_batch
+    count = parallel.microbatches
+    if count is not None:
+        if share % count:
+            fits = [n for n in range(1, share + 1) if share % n == 0]
+            near = min(fits, key=lambda n: abs(n - count))
+            raise UserError(
+                f"parallel.microbatches: {count} does not divide the {share} samples of a pipeline's step: use {near}"
+            )
+        if asked not in (None, share // count):
+            raise UserError(
+                f"train.micro_batch: {asked} contradicts parallel.microbatches: {count} of {share} samples: keep one of the two"
+            )
+        size = share // count
+    else:
+        most = min(4 * stages, share)
+        size = min(asked, share) if asked else share // max(n for n in range(1, most + 1) if share % n == 0)
+    whole, rest = divmod(share, size)
+    if parallel.schedule not in ONE_EACH:
+        if rest:
+            raise UserError(
+                f"train.micro_batch: {size} does not divide the {share} samples of a pipeline's step, which "
+                f"parallel.schedule: {parallel.schedule} needs: use a divisor, or the schedule 1f1b"
+            )
+        least = {"interleaved": 1, "zbv": 1, "dualpipev": stages * stages_per_rank(parallel)}[parallel.schedule]
+        rounds = max(1, whole // stages) if parallel.schedule == "interleaved" else 1
+        if whole < least or whole % rounds:
+            wanted = f"at least {least}" if whole < least else f"a multiple of {rounds}"
+            raise UserError(
+                f"parallel.microbatches: {whole}, but parallel.schedule: {parallel.schedule} on {stages} ranks needs {wanted}"
+            )
+    return size
+
+
+def stages_per_rank(parallel: ParallelConfig) -> int:
+    """Pieces of the model on each rank of a pipeline."""
+    return parallel.stages_per_rank or (1 if parallel.schedule in ONE_EACH else 2)
+
+
+def check_ranks(config: Config, runtime: Runtime) -> None:
+    """Raises `UserError` for a pipeline without a second rank, or with batches that do not fit its ranks."""
+    if config.parallel.strategy != "pipeline":
+        return
+    stages = runtime.world_size // runtime.data_ranks
+    if stages == 1:
+        raise UserError("parallel.strategy: pipeline needs at least 2 ranks: start more, or use parallel.strategy fsdp")
+    micro_batch(config, runtime.data_ranks, stages)

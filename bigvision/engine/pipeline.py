@@ -1,0 +1,202 @@
+"""Consecutive blocks of the model on each rank; micro-batches flow through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bigvision.config import Config
+from bigvision.data.batch import Batch, normalize
+from bigvision.engine.fsdp import FSDPEngine
+from bigvision.engine.precision import COMPUTE_DTYPES, autocast
+from bigvision.engine.schedules import Placement, make_schedule
+from bigvision.fragments import Fragment
+from bigvision.models import Blocks, Blueprint, Stage, plan_stages
+from bigvision.runtime import Runtime
+from bigvision.seeds import seed_from
+from bigvision.tasks import Task
+
+
+class PipelineEngine(FSDPEngine):
+    """Stages of a traced model under the schedules of ``torch.distributed.pipelining``.
+
+    With more ranks than stages each stage is sharded (FSDP2) or copied over the ranks that share it. What crosses a cut
+    travels in the compute precision. Running statistics follow the micro-batches in their order. Random numbers of a
+    forward pass are a function of (seed, step, data-parallel rank, stage, micro-batch), whatever the schedule.
+    """
+
+    def __init__(self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int) -> None:
+        self.placement = Placement.of(config.parallel, runtime)
+        # Before blocks are wrapped: their forwards are still timm's.
+        shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
+        self.plan = plan_stages(blueprint.module, blocks, shape, self.placement.stages, runtime.device)
+        super().__init__(config, blueprint, [block for stage in self.plan.blocks for block in stage], task, runtime, steps)
+        self.eval_batch = config.train.global_batch // runtime.data_ranks // self.micro_batch * self.micro_batch
+        self.notes = [
+            f"stages, for a micro-batch of {self.micro_batch} images:",
+            *self.plan.table(self.micro_batch).split("\n"),
+        ]
+
+    # What is where.
+
+    def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
+        numbers = self.placement.numbers(self.runtime.stage)
+        stages = self.plan.build(self.module, numbers)
+        self.stages: dict[int, Stage] = dict(zip(numbers, stages))
+        self.parts = list(stages)
+        self.group = self.runtime.mesh["stage"].get_group()
+        self.schedules: dict[tuple[int, int], Any] = {}
+        self.passes: dict[int, int] = {}
+        compute = COMPUTE_DTYPES[self.config.parallel.precision]
+        for number, stage in self.stages.items():
+            stage.around = lambda number=number: self._surroundings(number)
+            stage.travels_as = None if compute == torch.float32 or number == self.plan.stages - 1 else compute
+        super()._build(blueprint, blocks)
+
+    def _shard(self, blocks: list[nn.Module]) -> None:
+        if self.runtime.mesh["shard"].size() > 1:
+            super()._shard(blocks)
+        else:
+            self.whole_names = set(self._held())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {name: tensor.to("meta") for name, tensor in self.module.state_dict().items()}
+        for number, stage in self.stages.items():
+            for name, tensor in stage.state_dict(keep_vars=True).items():
+                if self.plan.owners[name][0] == number:  # of a buffer that several stages read, the first is saved
+                    found[name] = tensor
+        return found
+
+    def _run(self, tensor: Tensor, is_parameter: bool) -> tuple[Tensor, int, tuple[int, int]]:
+        if tensor.is_meta:  # another stage's
+            return torch.empty(0, dtype=tensor.dtype, device=self.runtime.device), 0, (0, 1)
+        return super()._run(tensor, is_parameter)
+
+    def _optimizer_fragments(self) -> Iterator[Fragment]:
+        held = self._held()
+        states = set()
+        for fragment in super()._optimizer_fragments():
+            states.add((fragment.name.rpartition("/")[2], fragment.values.dtype))
+            yield fragment
+        for name, parameter in self.module.named_parameters():
+            if name not in held and parameter.requires_grad:
+                for key, dtype in states:  # of the parameter's shape: only such optimizers are allowed
+                    nothing = torch.empty(0, dtype=dtype, device=self.runtime.device)
+                    yield Fragment("optimizer", f"{name}/{key}", tuple(parameter.shape), 0, nothing, (0, 1))
+
+    # The passes.
+
+    def _passes(self, batch: Batch, factor: float) -> Tensor:
+        self.passes = dict.fromkeys(self.stages, 0)
+        self.losses: list[Tensor] = []
+        self.loss_factor = factor * self.scale.value
+        whole, rest = divmod(len(batch), self.micro_batch)
+        images = normalize(batch.images, self.mean, self.std) if 0 in self.stages else None
+        begin = 0
+        for count, size in ((whole, self.micro_batch), (1, rest)):
+            if not count or not size:
+                continue
+            before = self._taken_aside() if (count, size) not in self.schedules else {}
+            schedule = self._schedule(count, size)
+            mine = slice(begin, begin + count * size)
+            arguments = () if images is None else (images[mine],)
+            target = batch.labels[mine] if self.plan.stages - 1 in self.stages else None
+            with self._peers_named():
+                schedule.step(*arguments, target=target, return_outputs=False)
+            begin += count * size
+            for parameter, grad in before.items():
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        return sum(self.losses, torch.zeros((), dtype=torch.float64, device=self.runtime.device))
+
+    def _taken_aside(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients so far: a schedule that runs for the first time forgets those of sharded stages."""
+        found = {parameter: parameter.grad for parameter in self._held().values() if parameter.grad is not None}
+        for parameter in found:
+            parameter.grad = None
+        return found
+
+    def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        loss = self.task.loss(outputs, labels)
+        self.losses.append(loss.detach())
+        return loss * self.loss_factor
+
+    def _schedule(self, count: int, size: int) -> Any:
+        """The schedule of *count* micro-batches of *size* samples."""
+        if (count, size) not in self.schedules:
+            images = torch.empty(size, *self.input_shape, device="meta")
+            values = [(images,), *(self._empty(number, size, training=True) for number in range(self.plan.stages))]
+            self.schedules[count, size] = make_schedule(
+                self.config.parallel.schedule, self.stages, values, self.placement, count, self.group, self._loss
+            )
+        return self.schedules[count, size]
+
+    def _empty(self, number: int, samples: int, training: bool, device: torch.device | str = "meta") -> tuple[Tensor, ...]:
+        """Tensors as those that leave stage *number* for so many samples."""
+        compute = COMPUTE_DTYPES[self.config.parallel.precision]
+        return tuple(
+            torch.empty(
+                spec.sizes(samples), dtype=compute if spec.dtype.is_floating_point else spec.dtype, device=device,
+                requires_grad=spec.requires_grad and training,
+            )
+            for spec in self.plan.sends[training][number]
+        )  # fmt: skip
+
+    @contextmanager
+    def _surroundings(self, number: int) -> Iterator[None]:
+        if self.stages[number].training:
+            place = ("dropout", self.config.seed, self.step, self.runtime.data_rank, number, self.passes[number])
+            torch.manual_seed(seed_from(*place))
+            self.passes[number] += 1
+        with autocast(self.config.parallel.precision, self.runtime.device):
+            yield
+
+    def _measure(self, batch: Batch) -> Tensor:
+        """Forward passes alone: each stage takes all micro-batches, then the next."""
+        last = self.plan.stages - 1
+        totals = torch.zeros(len(self.task.metrics) + 1, dtype=torch.float64, device=self.runtime.device)
+        sending: list[tuple[dist.Work | None, Tensor]] = []
+        kept: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        parts = batch.split(self.micro_batch)
+        with self._peers_named():
+            for number in sorted(self.stages):
+                for index, part in enumerate(parts):
+                    if number == 0:
+                        received = (normalize(part.images, self.mean, self.std),)
+                    elif number - 1 in self.stages:
+                        received = kept.pop((number - 1, index))
+                    else:
+                        received = self._empty(number - 1, len(part), training=False, device=self.runtime.device)
+                        for tensor in received:
+                            dist.recv(tensor, self._peer(number - 1), self.group)
+                    outputs = self.stages[number](*received)
+                    if number == last:
+                        totals += self._measured(outputs, part)
+                    elif number + 1 in self.stages:
+                        kept[number, index] = outputs
+                    else:
+                        to = self._peer(number + 1)
+                        sending += [(dist.isend(tensor, to, self.group), tensor) for tensor in outputs]
+            for work, _ in sending:
+                if work is not None:
+                    work.wait()
+        return totals
+
+    def _peer(self, number: int) -> int:
+        """The rank, among all, of stage *number* of this pipeline."""
+        return dist.get_global_rank(self.group, self.placement.rank_of(number))
+
+    @contextmanager
+    def _peers_named(self) -> Iterator[None]:
+        """Let an error say at which stage it happened, and which ones this rank exchanges with."""
+        try:
+            yield
+        except RuntimeError as error:
+            mine = " and ".join(map(str, self.stages))
+            peers = sorted({near for number in self.stages for near in (number - 1, number + 1)} - set(self.stages))
+            others = ", ".join(f"stage {peer} on rank {self._peer(peer)}" for peer in peers if 0 <= peer < self.plan.stages)
+            raise RuntimeError(f"stage {mine} on rank {self.runtime.rank}, beside {others}: {error}") from error

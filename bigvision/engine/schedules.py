@@ -1,0 +1,76 @@
+"""Which stage is on which rank, and the schedules of ``torch.distributed.pipelining`` by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, schedules
+
+from bigvision.config import ParallelConfig
+from bigvision.engine.batches import ONE_EACH, stages_per_rank
+from bigvision.models import Stage
+from bigvision.runtime import Runtime
+
+SCHEDULES = {
+    "gpipe": schedules.ScheduleGPipe,
+    "1f1b": schedules.Schedule1F1B,
+    "interleaved": schedules.ScheduleInterleaved1F1B,
+    "zbv": schedules.ScheduleZBVZeroBubble,
+    "dualpipev": schedules.ScheduleDualPipeV,
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The stages of a pipeline on its ranks: one after the other and again from the first, or there and back (a V)."""
+
+    ranks: int
+    per_rank: int
+    back: bool
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, runtime: Runtime) -> Placement:
+        return cls(
+            runtime.world_size // runtime.data_ranks, stages_per_rank(parallel), parallel.schedule in ("zbv", "dualpipev")
+        )
+
+    @property
+    def stages(self) -> int:
+        return self.ranks * self.per_rank
+
+    def numbers(self, rank: int) -> list[int]:
+        """The stages on a rank of the pipeline."""
+        return [number for number in range(self.stages) if self.rank_of(number) == rank]
+
+    def rank_of(self, number: int) -> int:
+        """The rank, in the pipeline, of a stage."""
+        turn, place = divmod(number, self.ranks)
+        return self.ranks - 1 - place if self.back and turn % 2 else place
+
+
+def make_schedule(
+    name: str,
+    stages: dict[int, Stage],
+    values: list[tuple[Tensor, ...]],
+    placement: Placement,
+    count: int,
+    group: dist.ProcessGroup,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> Any:
+    """A schedule of *count* micro-batches for this rank's *stages*.
+
+    Args:
+        values: what enters each stage and what leaves the last, on meta: nothing has to be tried out or sent beforehand.
+    """
+    total, made = placement.stages, []
+    for number, stage in stages.items():
+        device = next(stage.parameters()).device
+        made.append(PipelineStage(stage, number, total, device, values[number], values[number + 1], group=group))
+        made[-1].stage_index_to_group_rank = {number: placement.rank_of(number) for number in range(total)}
+    # With fewer micro-batches than stages these two are the same, and torch has only the first.
+    kind = SCHEDULES["gpipe" if name == "1f1b" and count < total else name]
+    return kind(made[0] if name in ONE_EACH else made, count, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]

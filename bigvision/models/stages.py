@@ -1,0 +1,283 @@
+"""Stages: consecutive blocks of a model that run on one pipeline rank, cut out of its coarse trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from bigvision.errors import UserError
+from bigvision.models.attributes import named_tensors
+from bigvision.models.blocks import Block, Blocks
+from bigvision.models.costs import Cost, node_costs
+from bigvision.models.cutting import SAMPLES, CannotCut, Flow, Runner, Spec
+from bigvision.models.partition import Fits, choose_cuts
+from bigvision.models.tracing import TraceFailed, has_parts, size, trace
+
+EVEN = 1.05
+"""When the largest stage's work is more than the mean times this, the blocks at the cuts are looked into."""
+
+
+class Stage(nn.Module):
+    """A part of a model under the model's own names: it holds the modules that it calls and runs its part of the trace.
+
+    ``forward`` takes the tensors that cross the cut before it (the first stage: the images) and returns a tuple of those
+    that cross the next (the last stage: the model's output).
+    """
+
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What surrounds each forward pass."""
+    travels_as: torch.dtype | None = None
+    """In which type floating-point tensors leave; None leaves them as they are."""
+
+    def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], owned: Iterable[str]) -> None:
+        """Take the modules that *graphs* call, and the parameters and buffers *owned*, out of *model*.
+
+        Args:
+            graphs: for training (True) and for evaluation (False).
+        """
+        super().__init__()
+        called = {str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "call_module"}
+        for path in sorted(called, key=lambda path: path.count(".")):
+            self._adopt(path, model)
+        held = {name for name, _ in named_tensors(self)}
+        for name in sorted(set(owned) - held):
+            self._adopt(name, model)
+        self.train(model.training)
+        self._runs = {mode: Runner(self, graph=graph) for mode, graph in graphs.items()}
+
+    def _adopt(self, path: str, model: nn.Module) -> None:
+        """Hold the module, parameter or buffer at *path* too, as *model* does."""
+        owner, _, name = path.rpartition(".")
+        source, holder = model.get_submodule(owner), self._container(owner)
+        for mine, theirs in (
+            (holder._modules, source._modules), (holder._parameters, source._parameters), (holder._buffers, source._buffers)
+        ):  # fmt: skip
+            if name in theirs:
+                mine.setdefault(name, theirs[name])  # type: ignore[arg-type]
+        if name in source._non_persistent_buffers_set:
+            holder._non_persistent_buffers_set.add(name)
+
+    def _container(self, path: str) -> nn.Module:
+        holder: nn.Module = self
+        for name in path.split(".") if path else ():
+            if name not in holder._modules:
+                holder.add_module(name, nn.Module())
+            holder = holder.get_submodule(name)
+        return holder
+
+    def forward(self, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with self.around():
+            sent = self._runs[self.training].run(*received)
+        if not isinstance(sent, tuple):
+            return sent
+        return tuple(
+            (tensor if self.travels_as is None or not tensor.is_floating_point() else tensor.to(self.travels_as)).contiguous()
+            for tensor in sent
+        )
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Where a model is cut, and what each stage has, needs and sends."""
+
+    graphs: dict[bool, list[fx.Graph]]
+    """What each stage runs, in training (True) and in evaluation (False)."""
+    sends: dict[bool, list[tuple[Spec, ...]]]
+    """The tensors that leave each stage; the model's output leaves the last."""
+    blocks: list[list[Block]]
+    """Each stage's; one that is cut in two gives its pieces."""
+    costs: list[Cost]
+    """Of each stage, for one image."""
+    parameters: list[int]
+    """Their number on each stage."""
+    owners: dict[str, list[int]]
+    """The stages that hold each parameter and buffer: one, but for buffers that several read and none changes."""
+
+    @property
+    def stages(self) -> int:
+        return len(self.costs)
+
+    @property
+    def imbalance(self) -> float:
+        """The largest stage's work over the mean."""
+        work = [cost.work for cost in self.costs]
+        return max(work) * len(work) / (sum(work) or 1.0)
+
+    def build(self, model: nn.Module, numbers: Iterable[int]) -> list[Stage]:
+        """The stages *numbers* of *model*, which shares its modules with them and may still be on meta."""
+        return [
+            Stage(
+                model,
+                {mode: graphs[number] for mode, graphs in self.graphs.items()},
+                (name for name, stages in self.owners.items() if number in stages),
+            )
+            for number in numbers
+        ]
+
+    def table(self, samples: int) -> str:
+        """The stages as text; FLOPs, activations and traffic are of the forward pass of *samples* images."""
+        top = max(cost.work for cost in self.costs)
+        rows = [("stage", "blocks", "parameters", "GFLOPs", "activations", "sends", "of the slowest")]
+        for number, cost in enumerate(self.costs):
+            sent = sum(spec.nbytes(samples) for spec in self.sends[True][number])
+            rows.append(
+                (
+                    str(number), str(len(self.blocks[number])), f"{self.parameters[number] / 1e6:.2f} M",
+                    f"{cost.flops * samples / 1e9:.2f}", f"{cost.activations * samples / 2**20:.1f} MiB",
+                    f"{sent / 2**20:.2f} MiB", f"{cost.work / top:.0%}",
+                )
+            )  # fmt: skip
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def plan_stages(
+    model: nn.Module,
+    blocks: Blocks,
+    image_shape: tuple[int, int, int],
+    stages: int,
+    device: torch.device | None = None,
+    fits: Fits | None = None,
+) -> StagePlan:
+    """Cut *model*, on meta, into *stages* of equal work. Nothing is computed and the model is left as it is.
+
+    Args:
+        image_shape: (channels, height, width).
+        device: where it will run; CPU by default.
+        fits: what a stage's device can hold; everything by default.
+
+    Raises:
+        UserError: the model cannot be traced or cut, has too few blocks or shares parameters too widely.
+    """
+    name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    mend = "use parallel.strategy fsdp or zero3, which cut nothing"
+    if blocks.graph is None:
+        raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {blocks.reason}: {mend}")
+    if stages > len(blocks):
+        raise UserError(f"parallel.stages: {stages} stages, but {name} has {len(blocks)} blocks: use fewer stages")
+    try:
+        pieces, inside = list(blocks), set[str]()
+        share = blocks.max_share
+        plan, astride = _planned(model, pieces, share, inside, image_shape, stages, device, fits)
+        while plan.imbalance > EVEN and any(has_parts(model.get_submodule(path)) for path in astride):
+            pieces = [part for piece in pieces for part in (_parts(piece) if piece.path in astride else [piece])]
+            inside |= astride
+            finer, astride = _planned(model, pieces, share, inside, image_shape, stages, device, fits)
+            plan = min(plan, finer, key=lambda plan: plan.imbalance)
+        return plan
+    except (CannotCut, TraceFailed) as error:
+        raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {error}: {mend}") from error
+
+
+def _planned(
+    model: nn.Module, blocks: list[Block], max_share: float, inside: Iterable[str], image_shape: tuple[int, int, int],
+    stages: int, device: torch.device | None, fits: Fits | None,
+) -> tuple[StagePlan, set[str]]:  # fmt: skip
+    """The best plan that cuts between *blocks*, and the blocks in which an even cut would lie."""
+    flows = _flows(model, image_shape, max_share, inside)
+    costs = node_costs(flows[True].graph, image_shape, device or torch.device("cpu"))
+    cuts = choose_cuts(model, flows[True], blocks, costs, stages, fits)
+    return _plan(model, blocks, flows, cuts, costs), _astride(flows[True], blocks, costs, stages)
+
+
+def _astride(flow: Flow, blocks: list[Block], costs: dict[str, Cost], stages: int) -> set[str]:
+    """The blocks during which another n-th of the whole work is done."""
+    known, total = {block.path for block in blocks}, sum(cost.work for cost in costs.values())
+    found, done = set(), 0.0
+    for node in flow.nodes:
+        before, done = done, done + costs[node.name].work
+        passed = any(before < total * number / stages < done for number in range(1, stages))
+        if passed and node.op == "call_module" and str(node.target) in known:
+            found.add(str(node.target))
+    return found
+
+
+def _parts(block: Block) -> list[Block]:
+    """What takes the place of a block that is looked into: its parts that have parameters."""
+    return [
+        Block(f"{block.path}.{name}", part, size(part)) for name, part in block.module.named_children() if size(part)
+    ] or [block]  # fmt: skip
+
+
+def _flows(model: nn.Module, image_shape: tuple[int, int, int], max_share: float, inside: Iterable[str]) -> dict[bool, Flow]:
+    """The values of the traces for training (True) and for evaluation (False)."""
+    was = model.training
+    try:
+        return {mode: Flow(trace(model.train(mode), max_share, inside), image_shape) for mode in (True, False)}
+    finally:
+        model.train(was)
+
+
+def _plan(model: nn.Module, blocks: list[Block], flows: dict[bool, Flow], cuts: list[int], costs: dict[str, Cost]) -> StagePlan:
+    training, stages = flows[True], len(cuts) + 1
+    summed = [Cost()] * stages
+    mine: list[list[Block]] = [[] for _ in range(stages)]
+    known = {block.path: block for block in blocks}
+    for node in training.nodes:
+        number = sum(training.position.get(node.name, 0) >= cut for cut in cuts)
+        summed[number] = summed[number] + costs[node.name]
+        if node.op == "call_module" and str(node.target) in known:
+            mine[number].append(known[str(node.target)])
+    places = {mode: _same_cuts(training, flow, cuts) for mode, flow in flows.items()}
+    graphs = {mode: flow.split(places[mode]) for mode, flow in flows.items()}
+    sends = {
+        mode: [tuple(map(flow.spec, leaves)) for leaves in [*flow.crossing(places[mode]), flow.results()]]
+        for mode, flow in flows.items()
+    }
+    for mode, flow in flows.items():
+        for graph, received in zip(graphs[mode][1:], sends[mode]):
+            _copy_changed_inputs(flow, graph, received)
+    owners = _owners(model, graphs)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    parameters = [sum(n for name, n in sizes.items() if owners[name][0] == number) for number in range(stages)]
+    return StagePlan(graphs, sends, mine, summed, parameters, owners)
+
+
+def _same_cuts(training: Flow, flow: Flow, cuts: list[int]) -> list[int]:
+    """*cuts* of the trace for training in another trace: before the same calls."""
+    calls = {str(node.target): index for index, node in enumerate(flow.nodes) if node.op == "call_module"}
+    found = []
+    for cut in cuts:
+        if [str(node) for node in training.nodes] == [str(node) for node in flow.nodes]:
+            found.append(cut)
+            continue
+        following = (str(node.target) for node in training.nodes[cut:] if node.op == "call_module")
+        at = next((calls[target] for target in following if target in calls), None)
+        if at is None:
+            raise CannotCut("its trace for evaluation differs from the one for training where it would be cut")
+        found.append(at)
+    return found
+
+
+def _owners(model: nn.Module, graphs: dict[bool, list[fx.Graph]]) -> dict[str, list[int]]:
+    """The stages that use each parameter and buffer; the first keeps what none uses."""
+    used: dict[str, set[int]] = {}
+    for stages in graphs.values():
+        for number, graph in enumerate(stages):
+            for node in graph.nodes:
+                if node.op == "get_attr":
+                    used.setdefault(str(node.target), set()).add(number)
+                elif node.op == "call_module":
+                    for name, _ in named_tensors(model.get_submodule(str(node.target))):
+                        used.setdefault(f"{node.target}.{name}", set()).add(number)
+    tied: dict[int, set[int]] = {}
+    for name, tensor in named_tensors(model):
+        tied.setdefault(id(tensor), set()).update(used.get(name, ()))
+    return {name: sorted(tied[id(tensor)]) or [0] for name, tensor in named_tensors(model)}
+
+
+def _copy_changed_inputs(flow: Flow, graph: fx.Graph, received: tuple[Spec, ...]) -> None:
+    """Let a stage copy those of its inputs that it changes in place: autograd forbids that for what was received."""
+    inputs = [torch.empty(spec.sizes(SAMPLES[0]), dtype=spec.dtype, device="meta") for spec in received]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        Runner(flow.twin, graph=graph).run(*inputs)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, tensor in zip(placeholders, inputs):
+        if tensor._version:
+            with graph.inserting_after(placeholders[-1]):
+                copied = graph.call_method("clone", (node,))
+            node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
