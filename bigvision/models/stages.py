@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -205,11 +206,9 @@ def _parts(block: Block) -> list[Block]:
 
 def _flows(model: nn.Module, image_shape: tuple[int, int, int], max_share: float, inside: Iterable[str]) -> dict[bool, Flow]:
     """The values of the traces for training (True) and for evaluation (False)."""
-    was = model.training
-    try:
-        return {mode: Flow(trace(model.train(mode), max_share, inside), image_shape) for mode in (True, False)}
-    finally:
-        model.train(was)
+    # Of a copy: a module that keeps what it computes would keep what the trace put in its place.
+    twin = copy.deepcopy(model)
+    return {mode: Flow(trace(twin.train(mode), max_share, inside), image_shape) for mode in (True, False)}
 
 
 def _plan(model: nn.Module, blocks: list[Block], flows: dict[bool, Flow], cuts: list[int], costs: dict[str, Cost]) -> StagePlan:
@@ -238,15 +237,14 @@ def _plan(model: nn.Module, blocks: list[Block], flows: dict[bool, Flow], cuts: 
 
 
 def _same_cuts(training: Flow, flow: Flow, cuts: list[int]) -> list[int]:
-    """*cuts* of the trace for training in another trace: before the same calls."""
+    """*cuts* of the trace for training in another trace: right before, or right after, the same calls."""
     calls = {str(node.target): index for index, node in enumerate(flow.nodes) if node.op == "call_module"}
     found = []
     for cut in cuts:
-        if [str(node) for node in training.nodes] == [str(node) for node in flow.nodes]:
-            found.append(cut)
-            continue
-        following = (str(node.target) for node in training.nodes[cut:] if node.op == "call_module")
-        at = next((calls[target] for target in following if target in calls), None)
+        after, before = (node if node.op == "call_module" else None for node in training.nodes[cut - 1 : cut + 1])
+        at = calls.get(str(before.target)) if before is not None else None
+        if at is None and after is not None and str(after.target) in calls:
+            at = calls[str(after.target)] + 1
         if at is None:
             raise CannotCut("its trace for evaluation differs from the one for training where it would be cut")
         found.append(at)
