@@ -51,6 +51,7 @@ bench: $(STAMP)  ## measure the training step beside its peers, on one rank and 
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
 	$(TORCHRUN) -m benchmarks.step_time $(ARGS)
 	$(TORCHRUN) -m benchmarks.zero_time $(ARGS)
+	$(TORCHRUN) -m benchmarks.pipeline_time $(ARGS)
 
 clean:  ## remove .venv and caches; checkpoints stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache

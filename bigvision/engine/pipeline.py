@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from bigvision.config import Config
 from bigvision.data.batch import Batch, normalize
+from bigvision.engine.batches import micro_batch
 from bigvision.engine.fsdp import FSDPEngine
 from bigvision.engine.precision import COMPUTE_DTYPES, autocast
 from bigvision.engine.schedules import Placement, make_schedule
 from bigvision.fragments import Fragment
-from bigvision.models import Blocks, Blueprint, Stage, plan_stages
+from bigvision.models import Blocks, Blueprint, Fits, Stage, plan_stages
 from bigvision.runtime import Runtime
 from bigvision.seeds import seed_from
 from bigvision.tasks import Task
+
+STATE_BYTES = 16
+"""Of a parameter in training: fp32 weight, gradient and two moments."""
 
 
 class PipelineEngine(FSDPEngine):
@@ -34,13 +38,28 @@ class PipelineEngine(FSDPEngine):
         self.placement = Placement.of(config.parallel, runtime)
         # Before blocks are wrapped: their forwards are still timm's.
         shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
-        self.plan = plan_stages(blueprint.module, blocks, shape, self.placement.stages, runtime.device)
+        fits = self._room(config, runtime) if runtime.device.type == "cuda" else None
+        self.plan = plan_stages(blueprint.module, blocks, shape, self.placement.stages, runtime.device, fits)
         super().__init__(config, blueprint, [block for stage in self.plan.blocks for block in stage], task, runtime, steps)
         self.eval_batch = config.train.global_batch // runtime.data_ranks // self.micro_batch * self.micro_batch
         self.notes = [
             f"stages, for a micro-batch of {self.micro_batch} images:",
             *self.plan.table(self.micro_batch).split("\n"),
         ]
+
+    def _room(self, config: Config, runtime: Runtime) -> Fits:
+        """Whether a stage's device holds its weights, gradients and moments, and the activations that its schedule keeps."""
+        room = 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory / self.placement.per_rank
+        size = micro_batch(config, runtime.data_ranks, self.placement.ranks)
+        count = -(-config.train.global_batch // runtime.data_ranks // size)
+
+        def fits(stage: int, parameters: int, activations: float) -> bool:
+            kept = count if config.parallel.schedule == "gpipe" else min(count, self.placement.stages - stage)
+            if config.parallel.recompute != "none":
+                activations = 0.0
+            return STATE_BYTES * parameters / runtime.mesh["shard"].size() + activations * size * kept <= room
+
+        return fits
 
     # What is where.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.immutable_collections import immutable_list
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map
 
@@ -72,7 +73,7 @@ class Watched(Runner):
     """Runs a graph on meta and keeps what each node made."""
 
     def __init__(self, graph: fx.GraphModule, images: Tensor) -> None:
-        super().__init__(copy.deepcopy(graph).to("meta"), garbage_collect_values=False)
+        super().__init__(graph, garbage_collect_values=False)
         self.values: dict[str, Any] = {}
         with torch.random.fork_rng(devices=[]):
             self.run(images)
@@ -91,15 +92,15 @@ class Flow:
         """Watch *graph*, of a model on meta, with images of (channels, height, width). Nothing is computed.
 
         Raises:
-            CannotCut: meta tensors cannot run it.
+            CannotCut: it does not run.
         """
-        self.graph = graph
+        self.graph, self.image_shape = graph, image_shape
+        self.strides: dict[Leaf, tuple[int, ...]] = {}
         try:
-            runs = [Watched(graph, torch.empty(count, *image_shape, device="meta")) for count in SAMPLES]
+            runs = [Watched(copy.deepcopy(graph), torch.empty(n, *image_shape, device="meta")) for n in SAMPLES]
         except Exception as error:
-            raise CannotCut(f"it does not run on meta: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+            raise CannotCut(f"its trace does not run: {(str(error) or type(error).__name__).splitlines()[0]}") from error
         self.values, self.others = (run.values for run in runs)
-        self.twin = runs[0].module
         self.nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
         self.images = next(node for node in graph.graph.nodes if node.op == "placeholder")
         self.output = next(node for node in graph.graph.nodes if node.op == "output")
@@ -138,12 +139,25 @@ class Flow:
         """
         name, place = leaf
         first, second = (tree_flatten(values[name])[0][place] for values in (self.values, self.others))
-        order = tuple(sorted(range(first.ndim), key=lambda dimension: -first.stride(dimension)))
-        if not first.permute(order).is_contiguous():
-            order = tuple(range(first.ndim))
+        strides = self.strides.get(leaf, first.stride())
+        order = tuple(sorted(range(first.ndim), key=lambda dimension: -strides[dimension]))
         first, second = first.permute(order), second.permute(order)
         follows = tuple(_follows(name, a, b) for a, b in zip(first.shape, second.shape))
         return Spec(tuple(first.shape), order, follows, first.dtype, first.requires_grad)
+
+    def lay_out(self, device: torch.device) -> None:
+        """Find out how tensors lie in memory on *device*: meta does not know in which order a convolution writes.
+
+        Slow, and so done once, when the cuts are known.
+        """
+        twin = copy.deepcopy(self.graph)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            twin.to_empty(device=device)
+            values = Watched(twin, torch.empty(SAMPLES[0], *self.image_shape, device=device)).values
+        for node in [self.images, *self.nodes]:
+            for place, leaf in enumerate(tree_flatten(values[node.name])[0]):
+                if isinstance(leaf, Tensor):
+                    self.strides[node.name, place] = leaf.stride()
 
     def leaves(self, node: fx.Node) -> list[Leaf]:
         """The tensors in what *node* made."""
@@ -248,7 +262,7 @@ class _StageGraph:
     def _folded(self, name: str, first: Any, second: Any) -> Any:
         if first is second or (type(first) is type(second) and first == second):
             if isinstance(first, (bool, int, float, str, type(None), torch.dtype, torch.device)):
-                return torch.device("cpu") if first == torch.device("meta") else first
+                return first
             raise CannotCut(f"{name} is a {type(first).__name__}, which cannot be folded")
         if not isinstance(first, int) or not _follows(name, first, second) or first % SAMPLES[0]:
             raise CannotCut(f"{name} is {first} for {SAMPLES[0]} images and {second} for {SAMPLES[1]}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -160,34 +160,71 @@ def plan_stages(
         raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {blocks.reason}: {mend}")
     if stages > len(blocks):
         raise UserError(f"parallel.stages: {stages} stages, but {name} has {len(blocks)} blocks: use fewer stages")
+    device = device or torch.device("cpu")
     try:
-        pieces, inside = list(blocks), set[str]()
-        share = blocks.max_share
-        plan, astride = _planned(model, pieces, share, inside, image_shape, stages, device, fits)
-        while plan.imbalance > EVEN and any(has_parts(model.get_submodule(path)) for path in astride):
-            pieces = [part for piece in pieces for part in (_parts(piece) if piece.path in astride else [piece])]
-            inside |= astride
-            finer, astride = _planned(model, pieces, share, inside, image_shape, stages, device, fits)
-            plan = min(plan, finer, key=lambda plan: plan.imbalance)
-        return plan
+        best = candidate = _candidate(model, list(blocks), blocks.max_share, (), image_shape, stages, device, fits)
+        while best.imbalance > EVEN and candidate.astride:
+            pieces = [part for piece in candidate.blocks for part in candidate.parts(piece)]
+            inside = [*candidate.inside, *candidate.astride]
+            try:
+                candidate = _candidate(model, pieces, blocks.max_share, inside, image_shape, stages, device, fits)
+            except (CannotCut, TraceFailed):  # what cannot be looked into stays in one piece
+                break
+            best = min(best, candidate, key=lambda candidate: candidate.imbalance)
+        # Of a copy: a module that keeps what it computes would keep what the trace puts in its place.
+        evaluation = Flow(trace(copy.deepcopy(model).eval(), blocks.max_share, best.inside), image_shape)
+        for flow in (best.flow, evaluation):
+            flow.lay_out(device)
+        return _plan(model, best, evaluation)
     except (CannotCut, TraceFailed) as error:
         raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {error}: {mend}") from error
 
 
-def _planned(
-    model: nn.Module, blocks: list[Block], max_share: float, inside: Iterable[str], image_shape: tuple[int, int, int],
-    stages: int, device: torch.device | None, fits: Fits | None,
-) -> tuple[StagePlan, set[str]]:  # fmt: skip
-    """The best plan that cuts between *blocks*, and the blocks in which an even cut would lie."""
-    flows = _flows(model, image_shape, max_share, inside)
-    costs = node_costs(flows[True].graph, image_shape, device or torch.device("cpu"))
-    cuts = choose_cuts(model, flows[True], blocks, costs, stages, fits)
-    return _plan(model, blocks, flows, cuts, costs), _astride(flows[True], blocks, costs, stages)
+@dataclass(frozen=True)
+class _Candidate:
+    """A cut of the trace for training, and in which blocks an even one would lie."""
+
+    blocks: list[Block]
+    inside: Sequence[str]
+    """What was looked into."""
+    flow: Flow
+    costs: dict[str, Cost]
+    cuts: list[int]
+    astride: set[str]
+
+    def stage_of(self, node: fx.Node) -> int:
+        return sum(self.flow.position.get(node.name, 0) >= cut for cut in self.cuts)
+
+    @property
+    def imbalance(self) -> float:
+        work = [0.0] * (len(self.cuts) + 1)
+        for node in self.flow.nodes:
+            work[self.stage_of(node)] += self.costs[node.name].work
+        return max(work) * len(work) / sum(work)
+
+    def parts(self, block: Block) -> list[Block]:
+        """What takes the place of a block: itself, or, when it is looked into, its parts that have parameters."""
+        if block.path not in self.astride:
+            return [block]
+        inner = [(f"{block.path}.{name}", part) for name, part in block.module.named_children() if size(part)]
+        return [Block(path, part, size(part)) for path, part in inner]
+
+
+def _candidate(
+    model: nn.Module, blocks: list[Block], max_share: float, inside: Sequence[str], image_shape: tuple[int, int, int],
+    stages: int, device: torch.device, fits: Fits | None,
+) -> _Candidate:  # fmt: skip
+    """The best cut between *blocks*."""
+    flow = Flow(trace(copy.deepcopy(model).train(), max_share, inside), image_shape)
+    costs = node_costs(flow.graph, image_shape, device)
+    cuts = choose_cuts(model, flow, blocks, costs, stages, fits)
+    return _Candidate(blocks, inside, flow, costs, cuts, _astride(flow, blocks, costs, stages))
 
 
 def _astride(flow: Flow, blocks: list[Block], costs: dict[str, Cost], stages: int) -> set[str]:
-    """The blocks during which another n-th of the whole work is done."""
-    known, total = {block.path for block in blocks}, sum(cost.work for cost in costs.values())
+    """The blocks, of those that have parts, during which another n-th of the whole work is done."""
+    known = {block.path for block in blocks if has_parts(block.module)}
+    total = sum(cost.work for cost in costs.values())
     found, done = set(), 0.0
     for node in flow.nodes:
         before, done = done, done + costs[node.name].work
@@ -197,31 +234,18 @@ def _astride(flow: Flow, blocks: list[Block], costs: dict[str, Cost], stages: in
     return found
 
 
-def _parts(block: Block) -> list[Block]:
-    """What takes the place of a block that is looked into: its parts that have parameters."""
-    return [
-        Block(f"{block.path}.{name}", part, size(part)) for name, part in block.module.named_children() if size(part)
-    ] or [block]  # fmt: skip
-
-
-def _flows(model: nn.Module, image_shape: tuple[int, int, int], max_share: float, inside: Iterable[str]) -> dict[bool, Flow]:
-    """The values of the traces for training (True) and for evaluation (False)."""
-    # Of a copy: a module that keeps what it computes would keep what the trace put in its place.
-    twin = copy.deepcopy(model)
-    return {mode: Flow(trace(twin.train(mode), max_share, inside), image_shape) for mode in (True, False)}
-
-
-def _plan(model: nn.Module, blocks: list[Block], flows: dict[bool, Flow], cuts: list[int], costs: dict[str, Cost]) -> StagePlan:
-    training, stages = flows[True], len(cuts) + 1
-    summed = [Cost()] * stages
+def _plan(model: nn.Module, best: _Candidate, evaluation: Flow) -> StagePlan:
+    stages = len(best.cuts) + 1
+    flows = {True: best.flow, False: evaluation}
+    costs = [Cost()] * stages
     mine: list[list[Block]] = [[] for _ in range(stages)]
-    known = {block.path: block for block in blocks}
-    for node in training.nodes:
-        number = sum(training.position.get(node.name, 0) >= cut for cut in cuts)
-        summed[number] = summed[number] + costs[node.name]
+    known = {block.path: block for block in best.blocks}
+    for node in best.flow.nodes:
+        number = best.stage_of(node)
+        costs[number] = costs[number] + best.costs[node.name]
         if node.op == "call_module" and str(node.target) in known:
             mine[number].append(known[str(node.target)])
-    places = {mode: _same_cuts(training, flow, cuts) for mode, flow in flows.items()}
+    places = {True: best.cuts, False: _same_cuts(best.flow, evaluation, best.cuts)}
     graphs = {mode: flow.split(places[mode]) for mode, flow in flows.items()}
     sends = {
         mode: [tuple(map(flow.spec, leaves)) for leaves in [*flow.crossing(places[mode]), flow.results()]]
@@ -233,7 +257,7 @@ def _plan(model: nn.Module, blocks: list[Block], flows: dict[bool, Flow], cuts: 
     owners = _owners(model, graphs)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     parameters = [sum(n for name, n in sizes.items() if owners[name][0] == number) for number in range(stages)]
-    return StagePlan(graphs, sends, mine, summed, parameters, owners)
+    return StagePlan(graphs, sends, mine, costs, parameters, owners)
 
 
 def _same_cuts(training: Flow, flow: Flow, cuts: list[int]) -> list[int]:
@@ -272,7 +296,7 @@ def _copy_changed_inputs(flow: Flow, graph: fx.Graph, received: tuple[Spec, ...]
     """Let a stage copy those of its inputs that it changes in place: autograd forbids that for what was received."""
     inputs = [torch.empty(spec.sizes(SAMPLES[0]), dtype=spec.dtype, device="meta") for spec in received]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        Runner(flow.twin, graph=graph).run(*inputs)
+        Runner(copy.deepcopy(flow.graph), graph=graph).run(*inputs)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, tensor in zip(placeholders, inputs):
         if tensor._version:
