@@ -31,7 +31,10 @@ class ArraySource:
         return len(self._labels)
 
     def read(self, index: int) -> Sample:
-        return Sample(self._images[index].expand(3, -1, -1), int(self._labels[index]))
+        return Sample(self._images[index].expand(3, -1, -1), self.label(index))
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
 
 
 class Synthetic:
@@ -50,7 +53,10 @@ class Synthetic:
     def read(self, index: int) -> Sample:
         generator = torch.Generator().manual_seed(seed_from("synthetic", index))
         shape = (3, self._size, self._size)
-        return Sample(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), index % 10)
+        return Sample(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), self.label(index))
+
+    def label(self, index: int) -> int:
+        return index % 10
 
 
 def open_digits(split: Split) -> ArraySource:

@@ -45,10 +45,13 @@ class ImageFolder:
     def read(self, index: int) -> Sample:
         path = self.path(index)
         try:
-            return Sample(read_image(path), int(self._labels[index]))
+            return Sample(read_image(path), self.label(index))
         except Exception as error:  # Pillow raises many types on bad files, struct.error and IndexError among them
             cause = " ".join(str(error).split()) or type(error).__name__
             raise UnreadableSample(f"cannot read {path} (sample {index}): {cause}") from error
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
 
 
 def open_image_folder(

@@ -34,6 +34,7 @@ def train_batches(
     ranks: int,
     workers: int,
     device: torch.device | str = "cpu",
+    images: bool = True,
 ) -> Batches:
     """Return this rank's part of each training step's batch, for ever.
 
@@ -45,11 +46,12 @@ def train_batches(
         rank, ranks: in the data-parallel group; *ranks* divides *global_batch* (else `ValueError`).
         workers: processes that read and transform; 0 does it in this one. The batches do not depend on it.
         device: where the batches will go; for CUDA they come in pinned memory.
+        images: False reads none, for pipeline stages that need labels at most; the batches' images are then (B, 0).
     """
     if global_batch % ranks:
         raise ValueError(f"a global batch of {global_batch} does not divide over {ranks} ranks")
     requests = _train_requests(len(source), seed, position, global_batch, rank, ranks)
-    return Batches(_Reader(source, transform, seed), requests, workers, device)
+    return Batches(_Reader(source, transform, seed, images), requests, workers, device)
 
 
 def eval_batches(
@@ -61,6 +63,7 @@ def eval_batches(
     ranks: int,
     workers: int,
     device: torch.device | str = "cpu",
+    images: bool = True,
 ) -> Batches:
     """Return this rank's part of an evaluation, which sees every sample once over all ranks, in the source's order.
 
@@ -68,7 +71,7 @@ def eval_batches(
     step. What is missing at the end is filled by repeats with ``valid`` False.
     """
     requests = _eval_requests(len(source), batch, rank, ranks)
-    return Batches(_Reader(source, transform, seed=0), requests, workers, device)
+    return Batches(_Reader(source, transform, 0, images), requests, workers, device)
 
 
 class Batches(Iterator[Batch]):
@@ -157,14 +160,18 @@ def _eval_requests(length: int, batch: int, rank: int, ranks: int) -> Iterator[_
 class _Reader(Dataset):
     """Reads, transforms and stacks the samples of a request; runs in the workers."""
 
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: Source, transform: Transform, seed: int, images: bool) -> None:
+        self.source, self.transform, self.seed, self.images = source, transform, seed, images
 
     def __getitem__(self, request: _Request) -> Batch | UnreadableSample:
         images, labels = [], []
         try:
             with generators_kept():
                 for place in request.places:
+                    if not self.images:
+                        images.append(torch.empty(0, dtype=torch.uint8))
+                        labels.append(self.source.label(place.id))
+                        continue
                     image, label = self.source.read(place.id)
                     seed_everything(seed_from("augment", self.seed, place.epoch, place.id))
                     images.append(self.transform(image))

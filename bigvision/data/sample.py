@@ -31,6 +31,10 @@ class Source(Protocol):
         """Return the sample *index*, the same at every call. Raises `UnreadableSample`."""
         ...
 
+    def label(self, index: int) -> int:
+        """Return the label of the sample *index* without reading its image."""
+        ...
+
 
 class UnreadableSample(RuntimeError):
     """A sample that cannot be read; the one-line message names its file and index."""

@@ -139,7 +139,7 @@ class Flow:
         """
         name, place = leaf
         first, second = (tree_flatten(values[name])[0][place] for values in (self.values, self.others))
-        strides = self.strides.get(leaf, first.stride())
+        strides: tuple[int, ...] = self.strides.get(leaf) or tuple(first.stride())
         order = tuple(sorted(range(first.ndim), key=lambda dimension: -strides[dimension]))
         first, second = first.permute(order), second.permute(order)
         follows = tuple(_follows(name, a, b) for a, b in zip(first.shape, second.shape))

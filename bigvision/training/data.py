@@ -49,7 +49,7 @@ def training_batches(config: Config, data: Data, blueprint: Blueprint, runtime: 
     return train_batches(
         data.train, _transform(config, data.train, blueprint, train=True), seed=config.seed, position=position,
         global_batch=config.train.global_batch, rank=runtime.data_rank, ranks=runtime.data_ranks,
-        workers=config.data.workers, device=runtime.device,
+        workers=config.data.workers, device=runtime.device, images=runtime.stage == 0,
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def validation_batches(config: Config, data: Data, blueprint: Blueprint, runtime
     """This rank's batches of one evaluation; every rank gets as many, of as many samples."""
     return eval_batches(
         data.val, _transform(config, data.val, blueprint, train=False), batch=batch, rank=runtime.data_rank,
-        ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device,
+        ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device, images=runtime.stage == 0,
     )  # fmt: skip
 
 

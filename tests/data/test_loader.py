@@ -346,3 +346,19 @@ def test_evaluation_of_photos_is_the_same_on_other_ranks(photos):
 def test_the_stream_is_what_the_page_says(noise, reference):
     wanted = [place.id for place in places(3, LENGTH, 0, 10 * GLOBAL)]
     assert reference.ids.tolist() == wanted
+
+
+def test_labels_without_images() -> None:
+    """As pipeline stages behind the first read: the same samples in the same order."""
+    source = open_source("synthetic:23x8", "train")
+    see = transform(source.style, 8, train=True)
+    both = []
+    for images in (True, False):
+        with train_batches(
+            source, see, seed=1, position=5, global_batch=6, rank=1, ranks=2, workers=0, images=images
+        ) as batches:  # fmt: skip
+            both.append([next(batches) for _ in range(9)])
+    for whole, bare in zip(*both):
+        assert bare.images.shape == (3, 0) and torch.equal(whole.ids, bare.ids) and torch.equal(whole.labels, bare.labels)
+    with eval_batches(source, see, batch=4, rank=0, ranks=2, workers=0, images=False) as batches:
+        assert sum(int(batch.valid.sum()) for batch in batches) == 12
