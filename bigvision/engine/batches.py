@@ -74,10 +74,16 @@ def stages_per_rank(parallel: ParallelConfig) -> int:
 
 
 def check_ranks(config: Config, runtime: Runtime) -> None:
-    """Raises `UserError` for a pipeline without a second rank, or with batches that do not fit its ranks."""
+    """Raises `UserError` for a pipeline without a second rank, or whose schedule or batches do not fit its ranks."""
     if config.parallel.strategy != "pipeline":
         return
     stages = runtime.world_size // runtime.data_ranks
     if stages == 1:
         raise UserError("parallel.strategy: pipeline needs at least 2 ranks: start more, or use parallel.strategy fsdp")
+    parallel, copies = config.parallel, runtime.data_ranks
+    if parallel.schedule in ("zbv", "dualpipev") and parallel.replicas != copies:
+        raise UserError(
+            f"parallel.replicas: {parallel.replicas}, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
+            f"which sharded stages do not allow: use {copies} for whole copies of each stage, or the schedule interleaved"
+        )
     micro_batch(config, runtime.data_ranks, stages)

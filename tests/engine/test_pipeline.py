@@ -101,6 +101,7 @@ def test_several_stages_on_each_of_four_ranks(tmp_path: Path) -> None:
 def test_sharded_and_copied_stages(tmp_path: Path, model: str) -> None:
     """Two stages, each on two ranks: 12 samples to each pipeline."""
     layouts = [(4, {"stages": 2}), (4, {"stages": 2, "replicas": 2}), (4, {"stages": 2, "schedule": "interleaved"})]
+    layouts += [(4, {"stages": 2, "schedule": name, "replicas": 2}) for name in ("zbv", "dualpipev")]
     check(tmp_path, model, layouts if model == "vit" else layouts[:1], micro_batch=3)
 
 
@@ -116,7 +117,10 @@ def test_batch_statistics_of_sharded_stages(tmp_path: Path) -> None:
         assert (first[key] - second[key]).norm() <= 1e-4 * first[key].norm(), key
 
 
-@pytest.mark.parametrize("optim", [{"name": "sgd", "lr": 0.05, "layer_decay": 0.8}, {"name": "lion", "lr": 1e-4}])
+OPTIMIZERS = [{"name": "sgd", "lr": 0.05, "layer_decay": 0.8}, {"name": "lion", "lr": 1e-4}, {"name": "lamb", "lr": 0.01}]
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_other_optimizers(tmp_path: Path, optim: dict[str, Any]) -> None:
     reference = run_ranks(run, 1, alone(tmp_path / "reference", optim=optim))[0]
     for ranks, parallel in ((2, {}), (4, {"stages": 2})):
@@ -206,6 +210,11 @@ def test_the_table_is_said_at_start(tmp_path: Path) -> None:
         (2, ["--parallel.stages_per_rank", "2"], ["stages_per_rank: 2", "1f1b", "use 1"]),
         (2, ["--model.name", "twins_svt_small", "--model.options", "{}"], ["twins_svt_small", "fsdp"]),
         (2, ["--optim.name", "muon"], ["muon", "pipeline"]),
+        (
+            4,
+            ["--parallel.schedule", "zbv", "--parallel.stages", "2", "--train.micro_batch", "3"],
+            ["parallel.replicas: 1", "zbv", "use 2"],
+        ),
         (2, ["--parallel.schedule", "2f2b"], ["parallel.schedule", "1f1b"]),
     ],
 )
