@@ -66,7 +66,10 @@ def test_scalar_and_tiny_parameters(tmp_path: Path) -> None:
         same_losses(reference, run_ranks(run, ranks, other)[0])
 
 
-@pytest.mark.parametrize("optim", [{"name": "sgd", "lr": 0.05}, {"clip": None}, {"clip": 0.1, "weight_decay": 0.3}])
+OTHERS = [{"clip": None}, {"clip": 0.1, "weight_decay": 0.3}]
+
+
+@pytest.mark.parametrize("optim", [{"name": "sgd", "lr": 0.05}, *(pytest.param(o, marks=pytest.mark.long) for o in OTHERS)])
 def test_other_optimizers_and_clipping(tmp_path: Path, optim: dict[str, Any]) -> None:
     reference = run_ranks(run, 1, recipe(tmp_path / "reference", optim=optim))[0]
     for strategy, ranks, replicas in (("ddp", 3, 1), ("fsdp", 3, 1), ("fsdp", 4, 2)):

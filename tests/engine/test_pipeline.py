@@ -64,7 +64,7 @@ SEVERAL = [
     (2, {"schedule": "dualpipev"}),
 ]
 FOUR_SEVERAL = [(4, {"schedule": name}) for name in ("interleaved", "zbv", "dualpipev")]
-SHORT = ("vit", "coat", "resnet")
+SHORT = ("vit", "resnet")
 
 
 @pytest.mark.parametrize("model", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in MODELS])
@@ -117,7 +117,8 @@ def test_batch_statistics_of_sharded_stages(tmp_path: Path) -> None:
         assert (first[key] - second[key]).norm() <= 1e-4 * first[key].norm(), key
 
 
-OPTIMIZERS = [{"name": "sgd", "lr": 0.05, "layer_decay": 0.8}, {"name": "lion", "lr": 1e-4}, {"name": "lamb", "lr": 0.01}]
+OPTIMIZERS: list[Any] = [{"name": "sgd", "lr": 0.05, "layer_decay": 0.8}]
+OPTIMIZERS += [pytest.param({"name": name, "lr": lr}, marks=pytest.mark.long) for name, lr in (("lion", 1e-4), ("lamb", 0.01))]
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
@@ -127,7 +128,11 @@ def test_other_optimizers(tmp_path: Path, optim: dict[str, Any]) -> None:
         same_losses(reference, run_ranks(run, ranks, pipeline(tmp_path / str(ranks), optim=optim, parallel=parallel))[0])
 
 
-@pytest.mark.parametrize("parallel", [{"recompute": "blocks"}, {"compile": True}, {"recompute": "blocks", "schedule": "zbv"}])
+WRAPPED = [{"recompute": "blocks", "schedule": "zbv"}]
+WRAPPED += [pytest.param(parallel, marks=pytest.mark.long) for parallel in ({"recompute": "blocks"}, {"compile": True})]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("parallel", WRAPPED)
 def test_recompute_and_compile(tmp_path: Path, parallel: dict[str, Any]) -> None:
     train = {"micro_batch": 6}
     reference = run_ranks(run, 1, alone(tmp_path / "reference", train=train))[0]

@@ -17,7 +17,7 @@ from bigvision.models import StagePlan, find_blocks, plan_stages
 from tests.models.staged import backward, compare, run, total
 from tests.models.zoo import ZOO, Entry
 
-QUICK = {"vision_transformer", "convnext", "eva", "resnet", "densenet", "coat", "nfnet", "xcit"}
+QUICK = {"vision_transformer", "convnext", "eva", "resnet", "levit", "nfnet"}
 REFUSED = {"twins": "cannot be traced", "gemma4_vit": "cannot"}
 """Of timm's modules; docs/stages.md says why."""
 
