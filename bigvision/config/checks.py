@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from bigvision.config.schema import Config, ParallelConfig
 from bigvision.config.values import get, parse_size, spell
@@ -48,7 +49,7 @@ def check(config: Config) -> None:
         piece = "some rows" if parallel.strategy in ("fsdp", "pipeline") else "a flat piece"
         raise UserError(
             f"optim.name: {config.optim.name} {what}, but parallel.strategy: {parallel.strategy} gives each rank {piece} of "
-            f"them: use {' or '.join(fits)}, or adamw"
+            f"them: use {either(fits)}, or adamw"
         )
     if parallel.offload != "none" and not parallel.strategy.startswith("zero"):
         raise UserError(f"parallel.offload: {parallel.offload} needs parallel.strategy zero1, zero2 or zero3")
@@ -60,6 +61,11 @@ def check(config: Config) -> None:
     if config.model.pretrained and config.model.weights:
         raise UserError("model.pretrained: true contradicts model.weights: choose one of the two")
     parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")
+
+
+def either(names: Sequence[str]) -> str:
+    """*names* as a choice: "a", "a or b", "a, b or c"."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def check_pipeline(parallel: ParallelConfig) -> None:

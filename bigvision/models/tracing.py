@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,7 +91,8 @@ def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()
     while True:
         tracer = _CoarseTracer(opened)
         try:
-            graph = tracer.trace(module)
+            with _attributes_kept(module):
+                graph = tracer.trace(module)
         except Exception as error:
             path = tracer.inside[-1] if tracer.inside else ""
             if size(module.get_submodule(path)) > max_share * size(module):
@@ -99,6 +102,26 @@ def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()
             opened = opened - {path}  # small enough to stay in one piece
             continue
         return fx.GraphModule(module, graph, type(module).__name__)
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Undo what forwards keep in plain attributes: in a trace it would be what stands for values."""
+
+    def kept(part: nn.Module) -> dict[str, Any]:
+        return {key: value for key, value in vars(part).items() if key not in ("_parameters", "_buffers", "_modules")}
+
+    before = [
+        (part, {key: copy.copy(value) if type(value) in (dict, list) else value for key, value in kept(part).items()})
+        for part in module.modules()
+    ]
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            for key in kept(part).keys() - attributes.keys():
+                del vars(part)[key]
+            vars(part).update(attributes)
 
 
 def openable(module: nn.Module, max_share: float) -> set[str]:

@@ -82,16 +82,16 @@ def test_lion_is_offloaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["lamb", "adafactor", "muon"])
-@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero2", "zero3", "pipeline"])
 def test_what_needs_whole_tensors_is_refused(name: str, strategy: str) -> None:
     given = {"optim": {"name": name}, "parallel": {"strategy": strategy}}
-    if (name, strategy) == ("lamb", "fsdp"):
+    if name == "lamb" and strategy in ("fsdp", "pipeline"):
         load_config(given)
         return
     with pytest.raises(UserError) as refusal:
         load_config(given)
     (line,) = str(refusal.value).splitlines()
-    piece = "some rows" if strategy == "fsdp" else "a flat piece"
-    fits = "ddp or fsdp" if name == "lamb" else "ddp"
+    piece = "some rows" if strategy in ("fsdp", "pipeline") else "a flat piece"
+    fits = "ddp, fsdp or pipeline" if name == "lamb" else "ddp"
     assert line.startswith(f"optim.name: {name} ") and "whole" in line
     assert line.endswith(f"parallel.strategy: {strategy} gives each rank {piece} of them: use {fits}, or adamw")

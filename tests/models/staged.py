@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,11 @@ def describe(entry: Entry) -> tuple[bool, str]:
 
 
 def main() -> None:
-    rows = [describe(entry) for entry in ZOO]
+    with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        rows = []
+        for row in pool.map(describe, ZOO):
+            rows.append(row)
+            print(row[1], flush=True)
     head, _, _ = PAGE.read_text(encoding="utf-8").partition("| module |")
     columns = ["module", "model", "2 stages", "crossing", "imbalance", "4 stages", "crossing", "imbalance"]
     table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(row for _, row in rows)]
