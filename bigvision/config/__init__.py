@@ -3,6 +3,8 @@
 from bigvision.config.ds_file import DsFile, read_ds_file
 from bigvision.config.resolve import Overrides, describe, load_config, resolve
 from bigvision.config.schema import (
+    ONE_STAGE,
+    SPLIT_BACKWARD,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -16,6 +18,8 @@ from bigvision.config.schema import (
 from bigvision.config.values import parse_size
 
 __all__ = [
+    "ONE_STAGE",
+    "SPLIT_BACKWARD",
     "CheckpointConfig",
     "Config",
     "DataConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bigvision.config.schema import Config, ParallelConfig
+from bigvision.config.schema import ONE_STAGE, SPLIT_BACKWARD, Config, ParallelConfig
 from bigvision.config.values import get, parse_size, spell
 from bigvision.errors import UserError
 
@@ -77,15 +77,15 @@ def check_pipeline(parallel: ParallelConfig) -> None:
         if parallel.schedule != ParallelConfig.schedule:
             raise UserError(f"parallel.schedule: {parallel.schedule} needs parallel.strategy pipeline")
         return
-    several, count = parallel.schedule not in ("gpipe", "1f1b"), parallel.stages_per_rank
+    several, count = parallel.schedule not in ONE_STAGE, parallel.stages_per_rank
     if count is not None and several != (count > 1):
         raise UserError(
             f"parallel.stages_per_rank: {count} does not fit parallel.schedule: {parallel.schedule}, which has "
             f"{'several stages' if several else 'one stage'} on each rank: use {2 if several else 1}, or another schedule"
         )
-    if count is not None and count != 2 and parallel.schedule in ("zbv", "dualpipev"):
+    if count is not None and count != 2 and parallel.schedule in SPLIT_BACKWARD:
         raise UserError(f"parallel.stages_per_rank: {count}, but parallel.schedule: {parallel.schedule} needs 2")
-    if parallel.compile and parallel.schedule in ("zbv", "dualpipev"):
+    if parallel.compile and parallel.schedule in SPLIT_BACKWARD:
         raise UserError(
             f"parallel.compile: true, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
             "which compiled code does not allow: use false, or the schedule interleaved"

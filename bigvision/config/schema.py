@@ -49,7 +49,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "sgd", "lion", "lamb", "adafactor", "muon"] = "adamw"
-    """adamw, sgd, lion: every strategy. lamb needs whole tensors: ddp, fsdp. adafactor, muon need whole matrices: ddp."""
+    """adamw, sgd, lion: every strategy. lamb needs whole tensors: ddp, fsdp, pipeline. adafactor, muon need whole
+    matrices: ddp."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
@@ -68,6 +69,12 @@ class OptimConfig:
     """The learning rate after the warm-up."""
     warmup: float = 0.05
     """Share of all steps (below 1) or number of steps (1 and above) over which the rate rises linearly from 0."""
+
+
+ONE_STAGE = ("gpipe", "1f1b")
+"""The pipeline schedules with one stage on each rank; the others have two or more."""
+SPLIT_BACKWARD = ("zbv", "dualpipev")
+"""Those that go there and back over the ranks, and compute the gradients of weights apart from those of activations."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,11 @@ class ParallelConfig:
     def pipeline_ranks(self) -> int | None:
         """Ranks in a pipeline; None is all of them."""
         return self.stages if self.strategy == "pipeline" else 1
+
+    @property
+    def per_rank(self) -> int:
+        """Stages on each rank of a pipeline."""
+        return self.stages_per_rank or (1 if self.schedule in ONE_STAGE else 2)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def check_engine(config: Config, runtime: Runtime) -> None:
         UserError: batch sizes that do not fit the ranks or the DeepSpeed file, no compiler for what has to be compiled.
     """
     check_ranks(config, runtime)
-    check_batches(config, runtime.data_ranks)
+    check_batches(config, runtime.data_ranks, micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks))
     if config.parallel.offload != "none" and config.optim.name == "adamw":
         check_cpu_adam(runtime.device)
 

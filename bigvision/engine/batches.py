@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from bigvision.config import Config, ParallelConfig
+from bigvision.config import ONE_STAGE, SPLIT_BACKWARD, Config
 from bigvision.errors import UserError
 from bigvision.runtime import Runtime
-
-ONE_EACH = ("gpipe", "1f1b")
-"""The schedules with one stage on each rank; the others have two or more."""
 
 
 def micro_batch(config: Config, ranks: int, stages: int = 1) -> int:
@@ -52,13 +49,13 @@ def _in_pipeline(config: Config, share: int, stages: int) -> int:
         most = min(4 * stages, share)
         size = min(asked, share) if asked else share // max(n for n in range(1, most + 1) if share % n == 0)
     whole, rest = divmod(share, size)
-    if parallel.schedule not in ONE_EACH:
+    if parallel.schedule not in ONE_STAGE:
         if rest:
             raise UserError(
                 f"train.micro_batch: {size} does not divide the {share} samples of a pipeline's step, which "
                 f"parallel.schedule: {parallel.schedule} needs: use a divisor, or the schedule 1f1b"
             )
-        least = {"interleaved": 1, "zbv": 1, "dualpipev": stages * stages_per_rank(parallel)}[parallel.schedule]
+        least = {"interleaved": 1, "zbv": 1, "dualpipev": stages * parallel.per_rank}[parallel.schedule]
         rounds = max(1, whole // stages) if parallel.schedule == "interleaved" else 1
         if whole < least or whole % rounds:
             wanted = f"at least {least}" if whole < least else f"a multiple of {rounds}"
@@ -68,22 +65,13 @@ def _in_pipeline(config: Config, share: int, stages: int) -> int:
     return size
 
 
-def stages_per_rank(parallel: ParallelConfig) -> int:
-    """Pieces of the model on each rank of a pipeline."""
-    return parallel.stages_per_rank or (1 if parallel.schedule in ONE_EACH else 2)
-
-
 def check_ranks(config: Config, runtime: Runtime) -> None:
-    """Raises `UserError` for a pipeline without a second rank, or whose schedule or batches do not fit its ranks."""
-    if config.parallel.strategy != "pipeline":
-        return
-    stages = runtime.world_size // runtime.data_ranks
-    if stages == 1:
-        raise UserError("parallel.strategy: pipeline needs at least 2 ranks: start more, or use parallel.strategy fsdp")
+    """Raises `UserError` for a pipeline without a second rank, or whose schedule does not fit its ranks."""
     parallel, copies = config.parallel, runtime.data_ranks
-    if parallel.schedule in ("zbv", "dualpipev") and parallel.replicas != copies:
+    if parallel.strategy == "pipeline" and runtime.pipeline_ranks == 1:
+        raise UserError("parallel.strategy: pipeline needs at least 2 ranks: start more, or use parallel.strategy fsdp")
+    if parallel.schedule in SPLIT_BACKWARD and parallel.replicas != copies:
         raise UserError(
             f"parallel.replicas: {parallel.replicas}, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
             f"which sharded stages do not allow: use {copies} for whole copies of each stage, or the schedule interleaved"
         )
-    micro_batch(config, runtime.data_ranks, stages)

@@ -46,7 +46,7 @@ class DataParallelEngine(Engine):
             steps: optimizer steps of the whole run, for the schedule.
         """
         self.config, self.task, self.runtime, self.steps = config, task, runtime, steps
-        self.micro_batch = micro_batch(config, runtime.data_ranks, runtime.world_size // runtime.data_ranks)
+        self.micro_batch = micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
         self.eval_batch = self.micro_batch
         self.statistics_differ = False
         self.input_shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)

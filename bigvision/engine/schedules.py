@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from bigvision.config import ParallelConfig
-from bigvision.engine.batches import ONE_EACH, stages_per_rank
+from bigvision.config import ONE_STAGE, SPLIT_BACKWARD, ParallelConfig
 from bigvision.models import Stage
 from bigvision.runtime import Runtime
 
@@ -34,9 +33,7 @@ class Placement:
 
     @classmethod
     def of(cls, parallel: ParallelConfig, runtime: Runtime) -> Placement:
-        return cls(
-            runtime.world_size // runtime.data_ranks, stages_per_rank(parallel), parallel.schedule in ("zbv", "dualpipev")
-        )
+        return cls(runtime.pipeline_ranks, parallel.per_rank, parallel.schedule in SPLIT_BACKWARD)
 
     @property
     def stages(self) -> int:
@@ -73,4 +70,4 @@ def make_schedule(
         made[-1].stage_index_to_group_rank = {number: placement.rank_of(number) for number in range(total)}
     # With fewer micro-batches than stages these two are the same, and torch has only the first.
     kind = SCHEDULES["gpipe" if name == "1f1b" and count < total else name]
-    return kind(made[0] if name in ONE_EACH else made, count, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]
+    return kind(made[0] if name in ONE_STAGE else made, count, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from bigvision.config import Config, read_ds_file
-from bigvision.engine.batches import micro_batch
 from bigvision.errors import UserError
 
 Settings = dict[str, Any]
@@ -76,15 +75,15 @@ def persistence_threshold(parameters: int) -> int:
     return min(parameters // 1000, 100_000)
 
 
-def check_batches(config: Config, ranks: int) -> None:
+def check_batches(config: Config, ranks: int, size: int) -> None:
     """Compare the accumulation that the DeepSpeed file asks for with ours, which depends on the number of ranks.
 
+    Args:
+        size: samples in a micro-batch.
+
     Raises:
-        UserError: they differ, or the ranks do not divide the global batch.
+        UserError: they differ.
     """
-    if config.parallel.strategy == "pipeline":
-        return
-    size = micro_batch(config, ranks)
     if not config.parallel.deepspeed:
         return
     file = read_ds_file(config.parallel.deepspeed)

@@ -57,7 +57,7 @@ class _Counter(TorchDispatchMode):
 
 class _Priced(Runner):
     def __init__(self, graph: fx.GraphModule, flops_per_byte: float) -> None:
-        super().__init__(copy.deepcopy(graph).to("meta"))
+        super().__init__(copy.deepcopy(graph))
         self.flops_per_byte = flops_per_byte
         self.costs: dict[str, Cost] = {}
 

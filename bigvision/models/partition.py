@@ -12,7 +12,7 @@ from bigvision.models.balance import best_cuts
 from bigvision.models.blocks import Block
 from bigvision.models.costs import Cost
 from bigvision.models.cutting import SAMPLES, Flow
-from bigvision.models.tracing import size
+from bigvision.models.tracing import model_name, size
 
 Fits = Callable[[int, int, float], bool]
 """(stage, its parameters, its activation bytes per image) to whether the stage's device holds it."""
@@ -26,7 +26,7 @@ def choose_cuts(
     Raises:
         UserError: what is shared between blocks, or the devices' memory, leaves no such cut.
     """
-    name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    name = model_name(model)
     shared = bound_together(model, flow)
     allowed = [cut for cut in between_blocks(flow, blocks) if not any(a < cut <= b for a, b in shared.values())]
     per_node = [Cost()] * len(flow.nodes)
@@ -36,29 +36,28 @@ def choose_cuts(
         per_node[at] = per_node[at] + costs[node.name]
         if node.op == "call_module":
             sizes[at] += size(model.get_submodule(str(node.target)))
-    traffic = {cut: float(sum(flow.spec(leaf).nbytes(SAMPLES[0]) for leaf in flow.crossing([cut])[0])) for cut in allowed}
+    traffic = {
+        cut: float(sum(flow.spec(leaf).nbytes(SAMPLES[0]) for leaf in leaves))
+        for cut, leaves in zip(allowed, flow.crossing(allowed))
+    }
 
     def held(part: int, start: int, end: int) -> bool:
-        assert fits is not None
-        return fits(part, sum(sizes[start:end]), sum(cost.activations for cost in per_node[start:end]))
+        return fits is None or fits(part, sum(sizes[start:end]), sum(cost.activations for cost in per_node[start:end]))
 
     work = [cost.work for cost in per_node]
-    cuts = best_cuts(work, allowed, stages, traffic.__getitem__)
-    if cuts is None:
+    cuts = best_cuts(work, allowed, stages, traffic.__getitem__, held)
+    if cuts is not None:
+        return cuts
+    if best_cuts(work, allowed, stages, traffic.__getitem__) is None:
         widest = max(shared, key=lambda key: shared[key][1] - shared[key][0], default="what connects them")
         raise UserError(
             f"parallel.stages: {name} cannot be cut into {stages} stages, since {widest} is shared between its blocks: "
             "use fewer stages, or parallel.strategy fsdp"
         )
-    if fits is not None:
-        # The best cut may still hold; only one that does not is given up for a worse balance.
-        cuts = best_cuts(work, allowed, stages, traffic.__getitem__, held)
-        if cuts is None:
-            raise UserError(
-                f"parallel.stages: no cut of {name} into {stages} stages fits the devices' memory: use more stages, "
-                "parallel.recompute blocks, or smaller micro-batches"
-            )
-    return cuts
+    raise UserError(
+        f"parallel.stages: no cut of {name} into {stages} stages fits the devices' memory: use more stages, "
+        "parallel.recompute blocks, or smaller micro-batches"
+    )
 
 
 def between_blocks(flow: Flow, blocks: list[Block]) -> list[int]:

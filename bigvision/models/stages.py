@@ -16,7 +16,7 @@ from bigvision.models.blocks import Block, Blocks
 from bigvision.models.costs import Cost, node_costs
 from bigvision.models.cutting import SAMPLES, CannotCut, Flow, Runner, Spec
 from bigvision.models.partition import Fits, choose_cuts
-from bigvision.models.tracing import TraceFailed, has_parts, size, trace
+from bigvision.models.tracing import TraceFailed, has_parts, model_name, size, trace
 
 EVEN = 1.05
 """When the largest stage's work is more than the mean times this, the blocks at the cuts are looked into."""
@@ -105,8 +105,7 @@ class StagePlan:
     @property
     def imbalance(self) -> float:
         """The largest stage's work over the mean."""
-        work = [cost.work for cost in self.costs]
-        return max(work) * len(work) / (sum(work) or 1.0)
+        return _imbalance(self.costs)
 
     def build(self, model: nn.Module, numbers: Iterable[int]) -> list[Stage]:
         """The stages *numbers* of *model*, which shares its modules with them and may still be on meta."""
@@ -154,7 +153,7 @@ def plan_stages(
     Raises:
         UserError: the model cannot be traced or cut, has too few blocks or shares parameters too widely.
     """
-    name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    name = model_name(model)
     mend = "use parallel.strategy fsdp or zero3, which cut nothing"
     if blocks.graph is None:
         raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {blocks.reason}: {mend}")
@@ -163,14 +162,14 @@ def plan_stages(
     device = device or torch.device("cpu")
     try:
         best = candidate = _candidate(model, list(blocks), blocks.max_share, (), image_shape, stages, device, fits)
-        while best.imbalance > EVEN and candidate.astride:
+        while _imbalance(best.stage_costs()) > EVEN and candidate.astride:
             pieces = [part for piece in candidate.blocks for part in candidate.parts(piece)]
             inside = [*candidate.inside, *candidate.astride]
             try:
                 candidate = _candidate(model, pieces, blocks.max_share, inside, image_shape, stages, device, fits)
             except (CannotCut, TraceFailed):  # what cannot be looked into stays in one piece
                 break
-            best = min(best, candidate, key=lambda candidate: candidate.imbalance)
+            best = min(best, candidate, key=lambda candidate: _imbalance(candidate.stage_costs()))
         # Of a copy: a module that keeps what it computes would keep what the trace puts in its place.
         evaluation = Flow(trace(copy.deepcopy(model).eval(), blocks.max_share, best.inside), image_shape)
         for flow in (best.flow, evaluation):
@@ -195,12 +194,11 @@ class _Candidate:
     def stage_of(self, node: fx.Node) -> int:
         return sum(self.flow.position.get(node.name, 0) >= cut for cut in self.cuts)
 
-    @property
-    def imbalance(self) -> float:
-        work = [0.0] * (len(self.cuts) + 1)
+    def stage_costs(self) -> list[Cost]:
+        summed = [Cost()] * (len(self.cuts) + 1)
         for node in self.flow.nodes:
-            work[self.stage_of(node)] += self.costs[node.name].work
-        return max(work) * len(work) / sum(work)
+            summed[self.stage_of(node)] += self.costs[node.name]
+        return summed
 
     def parts(self, block: Block) -> list[Block]:
         """What takes the place of a block: itself, or, when it is looked into, its parts that have parameters."""
@@ -237,14 +235,11 @@ def _astride(flow: Flow, blocks: list[Block], costs: dict[str, Cost], stages: in
 def _plan(model: nn.Module, best: _Candidate, evaluation: Flow) -> StagePlan:
     stages = len(best.cuts) + 1
     flows = {True: best.flow, False: evaluation}
-    costs = [Cost()] * stages
     mine: list[list[Block]] = [[] for _ in range(stages)]
     known = {block.path: block for block in best.blocks}
     for node in best.flow.nodes:
-        number = best.stage_of(node)
-        costs[number] = costs[number] + best.costs[node.name]
         if node.op == "call_module" and str(node.target) in known:
-            mine[number].append(known[str(node.target)])
+            mine[best.stage_of(node)].append(known[str(node.target)])
     places = {True: best.cuts, False: _same_cuts(best.flow, evaluation, best.cuts)}
     graphs = {mode: flow.split(places[mode]) for mode, flow in flows.items()}
     sends = {
@@ -257,7 +252,12 @@ def _plan(model: nn.Module, best: _Candidate, evaluation: Flow) -> StagePlan:
     owners = _owners(model, graphs)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     parameters = [sum(n for name, n in sizes.items() if owners[name][0] == number) for number in range(stages)]
-    return StagePlan(graphs, sends, mine, costs, parameters, owners)
+    return StagePlan(graphs, sends, mine, best.stage_costs(), parameters, owners)
+
+
+def _imbalance(costs: list[Cost]) -> float:
+    work = [cost.work for cost in costs]
+    return max(work) * len(work) / sum(work)
 
 
 def _same_cuts(training: Flow, flow: Flow, cuts: list[int]) -> list[int]:

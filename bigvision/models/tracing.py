@@ -158,6 +158,11 @@ def shares_nothing(part: nn.Module, owners: Counter[int]) -> bool:
     return all(owners[parameter] == count for parameter, count in holders(part).items())
 
 
+def model_name(model: nn.Module) -> str:
+    """timm's name of *model*, or its class's."""
+    return getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+
+
 def size(module: nn.Module) -> int:
     """Parameters, each tied one once."""
     return sum(parameter.numel() for parameter in module.parameters())

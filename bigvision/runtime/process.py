@@ -48,7 +48,12 @@ class Runtime:
     @property
     def data_ranks(self) -> int:
         """Into how many parts a batch is cut."""
-        return self.world_size // self.mesh["stage"].size()
+        return self.world_size // self.pipeline_ranks
+
+    @property
+    def pipeline_ranks(self) -> int:
+        """Ranks in a pipeline; 1 where there is none."""
+        return self.mesh["stage"].size()
 
     @property
     def is_main(self) -> bool:
