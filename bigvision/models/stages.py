@@ -33,6 +33,8 @@ class Stage(nn.Module):
     """What surrounds each forward pass."""
     travels_as: torch.dtype | None = None
     """In which type floating-point tensors leave; None leaves them as they are."""
+    sends_copies: bool = False
+    """Whether what leaves is no view and is kept by no backward pass, so that it may be detached in place."""
 
     def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], owned: Iterable[str]) -> None:
         """Take the modules that *graphs* call, and the parameters and buffers *owned*, out of *model*.
@@ -75,10 +77,12 @@ class Stage(nn.Module):
             sent = self._runs[self.training].run(*received)
         if not isinstance(sent, tuple):
             return sent
-        return tuple(
-            (tensor if self.travels_as is None or not tensor.is_floating_point() else tensor.to(self.travels_as)).contiguous()
-            for tensor in sent
-        )
+        return tuple(map(self._leaving, sent))
+
+    def _leaving(self, tensor: Tensor) -> Tensor:
+        if self.travels_as is not None and tensor.is_floating_point():
+            tensor = tensor.to(self.travels_as)
+        return tensor.clone(memory_format=torch.contiguous_format) if self.sends_copies else tensor.contiguous()
 
 
 @dataclass(frozen=True)
