@@ -74,8 +74,7 @@ class PipelineEngine(FSDPEngine):
         compute = COMPUTE_DTYPES[self.config.parallel.precision]
         for number, stage in self.stages.items():
             stage.around = lambda number=number: self._surroundings(number)
-            # torch detaches what left a stage in place once it has taken its backward pass apart.
-            stage.sends_copies = self.config.parallel.schedule in SPLIT_BACKWARD
+            stage.apart = self.config.parallel.schedule in SPLIT_BACKWARD
             stage.travels_as = None if compute == torch.float32 or number == self.plan.stages - 1 else compute
         super()._build(blueprint, blocks)
 
