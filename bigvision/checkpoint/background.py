@@ -70,10 +70,9 @@ class Saver:
         flags = torch.tensor([*requests, self.failure is not None], dtype=torch.int32)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         if flags[-1]:
-            # Those whose own thread is not as far come to the same end.
-            problem = next(text for text in gather_json(None if self.failure is None else str(self.failure)) if text)
-            self._join()
-            raise RankFailure(problem) from self.failure
+            self._join()  # where it is not as far, it comes to the same end
+            failure, self.failure = self.failure, None
+            raise RankFailure(next(text for text in gather_json(failure and str(failure)) if text)) from failure
         return [bool(flag) for flag in flags[:-1]]
 
     def wait(self) -> None:

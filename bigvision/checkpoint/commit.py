@@ -93,6 +93,7 @@ def commit(
     def prepare() -> list[Run]:
         if not main:
             return []
+        make_folder(out)
         os.mkdir(unfinished, FOLDER_MODE)
         return [create(unfinished, file) for file in content.files]
 
