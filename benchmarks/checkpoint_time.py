@@ -4,8 +4,8 @@ One state of AdamW under ``fsdp``, random in every number, is saved by bigvision
 is balanced over the rounds. A side's turn: an empty folder and nothing left for the disk to do; its save; `fsync` of all its
 files, which costs nothing where it did that itself (both times are kept); its files dropped from the page cache; its load; its
 files removed. How each peer is used, and why so, is said in ``checkpoint_sides.py`` and ``checkpoint_torch.py``. Before the
-timed rounds each side has one in which its load must bring back the numbers that were saved, and in which the memory is watched.
-In bigvision's turns its files are also read raw: each rank a part of them, in order, into one buffer.
+timed rounds each side has one in which its load must bring back the numbers that were saved, and in which memory is watched. In
+bigvision's turns its files are also read raw: each rank a part of them, in order, into one buffer.
 
 The cache that is dropped is this machine's: where the disk is a virtual one its host may keep another, for all sides alike. The
 kernel counts the bytes (``/proc/self/io``), so they show whether a load really came from the disk.

@@ -3,9 +3,9 @@
 - ``torch.save`` of the whole state, gathered on rank 0, which also loads and broadcasts it.
 - ``torch.save`` of each rank's shards, in a file of its own.
 - ``torch.distributed.checkpoint`` with its defaults: a file per rank, brought to the disk.
-- The same with ``HuggingFaceStorageWriter``: a safetensors file per rank, brought to the disk. Its shards stay as they are, since
-  consolidating them writes everything a second time. It is given tensors only, so learning rates and the like are not in its
-  files: with anything else it writes files that nobody can read.
+- The same with ``HuggingFaceStorageWriter``: a safetensors file per rank, brought to the disk. Its shards stay as they are,
+  since consolidating them writes everything a second time. It is given tensors only, so learning rates and the like are not in
+  its files: with anything else it writes files that nobody can read.
 """
 
 from __future__ import annotations
