@@ -88,7 +88,10 @@ def spend_on_rank(out: Path) -> tuple[Cost, Cost]:
         kept = []
 
         def write() -> None:
-            (out / f"{runtime.rank}").write_bytes(b"1" * 3_000_000)
+            with (out / f"{runtime.rank}").open("wb", buffering=0) as file:
+                for _ in range(3):
+                    file.seek(0)
+                    file.write(b"1" * 1_000_000)
 
         def hold() -> None:
             kept.append(torch.ones(16 << 20))
@@ -100,6 +103,7 @@ def spend_on_rank(out: Path) -> tuple[Cost, Cost]:
 def test_bytes_and_memory_are_counted(tmp_path: Path) -> None:
     for wrote, held_much in run_ranks(spend_on_rank, 2, tmp_path / "out"):
         assert 6_000_000 <= wrote.passed < 6_100_000, "of both ranks together"
+        assert wrote.stored < 3_000_000, "what is overwritten in memory reaches the disk once"
         assert wrote.memory is None and 0 < wrote.seconds < wrote.durable
         assert held_much.memory is not None and 60e6 < held_much.memory < 80e6, "64 MiB on each rank, given back before the end"
 
@@ -165,9 +169,13 @@ def test_every_side_comes_to_figures(tmp_path: Path) -> None:
     out, results = tmp_path / "out", tmp_path / "results"
     asked = [*TINY, "--rounds", "2", "--out", str(out), "--results", str(results)]
     ranks = start_ranks(measure_on_rank, 2, asked)
-    for rank in ranks:
-        rank.join(600)
-        assert rank.exitcode == 0
+    try:
+        for rank in ranks:
+            rank.join(600)
+            assert rank.exitcode == 0
+    finally:
+        for rank in ranks:
+            rank.kill()
     found = json.loads((results / "checkpoint_time_cpu_2_ranks.json").read_text())
     assert [line["name"] for line in found["saves"]] == [
         "bigvision", "torch.save on rank 0", "torch.save per rank", "torch.distributed.checkpoint",
