@@ -43,6 +43,7 @@ class Stall:
     held: int
     """Bytes that a rank holds of the state, at most."""
     watched: Cost
+    """Of the first save, in which memory was watched."""
     saves: list[Cost]
     """``seconds`` is what the training waited."""
     copies: list[Cost]
@@ -76,7 +77,7 @@ class Report:
     """Bytes of all tensors of the state, each once."""
     groups: list[dict[str, Measured]]
     """Sides that took turns; bigvision's is in each."""
-    stall: Stall | None
+    stall: Stall
     rounds: int
     facts: dict[str, Any]
 
@@ -110,12 +111,10 @@ class Report:
         found.append(Target("bytes written to the disk over the state's", stored, None, 1.005, True))
         for name, cost in (("save", own.watched["save"]), ("load", own.watched[OWN])):
             found.append(Target(f"memory of a {name}", (cost.memory or 0) / MEGABYTE, None, 256, True, " MB"))
-        if self.stall:
-            waited = [cost.seconds for cost in self.stall.saves]
-            copied = [cost.seconds for cost in self.stall.copies]
-            found.append(over("background save: stall over a copy in memory", waited, copied, 1.15))
-            beyond = ((self.stall.watched.memory or 0) - self.stall.held) / MEGABYTE
-            found.append(Target("memory of a background save beyond the copy", beyond, None, 256, True, " MB"))
+        waited, copied = ([cost.seconds for cost in costs] for costs in (self.stall.saves, self.stall.copies))
+        found.append(over("background save: stall over a copy in memory", waited, copied, 1.15))
+        beyond = ((self.stall.watched.memory or 0) - self.stall.held) / MEGABYTE
+        found.append(Target("memory of a background save beyond the copy", beyond, None, 256, True, " MB"))
         return found
 
     def table(self) -> str:
@@ -148,15 +147,14 @@ class Report:
         for name, side, act, line in self.lines(save=False):
             read = f"{side.middle(act, 'fetched') / self.state:.3f} | {megabytes(side.watched[act])} |"
             rows.append(f"| {name} | {self._speed(line)} | {over_own(name, line)} | {read}")
-        if self.stall:
-            waited, durable = (median(getattr(cost, when) for cost in self.stall.saves) for when in ("seconds", "durable"))
-            copied = median(cost.seconds for cost in self.stall.copies)
-            rows += [
-                "",
-                f"Background save: the training waited {waited * 1e3:.0f} ms, a copy in memory of what a rank holds took "
-                f"{copied * 1e3:.0f} ms; durable after {durable:.2f} s; memory {megabytes(self.stall.watched)} MB, of which "
-                f"the copy {self.stall.held / MEGABYTE:.0f}.",
-            ]
+        waited, durable = (median(getattr(cost, when) for cost in self.stall.saves) for when in ("seconds", "durable"))
+        copied, first = median(cost.seconds for cost in self.stall.copies), self.stall.watched
+        rows += [
+            "",
+            f"Background save: the training waited {waited * 1e3:.0f} ms ({first.seconds * 1e3:.0f} ms at the first save, "
+            f"which gets the memory); a copy in memory of what a rank holds took {copied * 1e3:.0f} ms; durable after "
+            f"{durable:.2f} s; memory {megabytes(first)} MB, of which the copy {self.stall.held / MEGABYTE:.0f}.",
+        ]
         return "\n".join([*rows, "", f"{self.rounds} rounds; {facts}.", ""])
 
     def write(self, stem: Path) -> None:

@@ -21,7 +21,6 @@ import mmap
 import os
 import shutil
 import zlib
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,6 @@ from bigvision.training.build import build_model
 BUFFER = 16 << 20
 """Bytes that a raw read takes at a time."""
 
-Begin = Callable[[NativeEngine, Path], Callable[[], object]]
-"""Begins to save the engine's state into a folder, and returns what waits until that save is durable. Every rank calls both."""
-
 
 def main() -> None:
     """Measure, print the tables and write them."""
@@ -69,12 +65,8 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(asked: argparse.Namespace, runtime: Runtime, begin: Begin | None = None) -> None:
-    """Build the state, race the groups of sides, and report.
-
-    Args:
-        begin: bigvision's saving in the background.
-    """
+def measure(asked: argparse.Namespace, runtime: Runtime) -> None:
+    """Build the state, race the groups of sides, and report."""
     config = configuration(asked, Work(), runtime.world_size, "fsdp")
     engine, _, card = build_model(config, 10, runtime, steps=1, say=lambda text: None)
     assert isinstance(engine, NativeEngine)
@@ -84,7 +76,7 @@ def measure(asked: argparse.Namespace, runtime: Runtime, begin: Begin | None = N
     out = asked.out / from_main(f"checkpoint_time-{os.getpid()}")
     groups: list[dict[str, Measured]] = []
     try:
-        stalled = stall(begin, engine, out, asked.rounds) if begin else None
+        stalled = stall(config, engine, card, out, asked.rounds)
         for group in GROUPS:
             with group(asked, runtime, engine) as others:
                 # Its own reads are of use without any peer.
@@ -137,19 +129,20 @@ def once(side: Side, out: Path, watched: bool = False) -> tuple[dict[str, Cost],
     return costs, size
 
 
-def stall(begin: Begin, engine: NativeEngine, out: Path, rounds: int) -> Stall:
+def stall(config: Config, engine: NativeEngine, card: dict[str, Any], out: Path, rounds: int) -> Stall:
     """How long a background save keeps the training waiting, against a copy in memory of what the rank holds.
 
-    The copy goes into memory that was in use before, as does a saver's that keeps its own from save to save.
+    Both copy into memory that was in use before; the first save, which is watched, has to get it.
     """
+    saver = checkpoint.Saver(out, shard_size(config), checkpoint.Retention(config.checkpoint.keep), say=print)
     values = held(engine)
-    waiting: list[Callable[[], object]] = []
 
     def save(watched: bool = False) -> Cost:
         make_empty(out)
-        return cost(lambda: waiting.append(begin(engine, out)), lambda: waiting.pop()(), watched)
+        begin = partial(saver.save, engine.step, engine.fragments(), documents(config, engine, card))
+        return cost(begin, saver.wait, watched)
 
-    watched = save(watched=True)
+    first = save(watched=True)
     copies = [value.clone() for value in values]
 
     def copy() -> None:
@@ -163,27 +156,23 @@ def stall(begin: Begin, engine: NativeEngine, out: Path, rounds: int) -> Stall:
                 saves.append(save())
             else:
                 alone.append(cost(copy))
+    saver.close()
     make_empty(out)
-    return Stall(everywhere(sum(value.nbytes for value in values)), watched, saves, alone)
+    return Stall(everywhere(sum(value.nbytes for value in values)), first, saves, alone)
 
 
 def bigvision(config: Config, engine: NativeEngine, card: dict[str, Any]) -> Side:
-    """What a run does when it saves and when it resumes."""
+    """What a run does when it saves, here without a background, and when it resumes."""
 
     def save(folder: Path) -> None:
-        progress = {
-            "step": engine.step, "samples": engine.samples, "scalars": engine.scalars(), "metrics": {},
-            "config": config.to_dict(),
-        }  # fmt: skip
-        size = parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")
-        documents = {"config.json": card, "progress.json": progress}
-        checkpoint.save(folder, engine.step, engine.fragments(), documents, size, config.checkpoint.keep)
+        given = documents(config, engine, card)
+        checkpoint.save(folder, engine.step, engine.fragments(), given, shard_size(config), config.checkpoint.keep)
 
     def load(full: bool) -> Act:
         def resume(folder: Path) -> None:
             found = checkpoint.find("auto", folder, full, print)
             assert found is not None
-            found.restore(list(engine.fragments()))
+            found = found.restore_or_older(list(engine.fragments()), print)
             engine.restored(found.progress["scalars"])
 
         return resume
@@ -195,6 +184,19 @@ def bigvision(config: Config, engine: NativeEngine, card: dict[str, Any]) -> Sid
         {"bigvision": load(True), "bigvision, not verified": load(False)},
         {"raw read": partial(read, False), "raw read, direct": partial(read, True)},
     )
+
+
+def documents(config: Config, engine: NativeEngine, card: dict[str, Any]) -> dict[str, Any]:
+    """The JSON files of a run's checkpoint."""
+    progress = {
+        "step": engine.step, "samples": engine.samples, "scalars": engine.scalars(), "metrics": {}, "config": config.to_dict(),
+    }  # fmt: skip
+    return {"config.json": card, "progress.json": progress}
+
+
+def shard_size(config: Config) -> int:
+    """Largest size of a file's data in bytes."""
+    return parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")
 
 
 def read(direct: bool, folder: Path) -> None:

@@ -14,9 +14,8 @@ import torch
 
 from benchmarks.checkpoint_report import Measured, Report, Stall
 from benchmarks.checkpoint_time import measure, once, options, read
-from benchmarks.checkpoint_torch import Side, held
+from benchmarks.checkpoint_torch import Side
 from benchmarks.resources import Cost, cost, make_durable, make_empty, size_of
-from bigvision.engine.native import NativeEngine
 from bigvision.runtime import start
 from tests.distributed import run_ranks, start_ranks
 
@@ -149,19 +148,9 @@ def test_a_raw_read_takes_every_byte_once(tmp_path: Path) -> None:
         assert size_of(tmp_path) <= sum(found) < size_of(tmp_path) + 10_000
 
 
-def in_background(engine: NativeEngine, folder: Path) -> Callable[[], object]:
-    """Stands for a saver: it copies, and writes when it is waited for."""
-    copies = [value.clone() for value in held(engine)]
-
-    def finish() -> None:
-        (folder / f"{torch.distributed.get_rank()}").write_bytes(b"".join(copy.numpy().tobytes() for copy in copies))
-
-    return finish
-
-
 def measure_on_rank(asked: list[str]) -> None:
     with start("cpu") as runtime:
-        measure(options().parse_args(asked), runtime, in_background)
+        measure(options().parse_args(asked), runtime)
 
 
 @pytest.mark.long
