@@ -100,7 +100,9 @@ def killed(mutation: Mutation) -> bool:
                 shutil.copy(source, copy)
         path = copy / ROOM / mutation.file
         text = path.read_text(encoding="utf-8")
-        assert text.count(mutation.old) == 1, f"{mutation.name}: {mutation.file} holds its text {text.count(mutation.old)} times"
+        assert text.count(mutation.old) == 1, (
+            f"{mutation.name}: {mutation.file} holds its text {text.count(mutation.old)} times"
+        )
         path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
         tests = [os.path.normpath(f"tests/checkpoint/{name}") for name in mutation.tests.split()]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not long", "-p", "no:cacheprovider", *tests]
