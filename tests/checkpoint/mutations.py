@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROOM = "bigvision/checkpoint"
+HANGS = 600
+"""Seconds after which tests are taken to wait for what never comes, which is a failure too."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,11 @@ def killed(mutation: Mutation) -> bool:
         path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
         tests = [os.path.normpath(f"tests/checkpoint/{name}") for name in mutation.tests.split()]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not long", "-p", "no:cacheprovider", *tests]
-        result = subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": folder}, capture_output=True, text=True)
+        environment = os.environ | {"PYTHONPATH": folder}
+        try:
+            result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=HANGS)
+        except subprocess.TimeoutExpired:
+            return True
         if result.returncode not in (0, 1):
             raise RuntimeError(f"{mutation.name}: the tests did not run:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
         return result.returncode == 1

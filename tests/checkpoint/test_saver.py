@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -42,12 +41,13 @@ def wait_for(path: Path) -> None:
 
 def test_a_second_run_is_refused_by_name_and_a_dead_one_is_not(tmp_path: Path) -> None:
     owner = start_ranks(hold, 1, tmp_path)[0]
-    wait_for(tmp_path / "held")
-    with pytest.raises(UserError, match=f"in use by process {owner.pid} on .* since .*choose another --out"):
-        Lock(tmp_path)
-    assert owner.pid is not None
-    os.kill(owner.pid, signal.SIGKILL)
-    owner.join()
+    try:
+        wait_for(tmp_path / "held")
+        with pytest.raises(UserError, match=f"in use by process {owner.pid} on .* since .*choose another --out"):
+            Lock(tmp_path)
+    finally:
+        owner.kill()
+        owner.join()
     Lock(tmp_path).release()
 
 
