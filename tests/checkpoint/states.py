@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from bigvision import checkpoint
-from bigvision.checkpoint import Checkpoint
 from bigvision.fragments import Fragment
 from bigvision.runtime import Runtime, start
 from tests.checkpoint.test_format import make_fragments
@@ -60,26 +59,23 @@ def save_version(
     checkpoint.save(out, save.step, fragments, documents, shard_size, save.keep)
 
 
-def version_of(found: Checkpoint) -> int:
-    """Restore *found* on a single rank and return the version that it is, to the last bit."""
-    version, scale = found.progress["version"], found.progress["scale"]
-    wanted = _wanted(version, scale)
-    got = make_fragments(0, 1, "whole", {name: tensor * 0 - 1 for name, tensor in tensors_of(version, scale).items()})
-    found.restore(got)
-    different = [a.name for a, b in zip(wanted, got) if not torch.equal(a.values, b.values)]
-    assert not different, f"{found.folder} says that it is version {version}, but {different} are not"
-    return version
-
-
 @cache
 def _wanted(version: int, scale: int) -> list[Fragment]:
     return make_fragments(0, 1, "whole", tensors_of(version, scale))
 
 
 def find_version(out: Path, say: Callable[[str], None], resume: str = "auto", full: bool = True) -> int | None:
-    """The version that a start on a single rank takes; None for a fresh start."""
+    """Start on a single rank: the version that was restored, to the last bit; None for a fresh start."""
     found = checkpoint.find(resume, out, full, say)
-    return None if found is None else version_of(found)
+    if found is None:
+        return None
+    scale = found.progress["scale"]
+    got = make_fragments(0, 1, "whole", {name: tensor * 0 - 1 for name, tensor in tensors_of(0, scale).items()})
+    found = found.restore_or_older(got, say)
+    version = found.progress["version"]
+    different = [a.name for a, b in zip(_wanted(version, scale), got) if not torch.equal(a.values, b.values)]
+    assert not different, f"{found.folder} says that it is version {version}, but {different} are not"
+    return version
 
 
 def kept(saves: list[Save]) -> dict[int, int]:

@@ -122,6 +122,7 @@ def ended(processes: list[BaseProcess]) -> list[int | None]:
 def start_again(out: Path, allowed: set[int]) -> int:
     """What the next start does in *out*; returns the version that it takes, one of *allowed*."""
     said = list[str]()
+    checkpoint.Lock(out).release()
     checkpoint.prepare_folder(out)
     strange = [path.name for path in out.iterdir() if not re.fullmatch(PERMANENT, path.name)]
     version = find_version(out, said.append)
