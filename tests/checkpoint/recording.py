@@ -45,12 +45,7 @@ class Event:
     @property
     def changes(self) -> bool:
         """Whether the disk may hold something else after it."""
-        written = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-        return (
-            self.call is not None
-            and self.call.name != "close"
-            and (self.call.name != "open" or bool(self.call.flags & written))
-        )
+        return self.call is not None and self.call.name != "close" and not self.call.reads
 
 
 class Recorder:

@@ -28,6 +28,11 @@ class Call:
     target: str = ""
     """What a rename makes of the path."""
 
+    @property
+    def reads(self) -> bool:
+        """Whether it opens or closes something that is not written."""
+        return self.name in ("open", "close") and not self.flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+
     def __str__(self) -> str:
         what = {"write": f" {len(self.data)} B at {self.offset}", "truncate": f" to {self.offset} B"}.get(self.name, "")
         what += f" to {Path(self.target).name}" if self.target else ""
@@ -112,11 +117,13 @@ class _Watch:
         if descriptor not in self.descriptors:
             return self.real["close"](descriptor)
 
+        flags = self.descriptors[descriptor]
+
         def perform() -> None:
             del self.descriptors[descriptor]
             self.real["close"](descriptor)
 
-        return self.ask(Call("close", self.path_of(descriptor), descriptor), perform)
+        return self.ask(Call("close", self.path_of(descriptor), descriptor, flags), perform)
 
     def _write(self, descriptor: int, buffers: list[Any], offset: int | None, perform: Callable[[], int]) -> int:
         if offset is None:

@@ -31,6 +31,8 @@ from tests.training.test_resume import digests
 FIRST = Save(1, 1)
 SAVES = (Save(2, 2, 1), Save(2, 3, 1))
 """Another step, which prunes the first, and the same step again."""
+SCALE = 32
+"""Tensors of 150 kB, which are written past the page cache."""
 DEADLINE = 120
 """Seconds in which survivors have to end; generous, for the machine may be busy."""
 
@@ -62,7 +64,7 @@ def calls_on_rank(out: Path) -> list[str]:
         counting = Counting()
         with intercept(out, counting):
             for save in SAVES:
-                save_version(out, save, runtime.rank, runtime.world_size)
+                save_version(out, save, runtime.rank, runtime.world_size, scale=SCALE)
         return counting.names
 
 
@@ -86,7 +88,7 @@ def die_on_rank(out: Path, notes: Path, victim: int, number: int, everyone: bool
         try:
             with intercept(out, counting):
                 for save in SAVES:
-                    save_version(out, save, runtime.rank, runtime.world_size)
+                    save_version(out, save, runtime.rank, runtime.world_size, scale=SCALE)
                     if runtime.is_main:
                         note(notes, save.version)
         except Exception:
@@ -139,7 +141,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("before") / "out"
     with start("cpu"):
         checkpoint.prepare_folder(folder)
-        save_version(folder, FIRST)
+        save_version(folder, FIRST, scale=SCALE)
     return folder
 
 
@@ -162,7 +164,7 @@ def die_at(folder: Path, before: Path, victim: int, number: int, everyone: bool,
     saved = len(noted(notes))
     with start("cpu"):
         start_again(out, set(versions[saved : saved + 2]))
-        save_version(out, Save(9, 9))
+        save_version(out, Save(9, 9), scale=SCALE)
         start_again(out, {9})
     shutil.rmtree(folder)
     return codes
