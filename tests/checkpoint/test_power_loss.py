@@ -52,7 +52,7 @@ SCENARIOS = {
     "long: one rank, keep 1": Scenario(1, "whole", ONE, rounds=12, twice=""),
     "long: two ranks, a step again": Scenario(2, "rows", TWO, rounds=12, twice=""),
     "long: three ranks, many files": Scenario(3, "flat", TWO, 2000, rounds=6, twice=""),
-    "long: large files": Scenario(2, "flat", ONE[:3], 10**6, scale=200, rounds=2, twice="aside"),
+    "long: large files": Scenario(2, "flat", ONE[:3], 300_000, scale=60, twice="never"),
 }
 
 
