@@ -33,7 +33,7 @@ class Mutation:
 
 
 POWER, CRASH, ERRORS = "test_power_loss.py", "test_crashes.py", "test_disk_errors.py"
-SAVER, FORMAT, DAMAGE = "test_saver.py", "test_format.py", "test_damage.py"
+SAVER, FORMAT, DAMAGE = "test_saver.py", "test_format.py", "test_damage.py test_tampering.py"
 
 MUTATIONS = [
     Mutation("fsync of pieces", "writer.py", "        os.fsync(self.descriptors[0])", "        pass", POWER),
