@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,19 @@ class Place:
     nbytes: int
 
 
-def read_document(folder: Path, runs: dict[str, list[Run]], name: str) -> Any:
-    """Return the JSON content of a file of the checkpoint.
+def read_document(folder: Path, runs: dict[str, list[Run]], name: str) -> dict[str, Any]:
+    """Return the JSON object in a file of the checkpoint.
 
     Raises:
-        Damaged: not what was written, or not JSON.
+        Damaged: not what was written, or no JSON object.
     """
     try:
-        return json.loads(b"".join(read_run(folder, run) for run in runs[name]))
+        content = json.loads(b"".join(read_run(folder, run) for run in runs[name]))
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise Damaged(f"{name} holds no JSON object")
+    return content
 
 
 def read_places(folder: Path, runs: dict[str, list[Run]]) -> dict[str, dict[str, Place]]:
@@ -92,22 +96,19 @@ def read_fragments(
         job.read(descriptors[job.file], local.buffer)
 
     try:
-        jobs = []
-        for file, ranges in wanted.items():
-            descriptors[file] = open_existing(folder / file, os.O_RDONLY)
-            ranges.sort(key=lambda one: one.begin)
-            jobs += list(_verified(file, ranges, runs[file]) if full else _plain(file, ranges))
-        with ThreadPoolExecutor(THREADS, "checkpoint") as threads:
-            try:
-                list(threads.map(read, jobs))
-            except BaseException:
-                threads.shutdown(cancel_futures=True)
-                raise
+        with ExitStack() as stack:
+            jobs = []
+            for file, ranges in wanted.items():
+                descriptors[file] = open_existing(folder / file, os.O_RDONLY)
+                stack.callback(os.close, descriptors[file])
+                ranges.sort(key=lambda one: one.begin)
+                jobs += list(_verified(file, ranges, runs[file]) if full else _plain(file, ranges))
+            threads = stack.enter_context(ThreadPoolExecutor(THREADS, "checkpoint"))
+            # What an error leaves unread is not begun any more.
+            stack.callback(threads.shutdown, cancel_futures=True)
+            list(threads.map(read, jobs))
     except OSError as error:
         raise Damaged(f"{error.filename or 'a file'} cannot be read: {error.strerror}") from None
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ def _plain(file: str, ranges: list[_Range]) -> Iterator[_Job]:
 
 
 def _read_header(folder: Path, name: str, runs: list[Run]) -> dict[str, Place]:
+    if not runs:
+        raise Damaged(f"{name} is empty")
     # What was written first is the header and nothing else, whoever wrote the rest.
     head, size = runs[0], sum(run.length for run in runs)
     places = {}
@@ -181,7 +184,7 @@ def _read_header(folder: Path, name: str, runs: list[Run]) -> dict[str, Place]:
             if not 0 <= begin <= end <= size - head.length:
                 raise Damaged(f"{name}: {tensor} lies outside the file")
             places[tensor] = Place(name, entry["dtype"], shape, head.length + begin, end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Damaged(f"{name}: its header cannot be read: {error}") from None
     return places
 

@@ -161,10 +161,11 @@ def _try_open(folder: Path, full: bool, what: str) -> tuple[Checkpoint | None, s
     found, problem = None, None
     try:
         runs = manifest.read(folder)
-        found = Checkpoint(
-            folder, read_document(folder, runs, "progress.json"), runs, read_places(folder, runs), full, what
-        )  # fmt: skip
+        progress = read_document(folder, runs, "progress.json")
+        if not isinstance(progress.get("step"), int):
+            raise Damaged("progress.json names no step")
         read_document(folder, runs, "config.json")
+        found = Checkpoint(folder, progress, runs, read_places(folder, runs), full, what)
     except (Damaged, OSError) as error:
         problem = str(error)
     problems = [text for text in gather_json(problem) if text is not None]

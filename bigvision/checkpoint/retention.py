@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigvision.checkpoint import manifest
+from bigvision.checkpoint.disk import sync_folder
 from bigvision.checkpoint.manifest import Damaged
 from bigvision.checkpoint.reader import read_document
 from bigvision.checkpoint.steps import folder_name, steps_in
@@ -52,11 +53,13 @@ def prune(out: Path, retention: Retention, newest: int) -> None:
             progress = read_document(folder, manifest.read(folder), "progress.json")
         except Damaged:
             continue
-        metrics[step] = progress.get("metrics") or {}
+        known = progress.get("metrics")
+        metrics[step] = known if isinstance(known, dict) else {}
     for step in metrics.keys() - retention.keeps(metrics):
         # Under another name first, so that a half removed folder is never taken for a checkpoint.
         gone = out / f"{folder_name(step)}.pruned-{secrets.token_hex(4)}"
         (out / folder_name(step)).rename(gone)
+        sync_folder(out)
         shutil.rmtree(gone, ignore_errors=True)
 
 
