@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,11 +78,9 @@ def _load(path: Path, source: str) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"convert: {source} cannot be read without running code of its own: {_reason(path, error)}") from error
+        raise UserError(f"convert: {source} cannot be read without running its code: {_reason(path, error)}") from error
     if not isinstance(found, Mapping):
-        raise UserError(
-            f"convert: {source} holds a {type(found).__name__}, not weights by name; take them out of it with torch"
-        )
+        raise UserError(f"convert: {source} holds a {type(found).__name__}, not weights by name; take them out with torch")
     return dict(found)
 
 
@@ -91,7 +90,10 @@ def _reason(path: Path, error: Exception) -> str:
             return f"it asks for {_some(sorted(names))}"
     except Exception:
         pass
-    return (str(error) or type(error).__name__).splitlines()[0]
+    text = str(error) or type(error).__name__
+    told = re.search(r"WeightsUnpickler error: (.+)", text)
+    # What follows the first sentence is torch's advice to run the file's code.
+    return re.split(r"\. |\n", told[1] if told else text)[0]
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -140,7 +140,10 @@ def shards_of(index: Path) -> dict[str, set[str]]:
     """
     if (size := index.stat().st_size) > LARGEST_INDEX:
         raise ValueError(f"it has {size} bytes")
-    content: Any = json.loads(index.read_bytes(), object_pairs_hook=unique)
+    try:
+        content: Any = json.loads(index.read_bytes(), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed:
         raise ValueError("it has no weight_map")

@@ -104,25 +104,6 @@ def test_a_normal_build_takes_the_file_too(file, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content, suffix, message",
-    [
-        (b"", ".pth", "pickled file"),
-        (b"", ".bin", "pickled file"),
-        (b"", ".npz", r"not a \.safetensors file"),
-        (b"\x08\0\0\0\0\0\0\0{broken}", ".safetensors", "damaged or not safetensors"),
-        (b"", ".safetensors", "damaged or not safetensors"),
-        (None, ".safetensors", "does not exist"),
-    ],
-)
-def test_files_that_are_not_weights(tmp_path, content, suffix, message):
-    path = tmp_path / f"weights{suffix}"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"^model\.weights: .*{message}"):
-        check_model(model(weights=str(path)))
-
-
-@pytest.mark.parametrize(
     "config, message",
     [
         (Model("vit_tiny_patch16_244"), r"^model\.name: 'vit_tiny_patch16_244' is not a timm .*mean 'vit_tiny_patch16_"),
