@@ -103,7 +103,7 @@ class Adapted:
         self._file.read(tensor, first + start, values)
 
     def tensors(self, seed: int, names: Set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield ``(name, value)`` for each of *names* (null: each name) that has one; what is computed, storage by storage.
+        """Yield ``(name, value)`` for each of *names* (None: all) that has one; what is computed, storage by storage.
 
         Raises:
             UserError: the file cannot be read.
@@ -150,8 +150,6 @@ class Adapted:
                 stored[recorder.source(meta, partial(file.whole, name)).storage] = name
             self.likes = _load(module, loading, metas)
         self._tape = recorder.tape
-        # Whether a replay is exact shows only when it runs, when the module may have been sharded.
-        self._twin, self._loading = copy.deepcopy(module), loading
         for name, like in self.likes.items():
             if like.device.type == "cpu":
                 self._held[name] = like  # computed from values that Python looked at
@@ -167,6 +165,9 @@ class Adapted:
                 self._windows[name] = (stored[view.storage], view.offset)
             else:
                 self._views[name] = view
+        if self._views:
+            # Whether a replay is exact shows only when it runs, when the module may have been sharded.
+            self._twin, self._loading = copy.deepcopy(module), loading
 
 
 def _load(module: nn.Module, loading: Loading, state: dict[str, Tensor]) -> dict[str, Tensor]:

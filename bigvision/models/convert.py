@@ -60,11 +60,15 @@ def convert(source: str, target: str) -> list[str]:
 
 def run(arguments: list[str]) -> int:
     """``bigvision convert IN.pth OUT.safetensors``: says on standard output what was done."""
-    parser = argparse.ArgumentParser("bigvision convert", description="Rewrite pickled weights as safetensors.")
-    parser.add_argument("source", metavar="IN.pth", help="pickled weights: .pth, .pt, .bin, .ckpt")
-    parser.add_argument("target", metavar="OUT.safetensors", help="the file to write; must not exist")
-    asked = parser.parse_args(arguments)
-    print("\n".join(convert(asked.source, asked.target)))
+    usage = "bigvision convert IN.pth OUT.safetensors"
+    if {"-h", "--help"} & set(arguments):
+        print(
+            f"usage: {usage}\n\nRewrites pickled weights (.pth, .pt, .bin, .ckpt) as safetensors, without running code of theirs."
+        )
+        return 0
+    if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
+        raise UserError(f"convert: name the pickled file and the one to write: {usage}")
+    print("\n".join(convert(*arguments)))
     return 0
 
 

@@ -33,6 +33,8 @@ def timm_file(name: str, card: dict[str, Any]) -> str:
         )
     try:
         return _download(repository, revision or None, file)
+    except UserError:
+        raise
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         # Not found locally is a kind of not found, and means that nobody could be asked.
@@ -59,6 +61,10 @@ def _download(repository: str, revision: str | None, file: str) -> str:
             index = hf_hub_download(repository, f"{file}.index.json", revision=revision)
         except EntryNotFoundError:
             raise absent from None
-    for shard in sorted(shards_of(Path(index))):
+    try:
+        shards = sorted(shards_of(Path(index)))
+    except ValueError as error:
+        raise UserError(f"model.pretrained: {index} of {repository} is not an index of weights ({error}); use false") from error
+    for shard in shards:
         hf_hub_download(repository, shard, revision=revision)
     return index

@@ -178,3 +178,12 @@ def test_the_command_that_the_error_names_mends_it(files, capsys):
     values = dict(blueprint(config, 10).tensors(0))
     assert all(torch.equal(values[name], tensor) for name, tensor in module.state_dict().items())
     assert main(command) == 2 and "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["in.pth"], ["in.pth", "out.safetensors", "more"], ["--fast", "in.pth"]])
+def test_the_command_wants_two_files(arguments, capsys):
+    assert main(["convert", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: convert: name the pickled file and the one to write: bigvision convert IN"
+    )
+    assert main(["convert", "--help"]) == 0 and "usage: bigvision convert IN.pth" in capsys.readouterr().out

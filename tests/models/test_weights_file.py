@@ -283,6 +283,25 @@ def test_pretrained_takes_shards_from_the_cache_of_the_hub(state, tmp_path, monk
             blueprint(model(pretrained=True), 10)
 
 
+def test_an_index_of_the_hub_names_no_paths(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked = []
+    write_index(tmp_path, {"norm.weight": "../other.safetensors"})
+
+    def download(repository: str, file: str, revision: str | None) -> str:
+        asked.append(file)
+        if file == "model.safetensors":
+            raise EntryNotFoundError(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError, match=r"^model\.pretrained: .* is not an index of weights \(it names '\.\./other"):
+        blueprint(model(pretrained=True), 10)
+    assert asked == ["model.safetensors", INDEX]
+
+
 def raising(error: Exception):
     def fail(*_args: Any, **_kwargs: Any) -> str:
         raise error
