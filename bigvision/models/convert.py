@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from timm.models import clean_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigvision.errors import UserError
 
@@ -39,13 +39,13 @@ def convert(source: str, target: str) -> list[str]:
         raise UserError(f"convert: {target} cannot be written: there is no folder {out.parent}; make it")
     found = _load(path, source)
     wrapper = next((name for name in WRAPPERS if isinstance(found.get(name), Mapping) and found[name]), None)
-    held: dict[str, Any] = clean_state_dict(dict(found if wrapper is None else found[wrapper]))
+    held = clean_state_dict({str(name): value for name, value in (found if wrapper is None else found[wrapper]).items()})
     tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"convert: {source} has no tensors by name, only {_some(list(held))}; take them out of it with torch")
-    if odd := next((name for name, value in tensors.items() if value.layout != torch.strided or value.is_quantized), None):
-        raise UserError(f"convert: {source}: {odd} is sparse or quantized; safetensors holds only plain tensors")
-    shared = _plain(tensors)
+    if odd := [name for name, value in tensors.items() if not _is_plain(value)]:
+        raise UserError(f"convert: {source}: safetensors holds only plain tensors, not sparse or quantized ones: {_some(odd)}")
+    shared = _separate(tensors)
     _write(tensors, out, target, mode=path.stat().st_mode & 0o666)
     nbytes = sum(value.nbytes for value in tensors.values())
     lines = [f"wrote {target}: {len(tensors)} tensors, {nbytes / 1e6:.1f} MB"]
@@ -62,9 +62,7 @@ def run(arguments: list[str]) -> int:
     """``bigvision convert IN.pth OUT.safetensors``: says on standard output what was done."""
     usage = "bigvision convert IN.pth OUT.safetensors"
     if {"-h", "--help"} & set(arguments):
-        print(
-            f"usage: {usage}\n\nRewrites pickled weights (.pth, .pt, .bin, .ckpt) as safetensors, without running code of theirs."
-        )
+        print(f"usage: {usage}\n\nRewrites pickled weights (.pth, .pt, .bin, .ckpt) as safetensors and runs no code of theirs.")
         return 0
     if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
         raise UserError(f"convert: name the pickled file and the one to write: {usage}")
@@ -100,7 +98,11 @@ def _reason(path: Path, error: Exception) -> str:
     return re.split(r"\. |\n", told[1] if told else text)[0]
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, str]:
+def _is_plain(value: Tensor) -> bool:
+    return type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_quantized
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Give every tensor contiguous memory that is its alone; return the names that shared, each with the first to do so."""
     owners: dict[int, str] = {}
     shared: dict[str, str] = {}
@@ -129,4 +131,4 @@ def _write(tensors: dict[str, Tensor], out: Path, target: str, mode: int) -> Non
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(map(str, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return " ".join(", ".join(map(str, names[:4])).split()) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

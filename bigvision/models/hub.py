@@ -29,7 +29,7 @@ def timm_file(name: str, card: dict[str, Any]) -> str:
     if not repository or card.get("custom_load") == "hf":
         raise UserError(
             f"model.pretrained: timm's weights of {name} are not published as safetensors; "
-            "convert them and set model.weights, or use false"
+            "convert them (bigvision convert IN.pth OUT.safetensors) and set model.weights, or use false"
         )
     try:
         return _download(repository, revision or None, file)

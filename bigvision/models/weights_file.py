@@ -45,8 +45,8 @@ class WeightsFile:
             self._add(path.name, None)
 
     def mistake(self, what: str, mend: str = REPAIR) -> UserError:
-        """The error that names the key, the source and *what* is wrong with it."""
-        return UserError(f"{self.key}: {self.source} {what}; {mend}")
+        """The error that names the key, the source and *what* is wrong with it, in one line whatever names the file has."""
+        return UserError(f"{self.key}: {self.source} {' '.join(what.split())}; {mend}")
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which a tensor is stored."""

@@ -133,7 +133,7 @@ ONE = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
         (with_header({}, length=2**27), "header too large"),
         (with_header({"a": entry([-1], 0, 4)}, b"1234"), "damaged or not safetensors"),
         (with_header(b"{" + ONE + b"," + ONE + b"}", b"1234"), "a is there twice"),
-        (with_header({"a": entry([4], 0, 4, "F8_E4M3")}, b"1234"), "holds a as F8_E4M3; convert it to one of F64, F32"),
+        (with_header({"a\n": entry([4], 0, 4, "F8_E4M3")}, b"1234"), "holds a as F8_E4M3; convert it to one of F64, F32"),
     ],
 )
 def test_damaged_files(tmp_path, content, words):
