@@ -1,4 +1,4 @@
-"""The command line: ``bigvision train`` and ``bigvision eval``."""
+"""The command line: ``bigvision train``, ``bigvision eval`` and ``bigvision convert``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ USAGE = """usage: bigvision COMMAND ...
 
   train [RECIPE.yaml] [--section.key value ...]   train; without a recipe, the handwritten digits
   eval STEP_FOLDER [--section.key value ...]      print a checkpoint's validation metrics
+  convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights
 
 --deepspeed FILE and --deepspeed_config FILE are other spellings of --parallel.deepspeed FILE.
 More: bigvision train --help; train and eval both run under torchrun, deepspeed and accelerate launch."""
@@ -90,6 +91,13 @@ def run_eval(arguments: list[str]) -> int:
     return 0
 
 
+def run_convert(arguments: list[str]) -> int:
+    """``bigvision convert IN.pth OUT.safetensors``."""
+    from bigvision.models.convert import run
+
+    return run(arguments)
+
+
 def default_recipe() -> Path:
     """The recipe that trains when none is named."""
     beside_source = Path(__file__).parent.parent / "recipes" / "digits.yaml"
@@ -127,7 +135,7 @@ def _with_our_spelling(arguments: list[str]) -> list[str]:
 GRACE = 5.0
 """Seconds that a silent rank leaves to the one that speaks."""
 
-COMMANDS = {"train": run_train, "eval": run_eval}
+COMMANDS = {"train": run_train, "eval": run_eval, "convert": run_convert}
 
 
 if __name__ == "__main__":

@@ -18,24 +18,13 @@ import torch
 from torch import Tensor
 
 from bigvision.checkpoint.disk import open_existing
-from bigvision.checkpoint.layout import DTYPES
 from bigvision.checkpoint.manifest import Damaged, Run, checksum, chunks, differs, read_run
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
+from bigvision.tensorfile import DTYPES, Place, read_into
 
 THREADS = 4
 """That read at a time on each rank."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a whole tensor lies."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 def read_document(folder: Path, runs: dict[str, list[Run]], name: str) -> dict[str, Any]:
@@ -136,7 +125,10 @@ class _Job:
         whole = len(self.ranges) == 1 and first.begin <= self.offset and end <= first.end and first.target.device.type == "cpu"
         data = first.target[self.offset - first.begin : end - first.begin] if whole else buffer[: self.length]
         view = memoryview(data.numpy())  # pyright: ignore[reportArgumentType]
-        _read_into(descriptor, view, self.offset, self.file)
+        try:
+            read_into(descriptor, view, self.offset)
+        except EOFError:
+            raise Damaged(f"{self.file} ends early") from None
         if self.checksum is not None and checksum(view) != self.checksum:
             raise Damaged(differs(Run(self.file, self.offset, self.length, self.checksum)))
         if whole:
@@ -217,11 +209,3 @@ def check_same_tensors(folder: Path, places: dict[str, dict[str, Place]], fragme
                 raise UserError(f"{start}{name} has {place.nbytes} bytes there: {mend}")
         if extra := next((name for name in held if name not in tensors), None):
             raise UserError(f"{start}it has {extra}, which this one lacks: {mend}")
-
-
-def _read_into(descriptor: int, data: memoryview, offset: int, name: str) -> None:
-    while data:
-        count = os.preadv(descriptor, [data], offset)
-        if count == 0:
-            raise Damaged(f"{name} ends early")
-        data, offset = data[count:], offset + count

@@ -11,11 +11,12 @@ from typing import Any
 from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import sync_folder
 from bigvision.checkpoint.manifest import Damaged, Run
-from bigvision.checkpoint.reader import Place, check_same_tensors, read_document, read_fragments, read_places
+from bigvision.checkpoint.reader import check_same_tensors, read_document, read_fragments, read_places
 from bigvision.checkpoint.steps import folder_name, steps_in
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.runtime import all_or_none, from_main, gather_json
+from bigvision.tensorfile import Place
 
 Say = Callable[[str], None]
 
