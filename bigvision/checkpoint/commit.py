@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import warnings
@@ -15,27 +14,13 @@ from typing import Any
 import torch.distributed as dist
 
 from bigvision.checkpoint import manifest
+from bigvision.checkpoint.folders import ASIDE, UNFINISHED, folder_name, remove, steps_in
 from bigvision.checkpoint.layout import index, lay_out, specs
 from bigvision.checkpoint.manifest import Damaged, Run
 from bigvision.checkpoint.writer import MODE, create, sync_folder, write_document, write_fragments
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.runtime import all_or_none, from_main, gather_json
-
-_STEP = re.compile(r"step-(\d{8,})")
-_UNFINISHED = re.compile(r"step-\d{8,}\.(tmp|pruned)-[0-9a-f]+")
-_ASIDE = re.compile(r"(step-\d{8,})\.aside-[0-9a-f]+")
-
-
-def folder_name(step: int) -> str:
-    """The name of a step's checkpoint in the output folder."""
-    return f"step-{step:08}"
-
-
-def steps_in(out: Path) -> list[int]:
-    """Steps that have a folder in *out*, newest first; whether they verify is another matter."""
-    names = [entry.name for entry in out.iterdir() if entry.is_dir()] if out.is_dir() else []
-    return sorted((int(match[1]) for name in names if (match := _STEP.fullmatch(name))), reverse=True)
 
 
 def prepare_folder(out: Path) -> None:
@@ -52,13 +37,13 @@ def prepare_folder(out: Path) -> None:
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror}): choose another with --out") from None
     for entry in list(out.iterdir()):
-        if match := _ASIDE.fullmatch(entry.name):
+        if match := ASIDE.fullmatch(entry.name):
             # Killed between the two renames of a replacement: the old one is the checkpoint.
             if (out / match[1]).exists():
                 shutil.rmtree(entry)
             else:
                 entry.rename(out / match[1])
-        elif _UNFINISHED.fullmatch(entry.name):
+        elif UNFINISHED.fullmatch(entry.name):
             shutil.rmtree(entry)
 
 
@@ -142,10 +127,7 @@ def prune(out: Path, keep: int, newest: int) -> None:
         except Damaged:
             continue
     for step in valid[keep:]:
-        # Under another name first, so that a half removed folder is never taken for a checkpoint.
-        gone = out / f"{folder_name(step)}.pruned-{secrets.token_hex(4)}"
-        (out / folder_name(step)).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        remove(out / folder_name(step))
 
 
 def _publish(unfinished: Path, final: Path) -> None:
