@@ -1,0 +1,79 @@
+"""Checking every byte of checkpoints, and removing the ones that are not needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bigvision.checkpoint import manifest
+from bigvision.checkpoint.folders import STEP, folder_name, steps_in
+from bigvision.checkpoint.listing import is_step_folder
+from bigvision.checkpoint.manifest import Damaged
+from bigvision.errors import UserError
+
+
+def step_folders(path: Path) -> list[Path]:
+    """*path* itself when it is a step folder, else the step folders of the run *path*, newest first.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder: name a step folder or the output folder of a run")
+    if is_step_folder(path) or STEP.fullmatch(path.absolute().name):
+        return [path]
+    if folders := [path / folder_name(step) for step in steps_in(path)]:
+        return folders
+    raise UserError(f"{path}: neither a step folder nor the output folder of a run that has some")
+
+
+def problems(folder: Path, full: bool = True) -> list[str]:
+    """Return what is wrong with the files of a checkpoint, nothing when it is whole.
+
+    Args:
+        full: read every byte and compare the checksums; otherwise the manifest and the files' sizes.
+    """
+    try:
+        files = manifest.read(folder)
+    except Damaged as error:
+        return [str(error)]
+    found = []
+    for name, runs in files.items() if full else ():
+        try:
+            manifest.verify(folder, runs)
+        except Damaged as error:
+            found.append(str(error))
+        except OSError as error:
+            found.append(f"{name} cannot be read: {error.strerror}")
+    return found
+
+
+@dataclass
+class Pruning:
+    """What becomes of each step folder."""
+
+    keep: list[Path] = field(default_factory=list)
+    remove: list[Path] = field(default_factory=list)
+    leave: dict[Path, str] = field(default_factory=dict)
+    """Neither counted nor removed, with what is wrong with each."""
+
+
+def plan_pruning(out: Path, keep: int) -> Pruning:
+    """Choose what a pruning to the last *keep* valid checkpoints removes. Of those that stay every byte is read.
+
+    Raises:
+        UserError: *keep* is not positive.
+    """
+    if keep < 1:
+        raise UserError(f"--keep: {keep} would leave no checkpoint: use at least 1")
+    plan = Pruning()
+    for step in steps_in(out):
+        folder = out / folder_name(step)
+        counted = len(plan.keep) < keep
+        # The older ones go because these are there: a flipped bit in one that stays must not cost the run.
+        problem = "is a link" if folder.is_symlink() else next(iter(problems(folder, full=counted)), None)
+        if problem:
+            plan.leave[folder] = problem
+        else:
+            (plan.keep if counted else plan.remove).append(folder)
+    return plan
