@@ -17,7 +17,7 @@ from bigvision.checkpoint.layout import DTYPES
 from bigvision.checkpoint.manifest import Damaged, Run
 from bigvision.checkpoint.reader import Place, read_places
 
-PIECE = 16 << 20
+PIECE = 1 << 20
 """Bytes in memory at a time; a multiple of every type's width."""
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
