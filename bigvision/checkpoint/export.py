@@ -187,14 +187,17 @@ def _replacing(target: Path, single: bool, force: bool) -> Iterator[Path]:
         _check_target(target, single, force)
         if target.is_dir():
             target.rename(aside)
-        unfinished.rename(target)
-        sync_folder(target.absolute().parent)
+        try:
+            unfinished.rename(target)
+        except OSError:
+            if aside.exists():
+                aside.rename(target)
+            raise
     except BaseException:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
         if single:
             unfinished.unlink(missing_ok=True)
         else:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    sync_folder(target.absolute().parent)
     shutil.rmtree(aside, ignore_errors=True)

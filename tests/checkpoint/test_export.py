@@ -144,6 +144,15 @@ def test_exports_do_not_depend_on_the_strategy(tmp_path: Path, resnet: Path) -> 
     assert digest(tmp_path / "ddp-fp32.safetensors") == digest(tmp_path / "ddp" / "step-00000002" / "model.safetensors")
 
 
+def test_the_order_in_a_file_is_that_of_the_exported_types(tmp_path: Path) -> None:
+    values = {name: torch.arange(3.0) for name in "abc"}
+    plain = with_ema(tmp_path / "plain", values, {})
+    wide = with_ema(tmp_path / "wide", values | {"b": values["b"].double()}, {"c": values["c"].double()})
+    exported(plain, tmp_path / "plain.safetensors", "--dtype", "bf16")
+    exported(wide, tmp_path / "wide.safetensors", "--dtype", "bf16", "--ema")
+    assert digest(tmp_path / "plain.safetensors") == digest(tmp_path / "wide.safetensors")
+
+
 def with_ema(out: Path, model: dict[str, Tensor], ema: dict[str, Tensor]) -> Path:
     card = {"architecture": "made", "model_args": {}}
     return write(out, 1, {"model": model, "ema": ema}, {"config.json": card, "progress.json": {}})
@@ -173,7 +182,7 @@ def test_a_damaged_checkpoint_is_named_and_leaves_nothing(tmp_path: Path, vit: P
     folder = shutil.copytree(vit, tmp_path / "step-00000002")
     model, size = folder / "model.safetensors", (folder / "model.safetensors").stat().st_size
     for target in (tmp_path / "x.safetensors", tmp_path / "x"):
-        for at in (3, 100, size // 2, size - 1):
+        for at in (3, 100, model.read_bytes().index(b"head.bias"), size // 2, size - 1):
             flip(model, at)
             said = refused("export", folder, target)
             assert f"{folder} is not a valid checkpoint: model.safetensors" in said
@@ -231,14 +240,20 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, vit: Path, name: str,
     exported(vit, tmp_path / name, "--dtype", "bf16")
     before = contents(tmp_path)
 
-    def full(descriptor: int) -> None:
+    def full(descriptor: int) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    assert f"{tmp_path / name} cannot be written (No space left on device)" in refused(
-        "export", vit, tmp_path / name, "--force"
-    )
-    assert contents(tmp_path) == before and os.listdir(tmp_path) == [name]
+    rename = Path.rename
+
+    def stuck(path: Path, target: Path) -> Path:
+        return full(0) if ".tmp-" in path.name else rename(path, target)
+
+    for holder, function, broken in ((os, "fsync", full), (Path, "rename", stuck)):
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, function, broken)
+            said = refused("export", vit, tmp_path / name, "--force")
+        assert f"{tmp_path / name} cannot be written (No space left on device)" in said
+        assert contents(tmp_path) == before and os.listdir(tmp_path) == [name]
 
 
 def test_a_value_that_is_too_large_is_refused(tmp_path: Path) -> None:
