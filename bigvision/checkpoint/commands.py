@@ -137,7 +137,7 @@ def run_prune(arguments: list[str]) -> int:
     parser = Parser(
         "bigvision checkpoint prune",
         "Remove all but the last K valid checkpoints of a run. Damaged ones are neither counted nor removed.",
-        "Every byte of the K that stay is read first.",
+        "Every byte of all checkpoints is read first.",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="a run's output folder")
     parser.add_argument("--keep", metavar="K", type=int, required=True, help="how many stay")

@@ -27,18 +27,14 @@ def step_folders(path: Path) -> list[Path]:
     raise UserError(f"{path}: neither a step folder nor the output folder of a run that has some")
 
 
-def problems(folder: Path, full: bool = True) -> list[str]:
-    """Return what is wrong with the files of a checkpoint, nothing when it is whole.
-
-    Args:
-        full: read every byte and compare the checksums; otherwise the manifest and the files' sizes.
-    """
+def problems(folder: Path) -> list[str]:
+    """Read every byte of a checkpoint; return what is wrong with each file that is damaged, nothing when it is whole."""
     try:
         files = manifest.read(folder)
     except Damaged as error:
         return [str(error)]
     found = []
-    for name, runs in files.items() if full else ():
+    for name, runs in files.items():
         try:
             manifest.verify(folder, runs)
         except Damaged as error:
@@ -59,7 +55,7 @@ class Pruning:
 
 
 def plan_pruning(out: Path, keep: int) -> Pruning:
-    """Choose what a pruning to the last *keep* valid checkpoints removes. Of those that stay every byte is read.
+    """Choose what a pruning to the last *keep* valid checkpoints removes. Every byte of all of them is read.
 
     Raises:
         UserError: *keep* is not positive.
@@ -69,11 +65,9 @@ def plan_pruning(out: Path, keep: int) -> Pruning:
     plan = Pruning()
     for step in steps_in(out):
         folder = out / folder_name(step)
-        counted = len(plan.keep) < keep
-        # The older ones go because these are there: a flipped bit in one that stays must not cost the run.
-        problem = "is a link" if folder.is_symlink() else next(iter(problems(folder, full=counted)), None)
-        if problem:
-            plan.leave[folder] = problem
+        # Sizes would not do: the older ones go because these are there, and a flipped bit must not cost the run.
+        if found := ["is a link"] if folder.is_symlink() else problems(folder):
+            plan.leave[folder] = found[0]
         else:
-            (plan.keep if counted else plan.remove).append(folder)
+            (plan.keep if len(plan.keep) < keep else plan.remove).append(folder)
     return plan

@@ -195,9 +195,10 @@ def test_a_difference_between_runs(run: Path, tmp_path: Path) -> None:
 
 
 def test_pruning_leaves_the_last_valid_ones(copy: Path) -> None:
-    for step in (1, 3, 5):
+    for step in (0, 1, 3, 5):
         shutil.copytree(copy / "step-00000002", copy / f"step-0000000{step}")
     flip(copy / "step-00000006" / "optimizer.safetensors", -1)
+    flip(copy / "step-00000002" / "model.safetensors", -1)
     (copy / "step-00000003" / "progress.json").unlink()
     (copy / "step-00000007.tmp-0a0b").mkdir()
     before = contents(copy)
@@ -205,15 +206,15 @@ def test_pruning_leaves_the_last_valid_ones(copy: Path) -> None:
     assert code == 0 and contents(copy) == before
     code, out, _ = command("checkpoint", "prune", copy, "--keep", 2)
     kept = [copy / f"step-0000000{step}" for step in (5, 4)]
-    assert code == 0 and steps_in(copy) == [6, 5, 4, 3] and (copy / "step-00000007.tmp-0a0b").is_dir()
-    assert {name: digest for name, digest in before.items() if name[:13] not in ("step-00000001", "step-00000002")} == contents(
-        copy
-    )
+    assert code == 0 and steps_in(copy) == [6, 5, 4, 3, 2] and (copy / "step-00000007.tmp-0a0b").is_dir()
+    gone = ("step-00000000", "step-00000001")
+    assert contents(copy) == {name: digest for name, digest in before.items() if not name.startswith(gone)}
     assert out.replace("removed      ", "would remove ").replace("kept      ", "would keep") == would
     removed = [line.split()[1] for line in out.splitlines() if line.startswith("removed")]
-    assert removed == [str(copy / f"step-0000000{step}") for step in (2, 1)]
+    assert removed == [str(copy / f"step-0000000{step}") for step in (1, 0)]
     assert all(f"kept           {folder}\n" in out for folder in kept)
     assert f"left as it is  {copy / 'step-00000006'}: optimizer.safetensors differs" in out
+    assert f"left as it is  {copy / 'step-00000002'}: model.safetensors differs" in out
     assert f"left as it is  {copy / 'step-00000003'}: progress.json is missing" in out
     assert "nothing to remove" in command("checkpoint", "prune", copy, "--keep", 2)[1]
     assert "nothing to remove" in command("checkpoint", "prune", copy, "--keep", 9)[1]
