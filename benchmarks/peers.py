@@ -60,7 +60,7 @@ def batch(size: int, seed: int = 0, image_size: int = 32, classes: int = 10) -> 
 def hand_written(model: nn.Module, work: Work, device: torch.device) -> Step:
     """A loop in plain PyTorch, for one rank."""
     model.to(device)
-    normalize, optimizer, rate = _normalizer(model, device), _adamw(model, work), _rates(work)
+    normalize, optimizer, rate = _normalizer(model, device), adamw(model, work), _rates(work)
     parameters = list(model.parameters())
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def plain_fully_shard(model: nn.Module, units: Iterable[nn.Module], work: Work, 
     for unit in units:
         fully_shard(unit, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
-    optimizer, rate = _adamw(model, work), _rates(work)
+    optimizer, rate = adamw(model, work), _rates(work)
     parameters = list(model.parameters())
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def plain_deepspeed(model: nn.Module, settings: dict[str, Any], work: Work, devi
     normalize, rate = _normalizer(model, device), _rates(work)
     # The throughput timer is DeepSpeed's default.
     told = {name: value for name, value in settings.items() if name != "timers"}
-    wrapped: Any = deepspeed.initialize(model=model, optimizer=_adamw(model, work), config=told, dist_init_required=False)
+    wrapped: Any = deepspeed.initialize(model=model, optimizer=adamw(model, work), config=told, dist_init_required=False)
     engine = wrapped[0]
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def accelerate_loop(model: nn.Module, work: Work, device: torch.device, units: s
         )
     precision = "no" if work.precision == "fp32" else work.precision
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, fsdp_plugin=plugin)
-    model, optimizer = accelerator.prepare(model, _adamw(model, work))
+    model, optimizer = accelerator.prepare(model, adamw(model, work))
     parameters = list(model.parameters())
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def _normalizer(model: nn.Module, device: torch.device) -> Callable[[Tensor], Te
     return lambda images: images.float().sub_(mean).div_(std)
 
 
-def _adamw(model: nn.Module, work: Work) -> AdamW:
+def adamw(model: nn.Module, work: Work) -> AdamW:
     timm_model: Any = model
     groups = param_groups_weight_decay(model, work.weight_decay, no_weight_decay_list=timm_model.no_weight_decay())
     return AdamW(groups, lr=work.lr, betas=work.betas, fused=work.fused, foreach=not work.fused)

@@ -5,23 +5,47 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigvision.checkpoint.commit import prepare_folder, prune, save
-    from bigvision.checkpoint.folders import folder_name, steps_in
+    from bigvision.checkpoint.background import Saver
+    from bigvision.checkpoint.commit import prepare_folder, save
+    from bigvision.checkpoint.disk import replace
+    from bigvision.checkpoint.lock import Lock
     from bigvision.checkpoint.manifest import Damaged
-    from bigvision.checkpoint.resume import Checkpoint, find, open_checkpoint
+    from bigvision.checkpoint.resume import Checkpoint, find, open_checkpoint, set_aside_later
+    from bigvision.checkpoint.retention import Retention, prune
+    from bigvision.checkpoint.steps import folder_name, steps_in
 
-__all__ = ["Checkpoint", "Damaged", "find", "folder_name", "open_checkpoint", "prepare_folder", "prune", "save", "steps_in"]
+__all__ = [
+    "Checkpoint",
+    "Damaged",
+    "Lock",
+    "Retention",
+    "Saver",
+    "find",
+    "folder_name",
+    "open_checkpoint",
+    "prepare_folder",
+    "prune",
+    "replace",
+    "save",
+    "set_aside_later",
+    "steps_in",
+]
 
 _HOMES = {
     "Checkpoint": "resume",
     "Damaged": "manifest",
+    "Lock": "lock",
+    "Retention": "retention",
+    "Saver": "background",
     "find": "resume",
-    "folder_name": "folders",
+    "folder_name": "steps",
     "open_checkpoint": "resume",
     "prepare_folder": "commit",
-    "prune": "commit",
+    "prune": "retention",
+    "replace": "disk",
     "save": "commit",
-    "steps_in": "folders",
+    "set_aside_later": "resume",
+    "steps_in": "steps",
 }
 
 

@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from bigvision.checkpoint.folders import remove
 from bigvision.checkpoint.listing import bytes_in, check_out, entries, size_text, table
+from bigvision.checkpoint.lock import Lock
+from bigvision.checkpoint.retention import remove_step
 from bigvision.checkpoint.upkeep import plan_pruning, problems, step_folders
 from bigvision.config import parse_size
 from bigvision.errors import UserError, nearest
@@ -112,7 +113,7 @@ def run_diff(arguments: list[str]) -> int:
         "bigvision checkpoint diff",
         "What differs between two checkpoints of any two runs: documents (configuration, step, samples, metrics, model card), "
         "tensors that only one has or that have another type or shape, and tensors with other values, the worst first.",
-        "Checksums are not compared. Exit code 0: no difference; 1: some; 2: a mistake in what was asked for.",
+        "Exit code 0: no difference; 1: some; 2: a mistake in what was asked for.",
     )
     parser.add_argument("a", metavar="A", type=Path, help="a step folder")
     parser.add_argument("b", metavar="B", type=Path, help="another")
@@ -144,7 +145,7 @@ def run_prune(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     flags = parser.read(arguments)
     check_out(flags.out)
-    with nullcontext():  # the place of lock(flags.out): what a run holds, it prunes itself
+    with nullcontext() if flags.dry_run else Lock(flags.out, lambda text: print(text, file=sys.stderr)):
         plan = plan_pruning(flags.out, flags.keep)
         for folder, problem in plan.leave.items():
             print(f"left as it is  {folder}: {problem}")
@@ -154,7 +155,7 @@ def run_prune(arguments: list[str]) -> int:
             size = size_text(bytes_in(folder))
             if not flags.dry_run:
                 try:
-                    remove(folder)
+                    remove_step(folder)
                 except OSError as error:
                     raise UserError(f"{folder} cannot be removed ({error.strerror})") from None
             print(f"{'would remove' if flags.dry_run else 'removed':<13}  {folder} ({size})", flush=True)

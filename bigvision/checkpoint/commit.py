@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import warnings
 from collections.abc import Iterable
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
 from bigvision.checkpoint import manifest
-from bigvision.checkpoint.folders import ASIDE, UNFINISHED, folder_name, remove, steps_in
-from bigvision.checkpoint.layout import index, lay_out, specs
-from bigvision.checkpoint.manifest import Damaged, Run
-from bigvision.checkpoint.writer import MODE, create, sync_folder, write_document, write_fragments
+from bigvision.checkpoint.disk import FOLDER_MODE, make_folder, open_new, remove, replace, sync_folder, write_new
+from bigvision.checkpoint.layout import index
+from bigvision.checkpoint.manifest import Run
+from bigvision.checkpoint.pieces import Plan, plan
+from bigvision.checkpoint.relay import write_by_owners
+from bigvision.checkpoint.retention import Retention, prune
+from bigvision.checkpoint.steps import folder_name
+from bigvision.checkpoint.writer import create, write_document, write_pieces
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
-from bigvision.runtime import all_or_none, from_main, gather_json
+from bigvision.runtime import RankFailure, all_or_none, from_main, gather_json
+
+Writer = Literal["direct", "owner"]
+"""Whether every rank writes its bytes into every file, or each file has one rank that does."""
+
+_UNFINISHED = re.compile(r"step-\d{8,}\.(tmp|pruned)-[0-9a-f]+")
+_ASIDE = re.compile(r"(step-\d{8,})\.aside-[0-9a-f]+")
+_TEMPORARY = re.compile(r"\.(latest|run\.yaml|probe)\.[0-9a-f]+")
 
 
 def prepare_folder(out: Path) -> None:
@@ -30,21 +42,21 @@ def prepare_folder(out: Path) -> None:
         UserError: it cannot be made or written.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{secrets.token_hex(4)}"
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, MODE))
+        make_folder(out)
+        probe = out / f".probe.{secrets.token_hex(4)}"
+        os.close(open_new(probe))
         probe.unlink()
+        for entry in list(out.iterdir()):
+            if match := _ASIDE.fullmatch(entry.name):
+                # Stopped between the two renames of a replacement: the old one is the checkpoint.
+                if (out / match[1]).exists():
+                    remove(entry)
+                else:
+                    entry.rename(out / match[1])
+            elif _UNFINISHED.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name):
+                remove(entry)
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror}): choose another with --out") from None
-    for entry in list(out.iterdir()):
-        if match := ASIDE.fullmatch(entry.name):
-            # Killed between the two renames of a replacement: the old one is the checkpoint.
-            if (out / match[1]).exists():
-                shutil.rmtree(entry)
-            else:
-                entry.rename(out / match[1])
-        elif UNFINISHED.fullmatch(entry.name):
-            shutil.rmtree(entry)
 
 
 def save(
@@ -59,75 +71,76 @@ def save(
     Raises:
         RankFailure: on every rank, when writing failed on any; the earlier checkpoints are as they were.
     """
-    fragments = list(fragments)
+    return commit(out, step, plan(list(fragments), shard_size), documents, Retention(keep))
+
+
+def commit(
+    out: Path, step: int, content: Plan, documents: dict[str, Any], retention: Retention,
+    writer: Writer = "direct", group: dist.ProcessGroup | None = None,
+) -> Path:  # fmt: skip
+    """Write *content* as the checkpoint of *step*, from all ranks, and return its folder; then prune.
+
+    Args:
+        group: all ranks, where another thread speaks at the same time.
+
+    Raises:
+        RankFailure: on every rank, when writing failed on any; the earlier checkpoints are as they were.
+    """
     main = dist.get_rank() == 0
     final = out / folder_name(step)
-    unfinished = out / from_main(f"{final.name}.tmp-{secrets.token_hex(4)}")
-    groups = sorted({fragment.group for fragment in fragments})
-    layouts = {group: lay_out(group, specs(fragments, group), shard_size) for group in groups}
+    unfinished = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
 
     def prepare() -> list[Run]:
         if not main:
             return []
-        unfinished.mkdir()
-        return [create(unfinished, file) for files in layouts.values() for file in files]
+        make_folder(out)
+        os.mkdir(unfinished, FOLDER_MODE)
+        return [create(unfinished, file) for file in content.files]
 
     def write() -> list[Run]:
-        runs = []
-        for group, files in layouts.items():
-            runs += write_fragments(unfinished, files, (f for f in fragments if f.group == group))
-        return runs
+        return write_by_owners(unfinished, content, group) if writer == "owner" else write_pieces(unfinished, content.pieces)
 
-    def commit() -> None:
+    def publish() -> None:
         if main:
-            contents = dict(documents)
-            # Only the model's: readers of a folder with two indexes do not know which one is meant.
-            if len(layouts["model"]) > 1:
-                contents["model.safetensors.index.json"] = index(layouts["model"])
-            sizes = {file.name: file.size for files in layouts.values() for file in files}
-            for name, content in contents.items():
-                run = write_document(unfinished, name, content)
-                sizes[name] = run.length
-                runs.append(run)
-            write_document(unfinished, manifest.NAME, manifest.build(sizes, runs))
-            sync_folder(unfinished)
+            _finish(unfinished, content, documents, runs)
             _publish(unfinished, final)
 
     try:
-        created = all_or_none(prepare)
-        written = all_or_none(write)
-        runs = [Run(*run) for part in gather_json([astuple(run) for run in created + written]) for run in part]
-        all_or_none(commit)
-    except Exception:
+        unfinished = final.with_name(from_main(unfinished.name, group))
+        created = all_or_none(prepare, group)
+        written = all_or_none(write, group)
+        runs = [Run(*run) for part in gather_json([astuple(run) for run in created + written], group) for run in part]
+        all_or_none(publish, group)
+    except Exception as error:
         if main:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        if isinstance(error, RankFailure):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RankFailure(f"{final} is not saved: another rank is gone or does not answer: {reason}") from error
     if main:
         try:
-            _write_hint(out, final.name)
-            prune(out, keep, step)
+            replace(out / "latest", f"{final.name}\n".encode())
+            prune(out, retention, step)
         except OSError as error:
             # The checkpoint is safe; no other rank knows of this, and the run can go on.
             warnings.warn(f"{final} is saved, but clearing up after it failed: {error}", stacklevel=2)
     return final
 
 
-def prune(out: Path, keep: int, newest: int) -> None:
-    """Remove all but the last *keep* valid checkpoints up to step *newest*, which was just written.
-
-    Damaged ones are neither counted nor removed, and so are later ones: a run that fell back past them will replace them.
-    """
-    valid = []
-    for step in steps_in(out):
-        if step > newest:
-            continue
-        try:
-            manifest.read(out / folder_name(step))
-            valid.append(step)
-        except Damaged:
-            continue
-    for step in valid[keep:]:
-        remove(out / folder_name(step))
+def _finish(unfinished: Path, content: Plan, documents: dict[str, Any], runs: list[Run]) -> None:
+    """Write what makes the files a checkpoint, the manifest last."""
+    documents = dict(documents)
+    # Only the model's: readers of a folder with two indexes do not know which one is meant.
+    if len(content.layouts["model"]) > 1:
+        documents["model.safetensors.index.json"] = index(content.layouts["model"])
+    sizes = {file.name: file.size for file in content.files}
+    for name, document in documents.items():
+        run = write_document(unfinished, name, document)
+        sizes[name] = run.length
+        runs.append(run)
+    write_new(unfinished / manifest.NAME, manifest.build(sizes, runs))
+    sync_folder(unfinished)
 
 
 def _publish(unfinished: Path, final: Path) -> None:
@@ -136,18 +149,16 @@ def _publish(unfinished: Path, final: Path) -> None:
         # A run resumed at its last step writes that step again.
         aside = final.with_name(f"{final.name}.aside-{secrets.token_hex(4)}")
         final.rename(aside)
+        # Else the disk might see the second rename alone, onto a folder that is not empty.
+        sync_folder(final.parent)
     try:
         unfinished.rename(final)
+        sync_folder(final.parent)
     except OSError:
         if aside is not None:
+            if final.exists():
+                final.rename(unfinished)
             aside.rename(final)
         raise
-    sync_folder(final.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write_hint(out: Path, name: str) -> None:
-    temporary = out / f".latest-{secrets.token_hex(4)}"
-    temporary.write_text(name + "\n", encoding="utf-8")
-    temporary.replace(out / "latest")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bigvision.checkpoint.listing import check_step_folder
 from bigvision.checkpoint.manifest import Damaged
@@ -65,29 +66,26 @@ class Difference:
 
 
 def compare(a: Path, b: Path) -> Difference:
-    """Compare two step folders, a piece of a tensor at a time. The checksums are not looked at.
+    """Compare two step folders, a piece of a tensor at a time.
 
     Raises:
-        UserError: one of them is not a checkpoint, or cannot be read.
+        UserError: one of them is not a checkpoint, or damaged.
     """
     sides, documents = [], []
     for folder in (a, b):
         check_step_folder(folder)
         try:
-            side = Tensors(folder, GROUPS, verify=False)
+            side = Tensors(folder, GROUPS)
             documents.append(dict(_flat(json.loads(side.document("progress.json")))))
             documents[-1] |= dict(_flat(json.loads(side.document("config.json")), "card."))
         except (Damaged, ValueError, AttributeError) as error:
-            raise UserError(f"{folder} is not a valid checkpoint: {error}") from None
+            raise _invalid(folder, error) from None
         sides.append(side)
     first, second = documents
     keys = [key for key in first | second if first.get(key, ABSENT) != second.get(key, ABSENT)]
     changes = {key: (first.get(key, ABSENT), second.get(key, ABSENT)) for key in keys}
     groups = [name for name in GROUPS if name in sides[0].places or name in sides[1].places]
-    try:
-        return Difference(changes, {name: _compare_group(name, *sides) for name in groups})
-    except Damaged as error:
-        raise UserError(f"{a} and {b} cannot be compared: {error}") from None
+    return Difference(changes, {name: _compare_group(name, *sides) for name in groups})
 
 
 def _compare_group(name: str, a: Tensors, b: Tensors) -> Group:
@@ -111,7 +109,7 @@ def _compare_group(name: str, a: Tensors, b: Tensors) -> Group:
 
 def _compare(name: str, a: Tensors, here: Place, b: Tensors, there: Place) -> Change | None:
     differing, largest, difference, norm = 0, 0.0, 0.0, 0.0
-    for ours, theirs in zip(a.pieces(here), b.pieces(there)):
+    for ours, theirs in zip(_pieces(a, here), _pieces(b, there)):
         width = ours.element_size()
         # As bits: a zero's sign counts, and a NaN is equal to itself.
         unequal = (ours.view(torch.uint8) != theirs.view(torch.uint8)).view(-1, width).any(dim=1)
@@ -126,6 +124,17 @@ def _compare(name: str, a: Tensors, here: Place, b: Tensors, there: Place) -> Ch
         return None
     relative = math.sqrt(difference / norm) if norm else math.inf if difference else 0.0
     return Change(name, differing, math.prod(here.shape), largest, relative)
+
+
+def _pieces(side: Tensors, place: Place) -> Iterator[Tensor]:
+    try:
+        yield from side.pieces(place)
+    except Damaged as error:
+        raise _invalid(side.folder, error) from None
+
+
+def _invalid(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder} is not a valid checkpoint: {error}")
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

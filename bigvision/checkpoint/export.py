@@ -15,12 +15,12 @@ from typing import Any, BinaryIO
 import torch
 
 from bigvision.checkpoint import manifest
+from bigvision.checkpoint.disk import FOLDER_MODE, open_new, sync_folder
 from bigvision.checkpoint.layout import FileLayout, TensorSpec, index, lay_out
 from bigvision.checkpoint.listing import check_step_folder
 from bigvision.checkpoint.manifest import Damaged
 from bigvision.checkpoint.reader import Place
 from bigvision.checkpoint.tensors import TYPES, Tensors
-from bigvision.checkpoint.writer import MODE, sync_folder
 from bigvision.errors import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,7 +73,7 @@ def export(
     check_step_folder(source)
     _check_target(target, single, force)
     try:
-        tensors = Tensors(source, ("model", "ema") if ema else ("model",), verify=True)
+        tensors = Tensors(source, ("model", "ema") if ema else ("model",))
         card_text = tensors.document("config.json")
         card = _card(card_text)
         places = _places(tensors, ema, source)
@@ -168,7 +168,7 @@ def _write(
 @contextmanager
 def _create(path: Path) -> Iterator[BinaryIO]:
     """A new file, on the disk when the block ends."""
-    with open(path, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, MODE)) as file:
+    with os.fdopen(open_new(path), "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -181,7 +181,7 @@ def _replacing(target: Path, single: bool, force: bool) -> Iterator[Path]:
     unfinished, aside = (target.with_name(f"{target.name}.{kind}-{suffix}") for kind in ("tmp", "aside"))
     try:
         if not single:
-            unfinished.mkdir()
+            unfinished.mkdir(FOLDER_MODE)
         yield unfinished
         # Again: hours may have gone by.
         _check_target(target, single, force)

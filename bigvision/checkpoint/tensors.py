@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,38 +12,33 @@ from torch import Tensor
 
 from bigvision.checkpoint import manifest
 from bigvision.checkpoint.layout import DTYPES
-from bigvision.checkpoint.manifest import Damaged, Run
+from bigvision.checkpoint.manifest import Damaged, Run, read_run
 from bigvision.checkpoint.reader import Place, read_places
 
 PIECE = 1 << 20
-"""Bytes in memory at a time; a multiple of every type's width."""
+"""Bytes handed out at a time; a multiple of every type's width."""
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Tensors:
     """The tensors of some *groups* of the checkpoint *folder*, by group and name in :attr:`places`.
 
-    With *verify* no byte is handed out that was not compared with its checksum. Other groups' files are not looked into.
+    No byte is handed out that was not compared with its checksum. The files of other groups are not looked into.
 
     Raises:
         Damaged: the manifest, a file's size or a header is wrong.
     """
 
-    def __init__(self, folder: Path, groups: tuple[str, ...], verify: bool) -> None:
+    def __init__(self, folder: Path, groups: tuple[str, ...]) -> None:
         self.folder = folder
-        self.verify = verify
-        runs = manifest.read(folder)
-        self.runs = {name: sorted(part, key=_offset) for name, part in runs.items()}
-        self._verified: set[Run] = set()
-        self.places = read_places(folder, [name for name in runs if name.split(".")[0].split("-")[0] in groups])
-        begins: dict[str, int] = {}
+        self.runs = manifest.read(folder)
+        wanted = {name: runs for name, runs in self.runs.items() if name.split(".")[0].split("-")[0] in groups}
+        self.places = read_places(folder, wanted)
         for name, place in (item for tensors in self.places.values() for item in tensors.items()):
             dtype = TYPES.get(place.dtype)
             if dtype is None or math.prod(place.shape) * dtype.itemsize != place.nbytes:
                 raise Damaged(f"{place.file}: {name} is {place.dtype}{list(place.shape)} in {place.nbytes} bytes")
-            begins[place.file] = min(place.offset, begins.get(place.file, place.offset))
-        for file, begin in begins.items():
-            self._check(file, 0, begin)
+        self._last: tuple[Run, bytes] | None = None
 
     def document(self, name: str) -> bytes:
         """The content of a JSON file of the checkpoint.
@@ -53,49 +46,31 @@ class Tensors:
         Raises:
             Damaged: it cannot be read or is not what was written.
         """
-        with _reading(name):
-            content = (self.folder / name).read_bytes()
-        self._check(name, 0, len(content))
-        return content
+        return b"".join(read_run(self.folder, run) for run in self.runs[name])
 
     def pieces(self, place: Place) -> Iterator[Tensor]:
-        """Yield the values of a tensor, flat and in order; each piece overwrites the one before.
+        """Yield the values of a tensor, flat and in order, at most :data:`PIECE` bytes at a time.
 
         Raises:
             Damaged: the bytes cannot be read, or are not those that were written.
         """
-        buffer = memoryview(bytearray(min(PIECE, place.nbytes)))
-        with _reading(place.file), open(self.folder / place.file, "rb", opener=_opener) as file:
-            file.seek(place.offset)
-            for begin in range(0, place.nbytes, PIECE):
-                data = buffer[: min(PIECE, place.nbytes - begin)]
-                self._check(place.file, place.offset + begin, len(data))
-                if file.readinto(data) < len(data):
-                    raise Damaged(f"{place.file} ends early")
-                yield torch.frombuffer(data, dtype=TYPES[place.dtype])
+        for begin in range(0, place.nbytes, PIECE):
+            data = self._read(place.file, place.offset + begin, min(PIECE, place.nbytes - begin))
+            yield torch.frombuffer(data, dtype=TYPES[place.dtype])
 
-    def _check(self, file: str, offset: int, length: int) -> None:
-        """Verify the runs that have a part in these bytes, each once."""
-        if not self.verify:
-            return
-        runs = self.runs[file]
-        first, last = bisect_right(runs, offset, key=_offset) - 1, bisect_left(runs, offset + length, key=_offset)
-        within = [run for run in runs[max(first, 0) : last] if run not in self._verified]
-        with _reading(file):
-            manifest.verify(self.folder, within)
-        self._verified.update(within)
+    def _read(self, file: str, offset: int, length: int) -> bytearray:
+        runs, end = self.runs[file], offset + length
+        first, last = bisect_right(runs, offset, key=_offset) - 1, bisect_left(runs, end, key=_offset)
+        data = bytearray()
+        for run in runs[first:last]:
+            data += self._verified(run)[max(offset - run.offset, 0) : end - run.offset]
+        return data
 
-
-@contextmanager
-def _reading(file: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Damaged(f"{file} cannot be read: {error.strerror}") from None
-
-
-def _opener(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW)
+    def _verified(self, run: Run) -> memoryview:
+        """The bytes of a run, which several pieces may share."""
+        if self._last is None or self._last[0] is not run:
+            self._last = run, read_run(self.folder, run)
+        return memoryview(self._last[1])
 
 
 def _offset(run: Run) -> int:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bigvision.checkpoint import manifest
-from bigvision.checkpoint.folders import STEP, folder_name, steps_in
 from bigvision.checkpoint.listing import is_step_folder
 from bigvision.checkpoint.manifest import Damaged
+from bigvision.checkpoint.steps import folder_name, steps_in
 from bigvision.errors import UserError
 
 
@@ -20,7 +20,7 @@ def step_folders(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: name a step folder or the output folder of a run")
-    if is_step_folder(path) or STEP.fullmatch(path.absolute().name):
+    if is_step_folder(path) or path.absolute().name in {folder_name(step) for step in steps_in(path.absolute().parent)}:
         return [path]
     if folders := [path / folder_name(step) for step in steps_in(path)]:
         return folders
@@ -34,13 +34,11 @@ def problems(folder: Path) -> list[str]:
     except Damaged as error:
         return [str(error)]
     found = []
-    for name, runs in files.items():
+    for runs in files.values():
         try:
             manifest.verify(folder, runs)
         except Damaged as error:
             found.append(str(error))
-        except OSError as error:
-            found.append(f"{name} cannot be read: {error.strerror}")
     return found
 
 

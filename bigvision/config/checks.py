@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from bigvision.config.schema import ONE_STAGE, SPLIT_BACKWARD, Config, ParallelConfig
 from bigvision.config.values import get, parse_size, spell
-from bigvision.errors import UserError
+from bigvision.errors import UserError, either
 
 WHOLE = {
     "lamb": ("scales each step by norms of whole tensors", ("ddp", "fsdp", "pipeline")),
@@ -22,7 +21,8 @@ def check(config: Config) -> None:
     for key, lowest in {
         "seed": 0, "data.workers": 0, "parallel.replicas": 1, "parallel.stages": 2,
         "parallel.stages_per_rank": 1, "parallel.microbatches": 1, "train.global_batch": 1, "train.micro_batch": 1,
-        "train.steps": 0, "train.eval_every": 1, "checkpoint.every": 1, "checkpoint.keep": 1, "monitor.every": 1,
+        "train.steps": 0, "train.eval_every": 1, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 1,
+        "monitor.every": 1,
         "model.image_size": 1, "model.num_classes": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0,
         "task.label_smoothing": 0, "model.drop_path": 0,
     }.items():  # fmt: skip
@@ -34,8 +34,10 @@ def check(config: Config) -> None:
     for key in ("task.label_smoothing", "model.drop_path"):
         if not get(config, key) < 1:
             raise UserError(f"{key}: {get(config, key)} must be below 1")
-    if not 0 < config.train.epochs < math.inf:
-        raise UserError(f"train.epochs: {config.train.epochs} must be a number above 0")
+    for key in ("train.epochs", "checkpoint.minutes", "checkpoint.timeout"):
+        value = get(config, key)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{key}: {value} must be a number above 0")
     for key, values in (("optim.betas", config.optim.betas), ("optim.momentum", (config.optim.momentum,))):
         if not all(0 <= value < 1 for value in values):
             raise UserError(f"{key}: {spell(get(config, key))} must be from 0 to below 1")
@@ -61,11 +63,6 @@ def check(config: Config) -> None:
     if config.model.pretrained and config.model.weights:
         raise UserError("model.pretrained: true contradicts model.weights: choose one of the two")
     parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")
-
-
-def either(names: Sequence[str]) -> str:
-    """*names* as a choice: "a", "a or b", "a, b or c"."""
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def check_pipeline(parallel: ParallelConfig) -> None:

@@ -136,15 +136,28 @@ class TrainConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int | None = None
-    """Steps between checkpoints; null saves at each epoch's end. The last step is always saved."""
+    """Steps between checkpoints; null saves at each epoch's end, unless minutes is set. The last step is always saved."""
+    minutes: float | None = None
+    """Minutes between checkpoints, beside `every` or alone. SIGUSR1 to any rank saves at the next step too."""
     keep: int = 3
     """Newest valid checkpoints kept in the output folder."""
+    keep_best: str | None = None
+    """A metric (loss, top1, top5) by which the best checkpoint is kept too."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides are kept too."""
     resume: str = "auto"
-    """auto (the newest valid one in `out`), never, or the path of any run's step folder."""
+    """auto (the newest valid one in `out`), never, a step of `out`, or the path of any run's step folder."""
     shard_size: str = "5GB"
     """Largest size of one model or optimizer file (units kB, MB, GB, KiB, MiB, GiB)."""
     verify: bool = True
-    """Check every checksum before resuming; false checks sizes and headers only."""
+    """Compare checksums of all that is read when resuming; false checks sizes and headers only."""
+    background: bool = True
+    """Write while training goes on, from a copy of the state in host memory; false waits, and needs no copy."""
+    writer: Literal["direct", "owner"] = "direct"
+    """direct: every rank writes into every file. owner: each file has one rank that writes it, for file systems on which
+    several hosts must not write one file (NFS, mounted object stores). The bytes are the same."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others while a checkpoint is written, before all give up."""
 
 
 @dataclass(frozen=True)

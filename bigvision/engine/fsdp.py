@@ -55,15 +55,15 @@ class FSDPEngine(NativeEngine):
     def _run(self, tensor: Tensor, is_parameter: bool) -> tuple[Tensor, int, tuple[int, int]]:
         if not isinstance(tensor, DTensor):
             return tensor.view(-1), 0, (self.runtime.data_rank, self.runtime.data_ranks)
-        mesh = self.runtime.mesh
-        values = tensor.to_local()
+        with torch.no_grad():
+            values = tensor.to_local()
         # fully_shard cuts dimension 0 as torch.chunk does: all but the last shards that are not empty are equal.
-        rows, shards = tensor.shape[0], mesh["shard"].size()
+        rows, (shard, shards) = tensor.shape[0], self.runtime.shard
         chunk = -(-rows // shards)
-        start_row = min(rows, chunk * mesh.get_local_rank("shard"))
+        start_row = min(rows, chunk * shard)
         assert values.shape[0] == min(chunk, rows - start_row), (tuple(tensor.shape), tuple(values.shape))
         start = start_row * (tensor.numel() // rows if rows else 0)
-        return values.view(-1), start, (mesh.get_local_rank("replicate"), mesh["replicate"].size())
+        return values.view(-1), start, self.runtime.replica
 
     def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
         whole = [g for g in gradients if not isinstance(g, DTensor)]

@@ -111,8 +111,8 @@ class NativeEngine(DataParallelEngine):
 
     def _model_fragments(self) -> Iterator[Fragment]:
         for name, tensor in self._tensors().items():
-            values, start, copy = self._run(tensor.detach(), isinstance(tensor, nn.Parameter))
-            yield Fragment("model", name, tuple(tensor.shape), start, values, copy)
+            values, start, copy = self._run(tensor, isinstance(tensor, nn.Parameter))
+            yield Fragment("model", name, tuple(tensor.shape), start, values.detach(), copy)
 
     def _tensors(self) -> dict[str, Tensor]:
         """What is saved of the whole model, by name; on meta where this rank holds nothing of it."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigvision.config import Config
+from bigvision.config import SPLIT_BACKWARD, Config
 from bigvision.data.batch import Batch, normalize
 from bigvision.engine.batches import micro_batch
 from bigvision.engine.fsdp import FSDPEngine
@@ -74,6 +74,7 @@ class PipelineEngine(FSDPEngine):
         compute = COMPUTE_DTYPES[self.config.parallel.precision]
         for number, stage in self.stages.items():
             stage.around = lambda number=number: self._surroundings(number)
+            stage.apart = self.config.parallel.schedule in SPLIT_BACKWARD
             stage.travels_as = None if compute == torch.float32 or number == self.plan.stages - 1 else compute
         super()._build(blueprint, blocks)
 
@@ -130,6 +131,10 @@ class PipelineEngine(FSDPEngine):
             begin += count * size
             for parameter, grad in before.items():
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        for parameter in self._held().values():
+            # Where torch takes backward passes apart they lie as the kernels made them; fused optimizers read both alike.
+            if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
         return sum(self.losses, torch.zeros((), dtype=torch.float64, device=self.runtime.device))
 
     def _taken_aside(self) -> dict[nn.Parameter, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining._backward import stage_backward_weight
 
 from bigvision.config import ONE_STAGE, SPLIT_BACKWARD, ParallelConfig
 from bigvision.models import Stage
@@ -49,6 +50,15 @@ class Placement:
         return self.ranks - 1 - place if self.back and turn % 2 else place
 
 
+class _Stage(PipelineStage):
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
+        if backward_type != "weight":
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        # torch's own frees what the groups of weights share after the first of them.
+        groups = bwd_kwargs["param_groups"]
+        return stage_backward_weight(self.submod.parameters(), groups, retain_graph=True), None
+
+
 def make_schedule(
     name: str,
     stages: dict[int, Stage],
@@ -66,7 +76,7 @@ def make_schedule(
     total, made = placement.stages, []
     for number, stage in stages.items():
         device = next(stage.parameters()).device
-        made.append(PipelineStage(stage, number, total, device, values[number], values[number + 1], group=group))
+        made.append(_Stage(stage, number, total, device, values[number], values[number + 1], group=group))
         made[-1].stage_index_to_group_rank = {number: placement.rank_of(number) for number in range(total)}
     # With fewer micro-batches than stages these two are the same, and torch has only the first.
     kind = SCHEDULES["gpipe" if name == "1f1b" and count < total else name]

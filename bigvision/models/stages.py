@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +34,9 @@ class Stage(nn.Module):
     """What surrounds each forward pass."""
     travels_as: torch.dtype | None = None
     """In which type floating-point tensors leave; None leaves them as they are."""
+    apart: bool = False
+    """Whether backward passes are taken apart: what leaves is then detached in place, so it is neither a view nor kept by
+    a backward pass, and gradients are sent as they come, so they are contiguous."""
 
     def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], owned: Iterable[str]) -> None:
         """Take the modules that *graphs* call, and the parameters and buffers *owned*, out of *model*.
@@ -71,14 +75,28 @@ class Stage(nn.Module):
         return holder
 
     def forward(self, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.apart:
+            received = tuple(_ContiguousGradient.apply(t) if t.requires_grad else t for t in received)  # type: ignore[misc]
         with self.around():
             sent = self._runs[self.training].run(*received)
         if not isinstance(sent, tuple):
             return sent
-        return tuple(
-            (tensor if self.travels_as is None or not tensor.is_floating_point() else tensor.to(self.travels_as)).contiguous()
-            for tensor in sent
-        )
+        return tuple(map(self._leaving, sent))
+
+    def _leaving(self, tensor: Tensor) -> Tensor:
+        if self.travels_as is not None and tensor.is_floating_point():
+            tensor = tensor.to(self.travels_as)
+        return tensor.clone(memory_format=torch.contiguous_format) if self.apart else tensor.contiguous()
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.contiguous()
 
 
 @dataclass(frozen=True)

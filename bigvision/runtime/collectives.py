@@ -15,30 +15,34 @@ from bigvision.errors import UserError
 T = TypeVar("T")
 
 
-def gather_json(value: Any) -> list[Any]:
-    """Return every rank's *value*, in the order of the ranks, on every rank."""
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return every rank's *value*, in the order of the ranks, on every rank.
+
+    Args:
+        group: all ranks, where several threads speak at a time and each needs lines of its own.
+    """
     if dist.get_world_size() == 1:
         return [json.loads(json.dumps(value))]
     text = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([text.numel()]))
+    dist.all_gather(sizes, torch.tensor([text.numel()]), group)
     longest = max(int(size) for size in sizes)
     padded = torch.nn.functional.pad(text, (0, longest - text.numel()))
     texts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(texts, padded)
+    dist.all_gather(texts, padded, group)
     return [json.loads(bytes(text[: int(size)].numpy()).decode()) for text, size in zip(texts, sizes)]
 
 
-def from_main(value: Any) -> Any:
+def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Return rank 0's *value* on every rank."""
-    return gather_json(value if dist.get_rank() == 0 else None)[0]
+    return gather_json(value if dist.get_rank() == 0 else None, group)[0]
 
 
 class RankFailure(RuntimeError):
     """Another rank could not do its part; names the rank and its error."""
 
 
-def all_or_none(work: Callable[[], T]) -> T:
+def all_or_none(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Do *work* on every rank; when it fails on any, raise the same error on all, so that none waits for another.
 
     Raises:
@@ -52,7 +56,7 @@ def all_or_none(work: Callable[[], T]) -> T:
     except Exception as error:
         failure = error
     said = None if failure is None else [isinstance(failure, UserError), _words(failure)]
-    for rank, words in enumerate(gather_json(said)):
+    for rank, words in enumerate(gather_json(said, group)):
         if words is None:
             continue
         if words[0]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -50,10 +51,20 @@ class Runtime:
         """Into how many parts a batch is cut."""
         return self.world_size // self.pipeline_ranks
 
-    @property
+    @cached_property
     def pipeline_ranks(self) -> int:
         """Ranks in a pipeline; 1 where there is none."""
         return self.mesh["stage"].size()
+
+    @cached_property
+    def shard(self) -> tuple[int, int]:
+        """(which shard of its replica this rank holds, how many there are)."""
+        return self.mesh.get_local_rank("shard"), self.mesh["shard"].size()
+
+    @cached_property
+    def replica(self) -> tuple[int, int]:
+        """(which replica this rank is part of, how many there are)."""
+        return self.mesh.get_local_rank("replicate"), self.mesh["replicate"].size()
 
     @property
     def is_main(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from bigvision.checkpoint import Checkpoint
 from bigvision.config import Config
 from bigvision.data import check_source
 from bigvision.engine import Engine, build_engine, check_engine
-from bigvision.errors import UserError
+from bigvision.errors import UserError, either
 from bigvision.models import Blocks, Blueprint, blueprint, check_model, find_blocks, model_card
 from bigvision.runtime import Runtime, all_or_none
 from bigvision.tasks import build_task
@@ -37,15 +38,23 @@ class Build:
     """Of the last evaluation before this start; empty at a fresh one."""
 
 
-def build(config: Config, runtime: Runtime, say: Callable[[str], None]) -> Build:
-    """Check everything that can be checked without a model, then build, shard and restore it. Called on every rank."""
+def build(config: Config, runtime: Runtime, say: Callable[[str], None], stack: ExitStack) -> Build:
+    """Check everything that can be checked without a model, then build, shard and restore it. Called on every rank.
+
+    Args:
+        stack: lets go of the output folder and the engine when the run ends.
+    """
     out = Path(config.out)
 
     def check() -> None:
         for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
             check_source(spec, key=key)
         check_engine(config, runtime)
+        metrics = build_task(config.task).metrics
+        if (best := config.checkpoint.keep_best) is not None and best not in metrics:
+            raise UserError(f"checkpoint.keep_best: {best} is no metric of this task: use {either(metrics)}")
         if runtime.is_main:
+            stack.callback(checkpoint.Lock(out, say).release)
             checkpoint.prepare_folder(out)
 
     # Together, also where every rank would find the same by itself: one that left early would break the others' start.
@@ -61,16 +70,19 @@ def build(config: Config, runtime: Runtime, say: Callable[[str], None]) -> Build
             f"but {found.folder} is at step {found.progress['step']}: train for longer, or choose another --out"
         )
     engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say)
+    stack.callback(engine.close)
     metrics: dict[str, float] = {}
     if found:
-        found.restore(list(engine.fragments()))
+        found = found.restore_or_older(list(engine.fragments()), say)
         engine.restored(found.progress["scalars"])
         metrics = found.progress["metrics"]
         say(f"resuming from {found.folder}, step {engine.step} of {steps}")
 
     def note() -> None:
         if runtime.is_main:
-            (out / "run.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+            if config.checkpoint.resume.isdigit():
+                checkpoint.set_aside_later(out, engine.step, say)
+            checkpoint.replace(out / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
 
     all_or_none(note)
     return Build(engine, data, plan, card, steps, metrics)
@@ -112,7 +124,7 @@ def build_model(
 
 def restore_model(found: Checkpoint, engine: Engine) -> None:
     """Take over only the weights of a checkpoint, for evaluation. Called on every rank."""
-    found.restore(list(engine.fragments()), groups=("model",), what="checkpoint")
+    found.restore(list(engine.fragments()), groups=("model",))
     engine.refresh()
 
 

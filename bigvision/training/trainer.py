@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from bigvision import checkpoint
-from bigvision.config import Config, parse_size
+from bigvision.config import Config
 from bigvision.engine import Engine
 from bigvision.monitor import Monitor
 from bigvision.runtime import start
 from bigvision.training.build import Build, build
 from bigvision.training.data import training_batches
 from bigvision.training.evaluate import evaluate
+from bigvision.training.saving import Saving
 
 
 @dataclass(frozen=True)
@@ -33,52 +33,33 @@ def train(config: Config) -> Result:
     Raises:
         UserError: what was asked for cannot be done; the same on every rank, before anything is trained.
     """
-    with start(config.parallel.device, config.parallel.replicas, config.parallel.pipeline_ranks) as runtime:
+    with ExitStack() as stack:
+        runtime = stack.enter_context(start(config.parallel.device, config.parallel.replicas, config.parallel.pipeline_ranks))
         monitor = Monitor(config, runtime)
-        run = build(config, runtime, monitor.say)
+        stack.callback(monitor.close)
+        run = build(config, runtime, monitor.say, stack)
         engine, steps, metrics = run.engine, run.steps, run.metrics
         batches = training_batches(config, run.data, run.blueprint, runtime, position=engine.samples)
+        stack.callback(batches.close)
+        saving = Saving(config, engine, run.card, runtime, monitor.say)
+        stack.callback(saving.close)
         monitor.begin(engine.step, steps, metrics)
-        folder = None
-        try:
-            while engine.step < steps:
-                result = engine.train_step(next(batches))
-                monitor.after_step(engine.step, engine.samples, result)
-                last, epoch_ended = engine.step == steps, _epoch_ended(engine, run, config)
-                if last or _due(engine.step, config.train.eval_every, epoch_ended):
-                    metrics = evaluate(config, run, runtime)
-                    monitor.after_evaluation(engine.step, engine.samples, metrics)
-                if last or _due(engine.step, config.checkpoint.every, epoch_ended):
-                    folder = save(config, run, metrics)
+        while engine.step < steps:
+            result = engine.train_step(next(batches))
+            monitor.after_step(engine.step, engine.samples, result)
+            last, epoch_ended = engine.step == steps, _epoch_ended(engine, run, config)
+            if last or _due(engine.step, config.train.eval_every, epoch_ended):
+                metrics = evaluate(config, run, runtime)
+                monitor.after_evaluation(engine.step, engine.samples, metrics)
+            if saving.due(epoch_ended) or last:
+                saving.save(metrics)
+        if saving.saved != engine.step:
             # A run that was resumed at its last step has nothing to train and still leaves its checkpoint.
-            folder = folder or save(config, run, metrics)
-        finally:
-            batches.close()
-            monitor.close()
-            engine.close()
+            saving.save(metrics)
+        folder = saving.finish()
+        monitor.close()
         monitor.farewell(folder, metrics)
         return Result(engine.step, folder, metrics)
-
-
-def save(config: Config, run: Build, metrics: dict[str, float]) -> Path:
-    """Write a checkpoint of the run as it stands, and return its folder. Called on every rank."""
-    run.engine.synchronize()
-    scalars = run.engine.scalars()
-    progress: dict[str, Any] = {
-        "step": run.engine.step,
-        "samples": run.engine.samples,
-        "scalars": scalars,
-        "metrics": metrics,
-        "config": config.to_dict(),
-    }
-    return checkpoint.save(
-        Path(config.out),
-        run.engine.step,
-        run.engine.fragments(),
-        {"config.json": run.card, "progress.json": progress},
-        parse_size(config.checkpoint.shard_size, "checkpoint.shard_size"),
-        config.checkpoint.keep,
-    )
 
 
 def _due(step: int, every: int | None, epoch_ended: bool) -> bool:

@@ -73,6 +73,6 @@ def flip(path: Path, at: int) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """sha256 of every file under *folder*."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    """sha256 of every file under *folder* but the lock, which names its last owner."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

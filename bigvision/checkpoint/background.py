@@ -1,0 +1,113 @@
+"""Saving while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bigvision.checkpoint.commit import Writer, commit
+from bigvision.checkpoint.memory import Arena
+from bigvision.checkpoint.pieces import Plan, plan
+from bigvision.checkpoint.retention import Retention
+from bigvision.fragments import Fragment
+from bigvision.runtime import RankFailure, gather_json
+
+
+class Saver:
+    """Saves a run's checkpoints, one at a time: a step waits only for a copy of what this rank has to write.
+
+    Every rank has one and calls all of its methods.
+    """
+
+    def __init__(
+        self, out: Path, shard_size: int, retention: Retention, *, background: bool = True, writer: Writer = "direct",
+        timeout: float = 600.0, say: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        """Args:
+        background: False writes before training goes on, and holds no copy.
+        timeout: seconds that a rank waits for the others' answers while a checkpoint is written.
+        say: told when there is no memory for the copy.
+        """
+        self.out, self.shard_size, self.retention, self.say = out, shard_size, retention, say
+        self.writer: Writer = writer
+        self.arena = Arena() if background else None
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+        # Lines of its own: what is said in the background must not meet what training says at the same time.
+        self.group: Any = None
+        if dist.get_world_size() > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    def save(self, step: int, fragments: Iterable[Fragment], documents: dict[str, Any]) -> None:
+        """Begin to save; *fragments* may change as soon as this returns. The save before is waited for.
+
+        Raises:
+            RankFailure: the save before failed, or this one if it is not in the background.
+        """
+        self.wait()
+        content = plan(list(fragments), self.shard_size)
+        if (copy := self._copied(content)) is None:
+            self._commit(step, content, documents)
+            self.wait()
+        else:
+            self.thread = threading.Thread(target=self._commit, args=(step, copy, documents), name="checkpoint")
+            self.thread.start()
+
+    def poll(self, *requests: bool) -> list[bool]:
+        """Exchange *requests* between the ranks, and learn of an error in the background. Called between two steps.
+
+        Returns, for each request, whether any rank made it.
+
+        Raises:
+            RankFailure: a save in the background failed; the same on every rank.
+        """
+        flags = torch.tensor([*requests, self.failure is not None], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        if flags[-1]:
+            self._join()  # where it is not as far, it comes to the same end
+            failure, self.failure = self.failure, None
+            raise RankFailure(next(text for text in gather_json(failure and str(failure)) if text)) from failure
+        return [bool(flag) for flag in flags[:-1]]
+
+    def wait(self) -> None:
+        """Wait until nothing is being saved.
+
+        Raises:
+            RankFailure: it failed.
+        """
+        self._join()
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Wait until nothing is being saved; whether it succeeded is no longer asked."""
+        self._join()
+
+    def _join(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _copied(self, content: Plan) -> Plan | None:
+        if self.arena is None:
+            return None
+        try:
+            return Plan(content.layouts, self.arena.copy(content.pieces))
+        except (MemoryError, RuntimeError) as error:
+            # Which ranks write in the background and which do not makes no difference to the others.
+            self.arena = None
+            self.say(f"no memory for a copy of the state ({error}): checkpoints are written before training goes on")
+            return None
+
+    def _commit(self, step: int, content: Plan, documents: dict[str, Any]) -> None:
+        try:
+            commit(self.out, step, content, documents, self.retention, self.writer, self.group)
+        except Exception as error:
+            self.failure = error

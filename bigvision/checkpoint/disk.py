@@ -1,0 +1,82 @@
+"""Files and folders that are durable, have explicit modes and are never reached through a link."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+FILE_MODE = 0o644
+FOLDER_MODE = 0o755
+
+
+def open_new(path: Path) -> int:
+    """Create a file for writing; one that is there already, or a link, is an `OSError`."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+
+
+def open_existing(path: Path, flags: int) -> int:
+    """Open a file with *flags*; a link is an `OSError`."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Create a file with *data* in it, on the disk. Its name is not yet: see :func:`sync_folder`."""
+    descriptor = open_new(path)
+    try:
+        write_at(descriptor, memoryview(data), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Give *path* the content *data*, durably: whoever reads it sees all of the old or all of the new."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        write_new(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of *data* at *offset*: the system may take less at a time."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the folder's names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make *folder* and those above it that are missing, durably."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    # Another run may be making it too.
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, FOLDER_MODE)
+    if not folder.is_dir():
+        raise NotADirectoryError(20, "Not a directory", str(folder))
+    sync_folder(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file or a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

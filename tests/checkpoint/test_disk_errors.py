@@ -1,0 +1,276 @@
+"""Disks that fail, fill up or cannot be written: every rank says the same, nothing saved is lost, and saving goes on after."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from bigvision import checkpoint
+from bigvision.errors import UserError
+from bigvision.runtime import gather_json, start
+from tests.checkpoint.recording import read_tree
+from tests.checkpoint.states import Save, find_version, save_version
+from tests.checkpoint.system_calls import Call, intercept
+from tests.checkpoint.test_power_loss import PERMANENT
+from tests.distributed import run_ranks
+
+FIRST = Save(1, 1)
+CASES = {"another step": Save(2, 2, 1), "the same step": Save(1, 2, 1)}
+DEADLINE = 30
+"""Seconds in which a save has to fail."""
+SCALE = 32
+"""Tensors of 150 kB, which are written past the page cache."""
+
+# What each fault hits from the chosen call on.
+ALLOCATING = {"open", "write", "truncate", "mkdir"}
+CHANGING = ALLOCATING | {"rename", "unlink", "rmdir", "fsync"}
+
+
+class Failing:
+    """A handler that fails this rank's calls from the *number*-th on: one of them with EIO, or all that a fault hits."""
+
+    def __init__(self, number: int, fault: int) -> None:
+        self.number = number
+        self.fault = fault
+        self.count = 0
+        self.lock = threading.Lock()
+
+    def __call__(self, call: Call, perform: Callable[[], Any]) -> Any:
+        with self.lock:
+            self.count += 1
+            count = self.count
+        hits = {
+            errno.EIO: count == self.number and not (call.name == "close" and call.reads),
+            errno.ENOSPC: count >= self.number and call.name in ALLOCATING and not call.reads,
+            errno.EROFS: count >= self.number and call.name in CHANGING and not call.reads,
+        }
+        if hits[self.fault]:
+            if call.name == "close":
+                perform()  # as Linux does: the descriptor is gone whatever close returns
+            raise OSError(self.fault, os.strerror(self.fault), call.path)
+        return None if call.name == "fsync" else perform()
+
+
+def try_to_save(out: Path, save: Save, rank: int, ranks: int) -> str:
+    """What a rank has to say of a save."""
+    began = time.monotonic()
+    try:
+        save_version(out, save, rank, ranks, scale=SCALE)
+        said = "saved"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    took = time.monotonic() - began
+    return said if took < DEADLINE else f"{said}, after {took:.0f} s"
+
+
+def leftovers(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir() if not re.fullmatch(PERMANENT, path.name))
+
+
+def fail_on_ranks(folder: Path, case: str, victim: int, fault: int, stride: int) -> tuple[int, list[str]]:
+    """Fail each call of one rank in turn; returns how many were tried, and what was wrong."""
+    warnings.simplefilter("ignore")
+    wrong: list[str] = []
+    with start("cpu") as runtime:
+        rank, ranks, first = runtime.rank, runtime.world_size, folder / "first"
+        if runtime.is_main:
+            checkpoint.prepare_folder(first)
+        save_version(first, FIRST, rank, ranks, scale=SCALE)
+        before = read_tree(first / "step-00000001")
+        number, tried = 1, 0
+        while True:
+            out = folder / f"out-{number}"
+            if runtime.is_main:
+                shutil.copytree(first, out)
+            dist.barrier()
+            failing = Failing(number, fault)
+            opened = len(os.listdir("/proc/self/fd"))
+            with intercept(out, failing) if rank == victim else nullcontext():
+                said = gather_json(try_to_save(out, CASES[case], rank, ranks))
+            leaked = gather_json(len(os.listdir("/proc/self/fd")) - opened)
+            if number > gather_json(failing.count)[victim]:
+                assert set(said) == {"saved"}, said
+                return tried, wrong
+            tried += 1
+            what = f"{os.strerror(fault)} at call {number} of rank {victim}: "
+            if any(leaked):
+                wrong.append(f"{what}files left open: {leaked}")
+            if len(set(said)) > 1 or not re.match(rf"saved$|RankFailure: rank {victim}: .*{os.strerror(fault)}", said[0]):
+                wrong.append(f"{what}the ranks said {said}")
+            if said[0] != "saved" and case == "another step" and read_tree(out / "step-00000001") != before:
+                wrong.append(f"{what}the older checkpoint was touched")
+            # What could not be removed is removed by the next start.
+            if fault != errno.EROFS and said[0] != "saved" and (names := leftovers(out)):
+                wrong.append(f"{what}left over: {names}")
+            elif fault == errno.EROFS and runtime.is_main:
+                checkpoint.prepare_folder(out)
+            dist.barrier()
+            wrong += [f"{what}{text}" for text in _next(out, rank, ranks, said[0] == "saved")]
+            dist.barrier()
+            if runtime.is_main:
+                shutil.rmtree(out)
+            number += stride
+
+
+def _next(out: Path, rank: int, ranks: int, saved: bool) -> list[str]:
+    """Whether the state after a fault is one of the two, and whether this process can save and another can start."""
+    wrong, said = list[str](), list[str]()
+    try:
+        version = find_version(out, said.append)
+        if version not in ({2} if saved else {1, 2}) or said:
+            wrong.append(f"version {version} was found; {said}")
+    except Exception as error:
+        wrong.append(f"nothing is found: {error}")
+    dist.barrier()
+    again = gather_json(try_to_save(out, Save(3, 3), rank, ranks))
+    if set(again) != {"saved"}:
+        wrong.append(f"of the next save the ranks said {again}")
+    if rank == 0:
+        checkpoint.prepare_folder(out)
+        wrong += [f"left over after the next start: {names}"] if (names := leftovers(out)) else []
+    dist.barrier()
+    if find_version(out, said.append) != 3:
+        wrong.append("the next start does not find the next save")
+    return wrong
+
+
+FAULTS = (errno.EIO, errno.ENOSPC, errno.EROFS)
+LONG = [pytest.param(case, fault, victim, 1, marks=pytest.mark.long) for case in CASES for fault in FAULTS for victim in (0, 1)]
+SHORT = [(case, fault, 0, 5) for case in CASES for fault in FAULTS] + [("another step", fault, 1, 4) for fault in FAULTS]
+
+
+@pytest.mark.parametrize(("case", "fault", "victim", "stride"), SHORT + LONG)
+def test_an_error_at_any_call_of_a_rank_is_every_ranks(tmp_path: Path, case: str, fault: int, victim: int, stride: int) -> None:
+    tried, wrong = run_ranks(fail_on_ranks, 2, tmp_path, case, victim, fault, stride, timeout=900)[0]
+    assert tried > 3
+    assert not wrong, f"{len(wrong)} faults in {tried} calls:\n" + "\n".join(wrong[:10])
+
+
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own, in memory."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a file system")
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def fill_up_on_ranks(out: Path, free: list[int]) -> list[str]:
+    """Save with only so many bytes left on the disk; returns what was wrong."""
+    warnings.simplefilter("ignore")
+    wrong: list[str] = []
+    with start("cpu") as runtime:
+        rank, ranks = runtime.rank, runtime.world_size
+        if runtime.is_main:
+            checkpoint.prepare_folder(out)
+        save_version(out, FIRST, rank, ranks, scale=SCALE)
+        before = read_tree(out / "step-00000001")
+        ballast = out.with_name("ballast")
+        outcomes = set()
+        for left in free:
+            if runtime.is_main:
+                disk = os.statvfs(out)
+                with ballast.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - left)
+            dist.barrier()
+            said = gather_json(try_to_save(out, Save(2, 2), rank, ranks))
+            what = f"with {left} bytes left: "
+            if len(set(said)) > 1 or not re.match(r"saved$|RankFailure: rank \d: OSError: \[Errno 28\] No space left", said[0]):
+                wrong.append(f"{what}the ranks said {said}")
+            outcomes.add(said[0] == "saved")
+            names = leftovers(out) + ([] if said[0] == "saved" else [s for s in checkpoint.steps_in(out) if s != 1])
+            if names or read_tree(out / "step-00000001") != before:
+                wrong.append(f"{what}left over: {names}")
+            if find_version(out, print) != (2 if said[0] == "saved" else 1):
+                wrong.append(f"{what}another version is found")
+            dist.barrier()
+            if runtime.is_main:
+                ballast.unlink()
+                shutil.rmtree(out / "step-00000002", ignore_errors=True)
+            dist.barrier()
+        save_version(out, Save(2, 2), rank, ranks, scale=SCALE)
+        if find_version(out, print) != 2 or outcomes != {False, True}:
+            wrong.append(f"with the disk empty again: version {find_version(out, print)}, {outcomes}")
+    return wrong
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "size=4m") as disk:
+        free = [0, 4 << 10, 8 << 10, 64 << 10, 500 << 10, *range(680 << 10, 760 << 10, 4 << 10)]
+        assert run_ranks(fill_up_on_ranks, 2, disk / "out", free)[0] == []
+
+
+def test_no_inode_left_loses_nothing(tmp_path: Path) -> None:
+    outcomes = set()
+    for inodes in range(10, 18):
+        with small_disk(tmp_path / f"disk-{inodes}", f"size=4m,nr_inodes={inodes}") as disk:
+            said = run_ranks(save_two_on_rank, 2, disk / "out")
+            assert len(set(said)) == 1 and re.match(r"saved$|RankFailure: rank 0: OSError: \[Errno 28\]", said[0]), said
+            steps = [2, 1] if said[0] == "saved" else [1]
+            assert (leftovers(disk / "out"), checkpoint.steps_in(disk / "out")) == ([], steps)
+            outcomes.add(said[0] == "saved")
+    assert outcomes == {False, True}
+
+
+def save_two_on_rank(out: Path) -> str:
+    warnings.simplefilter("ignore")
+    with start("cpu") as runtime:
+        if runtime.is_main:
+            checkpoint.prepare_folder(out)
+        save_version(out, FIRST, runtime.rank, runtime.world_size)
+        return try_to_save(out, Save(2, 2), runtime.rank, runtime.world_size)
+
+
+def read_only_on_rank(out: Path, saves: bool) -> str:
+    with start("cpu") as runtime:
+        assert find_version(out, print) == 1
+        said = try_to_save(out, Save(2, 2), runtime.rank, runtime.world_size)
+        assert find_version(out, print) == (2 if saves else 1)
+        return said
+
+
+def save_first_on_rank(out: Path) -> None:
+    with start("cpu") as runtime:
+        if runtime.is_main:
+            checkpoint.prepare_folder(out)
+        save_version(out, FIRST, runtime.rank, runtime.world_size, scale=SCALE)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "size=8m") as disk:
+        out = disk / "out"
+        run_ranks(save_first_on_rank, 2, out)
+        before = read_tree(out)
+        remount(disk, "ro")
+        said = run_ranks(read_only_on_rank, 2, out, False)
+        assert said == [said[0]] * 2 and re.match(r"RankFailure: rank 0: OSError: \[Errno 30\] Read-only", said[0]), said
+        for prepare in (checkpoint.prepare_folder, checkpoint.Lock):
+            for folder in (out, disk / "new"):
+                with pytest.raises(UserError, match=rf"out: {folder} cannot be written \(Read-only file system\)"):
+                    prepare(folder)
+        assert read_tree(out) == before
+        remount(disk, "rw")
+        assert run_ranks(read_only_on_rank, 2, out, True) == ["saved"] * 2

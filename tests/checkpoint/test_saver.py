@@ -1,0 +1,361 @@
+"""Saving in the background, by one run at a time, on file systems of every kind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bigvision import checkpoint
+from bigvision.checkpoint import Lock, Retention, Saver, commit, memory, pieces, writer
+from bigvision.checkpoint.manifest import CHUNK
+from bigvision.errors import UserError
+from bigvision.fragments import Fragment
+from bigvision.runtime import RankFailure, start
+from tests.checkpoint.test_format import DOCUMENTS, digests, load_on_rank, make_fragments, save_on_rank, whole_tensors
+from tests.distributed import run_ranks, start_ranks
+
+# The lock.
+
+
+def hold(out: Path) -> None:
+    with Lock(out):
+        (out / "held").touch()
+        time.sleep(600)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_second_run_is_refused_by_name_and_a_dead_one_is_not(tmp_path: Path) -> None:
+    owner = start_ranks(hold, 1, tmp_path)[0]
+    try:
+        wait_for(tmp_path / "held")
+        with pytest.raises(UserError, match=f"in use by process {owner.pid} on .* since .*choose another --out"):
+            Lock(tmp_path)
+    finally:
+        owner.kill()
+        owner.join()
+    Lock(tmp_path).release()
+
+
+def test_one_process_cannot_lock_twice(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder"
+    with Lock(out):
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+                Lock(out)
+    with Lock(out):
+        pass
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="cannot be written"):
+        Lock(tmp_path / "out")
+    assert (tmp_path / "elsewhere").read_text() == "precious"
+
+
+# In the background.
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def saver(out: Path, **options: Any) -> Saver:
+    return Saver(out, 10**9, Retention(3), **options)
+
+
+def change_while_saving(out: Path) -> list[str]:
+    """What is saved is the state at the call, and two saves never run at once."""
+    running: list[str] = []
+    events: list[str] = []
+    write = commit.write_pieces
+
+    def slowly(*arguments: Any) -> Any:
+        events.append("begin")
+        assert not running
+        running.append("one")
+        time.sleep(0.3)
+        try:
+            return write(*arguments)
+        finally:
+            running.clear()
+            events.append("end")
+
+    with start("cpu") as runtime, patched(commit, "write_pieces", slowly):
+        fragments = make_fragments(runtime.rank, runtime.world_size, "rows", whole_tensors())
+        mine = saver(out)
+        for step in (1, 2, 3):
+            mine.save(step, fragments, dict(DOCUMENTS))
+            events.append("on")
+            for fragment in fragments:
+                fragment.values.fill_(-step)
+            dist.barrier()
+            if step == 1:
+                mine.wait()
+                for fragment, whole in zip(fragments, make_fragments(runtime.rank, 2, "rows", whole_tensors())):
+                    fragment.values.copy_(whole.values)
+        mine.close()
+    return events
+
+
+def test_training_goes_on_and_the_state_of_the_call_is_saved(tmp_path: Path) -> None:
+    for events in run_ranks(change_while_saving, 2, tmp_path):
+        assert events.index("on") < events.index("end") and events.count("end") == 3
+    assert checkpoint.steps_in(tmp_path) == [3, 2, 1]
+    run_ranks(save_on_rank, 1, tmp_path / "same", "whole", 10**9)
+    assert digests(tmp_path / "step-00000001") == digests(tmp_path / "same" / "step-00000003")
+    assert digests(tmp_path / "step-00000002") == digests(tmp_path / "step-00000001")
+    assert digests(tmp_path / "step-00000003") != digests(tmp_path / "step-00000001")
+
+
+def fail_in_background(out: Path, bad_rank: int) -> tuple[str, float]:
+    with start("cpu") as runtime:
+        fragments = make_fragments(runtime.rank, runtime.world_size, "rows", whole_tensors())
+        mine = saver(out)
+        write = os.pwrite
+
+        def full(descriptor: int, data: Any, offset: int) -> int:
+            if threading.current_thread().name.startswith("checkpoint") and runtime.rank == bad_rank:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(descriptor, data, offset)
+
+        with patched(os, "pwrite", full):
+            mine.save(4, fragments, dict(DOCUMENTS))
+            begin, steps = time.monotonic(), 0
+            try:
+                while time.monotonic() < begin + 60:
+                    mine.poll()
+                    steps += 1
+            except RankFailure as error:
+                said = str(error)
+            else:
+                said = "nothing"
+        assert (said, steps) == tuple(_everywhere((said, steps))), "all at the same step"
+        # The run may go on to save again.
+        mine.save(5, fragments, dict(DOCUMENTS))
+        mine.wait()
+        mine.close()
+        return said, time.monotonic() - begin
+
+
+def _everywhere(value: tuple[str, int]) -> list[Any]:
+    from bigvision.runtime import from_main
+
+    return from_main(list(value))
+
+
+@pytest.mark.parametrize("bad_rank", [0, 2])
+def test_an_error_in_the_background_is_every_ranks_at_the_same_step(tmp_path: Path, bad_rank: int) -> None:
+    run_ranks(save_on_rank, 3, tmp_path, "rows", 10**9)
+    before = digests(tmp_path / "step-00000003")
+    for said, seconds in run_ranks(fail_in_background, 3, tmp_path, bad_rank):
+        assert said.startswith(f"rank {bad_rank}: OSError") and "No space left" in said and seconds < 30
+    assert checkpoint.steps_in(tmp_path) == [5, 3] and digests(tmp_path / "step-00000003") == before
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def one_rank_is_silent(out: Path) -> str:
+    with start("cpu") as runtime:
+        mine = saver(out, timeout=3.0)
+        write = commit.write_pieces
+
+        def late(*arguments: Any) -> Any:
+            if runtime.rank == 1:
+                time.sleep(8)
+            return write(*arguments)
+
+        with patched(commit, "write_pieces", late):
+            try:
+                mine.save(4, make_fragments(runtime.rank, 2, "rows", whole_tensors()), dict(DOCUMENTS))
+                mine.wait()
+            except RankFailure as error:
+                return str(error)
+        return "saved"
+
+
+def test_ranks_do_not_wait_for_ever_for_one(tmp_path: Path) -> None:
+    said = run_ranks(one_rank_is_silent, 2, tmp_path)
+    assert all("does not answer" in words for words in said), said
+    assert checkpoint.steps_in(tmp_path) == []
+
+
+def one_rank_has_no_memory(out: Path) -> list[str]:
+    said: list[str] = []
+
+    def copy(*arguments: Any) -> Any:
+        raise MemoryError("as much as there is")
+
+    with start("cpu") as runtime:
+        mine = saver(out, say=said.append)
+        with patched(memory.Arena, "copy", copy if runtime.rank == 1 else memory.Arena.copy):
+            mine.save(3, make_fragments(runtime.rank, runtime.world_size, "flat", whole_tensors()), dict(DOCUMENTS))
+        mine.wait()
+    return said
+
+
+def test_without_memory_for_a_copy_a_rank_writes_before_it_goes_on(tmp_path: Path) -> None:
+    first, second, third = run_ranks(one_rank_has_no_memory, 3, tmp_path)
+    assert first == third == [] and "no memory" in second[0]
+    assert all(run_ranks(load_on_rank, 2, tmp_path, "rows"))
+
+
+def requests(rank_that_asks: int) -> list[bool]:
+    with start("cpu") as runtime:
+        mine = saver(Path("/nowhere"))
+        return mine.poll(runtime.rank == rank_that_asks, False)
+
+
+def test_what_one_rank_asks_for_all_do() -> None:
+    assert run_ranks(requests, 3, 2) == [[True, False]] * 3
+    assert run_ranks(requests, 1, 0) == [[True, False]]
+
+
+# File systems.
+
+
+def save_otherwise(out: Path, how: str, options: dict[str, Any]) -> list[str]:
+    """Save, and return the safetensors files that this rank opened to write fragments."""
+    opened: list[str] = []
+    write, existing = os.pwrite, writer.open_existing
+
+    def open_existing(path: Path, flags: int) -> int:
+        opened.append(path.name)
+        if how == "refuses" and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return existing(path, flags)
+
+    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+        if how == "short":
+            return write(descriptor, data[: max(1, len(data) // 2 + 1)], offset)
+        if how == "cannot" and os.path.exists(f"/proc/self/fd/{descriptor}"):
+            import fcntl
+
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return write(descriptor, data, offset)
+
+    with start("cpu") as runtime:
+        mine = saver(out, **options)
+        with patched(writer, "open_existing", open_existing), patched(os, "pwrite", pwrite):
+            mine.save(3, large_fragments(runtime.rank, runtime.world_size), dict(DOCUMENTS))
+            mine.wait()
+    return sorted(set(opened))
+
+
+def large_fragments(rank: int, ranks: int) -> list[Fragment]:
+    """Larger than a cell of the grid, with odd ends, beside small ones."""
+    found = []
+    for group, suffix in (("model", ""), ("optimizer", "/exp_avg")):
+        for name, size in (("a", 3_000_001), ("b", 17), ("c", 700_003), ("d", 1)):
+            values = torch.arange(size, dtype=torch.float32)
+            step = -(-size // ranks)
+            begin, end = min(rank * step, size), min((rank + 1) * step, size)
+            found.append(Fragment(group, name + suffix, (size,), begin, values[begin:end].clone(), (0, 1)))
+    return found
+
+
+WAYS: list[tuple[str, dict[str, Any]]] = [("as it is", {"background": False}), ("as it is", {"writer": "owner"})]
+WAYS += [("refuses", {}), ("cannot", {}), ("short", {}), ("short", {"background": False})]
+
+
+def test_the_bytes_are_the_same_whatever_the_file_system_can(tmp_path: Path) -> None:
+    run_ranks(save_otherwise, 1, tmp_path / "reference", "as it is", {})
+    expected = digests(tmp_path / "reference" / "step-00000003")
+    for number, (how, options) in enumerate(WAYS):
+        opened = run_ranks(save_otherwise, 3, tmp_path / str(number), how, options)
+        assert digests(tmp_path / str(number) / "step-00000003") == expected, (how, options)
+        if options.get("writer") == "owner":
+            assert opened == [["model.safetensors"], ["optimizer.safetensors"], []], "each file is written by one rank"
+        else:
+            assert opened == [["model.safetensors", "optimizer.safetensors"]] * 3
+
+
+def fail_at_owner(out: Path) -> str:
+    with start("cpu") as runtime:
+        mine = saver(out, writer="owner", background=False)
+        write = os.pwrite
+
+        def broken(descriptor: int, data: Any, offset: int) -> int:
+            if runtime.rank == 1 and offset > 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return write(descriptor, data, offset)
+
+        with patched(os, "pwrite", broken):
+            try:
+                mine.save(3, large_fragments(runtime.rank, runtime.world_size), dict(DOCUMENTS))
+            except RankFailure as error:
+                return str(error)
+    return "saved"
+
+
+def test_an_error_of_an_owner_is_every_ranks(tmp_path: Path) -> None:
+    said = run_ranks(fail_at_owner, 3, tmp_path)
+    assert len(set(said)) == 1 and said[0].startswith("rank 1: OSError: [Errno 5]"), said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_copies_are_written_once_and_the_work_is_shared() -> None:
+    size = 10 * CHUNK + 12345
+    total, written = 0, []
+    for rank in range(3):
+        fragments = [Fragment("model", name, (size,), 0, torch.empty(size, dtype=torch.uint8), (rank, 3)) for name in "ab"]
+        found = pieces.plan(fragments, 10**12).pieces
+        assert all(piece.length <= CHUNK and sum(map(len, piece.parts)) == piece.length for piece in found)
+        written += [(piece.offset, piece.length) for piece in found]
+        total += (mine := sum(piece.length for piece in found))
+        assert abs(mine - 2 * size / 3) <= CHUNK
+    position = min(written)[0]
+    for offset, length in sorted(written):
+        assert offset == position
+        position += length
+    assert total == 2 * size
+
+
+# What stays.
+
+
+def test_what_is_kept() -> None:
+    metrics = {step: {"top1": top1, "loss": 1 - top1} for step, top1 in ((10, 0.5), (20, 0.9), (30, 0.9), (40, 0.7), (50, 0.6))}
+    assert Retention(2).keeps(metrics) == {40, 50}
+    assert Retention(1, best="top1").keeps(metrics) == {20, 50}
+    assert Retention(1, best="loss").keeps(metrics) == {20, 50}
+    assert Retention(1, every=20).keeps(metrics) == {20, 40, 50}
+    assert Retention(1, best="top5").keeps(metrics) == {50}
+    assert Retention(1, best="loss").keeps({10: {"loss": float("nan")}, 20: {"loss": 3.0}, 30: {}}) == {20, 30}
+
+
+def save_with_metrics(out: Path) -> None:
+    with start("cpu") as runtime:
+        mine = Saver(out, 10**9, Retention(1, best="top1", every=4))
+        for step, top1 in enumerate((0.1, 0.8, 0.3, 0.2, 0.5, 0.4, 0.1), start=1):
+            documents = {"config.json": {}, "progress.json": {"step": step, "metrics": {"top1": top1}}}
+            mine.save(step, make_fragments(runtime.rank, runtime.world_size, "rows", whole_tensors()), documents)
+        mine.wait()
+
+
+def test_the_best_and_every_nth_are_kept(tmp_path: Path) -> None:
+    run_ranks(save_with_metrics, 2, tmp_path)
+    assert checkpoint.steps_in(tmp_path) == [7, 4, 2]
