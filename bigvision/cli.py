@@ -1,4 +1,4 @@
-"""The command line: ``bigvision train``, ``bigvision eval`` and ``bigvision convert``."""
+"""The command line: training, evaluation, and what is done with weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
+from bigvision.checkpoint.commands import run_checkpoint, run_export
 from bigvision.config import describe, resolve
 from bigvision.errors import UserError, nearest
 
@@ -18,9 +19,12 @@ USAGE = """usage: bigvision COMMAND ...
   train [RECIPE.yaml] [--section.key value ...]   train; without a recipe, the handwritten digits
   eval STEP_FOLDER [--section.key value ...]      print a checkpoint's validation metrics
   convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights
+  export STEP_FOLDER FILE_OR_FOLDER               write a checkpoint's weights for other tools
+  checkpoint list|verify|diff|prune ...           look at checkpoints, check, compare and remove them
 
---deepspeed FILE and --deepspeed_config FILE are other spellings of --parallel.deepspeed FILE.
-More: bigvision train --help; train and eval both run under torchrun, deepspeed and accelerate launch."""
+--resume X is another spelling of --checkpoint.resume X; --deepspeed FILE and --deepspeed_config FILE are others of
+--parallel.deepspeed FILE. train and eval both run under torchrun, deepspeed and accelerate launch.
+More: bigvision COMMAND --help."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
-        return COMMANDS[command](_with_our_spelling(rest))
+        return COMMANDS[command](rest)
     except UserError as error:
         if _speaks():
             print(f"error: {error}", file=sys.stderr)
@@ -52,6 +56,7 @@ def run_train(arguments: list[str]) -> int:
     """``bigvision train [RECIPE.yaml] [--print-config] [--section.key value ...]``."""
     from bigvision.launching.accelerate import overrides
 
+    arguments = _with_our_spelling(arguments)
     recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else str(default_recipe())
     print_only = "--print-config" in arguments
     flags = [argument for argument in arguments if argument != "--print-config"]
@@ -68,6 +73,7 @@ def run_train(arguments: list[str]) -> int:
 
 def run_eval(arguments: list[str]) -> int:
     """``bigvision eval STEP_FOLDER [--section.key value ...]``: one JSON object of metrics on standard output."""
+    arguments = _with_our_spelling(arguments)
     if not arguments or arguments[0].startswith("-"):
         if {"-h", "--help"} & set(arguments):
             resolve(None, ["--help"], prog="bigvision eval STEP_FOLDER")
@@ -123,19 +129,26 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 
 
 def _with_our_spelling(arguments: list[str]) -> list[str]:
-    """DeepSpeed's flags for its file in our words. Its bare ``--deepspeed`` beside ``--deepspeed_config FILE`` says no more."""
+    """``--resume`` and DeepSpeed's flags for its file in our words. Its bare ``--deepspeed`` beside the other says no more."""
     named = any(re.match(r"--deepspeed[-_]config(=|\Z)", argument) for argument in arguments)
     kept = []
     for argument, following in zip(arguments, [*arguments[1:], "--"]):
         if not (named and argument == "--deepspeed" and following.startswith("-")):
-            kept.append(re.sub(r"\A--deepspeed([-_]config)?(?==|\Z)", "--parallel.deepspeed", argument))
+            argument = re.sub(r"\A--deepspeed([-_]config)?(?==|\Z)", "--parallel.deepspeed", argument)
+            kept.append(re.sub(r"\A--resume(?==|\Z)", "--checkpoint.resume", argument))
     return kept
 
 
 GRACE = 5.0
 """Seconds that a silent rank leaves to the one that speaks."""
 
-COMMANDS = {"train": run_train, "eval": run_eval, "convert": run_convert}
+COMMANDS = {
+    "train": run_train,
+    "eval": run_eval,
+    "convert": run_convert,
+    "export": run_export,
+    "checkpoint": run_checkpoint,
+}
 
 
 if __name__ == "__main__":

@@ -118,6 +118,21 @@ def read_run(folder: Path, run: Run) -> bytes:
     return data
 
 
+def read_document(folder: Path, runs: dict[str, list[Run]], name: str) -> dict[str, Any]:
+    """Return the JSON object in a file of the checkpoint.
+
+    Raises:
+        Damaged: not what was written, or no JSON object.
+    """
+    try:
+        content = json.loads(b"".join(read_run(folder, run) for run in runs[name]))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{name} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise Damaged(f"{name} holds no JSON object")
+    return content
+
+
 def differs(run: Run) -> str:
     """What is wrong with a run whose checksum is another."""
     return f"{run.file} differs from its checksum in the {run.length} bytes from {run.offset}"

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -25,21 +24,6 @@ from bigvision.tensorfile import DTYPES, Place, read_into
 
 THREADS = 4
 """That read at a time on each rank."""
-
-
-def read_document(folder: Path, runs: dict[str, list[Run]], name: str) -> dict[str, Any]:
-    """Return the JSON object in a file of the checkpoint.
-
-    Raises:
-        Damaged: not what was written, or no JSON object.
-    """
-    try:
-        content = json.loads(b"".join(read_run(folder, run) for run in runs[name]))
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{name} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise Damaged(f"{name} holds no JSON object")
-    return content
 
 
 def read_places(folder: Path, runs: dict[str, list[Run]]) -> dict[str, dict[str, Place]]:

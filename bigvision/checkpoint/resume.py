@@ -10,8 +10,8 @@ from typing import Any
 
 from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import sync_folder
-from bigvision.checkpoint.manifest import Damaged, Run
-from bigvision.checkpoint.reader import check_same_tensors, read_document, read_fragments, read_places
+from bigvision.checkpoint.manifest import Damaged, Run, read_document
+from bigvision.checkpoint.reader import check_same_tensors, read_fragments, read_places
 from bigvision.checkpoint.steps import folder_name, steps_in
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment

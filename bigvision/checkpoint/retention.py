@@ -10,8 +10,7 @@ from pathlib import Path
 
 from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import sync_folder
-from bigvision.checkpoint.manifest import Damaged
-from bigvision.checkpoint.reader import read_document
+from bigvision.checkpoint.manifest import Damaged, read_document
 from bigvision.checkpoint.steps import folder_name, steps_in
 
 
@@ -32,8 +31,9 @@ class Retention:
         if self.every is not None:
             kept |= {step for step in metrics if step % self.every == 0}
         if self.best is not None:
-            sign = -1.0 if "loss" in self.best else 1.0
-            known = {step: sign * found[self.best] for step, found in metrics.items() if _number(found.get(self.best))}
+            known = {
+                step: sign(self.best) * found[self.best] for step, found in metrics.items() if _number(found.get(self.best))
+            }
             if known:
                 kept.add(max(sorted(known), key=known.__getitem__))
         return kept
@@ -56,11 +56,20 @@ def prune(out: Path, retention: Retention, newest: int) -> None:
         known = progress.get("metrics")
         metrics[step] = known if isinstance(known, dict) else {}
     for step in metrics.keys() - retention.keeps(metrics):
-        # Under another name first, so that a half removed folder is never taken for a checkpoint.
-        gone = out / f"{folder_name(step)}.pruned-{secrets.token_hex(4)}"
-        (out / folder_name(step)).rename(gone)
-        sync_folder(out)
-        shutil.rmtree(gone, ignore_errors=True)
+        remove_step(out / folder_name(step))
+
+
+def remove_step(folder: Path) -> None:
+    """Remove a checkpoint; under another name first, so that a half removed folder is never taken for one."""
+    gone = folder.with_name(f"{folder.name}.pruned-{secrets.token_hex(4)}")
+    folder.rename(gone)
+    sync_folder(folder.parent)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def sign(metric: str) -> float:
+    """By which values of a metric are multiplied so that the best is the largest: a loss is better when it is lower."""
+    return -1.0 if "loss" in metric else 1.0
 
 
 def _number(value: object) -> bool:

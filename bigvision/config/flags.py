@@ -44,7 +44,7 @@ def parse_flags(defaults: Config, flags: list[str], kinds: Mapping[str, Any], pr
             Config,
             prog=prog,
             description="Train a timm model: bigvision train [RECIPE.yaml] [--section.key value ...]. "
-            "--deepspeed FILE is another spelling of --parallel.deepspeed FILE.",
+            "--resume X is another spelling of --checkpoint.resume X, --deepspeed FILE of --parallel.deepspeed FILE.",
             args=flags,
             default=defaults,
             registry=registry,

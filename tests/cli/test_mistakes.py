@@ -75,6 +75,8 @@ def refused(arguments: list[str], *words: str, ranks: int = 1) -> None:
         (["--model.num_classes", "3"], ["model.num_classes", "10 classes"]),
         (["--model.weights", "/no/such.safetensors"], ["model.weights"]),
         (["--checkpoint.resume", "/no/such/step-00000001"], ["checkpoint.resume", "/no/such/step-00000001"]),
+        (["--resume", "/no/such/step-00000001"], ["checkpoint.resume", "/no/such/step-00000001"]),
+        (["--resume=/no/such/step-00000001"], ["checkpoint.resume", "/no/such/step-00000001"]),
         (["--parallel.strategy", "fsdp", "--parallel.replicas", "2"], ["parallel.replicas: 2", "1 ranks"]),
     ],
 )
@@ -91,6 +93,8 @@ def test_the_recipes_own_mistakes(tmp_path: Path) -> None:
     refused(["trian"], "'trian'", "'train'")
     refused(["eval"], "step folder")
     refused(["eval", str(tmp_path)], str(tmp_path))
+    refused(["export", str(tmp_path), str(tmp_path / "x.safetensors")], str(tmp_path), "not a step folder", ranks=2)
+    refused(["checkpoint", "verify", str(tmp_path)], str(tmp_path), "neither a step folder")
 
 
 def test_a_global_batch_that_cannot_be_divided(tmp_path: Path) -> None:
@@ -182,6 +186,7 @@ def test_a_deepspeed_file_in_its_three_spellings(tmp_path: Path) -> None:
     assert code == 0 and f"strategy: zero2 # {file}" in " ".join(out.split()), err
     for arguments in (["--help"], ["train", "--help"]):
         assert "--deepspeed FILE" in " ".join(command(arguments)[1].split())
+        assert "--resume X" in " ".join(command(arguments)[1].split())
 
 
 def test_an_evaluation_does_not_need_the_file_that_the_run_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +225,7 @@ def test_what_is_right(tmp_path: Path) -> None:
     code, again, err = run_ranks(command, 1, ["eval", str(tmp_path / "two" / "step-00000002")])[0]
     assert code == 0 and yaml.safe_load(again) == pytest.approx(metrics[0], rel=1e-5), err
     code, out, _ = run_ranks(command, 1, ["--help"])[0]
-    assert code == 0 and "train" in out and "eval" in out
+    assert code == 0 and all(name in out for name in ("train", "eval", "export", "checkpoint", "--resume X"))
     code, out, _ = run_ranks(command, 1, ["train", "--help"])[0]
     assert code == 0 and "--train.global_batch" in out
     assert torch.get_num_threads() >= 1
