@@ -19,9 +19,9 @@ from bigvision.checkpoint.disk import FOLDER_MODE, open_new, sync_folder
 from bigvision.checkpoint.layout import FileLayout, TensorSpec, index, lay_out
 from bigvision.checkpoint.listing import check_step_folder
 from bigvision.checkpoint.manifest import Damaged
-from bigvision.checkpoint.tensors import TYPES, Tensors
+from bigvision.checkpoint.tensors import Tensors
 from bigvision.errors import UserError
-from bigvision.tensorfile import Place
+from bigvision.tensorfile import TYPES, Place
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_SIZE = 5 * 1000**3
