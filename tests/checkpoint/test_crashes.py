@@ -22,7 +22,7 @@ import torch.distributed as dist
 from bigvision import checkpoint
 from bigvision.runtime import all_or_none, start
 from tests.checkpoint.states import Save, find_version, meet, save_version
-from tests.checkpoint.system_calls import Call, intercept
+from tests.checkpoint.system_calls import Call, intercept, write_part
 from tests.checkpoint.test_power_loss import PERMANENT
 from tests.distributed import run_ranks, start_ranks
 from tests.recipes import losses, recipe, run
@@ -75,9 +75,7 @@ def die_on_rank(out: Path, notes: Path, victim: int, number: int, everyone: bool
 
         def strike(call: Call) -> None:
             if torn and call.name == "write":
-                # Whole sectors where there are any, for O_DIRECT takes nothing else.
-                half = len(call.data) // 2 // 4096 * 4096 or (len(call.data) // 2 if len(call.data) < 4096 else 0)
-                os.pwrite(call.descriptor, call.data[:half], call.offset)
+                write_part(call, len(call.data) // 2)
             pids = [int((notes / f"pid-{rank}").read_text()) for rank in range(runtime.world_size)]
             for pid in pids if everyone else []:
                 if pid != os.getpid():
