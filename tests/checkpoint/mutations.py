@@ -40,7 +40,6 @@ MUTATIONS = [
     Mutation("fsync of headers", "writer.py", "        os.fsync(descriptor)\n", "", POWER),
     Mutation("fsync of documents and manifest", "disk.py", "        write_at(descriptor, memoryview(data), 0)\n        os.fsync(descriptor)", "        write_at(descriptor, memoryview(data), 0)", POWER),
     Mutation("fsync of the checkpoint's folder", "commit.py", "    sync_folder(unfinished)\n", "", POWER),
-    Mutation("fsync after the old one is moved aside", "commit.py", "            sync_folder(final.parent)\n        unfinished", "            pass\n        unfinished", POWER),
     Mutation("fsync after the rename", "commit.py", "        unfinished.rename(final)\n        sync_folder(final.parent)", "        unfinished.rename(final)", POWER),
     Mutation("fsync before a pruned one is removed", "retention.py", "    sync_folder(folder.parent)\n", "", POWER),
     Mutation("fsync of the names above", "commit.py", "                sync_folder(folder)\n", "                pass\n", POWER),
