@@ -1,4 +1,4 @@
-"""The command line: ``bigvision train``, ``bigvision eval`` and what is done with checkpoints."""
+"""The command line: ``bigvision train``, ``bigvision eval``, and what is done with checkpoints and weights."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ USAGE = """usage: bigvision COMMAND ...
   eval STEP_FOLDER [--section.key value ...]      print a checkpoint's validation metrics
   export STEP_FOLDER FILE_OR_FOLDER               write a checkpoint's weights for other tools
   checkpoint list|verify|diff|prune ...           look at checkpoints, check, compare and remove them
+  convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights
 
 --resume X is another spelling of --checkpoint.resume X; --deepspeed FILE and --deepspeed_config FILE are others of
 --parallel.deepspeed FILE. train and eval both run under torchrun, deepspeed and accelerate launch.
@@ -96,6 +97,13 @@ def run_eval(arguments: list[str]) -> int:
     return 0
 
 
+def run_convert(arguments: list[str]) -> int:
+    """``bigvision convert IN.pth OUT.safetensors``."""
+    from bigvision.models.convert import run
+
+    return run(arguments)
+
+
 def default_recipe() -> Path:
     """The recipe that trains when none is named."""
     beside_source = Path(__file__).parent.parent / "recipes" / "digits.yaml"
@@ -134,7 +142,13 @@ def _with_our_spelling(arguments: list[str]) -> list[str]:
 GRACE = 5.0
 """Seconds that a silent rank leaves to the one that speaks."""
 
-COMMANDS = {"train": run_train, "eval": run_eval, "export": run_export, "checkpoint": run_checkpoint}
+COMMANDS = {
+    "train": run_train,
+    "eval": run_eval,
+    "export": run_export,
+    "convert": run_convert,
+    "checkpoint": run_checkpoint,
+}
 
 
 if __name__ == "__main__":

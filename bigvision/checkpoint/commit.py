@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -43,6 +44,10 @@ def prepare_folder(out: Path) -> None:
     """
     try:
         make_folder(out)
+        for folder in out.absolute().parents:
+            # Whoever made it a moment ago did not bring its name to the disk. Not all may be open to us.
+            with contextlib.suppress(OSError):
+                sync_folder(folder)
         probe = out / f".probe.{secrets.token_hex(4)}"
         os.close(open_new(probe))
         probe.unlink()
@@ -149,9 +154,10 @@ def _publish(unfinished: Path, final: Path) -> None:
         # A run resumed at its last step writes that step again.
         aside = final.with_name(f"{final.name}.aside-{secrets.token_hex(4)}")
         final.rename(aside)
-        # Else the disk might see the second rename alone, onto a folder that is not empty.
-        sync_folder(final.parent)
     try:
+        if aside is not None:
+            # Else the disk might see the second rename alone, onto a folder that is not empty.
+            sync_folder(final.parent)
         unfinished.rename(final)
         sync_folder(final.parent)
     except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ VERSION = 2
 NAME = "manifest.json"
 LARGEST = 1 << 30
 """Bytes of the largest JSON file that is read."""
+PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+"""The names of files that a checkpoint may have."""
 CHUNK = 4 << 20
 """Bytes read, written and summed at a time."""
 
@@ -70,13 +73,13 @@ def read(folder: Path) -> dict[str, list[Run]]:
         files = manifest["files"]
         runs = {name: [Run(name, *(int(n) for n in run)) for run in file["runs"]] for name, file in files.items()}
         complete = all(_covered(file) for file in files.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Damaged(f"{NAME} cannot be read: {type(error).__name__}: {error}") from None
     if not complete or not {"progress.json", "config.json"} <= set(files):
         raise Damaged(f"{NAME} does not describe whole files")
     for name, file in files.items():
         # A name is never a path: nothing outside the folder is ever opened.
-        if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+        if not PLAIN.fullmatch(name):
             raise Damaged(f"{NAME} names {name!r}, which is not a plain file name")
         path = folder / name
         if path.is_symlink() or not path.is_file():
@@ -115,16 +118,19 @@ def read_run(folder: Path, run: Run) -> bytes:
     return data
 
 
-def read_document(folder: Path, runs: dict[str, list[Run]], name: str) -> Any:
-    """Return the JSON content of a file of the checkpoint.
+def read_document(folder: Path, runs: dict[str, list[Run]], name: str) -> dict[str, Any]:
+    """Return the JSON object in a file of the checkpoint.
 
     Raises:
-        Damaged: not what was written, or not JSON.
+        Damaged: not what was written, or no JSON object.
     """
     try:
-        return json.loads(b"".join(read_run(folder, run) for run in runs[name]))
+        content = json.loads(b"".join(read_run(folder, run) for run in runs[name]))
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise Damaged(f"{name} holds no JSON object")
+    return content
 
 
 def differs(run: Run) -> str:

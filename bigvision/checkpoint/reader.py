@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,24 +17,13 @@ import torch
 from torch import Tensor
 
 from bigvision.checkpoint.disk import open_existing
-from bigvision.checkpoint.layout import DTYPES
 from bigvision.checkpoint.manifest import Damaged, Run, checksum, chunks, differs, read_run
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
+from bigvision.tensorfile import DTYPES, Place, read_into
 
 THREADS = 4
 """That read at a time on each rank."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a whole tensor lies."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 def read_places(folder: Path, runs: dict[str, list[Run]]) -> dict[str, dict[str, Place]]:
@@ -79,22 +69,19 @@ def read_fragments(
         job.read(descriptors[job.file], local.buffer)
 
     try:
-        jobs = []
-        for file, ranges in wanted.items():
-            descriptors[file] = open_existing(folder / file, os.O_RDONLY)
-            ranges.sort(key=lambda one: one.begin)
-            jobs += list(_verified(file, ranges, runs[file]) if full else _plain(file, ranges))
-        with ThreadPoolExecutor(THREADS, "checkpoint") as threads:
-            try:
-                list(threads.map(read, jobs))
-            except BaseException:
-                threads.shutdown(cancel_futures=True)
-                raise
+        with ExitStack() as stack:
+            jobs = []
+            for file, ranges in wanted.items():
+                descriptors[file] = open_existing(folder / file, os.O_RDONLY)
+                stack.callback(os.close, descriptors[file])
+                ranges.sort(key=lambda one: one.begin)
+                jobs += list(_verified(file, ranges, runs[file]) if full else _plain(file, ranges))
+            threads = stack.enter_context(ThreadPoolExecutor(THREADS, "checkpoint"))
+            # What an error leaves unread is not begun any more.
+            stack.callback(threads.shutdown, cancel_futures=True)
+            list(threads.map(read, jobs))
     except OSError as error:
         raise Damaged(f"{error.filename or 'a file'} cannot be read: {error.strerror}") from None
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -122,7 +109,10 @@ class _Job:
         whole = len(self.ranges) == 1 and first.begin <= self.offset and end <= first.end and first.target.device.type == "cpu"
         data = first.target[self.offset - first.begin : end - first.begin] if whole else buffer[: self.length]
         view = memoryview(data.numpy())  # pyright: ignore[reportArgumentType]
-        _read_into(descriptor, view, self.offset, self.file)
+        try:
+            read_into(descriptor, view, self.offset)
+        except EOFError:
+            raise Damaged(f"{self.file} ends early") from None
         if self.checksum is not None and checksum(view) != self.checksum:
             raise Damaged(differs(Run(self.file, self.offset, self.length, self.checksum)))
         if whole:
@@ -152,6 +142,8 @@ def _plain(file: str, ranges: list[_Range]) -> Iterator[_Job]:
 
 
 def _read_header(folder: Path, name: str, runs: list[Run]) -> dict[str, Place]:
+    if not runs:
+        raise Damaged(f"{name} is empty")
     # What was written first is the header and nothing else, whoever wrote the rest.
     head, size = runs[0], sum(run.length for run in runs)
     places = {}
@@ -168,7 +160,7 @@ def _read_header(folder: Path, name: str, runs: list[Run]) -> dict[str, Place]:
             if not 0 <= begin <= end <= size - head.length:
                 raise Damaged(f"{name}: {tensor} lies outside the file")
             places[tensor] = Place(name, entry["dtype"], shape, head.length + begin, end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Damaged(f"{name}: its header cannot be read: {error}") from None
     return places
 
@@ -201,11 +193,3 @@ def check_same_tensors(folder: Path, places: dict[str, dict[str, Place]], fragme
                 raise UserError(f"{start}{name} has {place.nbytes} bytes there: {mend}")
         if extra := next((name for name in held if name not in tensors), None):
             raise UserError(f"{start}it has {extra}, which this one lacks: {mend}")
-
-
-def _read_into(descriptor: int, data: memoryview, offset: int, name: str) -> None:
-    while data:
-        count = os.preadv(descriptor, [data], offset)
-        if count == 0:
-            raise Damaged(f"{name} ends early")
-        data, offset = data[count:], offset + count

@@ -11,11 +11,12 @@ from typing import Any
 from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import sync_folder
 from bigvision.checkpoint.manifest import Damaged, Run, read_document
-from bigvision.checkpoint.reader import Place, check_same_tensors, read_fragments, read_places
+from bigvision.checkpoint.reader import check_same_tensors, read_fragments, read_places
 from bigvision.checkpoint.steps import folder_name, steps_in
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.runtime import all_or_none, from_main, gather_json
+from bigvision.tensorfile import Place
 
 Say = Callable[[str], None]
 
@@ -161,10 +162,11 @@ def _try_open(folder: Path, full: bool, what: str) -> tuple[Checkpoint | None, s
     found, problem = None, None
     try:
         runs = manifest.read(folder)
-        found = Checkpoint(
-            folder, read_document(folder, runs, "progress.json"), runs, read_places(folder, runs), full, what
-        )  # fmt: skip
+        progress = read_document(folder, runs, "progress.json")
+        if not isinstance(progress.get("step"), int):
+            raise Damaged("progress.json names no step")
         read_document(folder, runs, "config.json")
+        found = Checkpoint(folder, progress, runs, read_places(folder, runs), full, what)
     except (Damaged, OSError) as error:
         problem = str(error)
     problems = [text for text in gather_json(problem) if text is not None]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigvision.checkpoint import manifest
+from bigvision.checkpoint.disk import sync_folder
 from bigvision.checkpoint.manifest import Damaged, read_document
 from bigvision.checkpoint.steps import folder_name, steps_in
 
@@ -52,7 +53,8 @@ def prune(out: Path, retention: Retention, newest: int) -> None:
             progress = read_document(folder, manifest.read(folder), "progress.json")
         except Damaged:
             continue
-        metrics[step] = progress.get("metrics") or {}
+        known = progress.get("metrics")
+        metrics[step] = known if isinstance(known, dict) else {}
     for step in metrics.keys() - retention.keeps(metrics):
         remove_step(out / folder_name(step))
 
@@ -61,6 +63,7 @@ def remove_step(folder: Path) -> None:
     """Remove a checkpoint; under another name first, so that a half removed folder is never taken for one."""
     gone = folder.with_name(f"{folder.name}.pruned-{secrets.token_hex(4)}")
     folder.rename(gone)
+    sync_folder(folder.parent)
     shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bigvision.checkpoint import manifest
-from bigvision.checkpoint.layout import DTYPES
 from bigvision.checkpoint.manifest import Damaged, Run, read_run
-from bigvision.checkpoint.reader import Place, read_places
+from bigvision.checkpoint.reader import read_places
+from bigvision.tensorfile import DTYPES, Place
 
 PIECE = 1 << 20
 """Bytes handed out at a time; a multiple of every type's width."""

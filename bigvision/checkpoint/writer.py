@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ def write_document(folder: Path, name: str, content: Any) -> Run:
 
 def write_pieces(folder: Path, pieces: list[Piece]) -> list[Run]:
     """Write this rank's pieces into the files of *folder*, to the disk, and return what was written."""
-    files = {name: OpenFile(folder / name) for name in dict.fromkeys(piece.file for piece in pieces)}
     local = threading.local()
 
     def write(piece: Piece) -> Run:
@@ -50,18 +50,17 @@ def write_pieces(folder: Path, pieces: list[Piece]) -> list[Run]:
             local.buffer = aligned(CHUNK + ALIGN)
         return files[piece.file].write(piece, local.buffer)
 
-    try:
-        with ThreadPoolExecutor(THREADS, "checkpoint") as threads:
-            try:
-                runs = list(threads.map(write, pieces))
-                list(threads.map(OpenFile.sync, files.values()))
-            except BaseException:
-                threads.shutdown(cancel_futures=True)
-                raise
+    with ExitStack() as stack:
+        files: dict[str, OpenFile] = {}
+        for name in dict.fromkeys(piece.file for piece in pieces):
+            files[name] = OpenFile(folder / name)
+            stack.callback(files[name].close)
+        threads = stack.enter_context(ThreadPoolExecutor(THREADS, "checkpoint"))
+        # What an error leaves undone is not begun any more.
+        stack.callback(threads.shutdown, cancel_futures=True)
+        runs = list(threads.map(write, pieces))
+        list(threads.map(OpenFile.sync, files.values()))
         return runs
-    finally:
-        for file in files.values():
-            file.close()
 
 
 class OpenFile:
@@ -94,8 +93,10 @@ class OpenFile:
         os.fsync(self.descriptors[0])
 
     def close(self) -> None:
-        for descriptor in self.descriptors:
-            os.close(descriptor)
+        # Each, also after an error of another.
+        with ExitStack() as stack:
+            for descriptor in self.descriptors:
+                stack.callback(os.close, descriptor)
 
     def _in_place(self, piece: Piece, buffer: Tensor) -> Tensor:
         whole = piece.parts[0] if len(piece.parts) == 1 and piece.parts[0].device.type == "cpu" else None

@@ -14,7 +14,7 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights (needs a network or timm's cache)."""
     weights: str | None = None
-    """Start from this local safetensors file (timm's parameter names)."""
+    """Start from this .safetensors file, its index, or a folder with one of them, such as another run's step folder."""
     image_size: int | None = None
     """Side of the square input in pixels; null takes the model's own."""
     num_classes: int | None = None

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
+from bigvision.runtime import all_or_none
 
 
 def wrap_blocks(blocks: Iterable[nn.Module], recompute: bool, compile: bool) -> None:
@@ -70,10 +71,20 @@ def to_empty(module: nn.Module, device: torch.device) -> None:
 
 
 def fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts: list[nn.Module], device: torch.device) -> None:
-    """Copy this rank's runs of each whole first value into place, one tensor at a time, and make the plain attributes.
+    """Give this rank's runs their first values, and make the plain attributes. Called on every rank.
 
-    Buffers that are not saved are in no fragment and are filled whole.
+    What lies in a weights file as it is, is read run by run; of what is drawn or computed, one whole tensor is held at a
+    time. Buffers that are not saved are in no fragment and are filled whole.
+
+    Raises:
+        UserError: on every rank, when a weights file could not be read on any.
     """
+    all_or_none(lambda: _fill(blueprint, seed, fragments, parts))
+    for part in parts:
+        blueprint.fill_attributes(part, device)
+
+
+def _fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts: list[nn.Module]) -> None:
     missing: dict[str, list[Fragment]] = {}
     for fragment in fragments:
         if fragment.values.numel() or not math.prod(fragment.shape):
@@ -85,6 +96,11 @@ def fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts: 
             if buffer.data_ptr() not in saved:
                 left.setdefault(name, []).append(buffer)
     with torch.no_grad():
+        for name in blueprint.runs():
+            for run in missing.pop(name, ()):
+                blueprint.read(name, run.start, run.values)
+            for buffer in left.pop(name, ()):
+                blueprint.read(name, 0, buffer.view(-1))
         for name, tensor in blueprint.tensors(seed, {*missing, *left}):
             for run in missing.pop(name, ()):
                 assert run.shape == tuple(tensor.shape), f"{name}: {run.shape} against {tuple(tensor.shape)}"
@@ -92,8 +108,6 @@ def fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts: 
             for buffer in left.pop(name, ()):
                 buffer.copy_(tensor)
     assert not missing and not left, f"without values: {[*missing, *left]}"
-    for part in parts:
-        blueprint.fill_attributes(part, device)
 
 
 def materialize(module: nn.Module, device: torch.device, dtype: torch.dtype, place: Callable[[nn.Parameter], None]) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError
-from bigvision.models import weights as pretrained
+from bigvision.models import weights
+from bigvision.models.adapt import Adapted, capture
 from bigvision.models.arguments import accepted, blame
 from bigvision.models.attributes import fill, named_tensors, plain_attributes, to_meta
 from bigvision.models.check import check_model
@@ -54,13 +55,13 @@ class Blueprint:
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
         self.notes = []
         self._name = config.name
-        with pretrained.capture() as loading:
+        with capture() as loading:
             built = _construct(config, num_classes, self.notes)
         self.module, self.arguments, self._tape, self._finals, self._attributes = built
         self.recorded = self._tape is not None
-        self._loaded: dict[str, Tensor] = {}
+        self._given: Adapted | None = None
         if config.weights is not None or config.pretrained:
-            self._loaded, notes = pretrained.read(config, self.module, loading)
+            self._given, notes = weights.read(config, self.module, loading)
             self.notes += notes
         data = timm.data.resolve_model_data_config(self.module)
         self.in_chans = getattr(self.module, "in_chans", data["input_size"][0])
@@ -78,32 +79,46 @@ class Blueprint:
         """The notes as one line, or None."""
         return "; ".join(self.notes) or None
 
+    def runs(self) -> list[str]:
+        """The tensors whose values lie in the weights file as they are, so that `read` can read parts of them."""
+        return self._given.runs() if self._given is not None else []
+
+    def read(self, name: str, start: int, values: Tensor) -> None:
+        """Fill the 1-D *values*, of any type and on any device, with the elements of one of `runs` from *start* on.
+
+        Only these are read from the file, straight into *values* where types and devices agree.
+
+        Raises:
+            UserError: the file ends early or cannot be read.
+        """
+        assert self._given is not None
+        self._given.read(name, start, values)
+
     def tensors(self, seed: int, names: Set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(name, value)`` once for every parameter and buffer, persistent or not, in no particular order.
 
         Those not in *names*, where it is given, are passed over at least cost.
 
-        Values are finished CPU tensors of the module's dtypes; tied names share memory. Drop each before asking for the
-        next. The caller's random state is not touched.
+        Values are finished CPU tensors of the module's dtypes; tied names share memory, unless they come from a weights
+        file. Drop each before asking for the next. The caller's random state is not touched.
+
+        Raises:
+            UserError: the weights file ends early or cannot be read.
         """
-        if self._tape is None:
-            yield from self._built(seed, _others(self.module, names))
-            return
         done = _others(self.module, names)
-        wanted = []
-        for storage, views in self._finals.items():
-            for name, view in [pair for pair in views if pair[0] not in done]:
-                # A tied tensor may be in the file under any one of its names.
-                source = next((n for n, v in views if v == view and n in self._loaded), None)
-                if source is not None:
-                    done.add(name)
-                    yield name, self._loaded[source].to(view.dtype).contiguous()
-            if any(name not in done for name, _ in views):
-                wanted.append(storage)
+        if self._given is not None:
+            for name, value in self._given.tensors(seed, names):
+                done.add(name)
+                yield name, value
+                del value
+        if self._tape is None:
+            yield from self._built(seed, done)
+            return
+        wanted = [storage for storage, views in self._finals.items() if any(name not in done for name, _ in views)]
         values = replay(self._tape, seed, wanted)
         while True:
             try:
-                storage, value = next(values)
+                storage, content = next(values)
             except StopIteration:
                 return
             except ReplayDiffers as error:
@@ -112,18 +127,17 @@ class Blueprint:
             for name, view in self._finals[storage]:
                 if name not in done:
                     done.add(name)
-                    yield name, view.on(value)
-            del value
+                    yield name, view.on(content)
+            del content
         yield from self._built(seed, done)
 
     def _built(self, seed: int, done: set[str]) -> Iterator[tuple[str, Tensor]]:
-        with torch.random.fork_rng(devices=[]), pretrained.capture(), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), capture(), torch.device("cpu"):
             torch.manual_seed(seed)
             twin = timm.create_model(self._name, **self.arguments)
         for name, tensor in named_tensors(twin):
             if name not in done:
-                loaded = self._loaded.get(name)
-                yield name, tensor.detach() if loaded is None else loaded.to(tensor.dtype).contiguous()
+                yield name, tensor.detach()
 
     def fill_attributes(self, module: nn.Module, device: torch.device | str) -> None:
         """Give plain tensor attributes of `module` (tensors that are neither parameters nor buffers) their values on `device`.

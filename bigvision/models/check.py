@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import timm
-from safetensors import SafetensorError, safe_open
 from timm.models import get_arch_pretrained_cfgs, is_model, split_model_name_tag
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError, nearest
-
-PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"}
+from bigvision.models.weights_file import WeightsFile
 
 
 def check_model(config: ModelConfig) -> None:
-    """Raise `UserError` for an unknown model name or a weights file that cannot be read. Builds nothing, loads nothing."""
+    """Raise `UserError` for an unknown model name or a weights file that cannot be read. Builds nothing, reads only headers."""
     check_name(config.name)
     if config.weights is not None and config.pretrained:
         raise UserError(f"model.weights: {config.weights} and model.pretrained: true exclude each other; keep one")
     if config.weights is not None:
-        check_weights_file(config.weights)
+        WeightsFile(config.weights, "model.weights")
     elif config.pretrained:
         architecture, _ = split_model_name_tag(config.name)
         if not any(card.has_weights for card in get_arch_pretrained_cfgs(architecture).values()):
@@ -39,19 +35,3 @@ def check_name(name: str) -> None:
     if tag and not any(card.tag == tag for card in get_arch_pretrained_cfgs(architecture).values()):
         tags = [f"{architecture}.{card.tag}" for card in get_arch_pretrained_cfgs(architecture).values() if card.tag]
         raise UserError(f"model.name: timm has no weights {name!r}{nearest(name, tags) or f'; use {architecture!r}'}")
-
-
-def check_weights_file(file: str) -> None:
-    """Raise `UserError` unless `file` is a safetensors file with a readable header."""
-    path = Path(file).expanduser()
-    if path.suffix.lower() in PICKLED:
-        raise UserError(f"model.weights: {file} is a pickled file, which can run code when read; convert it to .safetensors")
-    if path.suffix.lower() != ".safetensors":
-        raise UserError(f"model.weights: {file} is not a .safetensors file; name the file itself, or convert it")
-    if not path.is_file():
-        raise UserError(f"model.weights: {file} does not exist; check the path")
-    try:
-        with safe_open(path, "pt") as opened:
-            opened.keys()
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"model.weights: {file} is damaged or not safetensors ({error}); fetch or write it again") from error

@@ -108,6 +108,13 @@ class Recorder(TorchDispatchMode):
         self.tape.append(Op(None, (kept,), {}, (view,), frozenset(), made, made, False))
         return meta
 
+    def source(self, meta: Tensor, read: Callable[[], Tensor]) -> View:
+        """Let the new *meta* stand for what *read* returns each time that its value is wanted, laid out as *meta* is."""
+        view = self._adopt(meta)
+        made = frozenset([view.storage])
+        self.tape.append(Op(read, (), {}, (view,), frozenset(), made, made, False))
+        return view
+
     def sampled(self, sampler: Callable[..., Tensor], view: View, args: tuple) -> None:
         """Record a call that fills `view` from random numbers and looks at nothing else."""
         written = frozenset([view.storage])

@@ -76,6 +76,12 @@ def try_to_save(out: Path, save: Save, rank: int, ranks: int) -> str:
     return said if took < DEADLINE else f"{said}, after {took:.0f} s"
 
 
+def still_open(out: Path) -> list[str]:
+    """What this process has open in *out*."""
+    links = (os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir())
+    return [os.path.relpath(link, out) for link in links if link.startswith(f"{out}{os.sep}")]
+
+
 def leftovers(out: Path) -> list[str]:
     return sorted(path.name for path in out.iterdir() if not re.fullmatch(PERMANENT, path.name))
 
@@ -97,10 +103,9 @@ def fail_on_ranks(folder: Path, case: str, victim: int, fault: int, stride: int)
                 shutil.copytree(first, out)
             dist.barrier()
             failing = Failing(number, fault)
-            opened = len(os.listdir("/proc/self/fd"))
             with intercept(out, failing) if rank == victim else nullcontext():
                 said = gather_json(try_to_save(out, CASES[case], rank, ranks))
-            leaked = gather_json(len(os.listdir("/proc/self/fd")) - opened)
+            leaked = gather_json(still_open(out))
             if number > gather_json(failing.count)[victim]:
                 assert set(said) == {"saved"}, said
                 return tried, wrong

@@ -1,0 +1,134 @@
+"""Pickled weights rewritten as safetensors, by an explicit command; training and evaluation never read pickled files."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from bigvision.errors import UserError
+
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""What training scripts call the weights in a checkpoint, first what timm takes first: averaged weights before the others."""
+
+
+def convert(source: str, target: str) -> list[str]:
+    """Rewrite the pickled weights *source* as the safetensors file *target* and return what was done, a line each.
+
+    The file is loaded with ``weights_only=True``, which runs no code of it, and is held in memory. Of a training
+    checkpoint the averaged weights are taken where it has some, else the others, as timm does. Names lose the prefixes of
+    DistributedDataParallel and ``torch.compile``; values and types stay as they are.
+
+    Raises:
+        UserError: *source* is missing or not such a file, or *target* is there already.
+    """
+    path, out = Path(source).expanduser(), Path(target).expanduser()
+    if out.suffix.lower() != ".safetensors":
+        raise UserError(f"convert: {target} is no name for the result; let it end in .safetensors")
+    if out.exists():
+        raise UserError(f"convert: {target} exists already; name another file or remove it")
+    if not out.parent.is_dir():
+        raise UserError(f"convert: {target} cannot be written: there is no folder {out.parent}; make it")
+    found = _load(path, source)
+    wrapper = next((name for name in WRAPPERS if isinstance(found.get(name), Mapping) and found[name]), None)
+    held = clean_state_dict({str(name): value for name, value in (found if wrapper is None else found[wrapper]).items()})
+    tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"convert: {source} has no tensors by name, only {_some(list(held))}; take them out of it with torch")
+    if odd := [name for name, value in tensors.items() if not _is_plain(value)]:
+        raise UserError(f"convert: {source}: safetensors holds only plain tensors, not sparse or quantized ones: {_some(odd)}")
+    shared = _separate(tensors)
+    _write(tensors, out, target, mode=path.stat().st_mode & 0o666)
+    nbytes = sum(value.nbytes for value in tensors.values())
+    lines = [f"wrote {target}: {len(tensors)} tensors, {nbytes / 1e6:.1f} MB"]
+    if wrapper is not None:
+        rest = [name for name in found if name != wrapper]
+        lines.append(f"took {wrapper!r}" + (f", left out {_some(rest)}" if rest else ""))
+    if dropped := [name for name in held if name not in tensors]:
+        lines.append(f"left out what are no tensors: {_some(dropped)}")
+    lines += [f"{name} shares memory with {other}: each has values of its own now" for name, other in shared.items()]
+    return lines
+
+
+def run(arguments: list[str]) -> int:
+    """``bigvision convert IN.pth OUT.safetensors``: says on standard output what was done."""
+    usage = "bigvision convert IN.pth OUT.safetensors"
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: {usage}\n\nRewrites pickled weights (.pth, .pt, .bin, .ckpt) as safetensors and runs no code of theirs.")
+        return 0
+    if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
+        raise UserError(f"convert: name the pickled file and the one to write: {usage}")
+    print("\n".join(convert(*arguments)))
+    return 0
+
+
+def _load(path: Path, source: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"convert: {source} is not a file; check the path")
+    if path.suffix.lower() == ".safetensors":
+        raise UserError(f"convert: {source} is not pickled; set model.weights to it as it is")
+    try:
+        # timm's own checkpoints hold the command line that made them.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"convert: {source} cannot be read without running its code: {_reason(path, error)}") from error
+    if not isinstance(found, Mapping):
+        raise UserError(f"convert: {source} holds a {type(found).__name__}, not weights by name; take them out with torch")
+    return dict(found)
+
+
+def _reason(path: Path, error: Exception) -> str:
+    try:
+        if names := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+            return f"it asks for {_some(sorted(names))}"
+    except Exception:
+        pass
+    text = str(error) or type(error).__name__
+    told = re.search(r"WeightsUnpickler error: (.+)", text)
+    # What follows the first sentence is torch's advice to run the file's code.
+    return re.split(r"\. |\n", told[1] if told else text)[0]
+
+
+def _is_plain(value: Tensor) -> bool:
+    return type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_quantized
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Give every tensor contiguous memory that is its alone; return the names that shared, each with the first to do so."""
+    owners: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, value in tensors.items():
+        value = value.detach().resolve_conj().resolve_neg()
+        owner = owners.setdefault(value.untyped_storage().data_ptr(), name) if value.numel() else name
+        if owner != name:
+            shared[name] = owner
+        # A window on a larger storage would be written with all of it.
+        alone = owner == name and value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+        tensors[name] = value if alone else value.clone(memory_format=torch.contiguous_format)
+    return shared
+
+
+def _write(tensors: dict[str, Tensor], out: Path, target: str, mode: int) -> None:
+    """The whole file or none, to be read by whom could read the one before."""
+    unfinished = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        unfinished.chmod(mode)
+        unfinished.rename(out)
+    except Exception as error:
+        raise UserError(f"convert: {target} cannot be written: {str(error).splitlines()[0]}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _some(names: list[str]) -> str:
+    return " ".join(", ".join(map(str, names[:4])).split()) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,96 @@
+"""Safetensors files: where their tensors lie, and parts of them read straight into memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""safetensors' names of the types."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a whole tensor lies."""
+
+    file: str
+    """The file's name in its folder."""
+    dtype: str
+    """safetensors' name of the type."""
+    shape: tuple[int, ...]
+    offset: int
+    """The tensor's first byte in the file."""
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, Place]:
+    """Return the places of the tensors in a file, by name, in the order of its header.
+
+    Raises:
+        ValueError: the file is missing, cut, or not as safetensors allows; one line.
+    """
+    try:
+        # The library checks that the tensors have their types' sizes and follow each other up to the end of the file.
+        with safe_open(path, "pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=unique)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    header.pop("__metadata__", None)
+    places = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        places[name] = Place(path.name, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+    return places
+
+
+def read_into(descriptor: int, data: memoryview, offset: int) -> None:
+    """Fill *data* with the file's bytes from *offset*: the system may give less at a time.
+
+    Raises:
+        EOFError: the file ends before.
+        OSError: it cannot be read.
+    """
+    while data:
+        count = os.preadv(descriptor, [data], offset)
+        if count == 0:
+            raise EOFError("the file ends early")
+        data, offset = data[count:], offset + count
+
+
+def bytes_of(values: torch.Tensor) -> memoryview:
+    """The memory of a contiguous 1-D tensor on the CPU, for reading a file into it."""
+    return memoryview(values.detach().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json's hook for those in which a name may occur only once.
+
+    Raises:
+        ValueError: a name is there twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} is there twice")
+        found[name] = value
+    return found
