@@ -130,7 +130,9 @@ def _entry(folder: Path) -> Entry:
 
 
 def _metrics(progress: dict[str, Any]) -> dict[str, float | None]:
-    numbers = {name: float(value) for name, value in progress.get("metrics", {}).items() if isinstance(value, int | float)}
+    known = progress.get("metrics")
+    found = known if isinstance(known, dict) else {}
+    numbers = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
