@@ -1,4 +1,4 @@
-"""The command line: ``bigvision train``, ``bigvision eval``, and what is done with checkpoints and weights."""
+"""The command line: training, evaluation, and what is done with weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ USAGE = """usage: bigvision COMMAND ...
 
   train [RECIPE.yaml] [--section.key value ...]   train; without a recipe, the handwritten digits
   eval STEP_FOLDER [--section.key value ...]      print a checkpoint's validation metrics
+  convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights
   export STEP_FOLDER FILE_OR_FOLDER               write a checkpoint's weights for other tools
   checkpoint list|verify|diff|prune ...           look at checkpoints, check, compare and remove them
-  convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights
 
 --resume X is another spelling of --checkpoint.resume X; --deepspeed FILE and --deepspeed_config FILE are others of
 --parallel.deepspeed FILE. train and eval both run under torchrun, deepspeed and accelerate launch.
@@ -145,8 +145,8 @@ GRACE = 5.0
 COMMANDS = {
     "train": run_train,
     "eval": run_eval,
-    "export": run_export,
     "convert": run_convert,
+    "export": run_export,
     "checkpoint": run_checkpoint,
 }
 

@@ -24,6 +24,8 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """safetensors' names of the types."""
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
+"""The types by these names."""
 
 
 @dataclass(frozen=True)

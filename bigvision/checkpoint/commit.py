@@ -155,9 +155,6 @@ def _publish(unfinished: Path, final: Path) -> None:
         aside = final.with_name(f"{final.name}.aside-{secrets.token_hex(4)}")
         final.rename(aside)
     try:
-        if aside is not None:
-            # Else the disk might see the second rename alone, onto a folder that is not empty.
-            sync_folder(final.parent)
         unfinished.rename(final)
         sync_folder(final.parent)
     except OSError:

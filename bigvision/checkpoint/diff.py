@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigvision.checkpoint.listing import check_step_folder
-from bigvision.checkpoint.manifest import Damaged, read_document
+from bigvision.checkpoint.manifest import Damaged
 from bigvision.checkpoint.tensors import Tensors
 from bigvision.errors import UserError
 from bigvision.tensorfile import Place
@@ -76,9 +76,9 @@ def compare(a: Path, b: Path) -> Difference:
         check_step_folder(folder)
         try:
             side = Tensors(folder, GROUPS)
-            documents.append(dict(_flat(read_document(folder, side.runs, "progress.json"))))
-            documents[-1] |= dict(_flat(read_document(folder, side.runs, "config.json"), "card."))
-        except Damaged as error:
+            documents.append(dict(_flat(json.loads(side.document("progress.json")))))
+            documents[-1] |= dict(_flat(json.loads(side.document("config.json")), "card."))
+        except (Damaged, ValueError, AttributeError) as error:
             raise _invalid(folder, error) from None
         sides.append(side)
     first, second = documents
@@ -133,11 +133,11 @@ def _pieces(side: Tensors, place: Place) -> Iterator[Tensor]:
         raise _invalid(side.folder, error) from None
 
 
-def _invalid(folder: Path, error: Damaged) -> UserError:
+def _invalid(folder: Path, error: Exception) -> UserError:
     return UserError(f"{folder} is not a valid checkpoint: {error}")
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}.")

@@ -19,9 +19,9 @@ from bigvision.checkpoint.disk import FOLDER_MODE, open_new, sync_folder
 from bigvision.checkpoint.layout import FileLayout, TensorSpec, index, lay_out
 from bigvision.checkpoint.listing import check_step_folder
 from bigvision.checkpoint.manifest import Damaged
-from bigvision.checkpoint.tensors import TYPES, Tensors
+from bigvision.checkpoint.tensors import Tensors
 from bigvision.errors import UserError
-from bigvision.tensorfile import Place, bytes_of
+from bigvision.tensorfile import TYPES, Place
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_SIZE = 5 * 1000**3
@@ -162,7 +162,7 @@ def _write(
             if values.dtype != piece.dtype and not torch.equal(values.isfinite(), piece.isfinite()):
                 largest = float(piece[piece.isfinite()].abs().max())
                 raise UserError(f"--dtype: {name} has the value {largest:g}, which {values.dtype} cannot hold: use another")
-            file.write(bytes_of(values))
+            file.write(memoryview(values.view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ LARGEST = 1 << 30
 """Bytes of the largest JSON file that is read."""
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 """The names of files that a checkpoint may have."""
-CHUNK = 4 << 20
+CHUNK = 8 << 20
 """Bytes read, written and summed at a time."""
 
 

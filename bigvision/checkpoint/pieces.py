@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from bigvision.checkpoint.layout import FileLayout, lay_out, specs
 from bigvision.checkpoint.manifest import CHUNK
 from bigvision.fragments import Fragment
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,12 @@ def plan(fragments: list[Fragment], shard_size: int) -> Plan:
             cut += _cut(fragment, number, file, offset + fragment.start * fragment.values.element_size())
     cut.sort(key=lambda piece: (piece.file, piece.offset))
     return Plan(layouts, list(_joined(cut)))
+
+
+def from_share(items: list[T], share: float) -> list[T]:
+    """*items* in their order from that *share* of them on, and then those before."""
+    begin = int(len(items) * share)
+    return items[begin:] + items[:begin]
 
 
 def _cut(fragment: Fragment, number: int, file: str, offset: int) -> Iterator[Piece]:

@@ -14,16 +14,20 @@ from pathlib import Path
 
 import numpy
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from bigvision.checkpoint.disk import open_existing
 from bigvision.checkpoint.manifest import Damaged, Run, checksum, chunks, differs, read_run
+from bigvision.checkpoint.pieces import from_share
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.tensorfile import DTYPES, Place, read_into
 
-THREADS = 4
-"""That read at a time on each rank."""
+THREADS = 2
+"""That read at a time on each rank: one sums while the disk works for the other."""
+AHEAD = 6
+"""Reads that the system is told of beforehand."""
 
 
 def read_places(folder: Path, runs: dict[str, list[Run]]) -> dict[str, dict[str, Place]]:
@@ -61,25 +65,31 @@ def read_fragments(
     local = threading.local()
     descriptors: dict[str, int] = {}
 
-    def read(job: _Job) -> None:
+    def read(number: int) -> None:
+        if number + AHEAD < len(jobs):
+            coming = jobs[number + AHEAD]
+            os.posix_fadvise(descriptors[coming.file], coming.offset, coming.length, os.POSIX_FADV_WILLNEED)
+        job = jobs[number]
         if not hasattr(local, "buffer"):
             local.buffer = torch.empty(0, dtype=torch.uint8)
         if local.buffer.numel() < job.length:
             local.buffer = torch.empty(job.length, dtype=torch.uint8)
         job.read(descriptors[job.file], local.buffer)
 
+    jobs: list[_Job] = []
     try:
         with ExitStack() as stack:
-            jobs = []
             for file, ranges in wanted.items():
                 descriptors[file] = open_existing(folder / file, os.O_RDONLY)
                 stack.callback(os.close, descriptors[file])
                 ranges.sort(key=lambda one: one.begin)
                 jobs += list(_verified(file, ranges, runs[file]) if full else _plain(file, ranges))
+            # Each rank begins elsewhere, so that the ranks do not wait for the same part of a file.
+            jobs = from_share(jobs, dist.get_rank() / dist.get_world_size())
             threads = stack.enter_context(ThreadPoolExecutor(THREADS, "checkpoint"))
             # What an error leaves unread is not begun any more.
             stack.callback(threads.shutdown, cancel_futures=True)
-            list(threads.map(read, jobs))
+            list(threads.map(read, range(len(jobs))))
     except OSError as error:
         raise Damaged(f"{error.filename or 'a file'} cannot be read: {error.strerror}") from None
 

@@ -13,11 +13,10 @@ from torch import Tensor
 from bigvision.checkpoint import manifest
 from bigvision.checkpoint.manifest import Damaged, Run, read_run
 from bigvision.checkpoint.reader import read_places
-from bigvision.tensorfile import DTYPES, Place
+from bigvision.tensorfile import TYPES, Place
 
 PIECE = 1 << 20
 """Bytes handed out at a time; a multiple of every type's width."""
-TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Tensors:

@@ -10,16 +10,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from bigvision.checkpoint.disk import open_existing, open_new, write_at, write_new
 from bigvision.checkpoint.layout import FileLayout
 from bigvision.checkpoint.manifest import CHUNK, Run, checksum
 from bigvision.checkpoint.memory import ALIGN, LEAST_ALIGNED, aligned, gather
-from bigvision.checkpoint.pieces import Piece
+from bigvision.checkpoint.pieces import Piece, from_share
 
-THREADS = 4
-"""That write at a time on each rank: one sums or copies while the disk works for the others."""
+THREADS = 2
+"""That write at a time on each rank: one sums or copies while the disk works for the other."""
 
 
 def create(folder: Path, layout: FileLayout) -> Run:
@@ -42,7 +43,11 @@ def write_document(folder: Path, name: str, content: Any) -> Run:
 
 
 def write_pieces(folder: Path, pieces: list[Piece]) -> list[Run]:
-    """Write this rank's pieces into the files of *folder*, to the disk, and return what was written."""
+    """Write this rank's pieces into the files of *folder*, to the disk, and return what was written.
+
+    Each rank begins elsewhere: a file system lets one at a time into the part of a file that it has not placed yet.
+    """
+    pieces = from_share(pieces, dist.get_rank() / dist.get_world_size())
     local = threading.local()
 
     def write(piece: Piece) -> Run:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigvision.errors import UserError
-from bigvision.tensorfile import DTYPES, Place, bytes_of, read_header, read_into, unique
+from bigvision.tensorfile import TYPES, Place, bytes_of, read_header, read_into, unique
 
 PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"}
 INDEX = "model.safetensors.index.json"
@@ -21,7 +21,6 @@ CHUNK = 8 << 20
 """Bytes held at a time where values are converted or go to another device."""
 LARGEST_INDEX = 100_000_000
 """Bytes; safetensors' own limit for a header."""
-TYPES = {name: dtype for dtype, name in DTYPES.items()}
 REPAIR = "fetch or write it again"
 
 

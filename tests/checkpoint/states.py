@@ -47,6 +47,11 @@ def tensors_of(version: int, scale: int = 1) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def cut(rank: int, ranks: int, how: str, tensors: dict[str, torch.Tensor]) -> list[Fragment]:
+    """As :func:`make_fragments`, and a group whose file is nothing but its header: no rank writes into it."""
+    return [*make_fragments(rank, ranks, how, tensors), Fragment("ema", "empty", (0, 3), 0, torch.empty(0), (rank, ranks))]
+
+
 def save_version(
     out: Path, save: Save, rank: int = 0, ranks: int = 1, how: str = "rows", shard_size: int = 10**9, scale: int = 1
 ) -> None:
@@ -55,13 +60,13 @@ def save_version(
         "config.json": {"architecture": "made"},
         "progress.json": {"step": save.step, "version": save.version, "scale": scale, "scalars": {}},
     }
-    fragments = make_fragments(rank, ranks, how, tensors_of(save.version, scale))
+    fragments = cut(rank, ranks, how, tensors_of(save.version, scale))
     checkpoint.save(out, save.step, fragments, documents, shard_size, save.keep)
 
 
 @cache
 def _wanted(version: int, scale: int) -> list[Fragment]:
-    return make_fragments(0, 1, "whole", tensors_of(version, scale))
+    return cut(0, 1, "whole", tensors_of(version, scale))
 
 
 def find_version(out: Path, say: Callable[[str], None], resume: str = "auto", full: bool = True) -> int | None:
@@ -70,7 +75,7 @@ def find_version(out: Path, say: Callable[[str], None], resume: str = "auto", fu
     if found is None:
         return None
     scale = found.progress["scale"]
-    got = make_fragments(0, 1, "whole", {name: tensor * 0 - 1 for name, tensor in tensors_of(0, scale).items()})
+    got = cut(0, 1, "whole", {name: tensor * 0 - 1 for name, tensor in tensors_of(0, scale).items()})
     found = found.restore_or_older(got, say)
     version = found.progress["version"]
     different = [a.name for a, b in zip(_wanted(version, scale), got) if not torch.equal(a.values, b.values)]

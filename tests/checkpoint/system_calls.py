@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -64,6 +66,18 @@ def intercept(root: Path, handle: Handler) -> Iterator[None]:
         stack.enter_context(mock.patch.object(io, "open", watch.open_file))
         stack.enter_context(mock.patch("builtins.open", watch.open_file))
         yield
+
+
+def write_part(call: Call, count: int) -> int:
+    """Perform only the first *count* bytes of a write, or fewer where O_DIRECT takes whole blocks only."""
+    if fcntl.fcntl(call.descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+        count = count // mmap.PAGESIZE * mmap.PAGESIZE
+    if count == 0:
+        return 0
+    # Of its own pages, for O_DIRECT wants aligned memory too.
+    with mmap.mmap(-1, count) as memory:
+        memory.write(call.data[:count])
+        return os.pwrite(call.descriptor, memory, call.offset)
 
 
 class _Watch:

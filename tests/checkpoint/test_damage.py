@@ -8,10 +8,13 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from bigvision import checkpoint
+from bigvision.errors import UserError
 from bigvision.runtime import start
 from tests.checkpoint.damaging import Victim
 from tests.checkpoint.recording import read_tree
@@ -182,6 +185,40 @@ def test_other_things_in_the_place_of_files(victim: Victim, tmp_path: Path) -> N
             victim.expect_passed_over(f"{name} is a {what} ({elsewhere})", name)
             victim.mend()
     victim.assert_nothing_wrong(40)
+
+
+def test_links_that_come_after_the_check(victim: Victim, tmp_path: Path) -> None:
+    """Somebody is faster than the reader: a file becomes a link to the same bytes just before it is opened."""
+    really = os.open
+    for name, data in victim.content.items():
+        (outside := tmp_path / name).write_bytes(data)
+
+        def late(path: Any, flags: int, *args: Any, name: str = name, outside: Path = outside, **kwargs: Any) -> int:
+            if os.fspath(path) == str(victim.newest / name) and not os.path.islink(path):
+                os.unlink(path)
+                os.symlink(outside, path)
+            return really(path, flags, *args, **kwargs)
+
+        with mock.patch.object(os, "open", late):
+            victim.expect_passed_over(f"{name} becomes a link", name)
+        assert (victim.newest / name).is_symlink()
+        victim.mend()
+    victim.assert_nothing_wrong(5)
+
+
+def test_a_link_in_the_place_of_a_new_file(tmp_path: Path) -> None:
+    """Names of new files are drawn by chance; where one is guessed, it is not written through."""
+    (precious := tmp_path / "precious").write_text("data")
+    out = tmp_path / "out"
+    checkpoint.prepare_folder(out)
+    with mock.patch("secrets.token_hex", lambda count: "0" * 2 * count):
+        (out / ".latest.00000000").symlink_to(precious)
+        with pytest.warns(UserWarning, match="is saved, but clearing up after it failed"):
+            save_version(out, Save(1, 1))
+        (out / ".probe.00000000").symlink_to(precious)
+        with pytest.raises(UserError, match="cannot be written"):
+            checkpoint.prepare_folder(out)
+    assert precious.read_text() == "data" and find_version(out, print) == 1
 
 
 def test_leftovers_that_are_no_folders(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from bigvision.errors import UserError
 from bigvision.runtime import gather_json, start
 from tests.checkpoint.recording import read_tree
 from tests.checkpoint.states import Save, find_version, save_version
-from tests.checkpoint.system_calls import Call, intercept
+from tests.checkpoint.system_calls import Call, intercept, write_part
 from tests.checkpoint.test_power_loss import PERMANENT
 from tests.distributed import run_ranks
 
@@ -162,6 +163,35 @@ def test_an_error_at_any_call_of_a_rank_is_every_ranks(tmp_path: Path, case: str
     tried, wrong = run_ranks(fail_on_ranks, 2, tmp_path, case, victim, fault, stride, timeout=900)[0]
     assert tried > 3
     assert not wrong, f"{len(wrong)} faults in {tried} calls:\n" + "\n".join(wrong[:10])
+
+
+class Short:
+    """A handler in which the system takes only some of the bytes of a write."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.short = 0
+
+    def __call__(self, call: Call, perform: Callable[[], Any]) -> Any:
+        if call.name == "write" and (written := write_part(call, self.rng.randint(1, len(call.data)))):
+            self.short += written < len(call.data)
+            return written
+        return None if call.name == "fsync" else perform()
+
+
+def write_short_on_rank(out: Path) -> int:
+    with start("cpu") as runtime:
+        if runtime.is_main:
+            checkpoint.prepare_folder(out)
+        dist.barrier()
+        with intercept(out, short := Short(runtime.rank)):
+            save_version(out, FIRST, runtime.rank, runtime.world_size, scale=SCALE)
+        assert find_version(out, print) == 1
+        return short.short
+
+
+def test_the_system_may_take_less_than_it_is_given(tmp_path: Path) -> None:
+    assert min(run_ranks(write_short_on_rank, 2, tmp_path / "out")) > 5
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import os
 import random
 import re
 import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -79,6 +79,8 @@ def record_on_rank(root: Path, clock: Path, scenario: Scenario) -> list[Event]:
 class Outcome:
     """What the starts after the losses found."""
 
+    scratch: Path
+    """Where the disks are remade after each loss."""
     calls: int = 0
     trees: int = 0
     found: Counter[int | None] = field(default_factory=Counter)
@@ -118,7 +120,7 @@ def lose_power(events: list[Event], before: Tree, root: Path, done: list[Save], 
                 seen.add(key)
                 outcome.trees += 1
                 when = f"after {happened}, {len(done)} saved" + (f", saving step {running.step}" if running else "")
-                _check(tree, root.with_name("after"), done, running, when, outcome)
+                _check(tree, outcome.scratch, done, running, when, outcome)
 
 
 def _check(tree: Tree, root: Path, done: list[Save], running: Save | None, when: str, outcome: Outcome) -> None:
@@ -173,7 +175,7 @@ def _check_older(
             outcome.complain("lost", f"{when}: {name} is version {outcome.whole[key]}, not {before.get(step)}")
 
 
-def outcome_of(scenario: Scenario, folder: Path) -> Outcome:
+def outcome_of(scenario: Scenario, folder: Path, scratch: Path) -> Outcome:
     (root := folder / "disk").mkdir()
     recordings = run_ranks(record_on_rank, scenario.ranks, root, folder / "clock", scenario)
     events = sorted((event for recording in recordings for event in recording), key=lambda event: event.when)
@@ -181,7 +183,7 @@ def outcome_of(scenario: Scenario, folder: Path) -> Outcome:
     for event in events:
         whole.apply(event)
     assert whole.now() == read_tree(root), "something was done to the disk that was not recorded"
-    outcome = Outcome()
+    outcome = Outcome(scratch / "after")
     # What the starts bring to the disk is modelled, too, where it is recorded; the real disk only costs time.
     with start("cpu"), mock.patch.object(os, "fsync", lambda descriptor: None):
         lose_power(events, {}, root, [], scenario.rounds, outcome)
@@ -205,10 +207,11 @@ LENGTHS = [pytest.param(name, marks=[pytest.mark.long] * name.startswith("long")
 
 
 @pytest.fixture(scope="module", params=LENGTHS)
-def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
-    folder = tmp_path_factory.mktemp("power")
-    yield outcome_of(SCENARIOS[request.param], folder)
-    shutil.rmtree(folder)
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    # Thousands of small files are made and removed: in memory, where there is such a place.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as scratch:
+        return outcome_of(SCENARIOS[request.param], tmp_path_factory.mktemp("power"), Path(scratch))
 
 
 def test_a_start_takes_the_newest_saved_state_or_a_newer_whole_one(outcome: Outcome) -> None:

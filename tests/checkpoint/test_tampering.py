@@ -214,7 +214,7 @@ def test_headers_that_were_changed_and_signed(victim: Victim, full: bool) -> Non
     for length in (0, 1, 7, end - 9, end - 7, len(data) - 8, len(data), 2**31, 2**63 - 1, 2**63, 2**64 - 8, 2**64 - 1):
         for header in (8, end, len(data)):
             victim.replace_signed(name, length.to_bytes(8, "little") + data[8:], header)
-            victim.expect_no_harm(f"a header of {length} bytes, {header=}", full=full)
+            victim.expect_passed_over(f"a header of {length} bytes, {header=}", name, full=full)
     for size in (0, 1, 7, 8, 9):
         victim.replace_signed(name, data[:size])
         victim.expect_no_harm(f"a file of {size} bytes", full=full)
