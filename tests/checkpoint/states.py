@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 
 from bigvision import checkpoint
+from bigvision.checkpoint import Retention
+from bigvision.checkpoint.commit import Writer, commit
+from bigvision.checkpoint.pieces import plan
 from bigvision.fragments import Fragment
 from bigvision.runtime import Runtime, start
 from tests.checkpoint.test_format import make_fragments
@@ -53,15 +56,16 @@ def cut(rank: int, ranks: int, how: str, tensors: dict[str, torch.Tensor]) -> li
 
 
 def save_version(
-    out: Path, save: Save, rank: int = 0, ranks: int = 1, how: str = "rows", shard_size: int = 10**9, scale: int = 1
-) -> None:
+    out: Path, save: Save, rank: int = 0, ranks: int = 1, how: str = "rows", shard_size: int = 10**9, scale: int = 1,
+    writer: Writer = "direct",
+) -> None:  # fmt: skip
     """Save a version from all ranks."""
     documents: dict[str, Any] = {
         "config.json": {"architecture": "made"},
         "progress.json": {"step": save.step, "version": save.version, "scale": scale, "scalars": {}},
     }
-    fragments = cut(rank, ranks, how, tensors_of(save.version, scale))
-    checkpoint.save(out, save.step, fragments, documents, shard_size, save.keep)
+    content = plan(cut(rank, ranks, how, tensors_of(save.version, scale)), shard_size)
+    commit(out, save.step, content, documents, Retention(save.keep), writer)
 
 
 @cache

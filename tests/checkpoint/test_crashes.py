@@ -20,6 +20,7 @@ import pytest
 import torch.distributed as dist
 
 from bigvision import checkpoint
+from bigvision.checkpoint.commit import Writer
 from bigvision.runtime import all_or_none, start
 from tests.checkpoint.states import Save, find_version, meet, save_version
 from tests.checkpoint.system_calls import Call, intercept, write_part
@@ -202,7 +203,7 @@ def test_a_rank_that_dies_at_any_call_leaves_a_whole_checkpoint(
     assert died > 0.9 * (number + 1)
 
 
-def save_forever(out: Path, notes: Path, waits: bool) -> None:
+def save_forever(out: Path, notes: Path, waits: bool, writer: Writer) -> None:
     """Start as a run does, and save a version after the other until killed."""
     try:
         with meet(notes / "store") as runtime, mock.patch.object(os, "fsync", os.fsync if waits else lambda _: None):
@@ -210,7 +211,7 @@ def save_forever(out: Path, notes: Path, waits: bool) -> None:
             version = find_version(out, print) or 0
             while True:
                 version += 1
-                save_version(out, Save(version // 2, version, 2), runtime.rank, runtime.world_size)
+                save_version(out, Save(version // 2, version, 2), runtime.rank, runtime.world_size, "flat", 6000, 1, writer)
                 if runtime.is_main:
                     note(notes, version)
     except Exception:
@@ -224,7 +225,7 @@ def test_kills_at_random_moments_lose_nothing_saved(tmp_path: Path, kills: int) 
     newest = 0
     for number in range(kills):
         (notes := tmp_path / f"notes-{number}").mkdir()
-        processes = start_ranks(save_forever, 3, out, notes, rng.random() < 0.5)
+        processes = start_ranks(save_forever, 3, out, notes, rng.random() < 0.5, rng.choice(("direct", "direct", "owner")))
         deadline = time.monotonic() + DEADLINE
         while not noted(notes) and time.monotonic() < deadline:
             time.sleep(0.002)

@@ -17,7 +17,7 @@ from bigvision import checkpoint
 from bigvision.errors import UserError
 from bigvision.runtime import start
 from tests.checkpoint.damaging import Victim
-from tests.checkpoint.recording import read_tree
+from tests.checkpoint.disks import read_tree
 from tests.checkpoint.states import Save, find_version, save_version
 from tests.distributed import run_ranks
 

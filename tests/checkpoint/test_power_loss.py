@@ -1,6 +1,6 @@
 """The power fails at every moment of a series of saves; what the disk may then hold is always a whole, saved state.
 
-The model of the disk is in :mod:`tests.checkpoint.recording`.
+The model of the disk is in :mod:`tests.checkpoint.disks`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from unittest import mock
 import pytest
 
 from bigvision import checkpoint
+from bigvision.checkpoint.commit import Writer
 from bigvision.runtime import start
-from tests.checkpoint.recording import Disk, Event, Tree, fingerprint, read_tree, record, write_tree
+from tests.checkpoint.disks import Disk, Tree, fingerprint, read_tree, write_tree
+from tests.checkpoint.recording import Event, record
 from tests.checkpoint.states import Save, find_version, kept, save_version
 from tests.distributed import run_ranks
 
@@ -36,6 +38,7 @@ class Scenario:
     saves: tuple[Save, ...]
     shard_size: int = 10**9
     scale: int = 1
+    writer: Writer = "direct"
     rounds: int = 1
     """Random losses of each kind at each moment."""
     made: bool = False
@@ -53,6 +56,7 @@ SCENARIOS = {
     "long: one rank, keep 1": Scenario(1, "whole", ONE, rounds=12, twice=""),
     "long: two ranks, a step again": Scenario(2, "rows", TWO, rounds=12, twice=""),
     "long: three ranks, many files": Scenario(3, "flat", TWO, 2000, rounds=6, twice=""),
+    "long: by owners": Scenario(3, "flat", TWO, 6000, writer="owner", rounds=2, twice="never"),
     "long: large files": Scenario(2, "flat", ONE[:3], 300_000, scale=60, twice="never"),
 }
 
@@ -67,9 +71,8 @@ def record_on_rank(root: Path, clock: Path, scenario: Scenario) -> list[Event]:
         for save in scenario.saves:
             if runtime.is_main:
                 recorder.note(("begins", save))
-            save_version(
-                root / OUT, save, runtime.rank, runtime.world_size, scenario.how, scenario.shard_size, scenario.scale
-            )  # fmt: skip
+            how, size, scale = scenario.how, scenario.shard_size, scenario.scale
+            save_version(root / OUT, save, runtime.rank, runtime.world_size, how, size, scale, scenario.writer)
             if runtime.is_main:
                 recorder.note(("saved", save))
     return recorder.events
