@@ -45,7 +45,7 @@ def prepare_folder(out: Path) -> None:
     try:
         make_folder(out)
         for folder in out.absolute().parents:
-            # Whoever made it a moment ago did not bring its name to the disk. Not all may be open to us.
+            # Who made it a moment ago, we or a user, did not bring its name to the disk. Not all may be open to us.
             with contextlib.suppress(OSError):
                 sync_folder(folder)
         probe = out / f".probe.{secrets.token_hex(4)}"

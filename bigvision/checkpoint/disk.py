@@ -62,16 +62,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make *folder* and those above it that are missing, durably."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    # Another run may be making it too.
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder, FOLDER_MODE)
-    if not folder.is_dir():
-        raise NotADirectoryError(20, "Not a directory", str(folder))
-    sync_folder(folder.parent)
+    """Make *folder* and those above it that are missing."""
+    folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
 
 
 def remove(path: Path) -> None:

@@ -43,7 +43,6 @@ MUTATIONS = [
     Mutation("fsync after the rename", "commit.py", "        unfinished.rename(final)\n        sync_folder(final.parent)", "        unfinished.rename(final)", POWER),
     Mutation("fsync before a pruned one is removed", "retention.py", "    sync_folder(folder.parent)\n", "", POWER),
     Mutation("fsync of the names above", "commit.py", "                sync_folder(folder)\n", "                pass\n", POWER),
-    Mutation("fsync of a new folder's name", "disk.py", "    sync_folder(folder.parent)\n", "", POWER),
     Mutation("fsync of folders at all", "disk.py", "        os.fsync(descriptor)\n    finally:\n        os.close(descriptor)\n\n\ndef make_folder", "        pass\n    finally:\n        os.close(descriptor)\n\n\ndef make_folder", POWER),
     Mutation("the manifest is written first", "commit.py", "        return [create(unfinished, file) for file in content.files]", "        write_new(unfinished / manifest.NAME, b'{}')\n        return [create(unfinished, file) for file in content.files]", FORMAT),
     Mutation("rename at the end", "commit.py", "    unfinished = final.with_name(f\"{final.name}.tmp-{secrets.token_hex(4)}\")\n\n    def prepare", "    unfinished = final\n\n    def prepare", CRASH),
