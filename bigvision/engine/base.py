@@ -57,6 +57,9 @@ class Engine(ABC):
     notes: Sequence[str] = ()
     """What the user should know of how the model is spread."""
 
+    place: str = ""
+    """Which part of the model this rank has and with which ranks it exchanges, for errors; empty where all have the same."""
+
     @abstractmethod
     def train_step(self, batch: Batch) -> StepResult:
         """Take one optimizer step on this rank's part of the global batch. Every rank calls it with as many samples."""

@@ -214,13 +214,17 @@ class PipelineEngine(FSDPEngine):
         """The rank, among all, of stage *number* of this pipeline."""
         return dist.get_global_rank(self.group, self.placement.rank_of(number))
 
+    @property
+    def place(self) -> str:
+        mine = " and ".join(map(str, self.stages))
+        peers = sorted({near for number in self.stages for near in (number - 1, number + 1)} - set(self.stages))
+        others = ", ".join(f"stage {peer} on rank {self._peer(peer)}" for peer in peers if 0 <= peer < self.plan.stages)
+        return f"stage {mine} on rank {self.runtime.rank}, beside {others}"
+
     @contextmanager
     def _peers_named(self) -> Iterator[None]:
         """Let an error say at which stage it happened, and which ones this rank exchanges with."""
         try:
             yield
         except RuntimeError as error:
-            mine = " and ".join(map(str, self.stages))
-            peers = sorted({near for number in self.stages for near in (number - 1, number + 1)} - set(self.stages))
-            others = ", ".join(f"stage {peer} on rank {self._peer(peer)}" for peer in peers if 0 <= peer < self.plan.stages)
-            raise RuntimeError(f"stage {mine} on rank {self.runtime.rank}, beside {others}: {error}") from error
+            raise RuntimeError(f"{self.place}: {error}") from error

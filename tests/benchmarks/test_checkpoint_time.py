@@ -99,6 +99,7 @@ def spend_on_rank(out: Path) -> tuple[Cost, Cost]:
         return cost(write, lambda: make_durable(out)), cost(hold, watched=True)
 
 
+@pytest.mark.long
 def test_bytes_and_memory_are_counted(tmp_path: Path) -> None:
     for wrote, held_much in run_ranks(spend_on_rank, 2, tmp_path / "out"):
         assert 6_000_000 <= wrote.passed < 6_100_000, "of both ranks together"

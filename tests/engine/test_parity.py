@@ -27,7 +27,7 @@ def parallel(strategy: str, replicas: int, **more: Any) -> dict[str, Any]:
     return {"strategy": strategy, "replicas": replicas, **more}
 
 
-CASES = [("vit", LAYOUTS), ("swin", FEW), ("convnext", FEW), ("eva02", FEW)]
+CASES = [("vit", LAYOUTS), ("convnext", FEW)]
 CASES += [pytest.param(model, LAYOUTS, marks=pytest.mark.long) for model in ("swin", "convnext", "eva02")]  # type: ignore[misc]
 
 
@@ -40,7 +40,7 @@ def test_losses_equal_those_of_one_process(tmp_path: Path, model: str, layouts: 
         same_losses(reference, run_ranks(run, ranks, recipe(out, model, parallel=parallel(strategy, replicas)))[0])
 
 
-@pytest.mark.parametrize("model", ["resnet", "efficientnet"])
+@pytest.mark.parametrize("model", ["resnet", pytest.param("efficientnet", marks=pytest.mark.long)])
 def test_batchnorm_models_equal_one_process_with_the_same_micro_batches(tmp_path: Path, model: str) -> None:
     """Batch statistics are those of a rank's micro-batch, so one process has to cut the global batch alike."""
     for micro_batch, layouts in ((6, [("ddp", 2, 1), ("fsdp", 4, 1), ("fsdp", 4, 2)]), (8, [("ddp", 3, 1), ("fsdp", 3, 1)])):

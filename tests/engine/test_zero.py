@@ -63,7 +63,8 @@ def test_optimizers_without_clipping(tmp_path: Path) -> None:
     compare(tmp_path, [("zero1", 2), ("zero3", 3)], optim={"name": "sgd", "lr": 0.05, "clip": None})
 
 
-@pytest.mark.parametrize(("stage", "offload"), [("zero2", "optimizer"), pytest.param("zero3", "all", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("stage", "offload"), [("zero2", "optimizer"), ("zero3", "all")])
 def test_offload_steps_on_the_cpu_and_goes_on_bit_for_bit(tmp_path: Path, stage: str, offload: str) -> None:
     parallel = {"strategy": stage, "offload": offload}
     compare(tmp_path, [(stage, 2)], checkpoint={"every": 7, "keep": 9}, parallel=parallel)

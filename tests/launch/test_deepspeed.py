@@ -87,6 +87,7 @@ def test_every_file_takes_the_steps_of_ddp(name: str, tmp_path: Path, reference:
     assert found == (near(reference) if precision(name) == "fp32" else pytest.approx(reference, rel=2e-2))
 
 
+@pytest.mark.long
 def test_one_rank_needs_no_launcher(tmp_path: Path, reference: list[float]) -> None:
     launch([sys.executable, "launch/train.py", write_recipe(tmp_path), "--parallel.strategy", "zero3"])
     assert losses(tmp_path / "out") == near(reference)
@@ -190,7 +191,8 @@ def test_torchrun_under_zero_prints_what_it_prints_under_fsdp(
     assert losses(tmp_path / "out") == near(reference)
 
 
-@pytest.mark.parametrize("how", ["file", pytest.param("stage", marks=pytest.mark.long)])
+@pytest.mark.parametrize("how", ["file", "stage"])
+@pytest.mark.long
 def test_accelerate_launch_trains_under_deepspeed(how: str, tmp_path: Path, reference: list[float]) -> None:
     path = ROOT / "launch/accelerate/deepspeed_zero2_cpu.yaml"
     if how == "stage":
