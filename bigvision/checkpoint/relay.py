@@ -51,12 +51,11 @@ def write_by_owners(folder: Path, plan: Plan, group: dist.ProcessGroup | None) -
                     runs.append(file.write(piece, buffer))
             except OSError as error:
                 failure = error
-        if file is not None:
+        for last in (file.sync, file.close) if file is not None else ():
             try:
-                file.sync()
+                last()
             except OSError as error:
                 failure = failure or error
-            file.close()
     if failure is not None:
         raise failure
     return runs
