@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -43,6 +45,18 @@ def replace(path: Path, data: bytes) -> None:
             os.unlink(temporary)
         raise
     sync_folder(path.parent)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Let the disk find room for a file of *size* bytes now, where the file system can: writing is faster then, and a disk
+    that is too full says so (`OSError`) before anything is written."""
+    # os.posix_fallocate would write to every block of a file system that cannot.
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None or size == 0:
+        return
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if fallocate(descriptor, 0, 0, size) and (code := ctypes.get_errno()) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        raise OSError(code, os.strerror(code))
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -13,6 +13,9 @@ import torch
 from bigvision.fragments import Fragment
 from bigvision.tensorfile import DTYPES
 
+BLOCK = 4096
+"""Bytes that disks and memory are divided into. What begins and ends with whole blocks goes straight to the disk."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -42,8 +45,9 @@ class FileLayout:
 def specs(fragments: Iterable[Fragment], group: str) -> list[TensorSpec]:
     """The whole tensors of one group, in the order in which they are laid out."""
     found = {f.name: TensorSpec(f.name, f.values.dtype, f.shape) for f in fragments if f.group == group}
-    # Wider types first keeps every tensor aligned to its own width, so that readers can map the file.
-    return sorted(found.values(), key=lambda spec: (-spec.dtype.itemsize, spec.name))
+    # Those of whole blocks first keeps them all at the beginnings of blocks, and what is left close together; wider types
+    # first keeps every tensor aligned to its own width, so that readers can map the file.
+    return sorted(found.values(), key=lambda spec: (spec.nbytes % BLOCK != 0, -spec.dtype.itemsize, spec.name))
 
 
 def lay_out(group: str, tensors: list[TensorSpec], shard_size: int) -> list[FileLayout]:
@@ -78,8 +82,7 @@ def _file(name: str, tensors: list[TensorSpec]) -> FileLayout:
         begins[tensor.name] = position
         position = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
-    # So that tensors lie as they do in memory, where copies of aligned bytes are a third faster.
-    text += b" " * (-(8 + len(text)) % 64)
+    text += b" " * (-(8 + len(text)) % BLOCK)
     header = len(text).to_bytes(8, "little") + text
     offsets = {tensor: len(header) + begin for tensor, begin in begins.items()}
     return FileLayout(name, header, offsets, len(header) + position)

@@ -13,14 +13,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from bigvision.checkpoint.disk import open_existing, open_new, write_at, write_new
+from bigvision.checkpoint.disk import open_existing, open_new, reserve, write_at, write_new
 from bigvision.checkpoint.layout import FileLayout
 from bigvision.checkpoint.manifest import CHUNK, Run, checksum
 from bigvision.checkpoint.memory import ALIGN, LEAST_ALIGNED, aligned, gather
 from bigvision.checkpoint.pieces import Piece, from_share
 
-THREADS = 2
-"""That write at a time on each rank: one sums or copies while the disk works for the other."""
+THREADS = 3
+"""That write at a time on each rank: one sums or copies while the disk works for the others."""
 
 
 def create(folder: Path, layout: FileLayout) -> Run:
@@ -28,6 +28,7 @@ def create(folder: Path, layout: FileLayout) -> Run:
     descriptor = open_new(folder / layout.name)
     try:
         os.ftruncate(descriptor, layout.size)
+        reserve(descriptor, layout.size)
         write_at(descriptor, memoryview(layout.header), 0)
         os.fsync(descriptor)
     finally:
@@ -48,6 +49,8 @@ def write_pieces(folder: Path, pieces: list[Piece]) -> list[Run]:
     Each rank begins elsewhere: a file system lets one at a time into the part of a file that it has not placed yet.
     """
     pieces = from_share(pieces, dist.get_rank() / dist.get_world_size())
+    # Those that go through the page cache have a file to themselves for a moment, and would keep the others waiting.
+    pieces.sort(key=lambda piece: piece.length < LEAST_ALIGNED)
     local = threading.local()
 
     def write(piece: Piece) -> Run:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bigvision.config import SPLIT_BACKWARD, Config
 from bigvision.data.batch import Batch, normalize
+from bigvision.engine.base import Metrics, StepResult
 from bigvision.engine.batches import micro_batch
 from bigvision.engine.fsdp import FSDPEngine
 from bigvision.engine.precision import COMPUTE_DTYPES, autocast
@@ -111,6 +112,14 @@ class PipelineEngine(FSDPEngine):
 
     # The passes.
 
+    def train_step(self, batch: Batch) -> StepResult:
+        with self._peers_named():
+            return super().train_step(batch)
+
+    def eval_step(self, batch: Batch) -> Metrics:
+        with self._peers_named():
+            return super().eval_step(batch)
+
     def _passes(self, batch: Batch, factor: float) -> Tensor:
         self.passes = dict.fromkeys(self.stages, 0)
         self.losses: list[Tensor] = []
@@ -126,8 +135,7 @@ class PipelineEngine(FSDPEngine):
             mine = slice(begin, begin + count * size)
             arguments = () if images is None else (images[mine],)
             target = batch.labels[mine] if self.plan.stages - 1 in self.stages else None
-            with self._peers_named():
-                schedule.step(*arguments, target=target, return_outputs=False)
+            schedule.step(*arguments, target=target, return_outputs=False)
             begin += count * size
             for parameter, grad in before.items():
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
@@ -186,28 +194,27 @@ class PipelineEngine(FSDPEngine):
         sending: list[tuple[dist.Work | None, Tensor]] = []
         kept: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         parts = batch.split(self.micro_batch)
-        with self._peers_named():
-            for number in sorted(self.stages):
-                for index, part in enumerate(parts):
-                    if number == 0:
-                        received = (normalize(part.images, self.mean, self.std),)
-                    elif number - 1 in self.stages:
-                        received = kept.pop((number - 1, index))
-                    else:
-                        received = self._empty(number - 1, len(part), training=False, device=self.runtime.device)
-                        for tensor in received:
-                            dist.recv(tensor, self._peer(number - 1), self.group)
-                    outputs = self.stages[number](*received)
-                    if number == last:
-                        totals += self._measured(outputs, part)
-                    elif number + 1 in self.stages:
-                        kept[number, index] = outputs
-                    else:
-                        to = self._peer(number + 1)
-                        sending += [(dist.isend(tensor, to, self.group), tensor) for tensor in outputs]
-            for work, _ in sending:
-                if work is not None:
-                    work.wait()
+        for number in sorted(self.stages):
+            for index, part in enumerate(parts):
+                if number == 0:
+                    received = (normalize(part.images, self.mean, self.std),)
+                elif number - 1 in self.stages:
+                    received = kept.pop((number - 1, index))
+                else:
+                    received = self._empty(number - 1, len(part), training=False, device=self.runtime.device)
+                    for tensor in received:
+                        dist.recv(tensor, self._peer(number - 1), self.group)
+                outputs = self.stages[number](*received)
+                if number == last:
+                    totals += self._measured(outputs, part)
+                elif number + 1 in self.stages:
+                    kept[number, index] = outputs
+                else:
+                    to = self._peer(number + 1)
+                    sending += [(dist.isend(tensor, to, self.group), tensor) for tensor in outputs]
+        for work, _ in sending:
+            if work is not None:
+                work.wait()
         return totals
 
     def _peer(self, number: int) -> int:
