@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from dataclasses import replace
 
 import numpy
 import torch
@@ -38,9 +37,13 @@ class Arena:
         copies = []
         for piece, place in zip(pieces, places):
             mine = self.memory[place : place + piece.length]
-            for part, there in zip(piece.parts, mine.split([part.numel() for part in piece.parts])):
-                there.copy_(part, non_blocking=True)
-            copies.append(replace(piece, parts=(mine,)))
+            # numpy starts sooner, and torch has more threads where it may.
+            if cuda or torch.get_num_threads() > 1:
+                for part, there in zip(piece.parts, mine.split([part.numel() for part in piece.parts])):
+                    there.copy_(part, non_blocking=True)
+            else:
+                gather(piece, mine)
+            copies.append(Piece(piece.file, piece.offset, piece.length, (mine,)))
         if cuda:
             torch.cuda.synchronize()
         return copies
