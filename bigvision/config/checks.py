@@ -24,7 +24,9 @@ def check(config: Config) -> None:
         "train.steps": 0, "train.eval_every": 1, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 1,
         "monitor.every": 1,
         "model.image_size": 1, "model.num_classes": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0,
-        "task.label_smoothing": 0, "model.drop_path": 0,
+        "task.label_smoothing": 0, "task.mixup": 0, "task.cutmix": 0, "model.drop_path": 0,
+        "data.jitter": 0, "data.erase": 0, "data.repeats": 1, "data.shuffle_block": 1, "data.shuffle_window": 1,
+        "data.bad_budget": 0,
     }.items():  # fmt: skip
         value = get(config, key)
         if value is not None and not lowest <= value < math.inf:
@@ -41,6 +43,11 @@ def check(config: Config) -> None:
     for key, values in (("optim.betas", config.optim.betas), ("optim.momentum", (config.optim.momentum,))):
         if not all(0 <= value < 1 for value in values):
             raise UserError(f"{key}: {spell(get(config, key))} must be from 0 to below 1")
+    least, largest = config.data.crop_scale
+    if not 0 < least <= largest <= 1:
+        raise UserError(f"data.crop_scale: {spell(config.data.crop_scale)} must be two shares above 0, the smaller first")
+    if config.data.erase > 1:
+        raise UserError(f"data.erase: {config.data.erase} must be a share, at most 1")
     if config.optim.clip is not None and not config.optim.clip > 0:
         raise UserError(f"optim.clip: {config.optim.clip} must be above 0; null does not clip")
     if config.optim.layer_decay is not None and not 0 < config.optim.layer_decay <= 1:

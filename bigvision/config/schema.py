@@ -30,20 +30,50 @@ class TaskConfig:
     name: Literal["classify"] = "classify"
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the target (Szegedy et al. 2016)."""
+    mixup: float = 0.0
+    """Mix pairs of images and of labels (Zhang et al. 2018): parameter of the Beta distribution, often 0.8; 0 does not."""
+    cutmix: float = 0.0
+    """Put a rectangle of one image into another (Yun et al. 2019), often 1.0; with mixup each pair gets one of the two."""
+    mix_each: Literal["pair", "batch"] = "pair"
+    """How often it is drawn how to mix: for each pair of samples, or once for each step."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     train: str = "digits"
-    """digits, imagefolder:PATH, mnist, fashion-mnist, cifar10, cifar100, synthetic[:SAMPLES[xSIZE]]."""
+    """digits, imagefolder:PATH, webdataset:PATH, parquet:PATH, arrays:PATH, volumes:PATH, mnist, cifar10, ...,
+    synthetic[:SAMPLES[xSIZE]]; several with weights: "0.7*imagefolder:A + 0.3*webdataset:B"."""
     val: str = "digits"
     """The same choices; the validation split of that dataset."""
+    classes: str | None = None
+    """A file with the classes in the order of their labels: a name on each line, or ImageNet's class index (JSON)."""
     workers: int = 2
     """Decoding processes per rank; 0 decodes in the training process. The samples do not depend on it."""
     root: str = "data"
     """Folder of the datasets that torchvision downloads."""
     augment: bool = True
     """Random crops, shifts and flips that fit the dataset; false feeds the training images as the evaluation ones."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Least and largest share of a photo's area that a random crop takes."""
+    policy: Literal["none", "randaugment", "autoaugment", "trivialaugment", "three-augment"] = "none"
+    """More augmentation after the crop (Cubuk et al. 2019 and 2020; Müller and Hutter 2021; Touvron et al. 2022)."""
+    jitter: float = 0.0
+    """Random change of brightness, contrast and saturation, and a quarter of it of hue; often 0.3."""
+    erase: float = 0.0
+    """How often a random rectangle is erased (Zhong et al. 2020), e.g. 0.25."""
+    repeats: int = 1
+    """Repeated augmentation (Hoffer et al. 2020): each sample so many times in a row, so many times fewer in an epoch."""
+    shuffle_block: int = 1
+    """Samples that lie next to each other and stay near each other, so that a disk reads in long runs; 1 shuffles all."""
+    shuffle_window: int = 16
+    """Blocks whose samples are shuffled among each other."""
+    reduce: bool = False
+    """Decode JPEGs at 1/2, 1/4 or 1/8 where the crop allows it: faster, and not quite the same pixels."""
+    bad_budget: float = 0.01
+    """Share (below 1) or number (1 and above) of a dataset's samples that may be unreadable; they are replaced, counted and
+    listed in bad_samples.jsonl."""
+    trace: str | None = None
+    """A file that gets a JSON line for each step and rank: the ids of the samples that were trained on."""
 
 
 @dataclass(frozen=True)
@@ -187,4 +217,5 @@ class Config:
         """The configuration as plain YAML data; :func:`load_config` reads it back."""
         plain = dataclasses.asdict(self)
         plain["optim"]["betas"] = list(self.optim.betas)
+        plain["data"]["crop_scale"] = list(self.data.crop_scale)
         return plain

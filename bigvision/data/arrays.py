@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bigvision.data.sample import Sample, Split, Style
+from bigvision.data.sample import Sample, Source, Split, Style
 from bigvision.errors import UserError
 from bigvision.seeds import seed_from
 
 DEFAULT_ROOT = "data"
+TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "cifar100")
 
 
-class ArraySource:
+class ArraySource(Source):
     """Images in one tensor, which worker processes share rather than copy."""
 
     def __init__(self, name: str, style: Style, classes: Sequence[str], images: Tensor, labels: Tensor) -> None:
@@ -37,10 +38,8 @@ class ArraySource:
         return int(self._labels[index])
 
 
-class Synthetic:
+class Synthetic(Source):
     """Noise with ten classes, for tests and benchmarks. The pixels are a function of the index alone."""
-
-    style: Style = "photo"
 
     def __init__(self, samples: int = 1024, size: int = 224) -> None:
         self.name = f"synthetic:{samples}x{size}"
@@ -71,6 +70,10 @@ def open_digits(split: Split) -> ArraySource:
     images = torch.from_numpy(pixels).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
     labels = torch.from_numpy(target).to(torch.int64)
     return ArraySource("digits", "digit", [str(label) for label in range(10)], images[chosen], labels[chosen])
+
+
+def open_arrays(argument: str, split: Split, *, key: str, shared: bool) -> ArraySource:
+    raise NotImplementedError
 
 
 def open_torchvision(name: str, split: Split, *, key: str, root: str | None, download: bool) -> ArraySource:

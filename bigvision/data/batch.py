@@ -8,19 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bigvision.data.mixing import Mix
+
 
 @dataclass
 class Batch:
     """Samples of one rank. Images stay uint8 until they are on the device: a quarter of the bytes to move."""
 
     images: Tensor
-    """uint8 (B, 3, H, W)"""
+    """uint8 (B, C, H, W), in memory often pixel by pixel (channels last), as they were decoded"""
     labels: Tensor
     """int64 (B,)"""
     ids: Tensor
     """int64 (B,), each sample's index in its source"""
     valid: Tensor
-    """bool (B,), False for the padding at the end of an evaluation"""
+    """bool (B,), False for the padding at the end of an evaluation and for what could not be read"""
+    mix: Mix | None = None
+    """How samples are mixed in pairs, in training"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,11 +42,22 @@ class Batch:
 
     def split(self, size: int) -> list[Batch]:
         """Return consecutive micro-batches of *size* samples, views of this batch; the last may be shorter."""
-        parts = zip(*(tensor.split(size) for tensor in (self.images, self.labels, self.ids, self.valid)))
-        return [Batch(*part) for part in parts]
+        parts = list(zip(*(tensor.split(size) for tensor in (self.images, self.labels, self.ids, self.valid))))
+        mixes = self.mix.split(size) if self.mix is not None else [None] * len(parts)
+        return [Batch(*part, mix=mix) for part, mix in zip(parts, mixes)]
+
+    def inputs(self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+        """What the model gets: the images normalised, and mixed; float32 (B, C, H, W)."""
+        images = normalize(self.images, mean, std)
+        return images if self.mix is None else self.mix.images(images)
+
+    def targets(self) -> Tensor:
+        """What the task's loss gets: the labels, or of mixed samples what :meth:`Mix.targets` says."""
+        return self.labels if self.mix is None else self.mix.targets(self.labels)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(change(self.images), change(self.labels), change(self.ids), change(self.valid))
+        mix = self.mix.map(change) if self.mix is not None else None
+        return Batch(change(self.images), change(self.labels), change(self.ids), change(self.valid), mix)
 
 
 def normalize(
@@ -57,4 +72,4 @@ def normalize(
         dtype: of the result (B, C, H, W). The arithmetic is fp32 whatever it is.
     """
     offset, scale = (torch.as_tensor(value, device=images.device).mul(255).view(-1, 1, 1) for value in (mean, std))
-    return images.to(torch.float32).sub_(offset).div_(scale).to(dtype)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(offset).div_(scale).to(dtype)

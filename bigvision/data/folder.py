@@ -10,18 +10,16 @@ from typing import NoReturn
 
 import torch
 
-from bigvision.data.decode import EXTENSIONS, read_image
-from bigvision.data.sample import Sample, Split, Style, UnreadableSample
+from bigvision.data.decode import EXTENSIONS
+from bigvision.data.sample import Sample, Source, Split, UnreadableSample
 from bigvision.errors import UserError
 
 HELD_OUT = 0.1
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """The images below ``root/CLASS/``; classes and files in the order of their names."""
-
-    style: Style = "photo"
 
     def __init__(self, root: Path, classes: Sequence[str], files: Sequence[tuple[str, int]]) -> None:
         self.name = f"imagefolder:{root}"
@@ -43,12 +41,14 @@ class ImageFolder:
         return os.path.join(self.root, os.fsdecode(self._names[start : int(self._ends[index])].numpy().tobytes()))
 
     def read(self, index: int) -> Sample:
-        path = self.path(index)
         try:
-            return Sample(read_image(path), self.label(index))
-        except Exception as error:  # Pillow raises many types on bad files, struct.error and IndexError among them
-            cause = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableSample(f"cannot read {path} (sample {index}): {cause}") from error
+            with open(self.path(index), "rb") as file:
+                return Sample(file.read(), self.label(index))
+        except OSError as error:
+            raise UnreadableSample(error.strerror or type(error).__name__) from error
+
+    def where(self, index: int) -> str:
+        return self.path(index)
 
     def label(self, index: int) -> int:
         return int(self._labels[index])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
 
 from PIL import Image
 from torch import Tensor
+
+from bigvision.data.position import Part
 
 Split = Literal["train", "val"]
 Style = Literal["photo", "tiny", "digit"]
@@ -13,28 +16,39 @@ Style = Literal["photo", "tiny", "digit"]
 
 
 class Sample(NamedTuple):
-    image: Image.Image | Tensor
-    """An RGB image: from Pillow, or a uint8 tensor (3, H, W)."""
+    image: bytes | Tensor | Image.Image
+    """An image file's content, still encoded; or pixels: a uint8 tensor (C, H, W), or an image from Pillow."""
     label: int
 
 
-class Source(Protocol):
+class Source(ABC):
     """Labelled images by index. It is sent to worker processes, so it must pickle, and reading must not change it."""
 
     name: str
     classes: list[str]
-    style: Style
+    style: Style = "photo"
+    channels: int = 3
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, index: int) -> Sample:
-        """Return the sample *index*, the same at every call. Raises `UnreadableSample`."""
-        ...
+        """Return the sample *index*, the same at every call. Raises `UnreadableSample`, with the reason alone."""
 
+    @abstractmethod
     def label(self, index: int) -> int:
         """Return the label of the sample *index* without reading its image."""
-        ...
+
+    def where(self, index: int) -> str:
+        """What messages call the sample: its file, where it has one."""
+        return f"{self.name}, sample {index}"
+
+    @property
+    def parts(self) -> list[Part]:
+        """The runs of indices that are mixed with weights; most sources are one."""
+        return [Part(0, len(self), len(self))]
 
 
 class UnreadableSample(RuntimeError):
-    """A sample that cannot be read; the one-line message names its file and index."""
+    """A sample that cannot be read; one line."""

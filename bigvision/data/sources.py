@@ -1,26 +1,31 @@
-"""Datasets by name: ``digits``, ``imagefolder:PATH``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``,
-``synthetic:SAMPLESxSIZE``."""
+"""Datasets by name: ``digits``, ``imagefolder:PATH``, ``webdataset:PATH``, ``parquet:PATH``, ``arrays:PATH``, ``volumes:PATH``,
+torchvision's, ``synthetic:SAMPLESxSIZE``, and several of them with weights: ``0.7*imagefolder:A + 0.3*webdataset:B``."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigvision.data.arrays import Synthetic, open_digits, open_torchvision
+from bigvision.data.arrays import TORCHVISION, Synthetic, open_arrays, open_digits, open_torchvision
 from bigvision.data.folder import open_image_folder
+from bigvision.data.mixture import Mixture
 from bigvision.data.sample import Source, Split
 from bigvision.errors import UserError, nearest
 
-TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "cifar100")
-DATASETS = ("digits", "imagefolder", *TORCHVISION, "synthetic")
+FILES = ("imagefolder", "webdataset", "parquet", "arrays", "volumes")
+"""Those that are in a folder of the user's, whose path follows the name."""
+DATASETS = ("digits", *FILES, *TORCHVISION, "synthetic")
 
 
 def check_source(spec: str, *, key: str) -> None:
     """Raise `UserError` where *spec* is no name of a dataset; opens nothing, so it may run before anything else."""
-    name, argument = _parse(spec, key)
-    if name == "synthetic":
-        _synthetic(argument, key)
+    for one, _ in _weighted(spec, key):
+        name, argument = _parse(one, key)
+        if name == "synthetic":
+            _synthetic(argument, key)
 
 
 def open_source(
@@ -29,40 +34,111 @@ def open_source(
     *,
     key: str | None = None,
     root: str | None = None,
-    download: bool = False,
+    first: bool = True,
     shared: bool = True,
     classes: Sequence[str] | None = None,
+    class_file: str | None = None,
 ) -> Source:
     """Open the dataset *spec*.
 
     Args:
-        spec: ``digits``, ``imagefolder:PATH``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100`` or
-            ``synthetic[:SAMPLES[xSIZE]]`` (1024x224).
+        spec: a name (see :data:`DATASETS`), for files ``NAME:PATH``, ``synthetic[:SAMPLES[xSIZE]]`` (1024x224), or several with
+            weights, ``0.7*imagefolder:A + 0.3*webdataset:B``.
         split: what to open of it. Synthetic data has one split.
         key: the configuration's key, for messages; ``data.train`` or ``data.val`` by default.
         root: the folder of downloaded datasets; ``data`` in the working directory by default.
-        download: fetch what is missing. Of several ranks let one open with it first, then the others without.
-        shared: whether training and validation both name this dataset. An image folder without a validation folder
-            is split only then.
+        first: download what is missing and write indexes beside files. Of several ranks let one open with it before the others
+            do without.
+        shared: whether training and validation both name this dataset. Files without a validation part are split only then.
         classes: of the training data, when opening the validation data: labels will follow them.
+        class_file: has the classes, instead of the data's own order (see :func:`read_classes`).
 
     Raises:
         UserError: unknown, missing or malformed data, or classes that do not agree; one line that names *key*.
     """
     key = key or f"data.{split}"
+    known = list(classes) if classes is not None else read_classes(class_file) if class_file is not None else None
+    parts = _weighted(spec, key)
+    sources: list[Source] = []
+    for one, _ in parts:
+        sources.append(_open(one, split, key, root, first, shared, known))
+        known = sources[0].classes
+        if sources[-1].channels != sources[0].channels or sources[-1].style != sources[0].style:
+            raise UserError(f"{key}: {one} has other images ({sources[-1].style}) than {parts[0][0]}; mix what is alike")
+    return sources[0] if len(sources) == 1 else Mixture(sources, [weight for _, weight in parts])
+
+
+def read_classes(file: str) -> list[str]:
+    """The classes in *file*, in the order of their labels: a name on each line, a JSON list, or ImageNet's class index
+    (``{"0": ["n01440764", "tench"], ...}``), of which the first names are taken.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8")
+        if text.lstrip()[:1] in ("[", "{"):
+            found = json.loads(text)
+            if isinstance(found, dict):
+                found = [found[str(label)] for label in range(len(found))]
+            names = [name[0] if isinstance(name, list) else name for name in found]
+        else:
+            names = [line.strip() for line in text.splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"data.classes: {file!r} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"data.classes: {file!r} is no list of names and no class index from 0 on ({error})") from error
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise UserError(f"data.classes: {file!r} must name each class once")
+    return names
+
+
+def _open(
+    spec: str, split: Split, key: str, root: str | None, first: bool, shared: bool, classes: list[str] | None
+) -> Source:  # fmt: skip
     name, argument = _parse(spec, key)
     if name == "imagefolder":
         return open_image_folder(argument, split, key=key, shared=shared, classes=classes)
+    if name == "webdataset":
+        from bigvision.data.shards import open_shards
+
+        return open_shards(argument, split, key=key, shared=shared, classes=classes, first=first)
+    if name == "parquet":
+        from bigvision.data.parquet import open_parquet
+
+        return open_parquet(argument, split, key=key, shared=shared, classes=classes)
+    if name == "volumes":
+        from bigvision.data.volumes import open_volumes
+
+        return open_volumes(argument, split, key=key, shared=shared, classes=classes)
     source: Source
-    if name == "digits":
+    if name == "arrays":
+        source = open_arrays(argument, split, key=key, shared=shared)
+    elif name == "digits":
         source = open_digits(split)
     elif name == "synthetic":
         source = _synthetic(argument, key)
     else:
-        source = open_torchvision(name, split, key=key, root=root, download=download)
-    if classes is not None and list(classes) != source.classes:
+        source = open_torchvision(name, split, key=key, root=root, download=first)
+    if classes is not None and classes != source.classes:
         raise UserError(f"{key}: the {len(source.classes)} classes of {spec!r} are not the {len(classes)} of the training data")
     return source
+
+
+def _weighted(spec: str, key: str) -> list[tuple[str, float]]:
+    """The datasets that *spec* mixes, and their weights."""
+    found = []
+    for part in spec.split(" + "):
+        match = re.fullmatch(r"\s*(?:([0-9.eE+-]+)\s*\*\s*)?(.*?)\s*", part, re.DOTALL)
+        assert match is not None
+        try:
+            weight = float(match[1]) if match[1] else 1.0
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight < math.inf:
+            raise UserError(f"{key}: {part.strip()!r}: the weight before * must be a number above 0")
+        found.append((match[2], weight))
+    return found
 
 
 def _parse(spec: str, key: str) -> tuple[str, str]:
@@ -72,9 +148,9 @@ def _parse(spec: str, key: str) -> tuple[str, str]:
             raise UserError(f"{key}: unknown dataset {spec!r}; did you mean 'imagefolder:{spec}'?")
         hint = nearest(name, DATASETS) or f"; known are {', '.join(DATASETS)}"
         raise UserError(f"{key}: unknown dataset {spec!r}{hint}")
-    if name == "imagefolder" and not argument:
-        raise UserError(f"{key}: {spec!r} names no folder; write imagefolder:PATH")
-    if colon and name not in ("imagefolder", "synthetic"):
+    if name in FILES and not argument:
+        raise UserError(f"{key}: {spec!r} names no folder; write {name}:PATH")
+    if colon and name not in (*FILES, "synthetic"):
         raise UserError(f"{key}: {name} takes nothing after its name, got {spec!r}; write {name!r}")
     return name, argument
 

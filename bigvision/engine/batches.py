@@ -66,7 +66,8 @@ def _in_pipeline(config: Config, share: int, stages: int) -> int:
 
 
 def check_ranks(config: Config, runtime: Runtime) -> None:
-    """Raises `UserError` for a pipeline without a second rank, or whose schedule does not fit its ranks."""
+    """Raises `UserError` for a pipeline without a second rank, or whose schedule does not fit its ranks; and for pairs of
+    samples that are mixed and would lie on two ranks or in two micro-batches."""
     parallel, copies = config.parallel, runtime.data_ranks
     if parallel.strategy == "pipeline" and runtime.pipeline_ranks == 1:
         raise UserError("parallel.strategy: pipeline needs at least 2 ranks: start more, or use parallel.strategy fsdp")
@@ -74,4 +75,11 @@ def check_ranks(config: Config, runtime: Runtime) -> None:
         raise UserError(
             f"parallel.replicas: {parallel.replicas}, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
             f"which sharded stages do not allow: use {copies} for whole copies of each stage, or the schedule interleaved"
+        )
+    size, share = micro_batch(config, copies, runtime.pipeline_ranks), config.train.global_batch // copies
+    whole = 2 * config.data.repeats
+    if (config.task.mixup or config.task.cutmix) and (share % whole or (size < share and size % whole)):
+        raise UserError(
+            f"task.{'mixup' if config.task.mixup else 'cutmix'}: samples are mixed in pairs, but a rank's {share} samples of a "
+            f"step, in micro-batches of {size}, are not multiples of {whole}: change train.global_batch or train.micro_batch"
         )

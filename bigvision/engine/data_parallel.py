@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigvision.config import Config
-from bigvision.data.batch import Batch, normalize
+from bigvision.data.batch import Batch
 from bigvision.engine.base import Engine, Metrics, StepResult
 from bigvision.engine.batches import micro_batch
 from bigvision.engine.precision import autocast
@@ -135,7 +135,7 @@ class DataParallelEngine(Engine):
                 part.train(training)
 
     def _outputs(self, batch: Batch) -> Tensor:
-        images = normalize(batch.images, self.mean, self.std)
+        images = batch.inputs(self.mean, self.std)
         with autocast(self.config.parallel.precision, self.runtime.device):
             return self.forward(images)
 

@@ -77,7 +77,7 @@ class NativeEngine(DataParallelEngine):
 
     def _pass(self, part: Batch, factor: float, last: bool) -> Tensor:
         with self._micro_step(last):
-            loss = self.task.loss(self._outputs(part), part.labels)
+            loss = self.task.loss(self._outputs(part), part.targets())
             (loss * (factor * self.scale.value)).backward()
         return loss.detach()
 

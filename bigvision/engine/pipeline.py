@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigvision.config import SPLIT_BACKWARD, Config
-from bigvision.data.batch import Batch, normalize
+from bigvision.data.batch import Batch
 from bigvision.engine.base import Metrics, StepResult
 from bigvision.engine.batches import micro_batch
 from bigvision.engine.fsdp import FSDPEngine
@@ -125,8 +125,8 @@ class PipelineEngine(FSDPEngine):
         self.losses: list[Tensor] = []
         self.loss_factor = factor * self.scale.value
         whole, rest = divmod(len(batch), self.micro_batch)
-        images = normalize(batch.images, self.mean, self.std) if 0 in self.stages else None
-        begin = 0
+        images = batch.inputs(self.mean, self.std) if 0 in self.stages else None
+        targets, begin = batch.targets(), 0
         for count, size in ((whole, self.micro_batch), (1, rest)):
             if not count or not size:
                 continue
@@ -134,7 +134,7 @@ class PipelineEngine(FSDPEngine):
             schedule = self._schedule(count, size)
             mine = slice(begin, begin + count * size)
             arguments = () if images is None else (images[mine],)
-            target = batch.labels[mine] if self.plan.stages - 1 in self.stages else None
+            target = targets[mine] if self.plan.stages - 1 in self.stages else None
             schedule.step(*arguments, target=target, return_outputs=False)
             begin += count * size
             for parameter, grad in before.items():
@@ -197,7 +197,7 @@ class PipelineEngine(FSDPEngine):
         for number in sorted(self.stages):
             for index, part in enumerate(parts):
                 if number == 0:
-                    received = (normalize(part.images, self.mean, self.std),)
+                    received = (part.inputs(self.mean, self.std),)
                 elif number - 1 in self.stages:
                     received = kept.pop((number - 1, index))
                 else:

@@ -77,7 +77,7 @@ class ZeroEngine(DataParallelEngine):
         self.deepspeed.set_gradient_accumulation_boundary(last)
         with saved_tensors_hooks(_pack, _unpack) if self.weights_sharded else nullcontext():
             outputs = self._outputs(part)
-        loss = self.task.loss(outputs, part.labels)
+        loss = self.task.loss(outputs, part.targets())
         self.deepspeed.backward(loss * factor, scale_wrt_gas=False)
         return loss.detach()
 

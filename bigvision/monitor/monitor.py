@@ -41,8 +41,12 @@ class Monitor:
         self.steps = steps
         self._restart_clock()
 
-    def after_step(self, step: int, samples: int, result: StepResult) -> None:
-        """Take note of an optimizer step; each ``monitor.every`` steps, and at the last, write it down."""
+    def after_step(self, step: int, samples: int, result: StepResult, bad: int = 0) -> None:
+        """Take note of an optimizer step; each ``monitor.every`` steps, and at the last, write it down.
+
+        Args:
+            bad: training samples that could not be read so far.
+        """
         self.seen += result.samples
         if step % self.config.monitor.every and step != self.steps:
             return
@@ -57,7 +61,7 @@ class Monitor:
             "images_per_second": round(self.seen / (time.perf_counter() - self.since), 2),
             "peak_memory": peak,
         }
-        self._write(line | ({"skipped": True} if result.skipped else {}))
+        self._write(line | ({"skipped": True} if result.skipped else {}) | ({"bad_samples": bad} if bad else {}))
         if self.progress:
             self.progress.update(step, line["loss"], line["images_per_second"])
         self._restart_clock()
@@ -74,8 +78,10 @@ class Monitor:
         if self.progress:
             self.progress.close()
 
-    def farewell(self, folder: Path, metrics: dict[str, float]) -> None:
-        """Tell the user where the checkpoint is and what to do with it."""
+    def farewell(self, folder: Path, metrics: dict[str, float], note: str = "") -> None:
+        """Tell the user where the checkpoint is and what to do with it, and *note*."""
+        if note:
+            self.say(note)
         if "top1" in metrics:
             self.say(f"validation accuracy {metrics['top1']:.2%}")
         self.say(f"checkpoint  {folder}")

@@ -20,8 +20,15 @@ class Classify:
 
         Args:
             outputs: logits, (B, classes).
-            labels: int64, (B,).
+            labels: int64, (B,); or for mixed samples (B, 3): the label, the other's, and the share of the first.
         """
+        if labels.ndim == 2:
+            own, other, share = labels.unbind(1)
+            losses = [
+                F.cross_entropy(outputs.float(), part.long(), label_smoothing=self.label_smoothing, reduction="none")
+                for part in (own, other)
+            ]
+            return (losses[0] * share.float() + losses[1] * (1 - share.float())).sum()
         return F.cross_entropy(outputs.float(), labels, label_smoothing=self.label_smoothing, reduction="sum")
 
     def measure(self, outputs: Tensor, labels: Tensor, valid: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from bigvision.errors import UserError, either
 from bigvision.models import Blocks, Blueprint, blueprint, check_model, find_blocks, model_card
 from bigvision.runtime import Runtime, all_or_none
 from bigvision.tasks import build_task
+from bigvision.training import bad
 from bigvision.training.data import Data, open_data
 
 
@@ -69,8 +70,9 @@ def build(config: Config, runtime: Runtime, say: Callable[[str], None], stack: E
             f"train.{'epochs' if config.train.steps is None else 'steps'}: the run would end at step {steps}, "
             f"but {found.folder} is at step {found.progress['step']}: train for longer, or choose another --out"
         )
-    engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say)
+    engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say, data.train.channels)
     stack.callback(engine.close)
+    data.bad.keep_in(out / bad.NAME, runtime, resumed=found is not None)
     metrics: dict[str, float] = {}
     if found:
         found = found.restore_or_older(list(engine.fragments()), say)
@@ -89,7 +91,7 @@ def build(config: Config, runtime: Runtime, say: Callable[[str], None], stack: E
 
 
 def build_model(
-    config: Config, num_classes: int, runtime: Runtime, steps: int, say: Callable[[str], None]
+    config: Config, num_classes: int, runtime: Runtime, steps: int, say: Callable[[str], None], channels: int = 3
 ) -> tuple[Engine, Blueprint, dict[str, Any]]:
     """Build the sharded model with its first values; returns the engine, the blueprint and the model card.
 
@@ -111,8 +113,11 @@ def build_model(
         card = model_card(
             config.model, outputs, plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std
         )  # fmt: skip
-        if plan.in_chans != 3:
-            raise UserError(f"model.options.in_chans: {plan.in_chans}, but the images have 3 channels: remove it")
+        if plan.in_chans != channels:
+            raise UserError(
+                f"model.options.in_chans: {plan.in_chans}, but the images have {channels} channels: "
+                f"{'remove it' if channels == 3 else f'use {channels}'}"
+            )
         return plan, blocks, card
 
     plan, blocks, card = all_or_none(plan_model)

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from bigvision.config import Config
-from bigvision.data import Batches, Source, Transform, eval_batches, open_source, train_batches, transform
+from bigvision.data import (
+    BadSample,
+    Batch,
+    Batches,
+    Mixer,
+    Source,
+    Stream,
+    Transform,
+    eval_batches,
+    open_source,
+    train_batches,
+    transform,
+)
+from bigvision.data.mixing import Mix
+from bigvision.errors import UserError
 from bigvision.models import Blueprint
 from bigvision.runtime import Runtime, all_or_none
+from bigvision.training.bad import BadSamples
 
 
 @dataclass(frozen=True)
 class Data:
-    """The training and validation sources."""
+    """The training and validation sources, and what of them could not be read."""
 
     train: Source
     val: Source
+    bad: BadSamples
 
     @property
     def num_classes(self) -> int:
@@ -23,46 +48,165 @@ class Data:
 
 
 def open_data(config: Config, runtime: Runtime) -> Data:
-    """Open both sources on every rank; what has to be downloaded is downloaded by rank 0 alone.
+    """Open both sources on every rank; what has to be downloaded or indexed is so by rank 0 alone.
 
     Raises:
         UserError: a source is unknown, missing, empty or does not fit the other; the same on every rank.
     """
 
-    def open_both(download: bool) -> Data:
+    def open_both(first: bool) -> tuple[Source, Source]:
         shared = config.data.train == config.data.val
         train = open_source(
-            config.data.train, "train", key="data.train", root=config.data.root, download=download, shared=shared
+            config.data.train, "train", key="data.train", root=config.data.root, first=first, shared=shared,
+            class_file=config.data.classes,
         )  # fmt: skip
         val = open_source(
-            config.data.val, "val", key="data.val", root=config.data.root, download=download, shared=shared,
-            classes=train.classes,
+            config.data.val, "val", key="data.val", root=config.data.root, first=first, shared=shared, classes=train.classes,
         )  # fmt: skip
-        return Data(train, val)
+        if train.channels != val.channels:
+            raise UserError(f"data.val: images of {val.channels} channels, but those of data.train have {train.channels}")
+        return train, val
 
-    first = all_or_none(lambda: open_both(download=True) if runtime.is_main else None)
-    return all_or_none(lambda: first or open_both(download=False))
-
-
-def training_batches(config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, position: int) -> Batches:
-    """This rank's batches from *position* samples on, without end."""
-    return train_batches(
-        data.train, _transform(config, data.train, blueprint, train=True), seed=config.seed, position=position,
-        global_batch=config.train.global_batch, rank=runtime.data_rank, ranks=runtime.data_ranks,
-        workers=config.data.workers, device=runtime.device, images=runtime.stage == 0,
-    )  # fmt: skip
+    # On its own host each rank finds what rank 0 left on a shared disk.
+    opened = all_or_none(lambda: open_both(first=True) if runtime.is_main else None)
+    train, val = all_or_none(lambda: opened or open_both(first=False))
+    return Data(train, val, BadSamples(config.data.bad_budget, {"train": len(train), "val": len(val)}))
 
 
-def validation_batches(config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, batch: int) -> Batches:
+class Feed(Iterator[Batch]):
+    """This rank's training batches from a step on, without end."""
+
+    def __init__(
+        self, config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, *, step: int, steps: int, position: int,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        """Args:
+        step, position: optimizer steps taken and samples consumed so far.
+        steps: of the whole run.
+        say: told when workers had to be started again.
+        """
+        self.say, self.restarts = say, 0
+        self.data, self.runtime, self.step, self.steps, self.every = data, runtime, step, steps, config.monitor.every
+        settings = config.data
+        apart, total = settings.repeats, config.train.global_batch
+        mixer = None
+        if config.task.mixup or config.task.cutmix:
+            every = 2 * apart if config.task.mix_each == "pair" else total
+            mixer = Mixer(config.seed, config.task.mixup, config.task.cutmix, every, apart)
+        stream = Stream(
+            config.seed, data.train.parts, repeats=apart, block=settings.shuffle_block, window=settings.shuffle_window
+        )  # fmt: skip
+        self.batches = None
+        if runtime.stage == 0:
+            self.batches = train_batches(
+                data.train, _transform(config, data.train, blueprint, train=True), seed=config.seed, position=position,
+                global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks, workers=settings.workers,
+                device=runtime.device, stream=stream, mixer=mixer,
+            )  # fmt: skip
+        self.relayed = _relayed(self.batches, runtime, total // runtime.data_ranks, apart if mixer else None)
+        self.trace: IO[str] | None = None
+        if settings.trace is not None and runtime.stage == 0:
+            # Every rank adds whole lines to one file.
+            self.trace = Path(settings.trace).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def __next__(self) -> Batch:
+        """Raises `UserError` where too many samples cannot be read."""
+        batch = next(self.relayed)
+        self.step += 1
+        if self.batches is not None and self.batches.restarts > self.restarts:
+            self.restarts = self.batches.restarts
+            self.say(f"a data worker died; the workers were started again and went on with step {self.step}")
+        if self.trace is not None:
+            line = {"step": self.step, "rank": self.runtime.rank, "ids": batch.ids.tolist()}
+            self.trace.write(json.dumps(line) + "\n")
+        if self.step % self.every == 0 or self.step == self.steps:
+            self.data.bad.exchange("train", _taken(self.batches))
+        return batch
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self.batches is not None:
+            self.batches.close()
+        if self.trace is not None:
+            self.trace.close()
+
+
+class Validation(Iterator[Batch]):
     """This rank's batches of one evaluation; every rank gets as many, of as many samples."""
-    return eval_batches(
-        data.val, _transform(config, data.val, blueprint, train=False), batch=batch, rank=runtime.data_rank,
-        ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device, images=runtime.stage == 0,
-    )  # fmt: skip
+
+    def __init__(self, config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, batch: int) -> None:
+        self.data, self.batches = data, None
+        if runtime.stage == 0:
+            self.batches = eval_batches(
+                data.val, _transform(config, data.val, blueprint, train=False), batch=batch, rank=runtime.data_rank,
+                ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device,
+            )  # fmt: skip
+        number = -(-len(data.val) // (batch * runtime.data_ranks))
+        self.relayed = _relayed(self.batches, runtime, batch, None, number)
+
+    def __next__(self) -> Batch:
+        return next(self.relayed)
+
+    def finish(self) -> int:
+        """Return how many samples could not be read, over all ranks.
+
+        Raises:
+            UserError: too many.
+        """
+        return self.data.bad.exchange("val", _taken(self.batches))
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self.batches is not None:
+            self.batches.close()
+
+
+def _taken(batches: Batches | None) -> list[BadSample]:
+    if batches is None:
+        return []
+    found, batches.bad = batches.bad, []
+    return found
+
+
+def _relayed(
+    batches: Batches | None, runtime: Runtime, size: int, apart: int | None, number: int | None = None
+) -> Iterator[Batch]:
+    """The first stage's batches on all stages of its pipeline; the others get all but the images.
+
+    They cannot know these by themselves: only who reads the images knows which have a stand-in.
+
+    Args:
+        size: samples of a batch.
+        apart: see `Mix`; None where nothing is mixed.
+        number: of batches; None is for ever.
+    """
+    if runtime.pipeline_ranks == 1:
+        assert batches is not None
+        yield from batches
+        return
+    group, first = runtime.mesh["stage"].get_group(), runtime.data_rank
+    for _ in count() if number is None else range(number):
+        batch = next(batches) if batches is not None else None
+        whole, real = torch.empty(size, 7, dtype=torch.int64), torch.empty(size, 2)
+        if batch is not None:
+            box = batch.mix.box if batch.mix is not None else torch.zeros(size, 4, dtype=torch.int64)
+            whole = torch.cat([torch.stack([batch.labels, batch.ids, batch.valid.long()], dim=1), box], dim=1)
+            real = torch.stack([batch.mix.weight, batch.mix.share], dim=1) if batch.mix is not None else real
+        dist.broadcast(whole, first, group)
+        if apart is not None:
+            dist.broadcast(real, first, group)
+        yield batch if batch is not None else _without_images(whole, real, apart)
+
+
+def _without_images(whole: Tensor, real: Tensor, apart: int | None) -> Batch:
+    mix = Mix(real[:, 0], whole[:, 3:], real[:, 1], apart) if apart is not None else None
+    return Batch(torch.empty(len(whole), 0, dtype=torch.uint8), whole[:, 0], whole[:, 1], whole[:, 2].bool(), mix)
 
 
 def _transform(config: Config, source: Source, blueprint: Blueprint, train: bool) -> Transform:
+    settings = config.data
     return transform(
-        source.style, blueprint.image_size, train=train, augment=config.data.augment,
-        interpolation=blueprint.interpolation, crop_pct=blueprint.crop_pct,
+        source.style, blueprint.image_size, train=train, augment=settings.augment, interpolation=blueprint.interpolation,
+        crop_pct=blueprint.crop_pct, scale=settings.crop_scale, policy=settings.policy, jitter=settings.jitter,
+        erase=settings.erase, reduce=settings.reduce,
     )  # fmt: skip

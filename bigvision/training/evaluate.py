@@ -10,22 +10,23 @@ from bigvision import checkpoint
 from bigvision.config import Config
 from bigvision.runtime import Runtime, identify, start
 from bigvision.training.build import Build, build_model, restore_model, without_weights
-from bigvision.training.data import open_data, validation_batches
+from bigvision.training.data import Validation, open_data
 
 
 def evaluate(config: Config, run: Build, runtime: Runtime) -> dict[str, float]:
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks."""
     run.engine.synchronize()
-    batches = validation_batches(config, run.data, run.blueprint, runtime, run.engine.eval_batch)
+    batches = Validation(config, run.data, run.blueprint, runtime, run.engine.eval_batch)
     try:
         total = None
         for batch in batches:
             metrics = run.engine.eval_step(batch)
             total = metrics if total is None else total + metrics
+        unreadable = batches.finish()
     finally:
         batches.close()
     assert total is not None
-    assert int(total.count) == len(run.data.val)
+    assert int(total.count) + unreadable == len(run.data.val)
     return total.means()
 
 
@@ -39,7 +40,9 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
     with start(config.parallel.device, config.parallel.replicas, config.parallel.pipeline_ranks) as runtime:
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
         data = open_data(config, runtime)
-        engine, blueprint, card = build_model(config, data.num_classes, runtime, steps=1, say=lambda text: None)
+        engine, blueprint, card = build_model(
+            config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.train.channels
+        )
         try:
             restore_model(found, engine)
             return evaluate(config, Build(engine, data, blueprint, card, 1, {}), runtime)

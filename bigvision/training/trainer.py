@@ -11,7 +11,7 @@ from bigvision.engine import Engine
 from bigvision.monitor import Monitor
 from bigvision.runtime import start
 from bigvision.training.build import Build, build
-from bigvision.training.data import training_batches
+from bigvision.training.data import Feed
 from bigvision.training.evaluate import evaluate
 from bigvision.training.saving import Saving
 
@@ -39,14 +39,16 @@ def train(config: Config) -> Result:
         stack.callback(monitor.close)
         run = build(config, runtime, monitor.say, stack)
         engine, steps, metrics = run.engine, run.steps, run.metrics
-        batches = training_batches(config, run.data, run.blueprint, runtime, position=engine.samples)
+        batches = Feed(
+            config, run.data, run.blueprint, runtime, step=engine.step, steps=steps, position=engine.samples, say=monitor.say
+        )
         stack.callback(batches.close)
         saving = Saving(config, engine, run.card, runtime, monitor.say)
         stack.callback(saving.close)
         monitor.begin(engine.step, steps, metrics)
         while engine.step < steps:
             result = engine.train_step(next(batches))
-            monitor.after_step(engine.step, engine.samples, result)
+            monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"))
             last, epoch_ended = engine.step == steps, _epoch_ended(engine, run, config)
             if last or _due(engine.step, config.train.eval_every, epoch_ended):
                 metrics = evaluate(config, run, runtime)
@@ -58,7 +60,7 @@ def train(config: Config) -> Result:
             saving.save(metrics)
         folder = saving.finish()
         monitor.close()
-        monitor.farewell(folder, metrics)
+        monitor.farewell(folder, metrics, run.data.bad.summary())
         return Result(engine.step, folder, metrics)
 
 
