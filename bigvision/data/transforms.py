@@ -147,5 +147,5 @@ def _colours(jitter: float, erase: float) -> list[v2.Transform]:
     if jitter:
         steps.append(v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4)))
     if erase:
-        steps.append(v2.RandomErasing(erase, value=[124, 116, 104]))
+        steps.append(v2.RandomErasing(erase, value=[124, 116, 104])  # pyright: ignore[reportArgumentType])
     return steps

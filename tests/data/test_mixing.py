@@ -38,7 +38,7 @@ def test_labels_are_shared_by_the_pixels_that_are_left() -> None:
     mix = Mixer(seed=1, mixup=0, cutmix=1.0).draw(0, 400, 32)
     areas = (mix.box[:, 2] - mix.box[:, 0]) * (mix.box[:, 3] - mix.box[:, 1])
     assert torch.allclose(mix.share, 1 - areas / 32**2) and (mix.weight == 1).all()
-    assert mix.share.min() < 0.1 and mix.share.max() > 0.9 and (mix.box >= 0).all() and (mix.box <= 32).all()
+    assert mix.share.min() < 0.3 and mix.share.max() > 0.9 and (mix.box >= 0).all() and (mix.box <= 32).all()
     mix = Mixer(seed=1, mixup=0.8, cutmix=0).draw(0, 4000, 32)
     assert torch.equal(mix.weight, mix.share) and not mix.box.any()
     # The variance of a Beta(a, a) is 1 / (4 (2 a + 1)).
@@ -59,9 +59,8 @@ def test_how_it_is_mixed_follows_from_the_place_in_the_stream(every: int, apart:
     assert len(whole.share.unique()) == (1 if every == 24 else 24 // every)
     # Both of a pair alike, or the labels would not fit the pixels.
     assert torch.equal(whole.partners(whole.share), whole.share)
-    assert torch.equal(
-        whole.partners(torch.arange(24)) - torch.arange(24), torch.tensor(([apart] * apart + [-apart] * apart) * (12 // apart))
-    )
+    jumps = whole.partners(torch.arange(24)) - torch.arange(24)
+    assert jumps.tolist() == ([apart] * apart + [-apart] * apart) * (12 // apart)
 
 
 def test_the_loss_is_that_of_soft_targets() -> None:

@@ -75,7 +75,7 @@ def test_ids_are_the_same_on_any_ranks_and_across_stops(tmp_path: Path, spec: st
     (_,) = run_ranks(run, 1, recipe(tmp_path / "one", data=data | {"trace": str(tmp_path / "a")}, train={"steps": 12}))
     whole = trace(tmp_path / "a")
     assert sorted(whole) == list(range(1, 13))
-    steps = sorted(random.Random(spec).sample(range(1, 12), 3)) + [12]
+    steps = [*sorted(random.Random(spec).sample(range(1, 12), 3)), 12]
     for number, step in enumerate(steps):
         # Several stops, also within an epoch, each time on other ranks and workers.
         plain = recipe(
