@@ -63,7 +63,7 @@ def contents(source) -> dict[str, tuple[bytes, int]]:
 
 
 def opened(path, split="train", **options):
-    return open_source(f"webdataset:{path}", split, **{"shared": False, **options})
+    return open_source(f"webdataset:{path}", split, **{"shared": False, "first": True, **options})
 
 
 def refusal(path, split="train", **options) -> str:
