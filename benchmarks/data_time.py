@@ -3,7 +3,8 @@
 The sides take turns (see `benchmarks.harness`), each with as many workers, on the same folder of photos in the page cache, to
 batches of normalised float32 on the CPU. PyTorch has one thread in this process, as `DataLoader` gives it in each worker. A
 turn is timed from the arrival of one batch to that of another, after what the workers had made in advance is used up, and the
-next side begins when the workers are idle. Run it with ``make bench``; it writes ``benchmarks/results/data_time_cpu.{json,md}``.
+next side begins when the workers are idle. Run it with ``make bench``; it writes
+``benchmarks/results/data_time_cpu.{json,md}``.
 """
 
 from __future__ import annotations

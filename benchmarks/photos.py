@@ -25,10 +25,10 @@ def photo(random: np.random.Generator, width: int, height: int) -> Image.Image:
     """
     down, across = np.mgrid[:height, :width] / [[[height]], [[width]]] - 0.5
     light = _field(random, 1.2, width, height)
+    bend = 0.03 * _field(random, 1.8, width, height)
     for _ in range(6):
         angle, place = random.uniform(0, 2 * np.pi), random.uniform(-0.4, 0.4)
-        border = np.cos(angle) * across + np.sin(angle) * down + 0.03 * _field(random, 1.8, width, height)
-        light += random.normal(0, 0.6) * (border > place)
+        light += random.normal(0, 0.6) * (np.cos(angle) * across + np.sin(angle) * down + bend > place)
     colours = np.stack([light + 0.35 * _field(random, 1.7, width, height) for _ in range(3)], axis=2)
     values = colours * 38 + random.uniform(90, 150, 3) + random.normal(0, 2.5, (height, width, 1))
     return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
