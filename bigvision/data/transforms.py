@@ -96,8 +96,9 @@ class _Crop:
             down, right = values.shape[-2] / picture.height, values.shape[-1] / picture.width
             top, height = round(top * down), max(1, round(height * down))
             left, width = round(left * right), max(1, round(width * right))
-        values = values[:, top : top + height, left : left + width]
-        return F.resize_image(values, list(resized), interpolation=self.mode, antialias=True)
+        # Pixel by pixel, as decoders write them: PyTorch would first sort a part of them into planes, and at last back again.
+        values = values.permute(1, 2, 0)[top : top + height, left : left + width].contiguous()[None].permute(0, 3, 1, 2)
+        return F.resize_image(values, list(resized), interpolation=self.mode, antialias=True)[0]
 
     def choose(self, height: int, width: int) -> tuple[int, int, int, int, tuple[int, int]]:
         """Top, left, height and width of the rectangle, and the size that it is to have."""
