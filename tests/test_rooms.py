@@ -24,7 +24,7 @@ LEVELS = (
 SIDEWAYS = {("cli", "launching"), ("__main__", "cli")}  # the only imports inside one line
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
-HEAVY = {"accelerate", "deepspeed", "ray", "sklearn", "tensorboard", "torch.utils.tensorboard"}
+HEAVY = {"accelerate", "deepspeed", "nibabel", "pyarrow", "ray", "sklearn", "tensorboard", "torch.utils.tensorboard"}
 FORBIDDEN = {"cloudpickle", "dill", "eval", "exec", "joblib", "marshal", "os.popen", "os.system", "pickle", "shelve"}
 FORBIDDEN |= {"torch.load", "torch.save", "yaml.full_load", "yaml.load", "yaml.unsafe_load"}
 # What is measured beside ours has to be called; it writes and reads its own files of the same run.

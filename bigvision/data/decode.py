@@ -74,6 +74,7 @@ class _Jpeg:
             return None
         if colours in ("CMYK", "YCCK"):
             return None
+        height, width = int(height), int(width)
         _check_size(width, height)
         return cls(data, height, width)
 

@@ -55,7 +55,8 @@ class Mix:
     def split(self, size: int) -> list[Mix]:
         """Those of consecutive micro-batches of *size* samples, which must hold whole pairs."""
         assert size % (2 * self.apart) == 0 or size >= len(self.share), "a pair would be cut"
-        return [Mix(*part, self.apart) for part in zip(*(t.split(size) for t in (self.weight, self.box, self.share)))]
+        parts = zip(self.weight.split(size), self.box.split(size), self.share.split(size))
+        return [Mix(weight, box, share, self.apart) for weight, box, share in parts]
 
 
 @dataclass(frozen=True)

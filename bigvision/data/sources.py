@@ -36,7 +36,7 @@ def open_source(
     *,
     key: str | None = None,
     root: str | None = None,
-    first: bool = True,
+    first: bool = False,
     shared: bool = True,
     classes: Sequence[str] | None = None,
     class_file: str | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -147,5 +147,6 @@ def _colours(jitter: float, erase: float) -> list[v2.Transform]:
     if jitter:
         steps.append(v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4)))
     if erase:
-        steps.append(v2.RandomErasing(erase, value=[124, 116, 104]))
+        mean: Any = [124, 116, 104]
+        steps.append(v2.RandomErasing(erase, value=mean))
     return steps

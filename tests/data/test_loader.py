@@ -12,8 +12,7 @@ import pytest
 import torch
 from photo_files import write_photos
 
-from bigvision.data import Batch, Sample, UnreadableSample, eval_batches, open_source, train_batches, transform
-from bigvision.data.position import places
+from bigvision.data import Batch, Sample, Source, Stream, eval_batches, open_source, train_batches, transform
 
 LENGTH = 23
 GLOBAL = 12
@@ -172,8 +171,8 @@ def test_all_three_generators_are_seeded_for_each_sample(noise):
     assert len(found[0].images[:, :, 0, 0].unique(dim=0)) == 32
 
 
-class Broken:
-    name, classes, style = "broken", ["a"], "photo"
+class Broken(Source):
+    name, classes = "broken", ["a"]
 
     def __len__(self):
         return 10
@@ -182,6 +181,9 @@ class Broken:
         if index == 7:
             raise KeyError("the real reason")
         return Sample(torch.zeros(3, 8, 8, dtype=torch.uint8), 0)
+
+    def label(self, index: int) -> int:
+        return 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -192,16 +194,116 @@ def test_errors_in_workers_keep_their_message(workers):
             next(loader)
 
 
+# What cannot be read
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Source:
+    """Twelve photos, of which numbers 2, 3 and 9 cannot be read."""
+    write_photos(tmp_path, {"a": 12}, size=(100, 100))
+    for name, size in (("002.jpg", 1000), ("003.png", 500), ("009.png", 0)):
+        (tmp_path / "a" / name).write_bytes((tmp_path / "a" / name).read_bytes()[:size])
+    return open_source(f"imagefolder:{tmp_path}", "train", shared=False)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_is_one_line(tmp_path, workers):
-    write_photos(tmp_path, {"a": 6}, size=(100, 100))
-    (tmp_path / "a/002.jpg").write_bytes((tmp_path / "a/002.jpg").read_bytes()[:1000])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_bad_sample_gives_its_place_to_the_next_one(damaged, workers, ranks):
+    batches, bad = [], []
+    loaders = [
+        train_batches(damaged, AUGMENTED, seed=1, position=0, global_batch=4, rank=rank, ranks=ranks, workers=workers)
+        for rank in range(ranks)
+    ]
+    for _ in range(9):
+        batches.append(join([next(loader) for loader in loaders]))
+    for loader in loaders:
+        bad += loader.bad
+        loader.close()
+    stream = Stream(1, damaged.parts)
+    wanted = []
+    for place in stream.places(0, 36):
+        while place.id in (2, 3, 9):
+            place = stream.after(place)
+        wanted.append(place.id)
+    whole = join(batches)
+    assert whole.ids.tolist() == wanted and whole.valid.all()
+    # Once in each of three epochs, and again where it would have stood in for another.
+    assert {sample.id for sample in bad} == {2, 3, 9}
+    for sample in bad:
+        assert sample.where == damaged.where(sample.id) and sample.reason and "\n" not in sample.reason
+
+
+def test_a_stand_in_is_cropped_by_itself(damaged):
+    """Else a sample would be seen twice with the same pixels in an epoch."""
+    with train_batches(damaged, AUGMENTED, seed=1, position=0, global_batch=12, rank=0, ranks=1, workers=0) as loader:
+        batch = next(loader)
+    assert len(batch.ids.unique()) == 9 and len(batch.images.flatten(1).unique(dim=0)) == 12
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_leaves_out_what_it_cannot_read(damaged, workers):
+    with eval_batches(damaged, PLAIN, batch=5, rank=0, ranks=1, workers=workers) as loader:
+        whole = join(list(loader))
+    assert whole.ids[whole.valid].tolist() == [0, 1, 4, 5, 6, 7, 8, 10, 11]
+    assert sorted(sample.id for sample in loader.bad) == [2, 3, 9]
+
+
+def test_a_source_without_a_readable_sample_is_an_error(tmp_path):
+    write_photos(tmp_path, {"a": 3})
+    for file in (tmp_path / "a").iterdir():
+        file.write_bytes(b"")
     source = open_source(f"imagefolder:{tmp_path}", "train", shared=False)
-    with eval_batches(source, PLAIN, batch=6, rank=0, ranks=1, workers=workers) as loader:
-        with pytest.raises(UnreadableSample) as caught:
+    with train_batches(source, AUGMENTED, seed=0, position=0, global_batch=2, rank=0, ranks=1, workers=0) as loader:
+        with pytest.raises(RuntimeError, match=r"100 samples in a row cannot be read, the last one .*a/00\d"):
             next(loader)
-    message = str(caught.value)
-    assert str(tmp_path / "a/002.jpg") in message and "sample" in message and "\n" not in message
+    with eval_batches(source, PLAIN, batch=3, rank=0, ranks=1, workers=0) as loader:
+        batch = next(loader)
+    assert not batch.valid.any() and batch.images.shape == (3, 3, 8, 8)
+
+
+# Repetitions, mixtures and nearby reads
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"repeats": 3}, {"block": 4, "window": 2}, {"repeats": 2, "block": 5, "window": 3}],
+    ids=["repeats", "near", "both"],
+)
+def test_every_order_is_the_same_on_ranks_and_workers_and_after_a_resume(noise, options):
+    stream = Stream(9, noise.parts, **options)
+
+    def run(ranks, workers, first, last):
+        loaders = [
+            train_batches(
+                noise, AUGMENTED, seed=9, position=GLOBAL * first, global_batch=GLOBAL, rank=rank, ranks=ranks,
+                workers=workers, stream=stream,
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        try:
+            return join([join([next(loader) for loader in loaders]) for _ in range(last - first)])
+        finally:
+            for loader in loaders:
+                loader.close()
+
+    whole = run(1, 0, 0, 7)
+    assert_equal(run(3, 1, 0, 7), whole)
+    rest = Batch(*(getattr(whole, name)[3 * GLOBAL :] for name in ("images", "labels", "ids", "valid")))
+    assert_equal(run(4, 0, 3, 7), rest)
+    if options.get("repeats"):
+        images = whole.images[: options["repeats"]]
+        assert len(images.flatten(1).unique(dim=0)) == len(images)
+
+
+def test_a_mixture(photos):
+    spec = f"0.75*imagefolder:{photos} + 0.25*imagefolder:{photos}/../{photos.name}"
+    source = open_source(spec, "train", shared=False)
+    assert len(source) == 110 and [part.share for part in source.parts] == [83, 27]
+    assert source.read(60).label == source.read(5).label and source.where(60) == source.where(5).replace(
+        str(photos), f"{photos}/../{photos.name}"
+    )
+    one, other = (join(train(source, 4, workers=workers, ranks=ranks)) for workers, ranks in ((0, 1), (2, 3)))
+    assert_equal(one, other)
 
 
 class Pids:
@@ -240,9 +342,30 @@ def test_workers_outlive_a_signal_to_stop_and_end_with_close(noise):
     loader.close()
 
 
-def test_a_killed_worker_is_named_as_the_cause(noise):
-    with train_batches(noise, Pids(), seed=0, position=0, global_batch=4, rank=0, ranks=1, workers=2) as loader:
-        os.kill(worker_of(next(loader)), signal.SIGKILL)
+class Killed:
+    """Ends its worker, the first *times* that it is called in any of them."""
+
+    def __init__(self, folder, times):
+        self.folder, self.times = folder, times
+
+    def __call__(self, image):
+        if torch.utils.data.get_worker_info() and len(os.listdir(self.folder)) < self.times and torch.rand(()) < 0.3:
+            (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return AUGMENTED(image)
+
+
+def test_workers_that_die_are_started_again_and_no_sample_is_lost_or_doubled(noise, reference, tmp_path):
+    options = {"seed": 3, "position": 0, "global_batch": GLOBAL, "rank": 0, "ranks": 1, "workers": 2}
+    with train_batches(noise, Killed(tmp_path, 2), **options) as loader:
+        found = join([next(loader) for _ in range(10)])
+        assert loader.restarts >= 1
+    assert torch.equal(found.ids, reference.ids)
+
+
+def test_a_worker_that_is_killed_again_and_again_is_named_as_the_cause(noise, tmp_path):
+    options = {"seed": 0, "position": 0, "global_batch": 12, "rank": 0, "ranks": 1, "workers": 1}
+    with train_batches(noise, Killed(tmp_path, 100), **options) as loader:
         with pytest.raises(RuntimeError, match="a data worker was killed"):
             for _ in range(20):
                 next(loader)
@@ -344,21 +467,5 @@ def test_evaluation_of_photos_is_the_same_on_other_ranks(photos):
 
 
 def test_the_stream_is_what_the_page_says(noise, reference):
-    wanted = [place.id for place in places(3, LENGTH, 0, 10 * GLOBAL)]
+    wanted = [place.id for place in Stream(3, noise.parts).places(0, 10 * GLOBAL)]
     assert reference.ids.tolist() == wanted
-
-
-def test_labels_without_images() -> None:
-    """As pipeline stages behind the first read: the same samples in the same order."""
-    source = open_source("synthetic:23x8", "train")
-    see = transform(source.style, 8, train=True)
-    both = []
-    for images in (True, False):
-        with train_batches(
-            source, see, seed=1, position=5, global_batch=6, rank=1, ranks=2, workers=0, images=images
-        ) as batches:  # fmt: skip
-            both.append([next(batches) for _ in range(9)])
-    for whole, bare in zip(*both):
-        assert bare.images.shape == (3, 0) and torch.equal(whole.ids, bare.ids) and torch.equal(whole.labels, bare.labels)
-    with eval_batches(source, see, batch=4, rank=0, ranks=2, workers=0, images=False) as batches:
-        assert sum(int(batch.valid.sum()) for batch in batches) == 12

@@ -1,0 +1,159 @@
+"""What a run does with its data: the same samples whoever reads them, mixed alike, and without those that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.test_mistakes import refused, write_recipe
+from tests.distributed import run_ranks
+from tests.recipes import lines, recipe, run
+from tests.training.test_resume import run_and_listen
+
+MIXED = {"task": {"mixup": 0.8, "cutmix": 1.0}, "train": {"steps": 8, "global_batch": 24, "micro_batch": 4}}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    (found,) = run_ranks(run, 1, recipe(tmp_path_factory.mktemp("mixed"), **MIXED))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (3, {"strategy": "ddp"}),
+        (4, {"strategy": "fsdp", "replicas": 2}),
+        (2, {"strategy": "zero2"}),
+        (3, {"strategy": "pipeline"}),
+        (4, {"strategy": "pipeline", "stages": 2}),
+    ],
+    ids=["ddp", "fsdp", "zero2", "pipeline", "pipeline and fsdp"],
+)
+def test_mixed_samples_give_the_same_losses(tmp_path: Path, mixed: list[float], ranks: int, parallel: dict[str, Any]) -> None:
+    found = run_ranks(run, ranks, recipe(tmp_path, parallel=parallel, **MIXED))[0]
+    assert found == pytest.approx(mixed, rel=1e-5)
+
+
+def test_mixing_changes_the_losses(tmp_path: Path, mixed: list[float]) -> None:
+    (plain,) = run_ranks(run, 1, recipe(tmp_path, train=MIXED["train"]))
+    assert all(abs(one - other) > 1e-4 for one, other in zip(plain, mixed))
+
+
+def test_pairs_that_would_be_cut(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, task={"mixup": 0.8})
+    refused(["train", path, "--train.micro_batch", "5"], "task.mixup", "micro-batches of 5", "multiples of 2")
+
+
+# The ids of a run
+
+
+def trace(path: Path) -> dict[int, list[int]]:
+    """The ids of each step, the ranks' parts put together."""
+    found: dict[int, dict[int, list[int]]] = {}
+    for text in path.read_text().splitlines():
+        line = json.loads(text)
+        found.setdefault(line["step"], {})[line["rank"]] = line["ids"]
+    return {step: [id for rank in sorted(parts) for id in parts[rank]] for step, parts in found.items()}
+
+
+SPECS = ["synthetic:53x32", "digits", "0.7*synthetic:31x32 + 0.3*synthetic:9x32"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_ids_are_the_same_on_any_ranks_and_across_stops(tmp_path: Path, spec: str) -> None:
+    data = {"train": spec, "val": spec}
+    (_,) = run_ranks(run, 1, recipe(tmp_path / "one", data=data | {"trace": str(tmp_path / "a")}, train={"steps": 12}))
+    whole = trace(tmp_path / "a")
+    assert sorted(whole) == list(range(1, 13))
+    steps = [*sorted(random.Random(spec).sample(range(1, 12), 3)), 12]
+    for number, step in enumerate(steps):
+        # Several stops, also within an epoch, each time on other ranks and workers.
+        plain = recipe(
+            tmp_path / "other", data=data | {"trace": str(tmp_path / "b"), "workers": number % 2}, train={"steps": step}
+        )  # fmt: skip
+        run_ranks(run, (2, 3, 1, 4)[number], plain)
+    assert trace(tmp_path / "b") == whole
+
+
+def test_the_stages_of_a_pipeline_say_it_once(tmp_path: Path) -> None:
+    plain = recipe(tmp_path, data={"trace": str(tmp_path / "t")}, parallel={"strategy": "pipeline"}, train={"steps": 2})
+    run_ranks(run, 2, plain)
+    assert [json.loads(line)["rank"] for line in (tmp_path / "t").read_text().splitlines()] == [0, 0]
+
+
+# Bad files
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def write_folder(root: Path, good: int) -> tuple[set[str], int]:
+    """Two classes of images, some of them odd and some bad; returns the names of the bad ones, and how many files there are."""
+    pixels = np.random.default_rng(0)
+    for number in range(good):
+        folder = root / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        values = pixels.integers(0, 256, (36, 40, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{number:05}.jpg", quality=60)
+    image = Image.fromarray(values)
+    # Odd, and fine.
+    image.convert("CMYK").save(root / "a/cmyk.jpg")
+    Image.fromarray(np.full((36, 40), 40_000, dtype=np.uint16)).save(root / "a/deep.png")
+    image.convert("P").save(root / "a/palette.gif", transparency=3)
+    image.save(root / "b/animated.gif", save_all=True, append_images=[image.rotate(90), image])
+    image.save(root / "b/really_a.png.jpg", "PNG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(root / "b/turned.jpg", exif=exif)
+    # Bad.
+    whole = (root / "a/00000.jpg").read_bytes()
+    (root / "a/truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "b/corrupt.jpg").write_bytes(whole[:2] + bytes(reversed(whole[2:])))
+    (root / "a/empty.jpg").write_bytes(b"")
+    (root / "b/text.jpg").write_text("<html>404 Not Found</html>")
+    (root / "a/missing.jpg").symlink_to(root / "nowhere.jpg")
+    huge = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (root / "b/huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", huge) + chunk(b"IDAT", zlib.compress(b"\0" * 99)))
+    shutil.copy(root / "a/truncated.jpg", root / "b/truncated.jpeg")
+    bad = {"truncated.jpg", "corrupt.jpg", "empty.jpg", "text.jpg", "missing.jpg", "huge.png", "truncated.jpeg"}
+    return bad, good + 6 + len(bad)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_one_percent_of_bad_files(tmp_path: Path, ranks: int) -> None:
+    bad, files = write_folder(tmp_path / "data", 700)
+    assert len(bad) == pytest.approx(0.01 * files, rel=0.05)
+    spec = f"imagefolder:{tmp_path}/data"
+    plain = recipe(
+        tmp_path / "out", data={"train": spec, "val": spec + "/", "workers": 1}, parallel={"strategy": "fsdp"},
+        train={"steps": None, "epochs": 1.2, "global_batch": 96, "micro_batch": 32}, monitor={"every": 2},
+    )  # fmt: skip
+    (said, *_) = [said for _, said in run_ranks(run_and_listen, ranks, plain)]
+    listed = [json.loads(line) for line in (tmp_path / "out/bad_samples.jsonl").read_text().splitlines()]
+    assert all(line["reason"] for line in listed)
+    for split in ("train", "val"):
+        assert sorted(Path(line["where"]).name for line in listed if line["split"] == split) == sorted(bad)
+    assert f"{len(bad)} of {files} samples of data.train and {len(bad)} of {files} samples of data.val" in said
+    assert [line["bad_samples"] for line in lines(tmp_path / "out") if "loss" in line][-1] == len(bad)
+    # A run that goes on knows them, and counts none twice.
+    run_ranks(run, 2, plain | {"train": plain["train"] | {"epochs": 2.4}})
+    assert len((tmp_path / "out/bad_samples.jsonl").read_text().splitlines()) == 2 * len(bad)
+
+
+def test_too_many_bad_files_are_an_error(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", 60)
+    spec = f"imagefolder:{tmp_path}/data"
+    path = write_recipe(tmp_path, data={"train": spec, "val": spec + "/"}, monitor={"every": 1, "progress": False})
+    said = ("data.bad_budget: 3 allows 3 of 73 samples of data.train", "such as", "mend them")
+    refused(["train", path, "--data.bad_budget", "3", "--train.steps", "9"], *said, ranks=2)
