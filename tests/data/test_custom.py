@@ -274,10 +274,8 @@ def eurosat(root: Path) -> None:
 def caltech101(root: Path) -> None:
     objects = "caltech101/101_ObjectCategories"
     for place in range(20):
-        photo(
-            root / f"caltech101/101_ObjectCategories/{('ant', 'bass')[place // 10]}/image_{place % 10 + 1:04}.jpg", 10 * place
-        )
-    photo(root / "caltech101/101_ObjectCategories/BACKGROUND_Google/image_0001.jpg", 250)
+        photo(root / objects / ("ant", "bass")[place // 10] / f"image_{place % 10 + 1:04}.jpg", 10 * place)
+    photo(root / objects / "BACKGROUND_Google/image_0001.jpg", 250)
 
 
 @pytest.mark.parametrize(("name", "write"), [("eurosat", eurosat), ("caltech101", caltech101)])
