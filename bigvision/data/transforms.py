@@ -162,6 +162,6 @@ def _colours(jitter: float, erase: float, channels: int) -> list[v2.Transform]:
     if jitter:
         steps.append(v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4)))
     if erase:
-        mean: Any = [124, 116, 104]
+        mean: Any = [124, 116, 104] if channels == 3 else 115
         steps.append(v2.RandomErasing(erase, value=mean))
     return steps
