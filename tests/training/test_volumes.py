@@ -18,9 +18,9 @@ def plain(out: Path, data: Path, steps: int, channels: int = 5, **keys: Any) -> 
     spec = f"volumes:{data}?slices=5&stride=4"
     model = MODELS["vit"] | {"options": MODELS["vit"]["options"] | {"in_chans": channels}}
     return recipe(
-        out, model=model, data={"train": spec, "val": spec, "erase": 0.5, **keys},
+        out, data={"train": spec, "val": spec, "erase": 0.5, **keys},
         train={"steps": steps, "global_batch": 6, "micro_batch": 3}, optim={"schedule": "constant"},
-    )  # fmt: skip
+    ) | {"model": model}  # fmt: skip
 
 
 def test_volumes_are_trained_on_evaluated_and_resumed(tmp_path: Path) -> None:
