@@ -78,8 +78,6 @@ def export(
         card = _card(card_text)
         places = _places(tensors, ema, source)
         specs = [TensorSpec(name, _type(place, dtype), place.shape) for name, place in places.items()]
-        # As in a checkpoint: wider types first keep every tensor aligned to its own width.
-        specs.sort(key=lambda spec: (-spec.dtype.itemsize, spec.name))
         whole = sum(spec.nbytes for spec in specs) + 1
         layouts = lay_out("model", specs, whole if single else shard_size or SHARD_SIZE)
         with _replacing(target, single, force) as unfinished:

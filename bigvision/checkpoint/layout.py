@@ -43,15 +43,15 @@ class FileLayout:
 
 
 def specs(fragments: Iterable[Fragment], group: str) -> list[TensorSpec]:
-    """The whole tensors of one group, in the order in which they are laid out."""
-    found = {f.name: TensorSpec(f.name, f.values.dtype, f.shape) for f in fragments if f.group == group}
-    # Those of whole blocks first keeps them all at the beginnings of blocks, and what is left close together; wider types
-    # first keeps every tensor aligned to its own width, so that readers can map the file.
-    return sorted(found.values(), key=lambda spec: (spec.nbytes % BLOCK != 0, -spec.dtype.itemsize, spec.name))
+    """The whole tensors of one group."""
+    return list({f.name: TensorSpec(f.name, f.values.dtype, f.shape) for f in fragments if f.group == group}.values())
 
 
 def lay_out(group: str, tensors: list[TensorSpec], shard_size: int) -> list[FileLayout]:
     """Spread *tensors* over files of at most *shard_size* bytes of data; a larger tensor gets a file of its own."""
+    # Those of whole blocks first keeps them all at the beginnings of blocks, and what is left close together; wider types
+    # first keeps every tensor aligned to its own width, so that readers can map the file.
+    tensors = sorted(tensors, key=lambda spec: (spec.nbytes % BLOCK != 0, -spec.dtype.itemsize, spec.name))
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
     for tensor in tensors:

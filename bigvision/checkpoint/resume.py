@@ -165,7 +165,10 @@ def _try_open(folder: Path, full: bool, what: str) -> tuple[Checkpoint | None, s
         progress = read_document(folder, runs, "progress.json")
         if not isinstance(progress.get("step"), int):
             raise Damaged("progress.json names no step")
-        read_document(folder, runs, "config.json")
+        for name in runs:
+            # Others read those that we do not.
+            if name.endswith(".json"):
+                read_document(folder, runs, name)
         found = Checkpoint(folder, progress, runs, read_places(folder, runs), full, what)
     except (Damaged, OSError) as error:
         problem = str(error)

@@ -157,3 +157,19 @@ def test_too_many_bad_files_are_an_error(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, data={"train": spec, "val": spec + "/"}, monitor={"every": 1, "progress": False})
     said = ("data.bad_budget: 3 allows 3 of 73 samples of data.train", "such as", "mend them")
     refused(["train", path, "--data.bad_budget", "3", "--train.steps", "9"], *said, ranks=2)
+
+
+def test_the_stages_of_a_pipeline_agree_on_what_stands_in_for_a_bad_file(tmp_path: Path) -> None:
+    """The last stage has the labels and never saw the image."""
+    bad, files = write_folder(tmp_path / "data", 40)
+    spec = f"imagefolder:{tmp_path}/data"
+    found = []
+    for name, ranks, parallel in (("one", 1, {"strategy": "ddp"}), ("two", 2, {"strategy": "pipeline"})):
+        plain = recipe(
+            tmp_path / name, data={"train": spec, "val": spec + "/", "bad_budget": 0.2}, parallel=parallel,
+            train={"steps": 5, "micro_batch": 6},
+        )  # fmt: skip
+        found.append(run_ranks(run, ranks, plain)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    both = [[line["bad_samples"] for line in lines(tmp_path / name) if "bad_samples" in line] for name in ("one", "two")]
+    assert both[0] == both[1] and both[0][-1] == len(bad) and files == 40 + 6 + len(bad)

@@ -1,0 +1,211 @@
+"""Datasets in a few large files: which files are a split's, what their labels mean, and which samples are held out."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bigvision.data.folder import HELD_OUT, VAL_FOLDERS
+from bigvision.data.sample import Split
+from bigvision.errors import UserError
+
+CLASS_FILES = ("classes.txt", "classnames.txt")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+MOST_FILES = MOST_LABELS = 1_000_000
+
+
+class Chosen(NamedTuple):
+    files: list[Path]
+    hold_out: bool
+    """Whether training and validation share these files, so that a part of the samples is to be held out."""
+    folders: list[Path]
+    """Where a file with the classes may lie."""
+
+
+def choose_files(argument: str, split: Split, suffix: str, *, key: str, shared: bool) -> Chosen:
+    """Find the files of *split* in *argument*: a file, a pattern (with ``{000..009}``, ``{a,b}``, ``*``, ``?``), or a folder.
+
+    A folder's files belong to the splits whose names (train; val, valid, validation, test) its subfolders have, or else words
+    of the files' names; without such names they are used whole. So are a pattern's, unless it matches files of both splits.
+
+    Raises:
+        UserError: there are none, they are compressed, or the split is missing; the message names *key*.
+    """
+    path = Path(argument).expanduser()
+    try:
+        if path.is_dir():
+            found, folders = _in_folder(path, suffix, key)
+        else:
+            files = [path] if path.is_file() else _matching(str(path), suffix, key)
+            for file in files:
+                _refuse_compressed(file, key)
+            found, folders = _by_name(files), [files[0].parent, files[0].parent.parent]
+            if "train" not in found or not _val(found):
+                found = {"": files}
+    except OSError as error:
+        raise UserError(f"{key}: cannot list {error.filename!r}: {error.strerror}; make it readable") from error
+    if "" in found and len(found) > 1:
+        raise UserError(f"{key}: is {str(found[''][0])!r} for training or validation? rename it, or name files by a pattern")
+    train, val = found.get("train"), _val(found)
+    if not train and not val:
+        return Chosen(found[""], shared, folders)
+    if not train and split == "train":
+        raise UserError(f"{key}: {argument!r} has {val} but no train; add it, or name the training files by a pattern")
+    if not val and split == "val" and not shared:
+        raise UserError(f"{key}: {argument!r} has train but no val; add it, or name the validation files by a pattern")
+    if val and split == "val":
+        return Chosen(found[val], False, folders)
+    assert train
+    return Chosen(train, shared and not val, folders)
+
+
+def label_by(
+    names: Sequence[str], known: Sequence[str] | None, folders: Sequence[Path], *, key: str, where: str
+) -> tuple[list[str], list[int]]:
+    """Return the classes, and the label that each of the different *names* stands for.
+
+    Whole numbers are labels themselves, everything else is the name of a class. The classes are *known*, or a class file's in
+    *folders*, or else the numbers up to the largest, or the sorted names.
+
+    Raises:
+        UserError: numbers and names are mixed, or one is not of the classes; the message names *key* and *where*.
+    """
+    if known is None:
+        file = next((folder / name for folder in folders for name in CLASS_FILES if (folder / name).is_file()), None)
+        if file is not None:
+            from bigvision.data.sources import read_classes
+
+            known = read_classes(str(file))
+    numbers = [name for name in names if re.fullmatch(r"-?[0-9]{1,18}", name)]
+    if numbers and len(numbers) < len(names):
+        other = next(name for name in names if name not in set(numbers))
+        raise UserError(f"{key}: {where} has numbers ({numbers[0]}) and names ({other!r}) as labels; use one of them")
+    if numbers:
+        values = [int(name) for name in numbers]
+        count = len(known) if known is not None else min(max(values) + 1, MOST_LABELS)
+        wrong = next((value for value in values if not 0 <= value < count), None)
+        if wrong is not None:
+            raise UserError(f"{key}: {where} has label {wrong}, but labels are 0 to {count - 1}; mend it or the classes")
+        return (list(known) if known is not None else [str(value) for value in range(count)]), values
+    classes = list(known) if known is not None else sorted(names)
+    return classes, by_name(names, classes, key=key, where=where)
+
+
+def by_name(names: Sequence[str], classes: Sequence[str], *, key: str, where: str) -> list[int]:
+    """Return the place of each of *names* in *classes*.
+
+    Raises:
+        UserError: one is not there; the message names *key* and *where*.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    missing = next((name for name in names if name not in labels), None)
+    if missing is not None:
+        raise UserError(f"{key}: class {missing!r} in {where} is not one of the {len(classes)} classes; remove or name it")
+    return [labels[name] for name in names]
+
+
+def part(hashes: np.ndarray, labels: np.ndarray, split: Split) -> np.ndarray:
+    """The samples that belong to *split* of a set that training and validation share: a fixed tenth of each class is held out.
+
+    Args:
+        hashes: (N,) of what each sample is called, so that samples added later hardly move others between the splits.
+        labels: (N,) whole numbers.
+
+    Returns:
+        Ascending indices, int64. At least one of each class stays for training.
+    """
+    order = np.lexsort((hashes, labels))
+    _, begin, which, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
+    held = np.minimum(np.maximum(1, np.rint(HELD_OUT * counts)), counts - 1)
+    is_held = np.arange(len(order)) - begin[which] < held[which]
+    return np.sort(order[is_held if split == "val" else ~is_held])
+
+
+def stamp(file: os.stat_result) -> tuple[int, int]:
+    """What tells that a file has changed."""
+    return file.st_size, file.st_mtime_ns
+
+
+def _in_folder(root: Path, suffix: str, key: str) -> tuple[dict[str, list[Path]], list[Path]]:
+    parts = {name: _listed(root / name, suffix, key) for name in ("train", *VAL_FOLDERS)}
+    if any(parts.values()):
+        folders = [root, *(root / name for name, files in parts.items() if files)]
+        return {name: files for name, files in parts.items() if files}, folders
+    # The Hub keeps a dataset's files in data/.
+    for folder in (root, root / "data"):
+        if files := _listed(folder, suffix, key):
+            return _by_name(files), [root, folder]
+    raise UserError(f"{key}: {str(root)!r} holds no *{suffix} file, nor do train/, val/ or data/ in it; give their folder")
+
+
+def _listed(folder: Path, suffix: str, key: str) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    files = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
+    found = [file for file in files if file.name.lower().endswith(suffix)]
+    for file in files:
+        plain = file.with_suffix(".tar" if file.suffix == ".tgz" else "")
+        if plain.name.lower().endswith(suffix) and plain not in found:
+            _refuse_compressed(file, key)
+    return found
+
+
+def _refuse_compressed(file: Path, key: str) -> None:
+    # Samples are read where they lie, which a compressed stream does not allow; and images hardly get smaller.
+    if file.suffix.lower() in (*COMPRESSED, ".tgz"):
+        raise UserError(f"{key}: {str(file)!r} is compressed; decompress it")
+
+
+def _by_name(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files by the split that their names tell, ``""`` where they do not."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[-_.]", file.name.lower())
+        found.setdefault(next((word for word in words if word in ("train", *VAL_FOLDERS)), ""), []).append(file)
+    return found
+
+
+def _val(found: dict[str, list[Path]]) -> str | None:
+    return next((name for name in VAL_FOLDERS if name in found), None)
+
+
+def _matching(pattern: str, suffix: str, key: str) -> list[Path]:
+    files: dict[str, None] = {}
+    for name in _braces(pattern, key):
+        if glob.has_magic(name):
+            matched = (file for file in sorted(glob.glob(name)) if os.path.isfile(file))
+            files.update((file, None) for file in matched if file.lower().endswith((suffix, ".tgz", *COMPRESSED)))
+        elif os.path.isfile(name):
+            files[name] = None
+        else:
+            raise UserError(f"{key}: no file {name!r}; give an existing file, pattern or folder")
+    if not files:
+        raise UserError(f"{key}: no file matches {pattern!r}; give an existing file, pattern or folder")
+    return [Path(file) for file in files]
+
+
+def _braces(pattern: str, key: str) -> list[str]:
+    """Expand ``{000..009}`` and ``{a,b}`` as shells do."""
+    pieces: list[list[str]] = []
+    count = 1
+    for piece in re.split(r"(\{[^{}]*\})", pattern):
+        span = re.fullmatch(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}", piece)
+        if span:
+            begin, end = int(span[1]), int(span[2])
+            count *= max(0, end - begin + 1)
+            if count > MOST_FILES:
+                raise UserError(f"{key}: {pattern!r} names more than {MOST_FILES:,} files; correct the braces")
+            width = max(len(span[1]), len(span[2])) if "0" in (span[1][0], span[2][0]) else 0
+            pieces.append([f"{number:0{width}}" for number in range(begin, end + 1)])
+        elif piece.startswith("{") and "," in piece:
+            pieces.append(piece[1:-1].split(","))
+        else:
+            pieces.append([piece])
+    return ["".join(parts) for parts in product(*pieces)]

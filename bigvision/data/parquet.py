@@ -1,0 +1,242 @@
+"""Parquet files with images in them, as the Hugging Face Hub has them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from bigvision.data.files import by_name, choose_files, label_by, part, stamp
+from bigvision.data.sample import Sample, Source, Split, UnreadableSample
+from bigvision.errors import UserError
+
+IMAGE, LABEL = "image", "label"
+CACHE = 256 << 20
+"""Bytes of decoded row groups that each process keeps."""
+OPEN_FILES = 64
+"""In each process."""
+
+
+class Parquet(Source):
+    """The rows of Parquet files; files in the order given.
+
+    A row group is read as a whole, and the last ones are kept: up to `CACHE` bytes, at least one. So an order that jumps
+    about reads a row group for each image; ``data.shuffle_block`` near the rows of a group keeps reads near each other.
+    """
+
+    def __init__(self, name: str, classes: Sequence[str], files: Sequence[_File], labels: Tensor) -> None:
+        """Args: *labels* int64 (N,), of all rows."""
+        self.name, self.classes = name, list(classes)
+        self.files = [str(file.path) for file in files]
+        self._stamps = [file.stamp for file in files]
+        groups = [(number, group, rows) for number, file in enumerate(files) for group, rows in enumerate(file.groups)]
+        self._groups = torch.tensor([(number, group) for number, group, _ in groups])
+        # The first row of each group, and then how many rows there are in all.
+        self._begins = torch.tensor([0, *accumulate(rows for _, _, rows in groups)])
+        self._firsts = [0, *accumulate(sum(file.groups) for file in files)]
+        self._labels = labels
+        self._chosen: Tensor | None = None
+        self._opened: OrderedDict[int, Any] = OrderedDict()
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+
+    def keep(self, chosen: np.ndarray) -> None:
+        """Keep the rows *chosen*, int64, alone."""
+        self._chosen = torch.from_numpy(chosen)
+
+    def __len__(self) -> int:
+        return len(self._labels if self._chosen is None else self._chosen)
+
+    def label(self, index: int) -> int:
+        return int(self._labels[self._row(index)])
+
+    def where(self, index: int) -> str:
+        row = self._row(index)
+        number = int(self._groups[self._group(row), 0])
+        return f"{self.files[number]}: row {row - self._firsts[number]}"
+
+    def read(self, index: int) -> Sample:
+        row = self._row(index)
+        group = self._group(row)
+        value = self._column(group)[row - int(self._begins[group])].as_py()
+        if isinstance(value, dict):
+            content = value["bytes"]
+            if content is None and value.get("path"):
+                content = _beside(self.files[int(self._groups[group, 0])], value["path"])
+        else:
+            content = value
+        if content is None:
+            raise UnreadableSample("the row has no image")
+        return Sample(content, int(self._labels[row]))
+
+    def _row(self, index: int) -> int:
+        return index if self._chosen is None else int(self._chosen[index])
+
+    def _group(self, row: int) -> int:
+        return int(torch.searchsorted(self._begins, row, right=True)) - 1
+
+    def _column(self, group: int) -> Any:
+        """The images of a row group, decoded or kept from before."""
+        if group in self._kept:
+            self._kept.move_to_end(group)
+            return self._kept[group]
+        number, within = self._groups[group].tolist()
+        try:
+            # Workers are many already: a thread pool in each only gets in their way.
+            column = self._open(number).read_row_group(within, columns=[IMAGE], use_threads=False).column(0)
+        except OSError as error:
+            raise UnreadableSample(_line(error)) from error
+        except (_arrow().ArrowException, IndexError) as error:
+            raise UnreadableSample(f"row group {within} cannot be read: {_line(error)}") from error
+        if len(column) != int(self._begins[group + 1] - self._begins[group]):
+            raise UnreadableSample(f"row group {within} is cut short")
+        self._kept[group] = column
+        while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > CACHE:
+            self._kept.popitem(last=False)
+        return column
+
+    def _open(self, number: int) -> Any:
+        if number in self._opened:
+            self._opened.move_to_end(number)
+            return self._opened[number]
+        if stamp(os.stat(self.files[number])) != self._stamps[number]:
+            raise UnreadableSample("its file has changed since the run began")
+        self._opened[number] = _parquet().ParquetFile(self.files[number])
+        if len(self._opened) > OPEN_FILES:
+            self._opened.popitem(last=False)[1].close(force=True)
+        return self._opened[number]
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_opened": OrderedDict(), "_kept": OrderedDict()}
+
+
+class _File:
+    """What is needed of a file from the start."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        """Raises `UserError`: it is damaged, or lacks a column of the right type."""
+        import pyarrow as pa
+
+        self.path, shown = path, str(path)
+        try:
+            self.stamp = stamp(path.stat())
+            with _parquet().ParquetFile(path) as file:
+                schema = file.schema_arrow
+                for column in (IMAGE, LABEL):
+                    if column not in schema.names:
+                        raise UserError(f"{key}: {shown!r} has no column {column!r} but {', '.join(schema.names)}; rename one")
+                _check_types(schema.field(IMAGE).type, schema.field(LABEL).type)
+                self.classes = _class_names(schema)
+                self.groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+                coded = file.read(columns=[LABEL]).column(0).combine_chunks().dictionary_encode()
+        except TypeError as error:
+            raise UserError(f"{key}: {shown!r}: {error}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{key}: {shown!r} cannot be read: {_line(error)}; copy or write it again") from error
+        if coded.null_count:
+            row = coded.is_null().index(True).as_py()
+            raise UserError(f"{key}: row {row} of {shown!r} has no label; remove or mend it")
+        self.codes: np.ndarray = coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        self.names = [str(name) for name in coded.dictionary.to_pylist()]
+
+
+def open_parquet(
+    argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None
+) -> Parquet:  # fmt: skip
+    """Open the Parquet files *argument* (see :func:`~bigvision.data.files.choose_files`) for *split*.
+
+    Column ``image`` has encoded images, as binary or in a struct's ``bytes``; ``label`` integers or strings. The classes'
+    names are those of the Hugging Face ``ClassLabel``, where there is one.
+
+    Args:
+        shared: by training and validation; without a validation part a tenth of each class is held out by file and row.
+        classes: label by these classes instead of by the files' own.
+
+    Raises:
+        UserError: pyarrow is not installed, files are missing or damaged, or not as described; the message names *key*.
+    """
+    try:
+        _parquet()
+    except ImportError as error:
+        raise UserError(f'{key}: parquet needs pyarrow; install it with: pip install "bigvision[parquet]"') from error
+    chosen = choose_files(argument, split, ".parquet", key=key, shared=shared)
+    files = [file for file in (_File(path, key) for path in chosen.files) if file.groups and len(file.codes)]
+    if not files:
+        raise UserError(f"{key}: the files of {argument!r} have no rows; write them again")
+    other = next((file for file in files if file.classes != files[0].classes), None)
+    if other is not None:
+        raise UserError(f"{key}: {str(other.path)!r} names other classes than {str(files[0].path)!r}; open one of them")
+    names = list(dict.fromkeys(name for file in files for name in file.names))
+    own, where = files[0].classes, repr(argument)
+    known, values = label_by(names, classes if own is None else own, chosen.folders, key=key, where=where)
+    if classes is not None and known != list(classes):
+        # By their names they agree with the training data's, whose order may be another.
+        if len(set(known)) < len(known):
+            raise UserError(f"{key}: {where} names a class twice, and not the same classes as the training data; use its own")
+        known, values = list(classes), by_name([known[value] for value in values], classes, key=key, where=where)
+    label = dict(zip(names, values))
+    labels = np.concatenate([np.array([label[name] for name in file.names])[file.codes] for file in files])
+    source = Parquet(f"parquet:{argument}", known, files, torch.from_numpy(labels))
+    if chosen.hold_out:
+        rows = [f"{file.path.name}/{row}" for file in files for row in range(len(file.codes))]
+        hashes = np.array([xxhash.xxh3_64_intdigest(row.encode()) for row in rows], dtype=np.uint64)
+        source.keep(part(hashes, labels, split))
+        if not len(source):
+            raise UserError(f"{key}: {argument!r} has one image per class, none can be held out; add images or val files")
+    return source
+
+
+def _check_types(image: Any, label: Any) -> None:
+    """Raise `TypeError` where the columns hold something else than images and labels."""
+    types = _arrow().types
+    content = image.field("bytes").type if types.is_struct(image) and image.get_field_index("bytes") >= 0 else image
+    if not (types.is_binary(content) or types.is_large_binary(content)):
+        raise TypeError(f"its images are {image}; they must be encoded, as binary or in a struct's 'bytes'")
+    if not (types.is_integer(label) or types.is_string(label) or types.is_large_string(label)):
+        raise TypeError(f"its labels are {label}; they must be integers or strings")
+
+
+def _class_names(schema: Any) -> list[str] | None:
+    """The names of Hugging Face's ``ClassLabel``."""
+    try:
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][LABEL]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return found if isinstance(found, list) and found and all(isinstance(name, str) for name in found) else None
+
+
+def _beside(file: str, path: str) -> bytes:
+    """The image at *path*, which is relative to the folder of *file* and may not leave it."""
+    folder = os.path.realpath(os.path.dirname(file))
+    try:
+        found = os.path.realpath(os.path.join(folder, path))
+        if os.path.commonpath([folder, found]) != folder or not os.path.isfile(found):
+            raise UnreadableSample(f"the row has no bytes, and its path {path!r} is no file in the folder of the Parquet file")
+        with open(found, "rb") as image:
+            return image.read()
+    except (OSError, ValueError) as error:
+        raise UnreadableSample(f"the row has no bytes, and its path {path!r} cannot be read: {_line(error)}") from error
+
+
+def _arrow() -> Any:
+    import pyarrow
+
+    return pyarrow
+
+
+def _parquet() -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,320 @@
+import json
+import os
+import pickle
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_shards import check_batches, jpeg, open_below
+
+from bigvision.data import UnreadableSample, open_source
+from bigvision.data import parquet as module
+from bigvision.errors import UserError
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+Rows = list[tuple[bytes | None, int | str]]
+
+
+def rows(count: int, seed: int = 0) -> Rows:
+    return [(jpeg(seed + number, (9 + number % 7, 8 + number % 5)), number % 3) for number in range(count)]
+
+
+def write(path: Path, data: Rows, names: list[str] | None = None, *, struct=True, group=4, paths=None, **more) -> Path:
+    """Write rows as the Hub does: images in a struct, the classes' names in the schema."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [image for image, _ in data]
+    if struct:
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        column = pa.array([{"bytes": image, "path": paths[n] if paths else None} for n, image in enumerate(images)], kind)
+    else:
+        column = pa.array(images, more.pop("kind", pa.binary()))
+    labels = pa.array([label for _, label in data], None if data else pa.int64())
+    table = pa.table({"other": pa.nulls(len(data)), "image": column, "label": labels})
+    if names is not None:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path, row_group_size=group, **more)
+    return path
+
+
+def contents(source) -> Rows:
+    """All rows, read in a random order, after checking what else a source promises."""
+    found = {}
+    for index in random.Random(0).sample(range(len(source)), len(source)):
+        image, label = source.read(index)
+        assert type(image) is bytes and source.label(index) == label
+        assert os.path.isfile(source.where(index).rpartition(": row ")[0])
+        found[index] = image, label
+    return [found[index] for index in range(len(source))]
+
+
+def opened(path, split="train", **options):
+    return open_source(f"parquet:{path}", split, **{"shared": False, **options})
+
+
+def refusal(path, split="train", **options) -> str:
+    with pytest.raises(UserError) as caught:
+        opened(path, split, **options)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400 and message.startswith(f"data.{split}: ")
+    return message
+
+
+# Reading
+
+
+@pytest.mark.parametrize("group", [1, 4, 100])
+def test_every_row_is_what_was_written(tmp_path, group):
+    wanted = rows(9), rows(1, 9), [], rows(13, 10)
+    for number, part in enumerate(wanted):
+        write(tmp_path / f"{number}.parquet", part, ["ant", "bee", "cow"], group=group)
+    source = opened(tmp_path)
+    assert contents(source) == [row for part in wanted for row in part]
+    assert source.classes == ["ant", "bee", "cow"] and source.style == "photo" and source.channels == 3
+    assert source.where(9) == f"{tmp_path}/1.parquet: row 0" and source.where(22) == f"{tmp_path}/3.parquet: row 12"
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_plain_binary(tmp_path, kind, compression):
+    write(tmp_path / "x.parquet", rows(9), struct=False, kind=kind, compression=compression)
+    source = opened(tmp_path)
+    assert contents(source) == rows(9) and source.classes == ["0", "1", "2"]
+
+
+def test_labels_that_are_names(tmp_path):
+    write(tmp_path / "x.parquet", [(b"1", "dog"), (b"2", "cat"), (b"3", "elk"), (b"4", "dog")])
+    source = opened(tmp_path)
+    assert source.classes == ["cat", "dog", "elk"] and [label for _, label in contents(source)] == [1, 0, 2, 1]
+    assert [label for _, label in contents(opened(tmp_path, classes=["elk", "dog", "fox", "cat"]))] == [1, 3, 0, 1]
+    assert "class 'elk'" in refusal(tmp_path, classes=["cat", "dog"])
+    (tmp_path / "classes.txt").write_text("elk\ndog\ncat\n")
+    assert [label for _, label in contents(opened(tmp_path))] == [1, 2, 0, 1]
+
+
+def test_numbers_follow_the_names_of_the_training_data(tmp_path):
+    write(tmp_path / "x.parquet", [(b"x", 0), (b"x", 1)], ["1", "0", "unused"])
+    assert [label for _, label in contents(opened(tmp_path))] == [0, 1]
+    # Another order of the same names: "1" is theirs 0 and ours 1.
+    assert [label for _, label in contents(opened(tmp_path, classes=["0", "1"]))] == [1, 0]
+    assert "class '1'" in refusal(tmp_path, classes=["0", "2"])
+    # Without names numbers are labels already.
+    write(tmp_path / "plain/x.parquet", [(b"x", 0), (b"x", 1)])
+    assert [label for _, label in contents(opened(tmp_path / "plain", classes=["1", "0"]))] == [0, 1]
+
+
+def test_a_name_of_two_classes(tmp_path):
+    names = ["crane", "maillot", "crane"]
+    write(tmp_path / "x.parquet", rows(9), names)
+    assert contents(opened(tmp_path)) == rows(9) == contents(opened(tmp_path, classes=names))
+    assert "names a class twice" in refusal(tmp_path, classes=["maillot", "crane"])
+
+
+def test_images_in_files_beside(tmp_path):
+    folder = tmp_path / "set"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images/a.jpg").write_bytes(b"inside")
+    (tmp_path / "secret.jpg").write_bytes(b"outside")
+    os.symlink(tmp_path / "secret.jpg", folder / "link.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    inside = ["images/a.jpg", str(folder / "images/a.jpg"), "images/../images/a.jpg"]
+    outside = [str(tmp_path / "secret.jpg"), "../secret.jpg", "link.jpg", "pipe.jpg", "images", "none.jpg", "a\0b", ""]
+    write(folder / "x.parquet", [(None, 0)] * 11, paths=inside + outside)
+    source = opened(folder)
+    assert [source.read(index).image for index in range(3)] == [b"inside"] * 3
+    for index in range(3, 11):
+        with pytest.raises(UnreadableSample) as caught:
+            source.read(index)
+        assert "\n" not in str(caught.value) and source.label(index) == 0
+
+
+def test_rows_without_an_image(tmp_path):
+    write(tmp_path / "x.parquet", [(None, 0), (b"x", 1)])
+    write(tmp_path / "y.parquet", [(None, 0), (b"x", 1)], struct=False)
+    source = opened(tmp_path)
+    for index in (0, 2):
+        with pytest.raises(UnreadableSample, match="no image"):
+            source.read(index)
+    assert source.read(1).image == source.read(3).image == b"x"
+
+
+# What is read when
+
+
+class Counter:
+    """Counts the row groups that are read, and their columns."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.calls: list[int] = []
+        read = pq.ParquetFile.read_row_group
+
+        def counted(file, group, columns, **options):
+            assert columns == ["image"]
+            self.calls.append(group)
+            return read(file, group, columns=columns, **options)
+
+        monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+
+
+def test_row_groups_are_kept_within_bounds(tmp_path, monkeypatch):
+    data = [(bytes([number]) * 1000, 0) for number in range(20)]
+    write(tmp_path / "x.parquet", data)
+    counter = Counter(monkeypatch)
+    source = opened(tmp_path)
+    for index in range(20):
+        assert source.read(index).image == data[index][0]
+    assert counter.calls == [0, 1, 2, 3, 4]
+    assert contents(source) == data and len(counter.calls) == 5
+    # Two groups of 4 kB each have room, and the one that was used last stays.
+    monkeypatch.setattr(module, "CACHE", 10_000)
+    source, counter.calls = opened(tmp_path), []
+    for index in (0, 4, 1, 8, 2, 5):
+        assert source.read(index).image == data[index][0]
+    assert counter.calls == [0, 1, 2, 1]
+    monkeypatch.setattr(module, "CACHE", 0)
+    source, counter.calls = opened(tmp_path), []
+    for index in (0, 1, 4, 0):
+        assert source.read(index).image == data[index][0]
+    assert counter.calls == [0, 1, 0]
+
+
+def test_labels_are_known_without_images(tmp_path, monkeypatch):
+    write(tmp_path / "x.parquet", rows(9))
+    counter = Counter(monkeypatch)
+    source = opened(tmp_path)
+    assert [source.label(index) for index in range(9)] == [label for _, label in rows(9)] and counter.calls == []
+
+
+def test_more_files_than_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "OPEN_FILES", 2)
+    for number in range(5):
+        write(tmp_path / f"{number}.parquet", rows(3, 3 * number))
+    source = opened(tmp_path)
+    assert open_below(tmp_path) == 0
+    assert contents(source) == [row for number in range(5) for row in rows(3, 3 * number)]
+    assert open_below(tmp_path) == 2
+
+
+def test_pickled(tmp_path):
+    write(tmp_path / "x.parquet", rows(31))
+    source = opened(tmp_path, shared=True)
+    small = len(pickle.dumps(source))
+    wanted = contents(source)
+    dumped = pickle.dumps(source)
+    assert len(dumped) == small  # neither files nor row groups
+    copy = pickle.loads(dumped)  # noqa: S301
+    assert contents(copy) == wanted and copy.classes == source.classes and copy.where(1) == source.where(1)
+
+
+def test_batches_do_not_depend_on_workers_and_go_on_after_a_resume(tmp_path):
+    write(tmp_path / "x.parquet", rows(7))
+    write(tmp_path / "y.parquet", rows(14, 7))
+    check_batches(opened(tmp_path))
+
+
+# Splits
+
+
+@pytest.mark.parametrize(
+    "layout", ["data/{}-00000-of-00002.parquet", "{}/0000.parquet", "{}.parquet", "data/{}-00000-of-00001-0a1b2c3d.parquet"]
+)
+@pytest.mark.parametrize("val", ["validation", "test"])
+def test_splits_by_name_and_folder(tmp_path, layout, val):
+    write(tmp_path / layout.format("train"), rows(8))
+    write(tmp_path / layout.format(val), rows(3, 8))
+    for shared in (True, False):
+        assert contents(opened(tmp_path, shared=shared)) == rows(8)
+        assert contents(opened(tmp_path, "val", shared=shared)) == rows(3, 8)
+
+
+def test_a_tenth_of_each_class_is_held_out(tmp_path):
+    write(tmp_path / "x.parquet", rows(30))
+    write(tmp_path / "y.parquet", rows(31, 30))
+    train, val = (opened(tmp_path, split, shared=True) for split in ("train", "val"))
+    where = [[source.where(index) for index in range(len(source))] for source in (train, val)]
+    every = [f"{tmp_path}/{name}.parquet: row {row}" for name, count in (("x", 30), ("y", 31)) for row in range(count)]
+    assert sorted(where[0] + where[1]) == sorted(every)
+    assert np.bincount([label for _, label in contents(val)]).tolist() == [2, 2, 2]
+    written = dict(zip(every, [*rows(30), *rows(31, 30)]))
+    for source, places in zip((train, val), where):
+        assert contents(source) == [written[place] for place in places]
+    (tmp_path / "y.parquet").unlink()
+    write(tmp_path / "other/z.parquet", rows(3))
+    assert "none can be held out" in refusal(tmp_path / "other", "val", shared=True)
+
+
+def test_files_and_patterns(tmp_path):
+    for number in range(12):
+        write(tmp_path / f"train-{number:05}-of-00012.parquet", rows(1, number))
+    assert contents(opened(tmp_path / "train-{00003..00005}-of-00012.parquet")) == [*rows(1, 3), *rows(1, 4), *rows(1, 5)]
+    assert len(opened(tmp_path / "*.parquet", "val")) == 12 and len(opened(tmp_path / "train-00001-of-00012.parquet")) == 1
+    assert "no file matches" in refusal(tmp_path / "test-*.parquet")
+    assert "has train but no val" in refusal(tmp_path, "val")
+
+
+# Mistakes and damage
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"img": [b"x"], "label": [0]}, "has no column 'image' but img, label"),
+        ({"image": [b"x"], "cls": [0]}, "has no column 'label' but image, cls"),
+        ({"image": ["x"], "label": [0]}, "its images are string"),
+        ({"image": [{"path": "x"}], "label": [0]}, "its images are struct<path: string>"),
+        ({"image": [b"x"], "label": [0.5]}, "its labels are double"),
+        ({"image": [b"x"], "label": [True]}, "its labels are bool"),
+        ({"image": [b"x", b"y"], "label": [0, None]}, "row 1"),
+        ({"image": [b"x"], "label": [-1]}, "has label -1"),
+        ({"image": [b"x", b"x"], "label": ["1", "cat"]}, "numbers (1) and names ('cat')"),
+        ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "no rows"),
+    ],
+)
+def test_files_that_are_not_as_described(tmp_path, table, said):
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    assert said in refusal(tmp_path) and str(tmp_path) in refusal(tmp_path)
+
+
+def test_class_names_that_do_not_fit(tmp_path):
+    write(tmp_path / "x.parquet", rows(3), ["a", "b"])
+    assert "has label 2, but labels are 0 to 1" in refusal(tmp_path)
+    write(tmp_path / "x.parquet", rows(3), ["a", "b", "c"])
+    write(tmp_path / "y.parquet", rows(3), ["a", "c", "b"])
+    assert "names other classes than" in refusal(tmp_path)
+
+
+def test_damaged_files(tmp_path):
+    path = write(tmp_path / "x.parquet", rows(9), compression="zstd")
+    data = path.read_bytes()
+    for content in (b"", b"PAR1", data[:-1], data[:100], data[: len(data) // 2] + bytes(len(data) // 2), b"<html>404</html>"):
+        path.write_bytes(content)
+        assert f"{str(path)!r} cannot be read" in refusal(path)
+    # Damage within the images is found when they are read.
+    start = pq.ParquetFile(write(path, rows(9), compression="zstd")).metadata.row_group(1).column(1).data_page_offset
+    path.write_bytes(data[:start] + b"\xff" * 300 + data[start + 300 :])
+    source = opened(path)
+    assert source.read(0).image == rows(9)[0][0]
+    with pytest.raises(UnreadableSample) as caught:
+        source.read(5)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_changes(tmp_path):
+    path = write(tmp_path / "x.parquet", rows(9))
+    source = opened(path)
+    write(path, rows(12))
+    with pytest.raises(UnreadableSample, match="has changed"):
+        source.read(0)
+    path.unlink()
+    with pytest.raises(UnreadableSample, match="No such file"):
+        source.read(0)
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert 'pip install "bigvision[parquet]"' in refusal(tmp_path)
