@@ -1,6 +1,7 @@
 """Sources, decoding, transforms and the loader."""
 
 from bigvision.data.batch import Batch, normalize
+from bigvision.data.custom import MapStyle
 from bigvision.data.loader import BadSample, Batches, eval_batches, train_batches
 from bigvision.data.mixing import Mixer
 from bigvision.data.position import Stream
@@ -13,6 +14,7 @@ __all__ = [
     "BadSample",
     "Batch",
     "Batches",
+    "MapStyle",
     "Mixer",
     "Sample",
     "Source",

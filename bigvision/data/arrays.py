@@ -1,21 +1,22 @@
-"""Datasets that fit in memory, and made-up ones."""
+"""Datasets that are arrays, in memory or in files, and made-up ones."""
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bigvision.data.sample import Sample, Source, Split, Style
+from bigvision.data.folder import VAL_FOLDERS
+from bigvision.data.held import hold_out
+from bigvision.data.sample import Sample, Source, Split, Style, UnreadableSample
 from bigvision.errors import UserError
 from bigvision.seeds import seed_from
-
-DEFAULT_ROOT = "data"
-TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "cifar100")
 
 
 class ArraySource(Source):
@@ -72,58 +73,135 @@ def open_digits(split: Split) -> ArraySource:
     return ArraySource("digits", "digit", [str(label) for label in range(10)], images[chosen], labels[chosen])
 
 
-def open_arrays(argument: str, split: Split, *, key: str, shared: bool) -> ArraySource:
-    raise NotImplementedError
+class MappedArray(Source):
+    """Images in a ``.npy`` file, which each process maps into its memory for itself: the system shares the pages."""
+
+    def __init__(self, name: str, style: Style, classes: Sequence[str], file: Path, labels: Tensor) -> None:
+        """Args: *file* holds uint8 in one of the shapes of :func:`open_arrays`; *labels* int64 (N,)."""
+        self.name, self.file, self.classes, self._labels = name, str(file), list(classes), labels
+        self.style: Style = style
+        self._mapped: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> Sample:
+        mapped = self._mapped
+        if mapped is None:
+            try:
+                self._mapped = mapped = np.load(self.file, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise UnreadableSample(_line(error)) from error
+        image = torch.from_numpy(np.array(mapped[index]))
+        return Sample(_channels_first(image[None])[0].expand(3, -1, -1), self.label(index))
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As an array it would be copied into each worker.
+        return self.__dict__ | {"_mapped": None}
 
 
-def open_torchvision(name: str, split: Split, *, key: str, root: str | None, download: bool) -> ArraySource:
-    """Open torchvision's dataset *name* in the folder *root*, with *download* after fetching what is missing.
+def open_arrays(
+    argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None
+) -> Source:  # fmt: skip
+    """Open arrays of images and labels: the folder or the ``.npz`` file *argument*.
+
+    A folder holds ``images.npy`` and ``labels.npy``, or has them in subfolders ``train`` and ``val`` (or ``valid``,
+    ``validation``, ``test``). A file holds ``images`` and ``labels``, or ``train_images``, ``train_labels``, ``val_images``
+    and ``val_labels``, as MedMNIST's do. Without a validation part all is used for both, or, when *shared* by training and
+    validation, a fixed tenth is held out. Images are uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, labels
+    integers (N,) or (N, 1). A ``classes.txt`` beside them has a name on each line.
+
+    Args:
+        classes: of the training data, which data without ``classes.txt`` takes over.
 
     Raises:
-        UserError: it is not there, damaged, or cannot be downloaded; the message names the folder for the files.
+        UserError: missing, damaged or other arrays; the message names *key*.
     """
-    from torchvision import datasets
-
-    opener, style = {
-        "mnist": (datasets.MNIST, "digit"),
-        "fashion-mnist": (datasets.FashionMNIST, "tiny"),
-        "cifar10": (datasets.CIFAR10, "tiny"),
-        "cifar100": (datasets.CIFAR100, "tiny"),
-    }[name]
-    base = Path(root or DEFAULT_ROOT).expanduser()
-    folder = base / opener.base_folder if name.startswith("cifar") else base / opener.__name__ / "raw"
-    train = split == "train"
+    path = Path(argument).expanduser()
     try:
-        dataset = opener(base, train=train)
-    except RuntimeError as missing:
-        # torchvision says "not found" and "corrupted" alike, and mends both by downloading.
-        if not download:
-            raise UserError(f"{key}: {name} is not complete in {str(folder)!r}; put its files there") from missing
-        try:
-            with _timeout(30):
-                dataset = opener(base, train=train, download=True)
-        except Exception as error:
-            raise UserError(
-                f"{key}: {name} could not be downloaded ({_line(error)}); put its files in {str(folder)!r}"
-            ) from error
-    except Exception as error:
+        opened = _open_folder if path.is_dir() else _open_npz
+        images, labels, part, hold = opened(path, split, shared, key)
+        beside = (path if path.is_dir() else path.parent) / "classes.txt"
+        own = beside.read_text(encoding="utf-8").split("\n") if beside.exists() else []
+    except FileNotFoundError as error:
         raise UserError(
-            f"{key}: the files of {name} in {str(folder)!r} are damaged ({_line(error)}); delete and fetch them again"
+            f"{key}: no {error.filename!r}; give a folder with images.npy and labels.npy, or a .npz file"
         ) from error
-    images = torch.as_tensor(dataset.data)
-    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    return ArraySource(name, style, dataset.classes, images, torch.as_tensor(dataset.targets, dtype=torch.int64))
+    except KeyError as error:
+        raise UserError(f"{key}: {argument!r}: {error.args[0]}; it must have images and labels") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{key}: {argument!r} cannot be read ({_line(error)}); give .npy or .npz files of numbers") from error
+
+    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and {images.shape[1], images.shape[3]} & {1, 3})):
+        raise UserError(
+            f"{key}: the images of {argument!r} are {images.dtype} {images.shape}; "
+            "they must be uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3"
+        )
+    if labels.dtype.kind not in "iu" or labels.ndim == 0 or labels.shape[1:] not in ((), (1,)):
+        raise UserError(
+            f"{key}: the labels of {argument!r} are {labels.dtype} {labels.shape}; they must be integers (N,) or (N, 1)"
+        )
+    if len(images) != len(labels) or not len(labels):
+        raise UserError(f"{key}: {argument!r} has {len(images)} images and {len(labels)} labels; it must have as many of both")
+    if hold and len(labels) < 2:
+        raise UserError(f"{key}: {argument!r} has one image, none can be held out; add images or a validation part")
+
+    names = [line.strip() for line in own if line.strip()] or classes or [str(label) for label in range(int(labels.max()) + 1)]
+    if not 0 <= labels.min() <= labels.max() < len(names):
+        raise UserError(
+            f"{key}: the labels of {argument!r} are {labels.min()} to {labels.max()}, but must be from 0 to {len(names) - 1}"
+        )
+    values = torch.from_numpy(labels.reshape(-1).astype(np.int64))
+    name = f"arrays:{argument}"
+    style: Style = "photo" if min(_channels_first(images).shape[2:]) >= 64 else "tiny"
+    source: Source
+    if path.is_dir():
+        source = MappedArray(name, style, names, path / part / "images.npy", values)
+    else:
+        source = ArraySource(name, style, names, _channels_first(torch.from_numpy(images)), values)
+    return hold_out(source, split) if hold else source
 
 
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    """Bound each wait for the network: torchvision sets no bound, and behind a firewall that drops packets all would hang."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+def _open_folder(path: Path, split: Split, shared: bool, key: str) -> tuple[np.ndarray, np.ndarray, str, bool]:
+    """Images, labels, the subfolder that they are in, and whether to hold out a tenth of them."""
+    part, hold = _part(split, shared, key, path, lambda name: (path / name / "images.npy").exists())
+    images = np.load(path / part / "images.npy", mmap_mode="r", allow_pickle=False)
+    return images, np.load(path / part / "labels.npy", allow_pickle=False), part, hold
+
+
+def _open_npz(path: Path, split: Split, shared: bool, key: str) -> tuple[np.ndarray, np.ndarray, str, bool]:
+    opened = np.load(path, allow_pickle=False)
+    if not isinstance(opened, np.lib.npyio.NpzFile):
+        raise ValueError("it is a single array")
+    with opened as file:
+        part, hold = _part(split, shared, key, path, lambda name: f"{name}_images".lstrip("_") in file)
+        images, labels = (file[f"{part}_{name}".lstrip("_")] for name in ("images", "labels"))
+        return images, labels, part, hold
+
+
+def _part(split: Split, shared: bool, key: str, path: Path, has: Callable[[str], bool]) -> tuple[str, bool]:
+    """The part of the data that *split* is in ("" for those without parts), and whether to hold out a tenth of it."""
+    train = "train" if has("train") else ""
+    val = next((name for name in VAL_FOLDERS if has(name)), None)
+    if val is not None:
+        if split == "train" and not train and not has(""):
+            raise UserError(f"{key}: {str(path)!r} has a part {val} but none for training; add one")
+        return (val if split == "val" else train), False
+    if train and split == "val" and not shared:
+        raise UserError(f"{key}: {str(path)!r} has a part train but none for validation; add one")
+    return train, shared
+
+
+def _channels_first(images: Any) -> Any:
+    """A view (N, C, H, W) of an array or tensor in any of the shapes of :func:`open_arrays`."""
+    if images.ndim == 3:
+        return images[:, None]
+    if images.shape[3] not in (1, 3):
+        return images
+    return images.permute(0, 3, 1, 2) if isinstance(images, Tensor) else images.transpose(0, 3, 1, 2)
 
 
 def _line(error: Exception) -> str:

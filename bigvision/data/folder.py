@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -18,11 +18,24 @@ HELD_OUT = 0.1
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 
+class Kind(NamedTuple):
+    """What the files of a folder are."""
+
+    dataset: str
+    noun: str
+    extensions: tuple[str, ...]
+
+
+IMAGES = Kind("imagefolder", "image", EXTENSIONS)
+
+
 class ImageFolder(Source):
     """The images below ``root/CLASS/``; classes and files in the order of their names."""
 
-    def __init__(self, root: Path, classes: Sequence[str], files: Sequence[tuple[str, int]]) -> None:
-        self.name = f"imagefolder:{root}"
+    def __init__(
+        self, root: Path, classes: Sequence[str], files: Sequence[tuple[str, int]], dataset: str = IMAGES.dataset
+    ) -> None:
+        self.name = f"{dataset}:{root}"
         self.root = str(root)
         self.classes = list(classes)
         # Two tensors instead of a list of strings: each worker gets them through shared memory, not as a pickled copy
@@ -55,7 +68,7 @@ class ImageFolder(Source):
 
 
 def open_image_folder(
-    argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None
+    argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None, kind: Kind = IMAGES
 ) -> ImageFolder:
     """Open the folder *argument* for *split*.
 
@@ -65,28 +78,29 @@ def open_image_folder(
 
     Args:
         classes: label by these classes instead of by the folder's own.
+        kind: of the files, which may be others than images.
 
     Raises:
         UserError: the folder is missing, empty, or not as described; the message names *key*.
     """
     root = Path(argument).expanduser()
     if not root.exists():
-        raise UserError(f"{key}: no folder {argument!r}; give an existing one as imagefolder:PATH")
+        raise UserError(f"{key}: no folder {argument!r}; give an existing one as {kind.dataset}:PATH")
     if not root.is_dir():
         raise UserError(f"{key}: {argument!r} is not a folder; give the folder that holds the class folders")
     try:
-        folder, hold_out, labelled = _choose(root, split, key, shared)
-        known = list(classes) if classes is not None else _class_folders(labelled, key)
-        return ImageFolder(folder, known, _files(folder, known, split if hold_out else None, key))
+        folder, hold_out, labelled = _choose(root, split, key, shared, kind)
+        known = list(classes) if classes is not None else _class_folders(labelled, key, kind)
+        return ImageFolder(folder, known, _files(folder, known, split if hold_out else None, key, kind))
     except OSError as error:
         raise UserError(f"{key}: cannot list {error.filename!r}: {error.strerror}; make it readable") from error
 
 
-def _choose(root: Path, split: Split, key: str, shared: bool) -> tuple[Path, bool, Path]:
-    """Return the folder with the images of *split*, whether to hold out a part of it, and the folder that names the classes."""
+def _choose(root: Path, split: Split, key: str, shared: bool, kind: Kind) -> tuple[Path, bool, Path]:
+    """Return the folder with the files of *split*, whether to hold out a part of it, and the folder that names the classes."""
     train = root / "train"
-    val = next((root / name for name in VAL_FOLDERS if _holds_folders(root / name)), None)
-    if not _holds_folders(train):
+    val = next((root / name for name in VAL_FOLDERS if _holds_folders(root / name, kind)), None)
+    if not _holds_folders(train, kind):
         if val is None:
             return root, shared, root
         if split == "val":
@@ -99,44 +113,48 @@ def _choose(root: Path, split: Split, key: str, shared: bool) -> tuple[Path, boo
     return (val if split == "val" else train), False, train
 
 
-def _files(folder: Path, classes: Sequence[str], part: Split | None, key: str) -> list[tuple[str, int]]:
-    """Return each image's path relative to *folder* and its label; with *part* only that part of each class."""
+def _files(folder: Path, classes: Sequence[str], part: Split | None, key: str, kind: Kind) -> list[tuple[str, int]]:
+    """Return each file's path relative to *folder* and its label; with *part* only that part of each class."""
     labels = {name: label for label, name in enumerate(classes)}
     files: list[tuple[str, int]] = []
-    for name in _class_folders(folder, key):
+    for name in _class_folders(folder, key, kind):
         if name not in labels:
             raise UserError(f"{key}: class {name!r} in {str(folder)!r} is not a class of the training data; remove it")
-        images = _images(folder, name)
+        images = _images(folder, name, kind)
         if not images:
-            raise UserError(f"{key}: class folder {str(folder / name)!r} holds no image ({', '.join(EXTENSIONS)})")
+            raise UserError(f"{key}: class folder {str(folder / name)!r} holds no {kind.noun} ({', '.join(kind.extensions)})")
         files += [(image, labels[name]) for image in (_part(images, part) if part else images)]
     if not files:
-        raise UserError(f"{key}: {str(folder)!r} has one image per class, none can be held out; add images or a val/ folder")
+        raise UserError(
+            f"{key}: {str(folder)!r} has one {kind.noun} per class, none can be held out; add {kind.noun}s or a val/ folder"
+        )
     return files
 
 
-def _holds_folders(folder: Path) -> bool:
+def _holds_folders(folder: Path, kind: Kind) -> bool:
     """Whether *folder* may be a split: a class that happens to be called "train" or "test" holds its images directly."""
     if not folder.is_dir():
         return False
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    return any(entry.is_dir() for entry in entries) and not any(_is_image(entry.name) for entry in entries)
+    return any(entry.is_dir() for entry in entries) and not any(_is_one(entry.name, kind) for entry in entries)
 
 
-def _class_folders(folder: Path, key: str) -> list[str]:
+def _class_folders(folder: Path, key: str, kind: Kind) -> list[str]:
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise UserError(f"{key}: {str(folder)!r} holds no class folder; put each class's images in a folder named after it")
+        raise UserError(
+            f"{key}: {str(folder)!r} holds no class folder; put each class's {kind.noun}s in a folder named after it"
+        )
     return names
 
 
-def _images(folder: Path, name: str) -> list[str]:
-    """Return the images at any depth below ``folder/name``, relative to *folder*, sorted."""
+def _images(folder: Path, name: str, kind: Kind) -> list[str]:
+    """Return the files at any depth below ``folder/name``, relative to *folder*, sorted."""
     images = []
     for parent, folders, files in os.walk(folder / name, onerror=_raise, followlinks=True):
         folders[:] = [entry for entry in folders if not entry.startswith(".")]
         relative = os.path.relpath(parent, folder)
-        images += [os.path.join(relative, file) for file in files if _is_image(file)]
+        images += [os.path.join(relative, file) for file in files if _is_one(file, kind)]
     return sorted(images)
 
 
@@ -144,8 +162,8 @@ def _raise(error: OSError) -> NoReturn:
     raise error  # os.walk would leave the folder out
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+def _is_one(name: str, kind: Kind) -> bool:
+    return name.lower().endswith(kind.extensions) and not name.startswith(".")
 
 
 def _part(images: list[str], split: Split) -> list[str]:

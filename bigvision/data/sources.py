@@ -9,10 +9,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigvision.data.arrays import TORCHVISION, Synthetic, open_arrays, open_digits, open_torchvision
+from bigvision.data.arrays import Synthetic, open_arrays, open_digits
+from bigvision.data.custom import MapDataset, as_source
 from bigvision.data.folder import open_image_folder
 from bigvision.data.mixture import Mixture
 from bigvision.data.sample import Source, Split
+from bigvision.data.torchvision_sets import TORCHVISION, open_torchvision
 from bigvision.errors import UserError, nearest
 
 FILES = ("imagefolder", "webdataset", "parquet", "arrays", "volumes")
@@ -29,7 +31,7 @@ def check_source(spec: str, *, key: str) -> None:
 
 
 def open_source(
-    spec: str,
+    spec: str | Source | MapDataset,
     split: Split,
     *,
     key: str | None = None,
@@ -43,7 +45,7 @@ def open_source(
 
     Args:
         spec: a name (see :data:`DATASETS`), for files ``NAME:PATH``, ``synthetic[:SAMPLES[xSIZE]]`` (1024x224), or several with
-            weights, ``0.7*imagefolder:A + 0.3*webdataset:B``.
+            weights, ``0.7*imagefolder:A + 0.3*webdataset:B``; or a dataset of your own (see :class:`MapStyle`), or a source.
         split: what to open of it. Synthetic data has one split.
         key: the configuration's key, for messages; ``data.train`` or ``data.val`` by default.
         root: the folder of downloaded datasets; ``data`` in the working directory by default.
@@ -58,6 +60,8 @@ def open_source(
     """
     key = key or f"data.{split}"
     known = list(classes) if classes is not None else read_classes(class_file) if class_file is not None else None
+    if not isinstance(spec, str):
+        return as_source(spec, key=key, classes=known)
     parts = _weighted(spec, key)
     sources: list[Source] = []
     for one, _ in parts:
@@ -113,7 +117,7 @@ def _open(
         return open_volumes(argument, split, key=key, shared=shared, classes=classes)
     source: Source
     if name == "arrays":
-        source = open_arrays(argument, split, key=key, shared=shared)
+        source = open_arrays(argument, split, key=key, shared=shared, classes=classes)
     elif name == "digits":
         source = open_digits(split)
     elif name == "synthetic":

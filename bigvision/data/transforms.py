@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from bigvision.data.decode import Picture, open_picture
 from bigvision.data.sample import Style
+from bigvision.errors import UserError
 
 Transform = Callable[["bytes | Tensor | Image.Image"], Tensor]
 Policy = Literal["none", "randaugment", "autoaugment", "trivialaugment", "three-augment"]
@@ -32,6 +33,7 @@ def transform(
     jitter: float = 0.0,
     erase: float = 0.0,
     reduce: bool = False,
+    channels: int = 3,
 ) -> Transform:
     """Return the function from an image (a file's bytes, Pillow, or uint8 (C, H, W)) to uint8 (C, image_size, image_size).
 
@@ -51,10 +53,15 @@ def transform(
         erase: how often a rectangle is erased (Zhong et al. 2020), with the mean of ImageNet.
         reduce: decode JPEGs at a half, a quarter or an eighth where the crop still has all of its pixels. Faster, and
             not quite the same pixels.
+        channels: of the images.
+
+    Raises:
+        UserError: *policy* or *jitter* for images that are not RGB.
     """
     mode = InterpolationMode(interpolation)
     if not (train and augment):
         return _Steps(_CentreCrop(image_size, mode, crop_pct if style == "photo" else 1.0, reduce), [])
+    check_channels(channels, policy, jitter)
     if style == "photo":
         crop: _Crop = _RandomCrop(image_size, mode, scale, reduce)
         steps: list[v2.Transform] = [v2.RandomHorizontalFlip()]
@@ -65,7 +72,15 @@ def transform(
         # After the resize: at 8x8 a shift of a tenth would be less than a pixel.
         crop = _CentreCrop(image_size, mode, 1.0, reduce)
         steps = [v2.RandomAffine((-10, 10), translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR)]
-    return _Steps(crop, steps + _policy(policy) + _colours(jitter, erase))
+    return _Steps(crop, steps + _policy(policy) + _colours(jitter, erase, channels))
+
+
+def check_channels(channels: int, policy: Policy, jitter: float) -> None:
+    """Raise `UserError` where images of so many channels cannot be augmented like that."""
+    if channels != 3 and policy != "none":
+        raise UserError(f"data.policy: {policy} is for RGB images, but these have {channels} channels: use none")
+    if channels != 3 and jitter:
+        raise UserError(f"data.jitter: {jitter:g} is for RGB images, but these have {channels} channels: use 0")
 
 
 class _Steps:
@@ -143,11 +158,11 @@ def _policy(name: Policy) -> list[v2.Transform]:
     return []
 
 
-def _colours(jitter: float, erase: float) -> list[v2.Transform]:
+def _colours(jitter: float, erase: float, channels: int) -> list[v2.Transform]:
     steps: list[v2.Transform] = []
     if jitter:
         steps.append(v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4)))
     if erase:
-        mean: Any = [124, 116, 104]
+        mean: Any = [124, 116, 104] if channels == 3 else 115
         steps.append(v2.RandomErasing(erase, value=mean))
     return steps

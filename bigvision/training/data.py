@@ -28,6 +28,7 @@ from bigvision.data import (
     transform,
 )
 from bigvision.data.mixing import Mix
+from bigvision.data.transforms import check_channels
 from bigvision.errors import UserError
 from bigvision.models import Blueprint
 from bigvision.runtime import Runtime, all_or_none
@@ -65,6 +66,8 @@ def open_data(config: Config, runtime: Runtime) -> Data:
         )  # fmt: skip
         if train.channels != val.channels:
             raise UserError(f"data.val: images of {val.channels} channels, but those of data.train have {train.channels}")
+        if config.data.augment:
+            check_channels(train.channels, config.data.policy, config.data.jitter)
         return train, val
 
     # On its own host each rank finds what rank 0 left on a shared disk.
@@ -208,5 +211,5 @@ def _transform(config: Config, source: Source, blueprint: Blueprint, train: bool
     return transform(
         source.style, blueprint.image_size, train=train, augment=settings.augment, interpolation=blueprint.interpolation,
         crop_pct=blueprint.crop_pct, scale=settings.crop_scale, policy=settings.policy, jitter=settings.jitter,
-        erase=settings.erase, reduce=settings.reduce,
+        erase=settings.erase, reduce=settings.reduce, channels=source.channels,
     )  # fmt: skip
