@@ -261,8 +261,11 @@ class _Reader(Dataset):
 def _batch_of(size: int, shape: torch.Size) -> Tensor:
     """uint8 (size, *shape*), laid out pixel by pixel as decoders write them; in a worker, in memory that it shares."""
     channels, height, width = shape
-    images = torch.empty(size, height, width, channels, dtype=torch.uint8)
-    return (images.share_memory_() if get_worker_info() else images).permute(0, 3, 1, 2)
+    if get_worker_info() is None:
+        return torch.empty(size, height, width, channels, dtype=torch.uint8).permute(0, 3, 1, 2)
+    # As DataLoader's own collation gets it: `share_memory_` would first get private memory, and copy that.
+    storage = torch.UntypedStorage._new_shared(size * shape.numel())
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size, height, width, channels)).permute(0, 3, 1, 2)  # pyright: ignore
 
 
 def _as_read(batch: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -57,21 +58,25 @@ def transform(
         return _Steps(_CentreCrop(image_size, mode, crop_pct if style == "photo" else 1.0, reduce), [])
     if style == "photo":
         crop: _Crop = _RandomCrop(image_size, mode, scale, reduce)
-        steps: list[v2.Transform] = [v2.RandomHorizontalFlip()]
+        steps: list[Callable[[Tensor], Tensor]] = [_flip]
     elif style == "tiny":
         crop = _CentreCrop(image_size, mode, 1.0, reduce)
-        steps = [v2.RandomCrop(image_size, padding=max(1, image_size // 8)), v2.RandomHorizontalFlip()]
+        steps = [v2.RandomCrop(image_size, padding=max(1, image_size // 8)), _flip]
     else:
         # After the resize: at 8x8 a shift of a tenth would be less than a pixel.
         crop = _CentreCrop(image_size, mode, 1.0, reduce)
         steps = [v2.RandomAffine((-10, 10), translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR)]
-    return _Steps(crop, steps + _policy(policy) + _colours(jitter, erase))
+    return _Steps(crop, [*steps, *_policy(policy), *_colours(jitter, erase)])
+
+
+RATIO = (3 / 4, 4 / 3)
+"""Width over height of a random crop, at least and at most."""
 
 
 class _Steps:
     """Decodes, crops and resizes, and then does the rest on pixels of the final size."""
 
-    def __init__(self, crop: _Crop, steps: list[v2.Transform]) -> None:
+    def __init__(self, crop: _Crop, steps: Sequence[Callable[[Tensor], Tensor]]) -> None:
         self.crop, self.steps = crop, steps
 
     def __call__(self, image: bytes | Tensor | Image.Image) -> Tensor:
@@ -106,13 +111,26 @@ class _Crop:
 
 
 class _RandomCrop(_Crop):
+    """torchvision's `RandomResizedCrop`: the same draws for the same rectangle, at half of the time."""
+
     def __init__(self, size: int, mode: InterpolationMode, scale: tuple[float, float], reduce: bool) -> None:
         super().__init__(size, mode, reduce)
-        self.crop = v2.RandomResizedCrop(size, scale=scale, interpolation=mode)
+        self.scale = scale
+        # In fp32, as torchvision draws between them.
+        self.logs: list[float] = torch.log(torch.tensor(RATIO)).tolist()
 
     def choose(self, height: int, width: int) -> tuple[int, int, int, int, tuple[int, int]]:
-        drawn = self.crop.make_params([torch.empty(3, height, width, device="meta")])
-        return drawn["top"], drawn["left"], drawn["height"], drawn["width"], (self.size, self.size)
+        resized, drawn = (self.size, self.size), torch.empty(1)
+        for _ in range(10):
+            area = height * width * drawn.uniform_(*self.scale).item()
+            ratio = drawn.uniform_(*self.logs).exp_().item()
+            wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < wide <= width and 0 < tall <= height:
+                top = int(torch.randint(0, height - tall + 1, (1,)).item())
+                return top, int(torch.randint(0, width - wide + 1, (1,)).item()), tall, wide, resized
+        # None fits an image that is far from square: its middle.
+        tall, wide = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
+        return (height - tall) // 2, (width - wide) // 2, tall, wide, resized
 
 
 class _CentreCrop(_Crop):
@@ -128,6 +146,11 @@ class _CentreCrop(_Crop):
     def choose(self, height: int, width: int) -> tuple[int, int, int, int, tuple[int, int]]:
         shorter = min(height, width)
         return 0, 0, height, width, (int(self.side * height / shorter), int(self.side * width / shorter))
+
+
+def _flip(values: Tensor) -> Tensor:
+    """As torchvision's `RandomHorizontalFlip` draws it."""
+    return values.flip(-1) if torch.rand(1).item() < 0.5 else values
 
 
 def _policy(name: Policy) -> list[v2.Transform]:

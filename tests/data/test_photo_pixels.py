@@ -15,7 +15,7 @@ from bigvision.data.loader import BadSample
 from bigvision.data.position import Stream, seed_everything
 from bigvision.seeds import seed_from
 
-SIZES = [(120, 90), (90, 120), (61, 200), (64, 64), (40, 47)]
+SIZES = [(120, 90), (90, 120), (40, 200), (200, 40), (64, 64), (40, 47)]
 
 
 def photo(width: int, height: int) -> bytes:
