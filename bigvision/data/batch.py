@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -73,38 +72,4 @@ def normalize(
         dtype: of the result (B, C, H, W). The arithmetic is fp32 whatever it is.
     """
     offset, scale = (torch.as_tensor(value, device=images.device).mul(255).view(-1, 1, 1) for value in (mean, std))
-    if images.device.type == "cpu":
-        values = _ROOM.take(images.shape).copy_(images)
-    else:
-        values = images.to(torch.float32, memory_format=torch.contiguous_format)
-    return values.sub_(offset).div_(scale).to(dtype)
-
-
-class _Room:
-    """Memory for normalised images on the CPU, used again when no tensor refers to it any more.
-
-    Fresh memory would cost more than the arithmetic: the system gives large pieces zeroed, a page at a time.
-    """
-
-    KEPT = 2
-
-    def __init__(self) -> None:
-        self.free: list[Tensor] = []
-
-    def take(self, shape: torch.Size) -> Tensor:
-        """float32 of any values, contiguous."""
-        count = shape.numel()
-        whole = self.free.pop() if self.free else torch.empty(0)
-        if len(whole) < count:
-            whole = torch.empty(count)
-        # What is made of this array keeps it alive, and every view of that too; nothing else does.
-        array = whole.numpy()[:count]
-        weakref.finalize(array, self._give, whole).atexit = False
-        return torch.from_numpy(array).view(shape)
-
-    def _give(self, whole: Tensor) -> None:
-        if len(self.free) < self.KEPT:
-            self.free.append(whole)
-
-
-_ROOM = _Room()
+    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(offset).div_(scale).to(dtype)

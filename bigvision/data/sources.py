@@ -147,6 +147,8 @@ def _weighted(spec: str, key: str) -> list[tuple[str, float]]:
 
 def _parse(spec: str, key: str) -> tuple[str, str]:
     name, colon, argument = spec.partition(":")
+    if name == "python":
+        raise UserError(f"{key}: the data of this run was given from Python ({argument}): name a dataset to read instead")
     if name not in DATASETS:
         if ("/" in spec or not nearest(name, DATASETS)) and spec and Path(spec).expanduser().is_dir():
             raise UserError(f"{key}: unknown dataset {spec!r}; did you mean 'imagefolder:{spec}'?")

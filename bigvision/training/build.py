@@ -21,7 +21,7 @@ from bigvision.models import Blocks, Blueprint, blueprint, check_model, find_blo
 from bigvision.runtime import Runtime, all_or_none
 from bigvision.tasks import build_task
 from bigvision.training import bad
-from bigvision.training.data import Data, open_data
+from bigvision.training.data import Data, Given, open_data
 
 
 @dataclass
@@ -39,17 +39,21 @@ class Build:
     """Of the last evaluation before this start; empty at a fresh one."""
 
 
-def build(config: Config, runtime: Runtime, say: Callable[[str], None], stack: ExitStack) -> Build:
+def build(
+    config: Config, runtime: Runtime, say: Callable[[str], None], stack: ExitStack, given: Given | None = None
+) -> Build:  # fmt: skip
     """Check everything that can be checked without a model, then build, shard and restore it. Called on every rank.
 
     Args:
         stack: lets go of the output folder and the engine when the run ends.
+        given: datasets that are not opened by name.
     """
     out = Path(config.out)
 
     def check() -> None:
         for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
-            check_source(spec, key=key)
+            if given is None:
+                check_source(spec, key=key)
         check_engine(config, runtime)
         metrics = build_task(config.task).metrics
         if (best := config.checkpoint.keep_best) is not None and best not in metrics:
@@ -63,7 +67,7 @@ def build(config: Config, runtime: Runtime, say: Callable[[str], None], stack: E
     found = checkpoint.find(config.checkpoint.resume, out, config.checkpoint.verify, say)
     fresh = config if found is None else without_weights(config)
     all_or_none(lambda: check_model(fresh.model))
-    data = open_data(config, runtime)
+    data = open_data(config, runtime, given)
     steps = total_steps(config, len(data.train))
     if found and found.progress["step"] > steps:
         raise UserError(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -48,21 +48,41 @@ class Data:
         return len(self.train.classes)
 
 
-def open_data(config: Config, runtime: Runtime) -> Data:
+Given = tuple[Any, Any]
+"""Training and validation data as the caller has them, in the place of names."""
+
+
+def with_data(config: Config, data: Any, val: Any) -> tuple[Config, Given | None]:
+    """*config* that says of whose class the given datasets are, and both of them.
+
+    Raises:
+        UserError: only one is given.
+    """
+    if data is None and val is None:
+        return config, None
+    if data is None or val is None:
+        raise UserError(f"{'data' if data is None else 'val'}: give training and validation data, both or none")
+    names = [f"python:{type(given).__name__}" for given in (data, val)]
+    return replace(config, data=replace(config.data, train=names[0], val=names[1])), (data, val)
+
+
+def open_data(config: Config, runtime: Runtime, given: Given | None = None) -> Data:
     """Open both sources on every rank; what has to be downloaded or indexed is so by rank 0 alone.
 
     Raises:
         UserError: a source is unknown, missing, empty or does not fit the other; the same on every rank.
     """
 
+    names = (config.data.train, config.data.val)
+
     def open_both(first: bool) -> tuple[Source, Source]:
         shared = config.data.train == config.data.val
         train = open_source(
-            config.data.train, "train", key="data.train", root=config.data.root, first=first, shared=shared,
+            (given or names)[0], "train", key="data.train", root=config.data.root, first=first, shared=shared,
             class_file=config.data.classes,
         )  # fmt: skip
         val = open_source(
-            config.data.val, "val", key="data.val", root=config.data.root, first=first, shared=shared, classes=train.classes,
+            (given or names)[1], "val", key="data.val", root=config.data.root, first=first, shared=shared, classes=train.classes,
         )  # fmt: skip
         if train.channels != val.channels:
             raise UserError(f"data.val: images of {val.channels} channels, but those of data.train have {train.channels}")

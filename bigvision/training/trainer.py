@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bigvision.config import Config
 from bigvision.engine import Engine
 from bigvision.monitor import Monitor
 from bigvision.runtime import start
 from bigvision.training.build import Build, build
-from bigvision.training.data import Feed
+from bigvision.training.data import Feed, with_data
 from bigvision.training.evaluate import evaluate
 from bigvision.training.saving import Saving
 
@@ -27,17 +28,22 @@ class Result:
     """Of the last evaluation."""
 
 
-def train(config: Config) -> Result:
+def train(config: Config, data: Any = None, val: Any = None) -> Result:
     """Train, evaluate and save as *config* says, from the newest checkpoint or from the start. Run on every rank.
+
+    Args:
+        data, val: map-style datasets of your own (see `bigvision.data.MapStyle`) in the place of what ``data.train`` and
+            ``data.val`` name; both or none.
 
     Raises:
         UserError: what was asked for cannot be done; the same on every rank, before anything is trained.
     """
+    config, given = with_data(config, data, val)
     with ExitStack() as stack:
         runtime = stack.enter_context(start(config.parallel.device, config.parallel.replicas, config.parallel.pipeline_ranks))
         monitor = Monitor(config, runtime)
         stack.callback(monitor.close)
-        run = build(config, runtime, monitor.say, stack)
+        run = build(config, runtime, monitor.say, stack, given)
         engine, steps, metrics = run.engine, run.steps, run.metrics
         batches = Feed(
             config, run.data, run.blueprint, runtime, step=engine.step, steps=steps, position=engine.samples, say=monitor.say
