@@ -82,7 +82,8 @@ def open_data(config: Config, runtime: Runtime, given: Given | None = None) -> D
             class_file=config.data.classes,
         )  # fmt: skip
         val = open_source(
-            (given or names)[1], "val", key="data.val", root=config.data.root, first=first, shared=shared, classes=train.classes,
+            (given or names)[1], "val", key="data.val", root=config.data.root, first=first, shared=shared,
+            classes=train.classes,
         )  # fmt: skip
         if train.channels != val.channels:
             raise UserError(f"data.val: images of {val.channels} channels, but those of data.train have {train.channels}")
