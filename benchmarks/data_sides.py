@@ -13,6 +13,7 @@ from typing import Any
 
 import simplejpeg
 import torch
+from torch import Tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -34,10 +35,13 @@ def bigvision(root: Path, size: int, batch: int, workers: int, mode: str, reduce
     with train_batches(
         source, change, seed=0, position=0, global_batch=batch, rank=0, ranks=1, workers=workers
     ) as batches:  # fmt: skip
+        room: list[Tensor | None] = [None]
 
         def run(count: int) -> None:
             for _ in range(count):
-                _check(next(batches).to("cpu").inputs(mean, std), size, batch)
+                # As the engine does.
+                room[0] = next(batches).to("cpu").inputs(mean, std, room[0])
+                _check(room[0], size, batch)
 
         yield run
 

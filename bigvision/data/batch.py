@@ -46,9 +46,11 @@ class Batch:
         mixes = self.mix.split(size) if self.mix is not None else [None] * len(parts)
         return [Batch(*part, mix=mix) for part, mix in zip(parts, mixes)]
 
-    def inputs(self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
-        """What the model gets: the images normalised, and mixed; float32 (B, C, H, W)."""
-        images = normalize(self.images, mean, std)
+    def inputs(
+        self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, room: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """What the model gets: the images normalised, and mixed; float32 (B, C, H, W), perhaps in *room*."""
+        images = normalize(self.images, mean, std, room=room)
         return images if self.mix is None else self.mix.images(images)
 
     def targets(self) -> Tensor:
@@ -61,7 +63,11 @@ class Batch:
 
 
 def normalize(
-    images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, dtype: torch.dtype = torch.float32
+    images: Tensor,
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
+    dtype: torch.dtype = torch.float32,
+    room: Tensor | None = None,
 ) -> Tensor:
     """Return ``(images / 255 - mean) / std`` per channel.
 
@@ -70,6 +76,9 @@ def normalize(
         mean, std: one value per channel, for images scaled to 0..1 (timm's ``mean`` and ``std``); as tensors they
             are best on the images' device already.
         dtype: of the result (B, C, H, W). The arithmetic is fp32 whatever it is.
+        room: a float32 tensor that nobody needs any more, for the result if it has its shape.
     """
     offset, scale = (torch.as_tensor(value, device=images.device).mul(255).view(-1, 1, 1) for value in (mean, std))
-    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(offset).div_(scale).to(dtype)
+    if room is None or room.shape != images.shape:
+        room = torch.empty(images.shape, device=images.device)
+    return room.copy_(images).sub_(offset).div_(scale).to(dtype)

@@ -261,8 +261,11 @@ class _Reader(Dataset):
 def _batch_of(size: int, shape: torch.Size) -> Tensor:
     """uint8 (size, *shape*), laid out pixel by pixel as decoders write them; in a worker, in memory that it shares."""
     channels, height, width = shape
-    images = torch.empty(size, height, width, channels, dtype=torch.uint8)
-    return (images.share_memory_() if get_worker_info() else images).permute(0, 3, 1, 2)
+    images = torch.empty(0, dtype=torch.uint8)
+    if get_worker_info() is not None:
+        # As DataLoader's own collation gets it: `share_memory_` would first get private memory, and copy that.
+        images.set_(torch.UntypedStorage._new_shared(size * shape.numel(), device="cpu"))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return images.resize_(size, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _as_read(batch: Any) -> Any:

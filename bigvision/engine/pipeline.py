@@ -125,7 +125,7 @@ class PipelineEngine(FSDPEngine):
         self.losses: list[Tensor] = []
         self.loss_factor = factor * self.scale.value
         whole, rest = divmod(len(batch), self.micro_batch)
-        images = batch.inputs(self.mean, self.std) if 0 in self.stages else None
+        images = self._inputs(batch) if 0 in self.stages else None
         targets, begin = batch.targets(), 0
         for count, size in ((whole, self.micro_batch), (1, rest)):
             if not count or not size:
@@ -197,7 +197,7 @@ class PipelineEngine(FSDPEngine):
         for number in sorted(self.stages):
             for index, part in enumerate(parts):
                 if number == 0:
-                    received = (part.inputs(self.mean, self.std),)
+                    received = (self._inputs(part),)
                 elif number - 1 in self.stages:
                     received = kept.pop((number - 1, index))
                 else:
