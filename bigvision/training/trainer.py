@@ -46,8 +46,9 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
         run = build(config, runtime, monitor.say, stack, given)
         engine, steps, metrics = run.engine, run.steps, run.metrics
         batches = Feed(
-            config, run.data, run.blueprint, runtime, step=engine.step, steps=steps, position=engine.samples, say=monitor.say
-        )
+            config, run.data, run.blueprint, runtime, step=engine.step, steps=steps, position=engine.samples,
+            place=engine.place, say=monitor.say,
+        )  # fmt: skip
         stack.callback(batches.close)
         saving = Saving(config, engine, run.card, runtime, monitor.say)
         stack.callback(saving.close)
