@@ -31,7 +31,7 @@ from bigvision.data.mixing import Mix
 from bigvision.data.transforms import check_channels
 from bigvision.errors import UserError
 from bigvision.models import Blueprint
-from bigvision.runtime import RankFailure, Runtime, all_or_none
+from bigvision.runtime import Runtime, all_or_none
 from bigvision.training.bad import BadSamples
 
 
@@ -102,12 +102,11 @@ class Feed(Iterator[Batch]):
 
     def __init__(
         self, config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, *, step: int, steps: int, position: int,
-        place: str = "", say: Callable[[str], None] = lambda text: None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         """Args:
         step, position: optimizer steps taken and samples consumed so far.
         steps: of the whole run.
-        place: the engine's, for errors.
         say: told when workers had to be started again.
         """
         self.say, self.restarts = say, 0
@@ -128,7 +127,7 @@ class Feed(Iterator[Batch]):
                 global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks, workers=settings.workers,
                 device=runtime.device, stream=stream, mixer=mixer,
             )  # fmt: skip
-        self.relayed = _relayed(self.batches, runtime, place, total // runtime.data_ranks, apart if mixer else None)
+        self.relayed = _relayed(self.batches, runtime, total // runtime.data_ranks, apart if mixer else None)
         self.trace: IO[str] | None = None
         if settings.trace is not None and runtime.stage == 0:
             # Every rank adds whole lines to one file.
@@ -159,9 +158,7 @@ class Feed(Iterator[Batch]):
 class Validation(Iterator[Batch]):
     """This rank's batches of one evaluation; every rank gets as many, of as many samples."""
 
-    def __init__(
-        self, config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, batch: int, place: str = ""
-    ) -> None:  # fmt: skip
+    def __init__(self, config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, batch: int) -> None:
         self.data, self.batches = data, None
         if runtime.stage == 0:
             self.batches = eval_batches(
@@ -169,7 +166,7 @@ class Validation(Iterator[Batch]):
                 ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device,
             )  # fmt: skip
         number = -(-len(data.val) // (batch * runtime.data_ranks))
-        self.relayed = _relayed(self.batches, runtime, place, batch, None, number)
+        self.relayed = _relayed(self.batches, runtime, batch, None, number)
 
     def __next__(self) -> Batch:
         return next(self.relayed)
@@ -196,20 +193,16 @@ def _taken(batches: Batches | None) -> list[BadSample]:
 
 
 def _relayed(
-    batches: Batches | None, runtime: Runtime, place: str, size: int, apart: int | None, number: int | None = None
+    batches: Batches | None, runtime: Runtime, size: int, apart: int | None, number: int | None = None
 ) -> Iterator[Batch]:
     """The first stage's batches on all stages of its pipeline; the others get all but the images.
 
     They cannot know these by themselves: only who reads the images knows which have a stand-in.
 
     Args:
-        place: the engine's, for errors.
         size: samples of a batch.
         apart: see `Mix`; None where nothing is mixed.
         number: of batches; None is for ever.
-
-    Raises:
-        RankFailure: a rank of the pipeline is gone.
     """
     if runtime.pipeline_ranks == 1:
         assert batches is not None
@@ -223,12 +216,9 @@ def _relayed(
             box = batch.mix.box if batch.mix is not None else torch.zeros(size, 4, dtype=torch.int64)
             whole = torch.cat([torch.stack([batch.labels, batch.ids, batch.valid.long()], dim=1), box], dim=1)
             real = torch.stack([batch.mix.weight, batch.mix.share], dim=1) if batch.mix is not None else real
-        try:
-            dist.broadcast(whole, first, group)
-            if apart is not None:
-                dist.broadcast(real, first, group)
-        except RuntimeError as error:
-            raise RankFailure(f"{place}: another rank is gone or does not answer: {error}") from error
+        dist.broadcast(whole, first, group)
+        if apart is not None:
+            dist.broadcast(real, first, group)
         yield batch if batch is not None else _without_images(whole, real, apart)
 
 

@@ -16,7 +16,7 @@ from bigvision.training.data import Validation, open_data
 def evaluate(config: Config, run: Build, runtime: Runtime) -> dict[str, float]:
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks."""
     run.engine.synchronize()
-    batches = Validation(config, run.data, run.blueprint, runtime, run.engine.eval_batch, run.engine.place)
+    batches = Validation(config, run.data, run.blueprint, runtime, run.engine.eval_batch)
     try:
         total = None
         for batch in batches:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from bigvision.config import Config
 from bigvision.engine import Engine
 from bigvision.monitor import Monitor
-from bigvision.runtime import start
+from bigvision.runtime import RankFailure, start
 from bigvision.training.build import Build, build
 from bigvision.training.data import Feed, with_data
 from bigvision.training.evaluate import evaluate
@@ -46,29 +47,42 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
         run = build(config, runtime, monitor.say, stack, given)
         engine, steps, metrics = run.engine, run.steps, run.metrics
         batches = Feed(
-            config, run.data, run.blueprint, runtime, step=engine.step, steps=steps, position=engine.samples,
-            place=engine.place, say=monitor.say,
-        )  # fmt: skip
+            config, run.data, run.blueprint, runtime, step=engine.step, steps=steps, position=engine.samples, say=monitor.say
+        )
         stack.callback(batches.close)
         saving = Saving(config, engine, run.card, runtime, monitor.say)
         stack.callback(saving.close)
         monitor.begin(engine.step, steps, metrics)
-        while engine.step < steps:
-            result = engine.train_step(next(batches))
-            monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"))
-            last, epoch_ended = engine.step == steps, _epoch_ended(engine, run, config)
-            if last or _due(engine.step, config.train.eval_every, epoch_ended):
-                metrics = evaluate(config, run, runtime)
-                monitor.after_evaluation(engine.step, engine.samples, metrics)
-            if saving.due(epoch_ended) or last:
+        with _place_named(engine):
+            while engine.step < steps:
+                result = engine.train_step(next(batches))
+                monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"))
+                last, epoch_ended = engine.step == steps, _epoch_ended(engine, run, config)
+                if last or _due(engine.step, config.train.eval_every, epoch_ended):
+                    metrics = evaluate(config, run, runtime)
+                    monitor.after_evaluation(engine.step, engine.samples, metrics)
+                if saving.due(epoch_ended) or last:
+                    saving.save(metrics)
+            if saving.saved != engine.step:
+                # A run that was resumed at its last step has nothing to train and still leaves its checkpoint.
                 saving.save(metrics)
-        if saving.saved != engine.step:
-            # A run that was resumed at its last step has nothing to train and still leaves its checkpoint.
-            saving.save(metrics)
         folder = saving.finish()
         monitor.close()
         monitor.farewell(folder, metrics, run.data.bad.summary())
         return Result(engine.step, folder, metrics)
+
+
+@contextmanager
+def _place_named(engine: Engine) -> Iterator[None]:
+    """Let an error between ranks say which part of the model this one has, and beside which others."""
+    try:
+        yield
+    except RankFailure:
+        raise
+    except RuntimeError as error:
+        if not engine.place or str(error).startswith(engine.place):
+            raise
+        raise RuntimeError(f"{engine.place}: {error}") from error
 
 
 def _due(step: int, every: int | None, epoch_ended: bool) -> bool:
