@@ -56,7 +56,11 @@ def header_of(data: bytes) -> int:
 def test_every_byte_of_a_header(victim: Victim, every_bit: bool) -> None:
     rng = random.Random(1)
     for name in victim.tensors:
-        for position in range(header_of(victim.content[name])):
+        text = victim.content[name][: header_of(victim.content[name])]
+        # Of the spaces at its end a few stand for all, but for the long run.
+        for position in (
+            place for place in range(len(text)) if every_bit or place % 64 == 0 or text[place : place + 1] != b" "
+        ):
             for bit in range(8) if every_bit else (rng.randrange(8),):
                 victim.flip(name, position, bit)
                 victim.expect_passed_over(f"{name}, byte {position}, bit {bit}", name)

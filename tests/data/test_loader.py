@@ -12,7 +12,7 @@ import pytest
 import torch
 from photo_files import write_photos
 
-from bigvision.data import Batch, Sample, Source, Stream, eval_batches, open_source, train_batches, transform
+from bigvision.data import Batch, Batches, Sample, Source, Stream, eval_batches, open_source, train_batches, transform
 
 LENGTH = 23
 GLOBAL = 12
@@ -363,7 +363,8 @@ def test_workers_that_die_are_started_again_and_no_sample_is_lost_or_doubled(noi
     assert torch.equal(found.ids, reference.ids)
 
 
-def test_a_worker_that_is_killed_again_and_again_is_named_as_the_cause(noise, tmp_path):
+def test_a_worker_that_is_killed_again_and_again_is_named_as_the_cause(noise, tmp_path, monkeypatch):
+    monkeypatch.setattr(Batches, "RESTARTS", 1)  # DataLoader takes five seconds to see each
     options = {"seed": 0, "position": 0, "global_batch": 12, "rank": 0, "ranks": 1, "workers": 1}
     with train_batches(noise, Killed(tmp_path, 100), **options) as loader:
         with pytest.raises(RuntimeError, match="a data worker was killed"):

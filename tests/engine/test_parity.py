@@ -88,6 +88,7 @@ def test_layer_decay(tmp_path: Path) -> None:
     assert max(line["lr"] for line in lines(tmp_path / "fsdp-3") if "loss" in line) == 1e-3
 
 
+@pytest.mark.long
 def test_clipping_by_the_norm_of_large_tensors(tmp_path: Path) -> None:
     """Matrices of millions of elements: a norm that is added up in fp32 depends on how they are cut."""
     options = {"patch_size": 8, "depth": 1, "embed_dim": 1024, "num_heads": 4}

@@ -76,6 +76,7 @@ def test_offload_steps_on_the_cpu_and_goes_on_bit_for_bit(tmp_path: Path, stage:
         assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.long
 def test_half_precision_follows_fsdp(tmp_path: Path) -> None:
     """BatchNorm computes in fp32 under either."""
     for model, precision, relative in (("efficientnet", "bf16", 2e-2), ("vit", "fp16", 2e-4)):
