@@ -19,3 +19,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def either(names: Sequence[str]) -> str:
     """*names* as a choice: "a", "a or b", "a, b or c"."""
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def one_line(error: BaseException) -> str:
+    """What *error* says, on one line; the name of its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -55,13 +55,9 @@ def reserve(descriptor: int, size: int) -> None:
     if fallocate is None or size == 0:
         return
     fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    if fallocate(descriptor, 0, 0, size) and (code := ctypes.get_errno()) in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EIO,
-    ):
-        raise OSError(code, os.strerror(code))
+    refused = fallocate(descriptor, 0, 0, size) and ctypes.get_errno()
+    if refused in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        raise OSError(refused, os.strerror(refused))
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from bigvision.data.folder import VAL_FOLDERS
 from bigvision.data.held import hold_out
 from bigvision.data.sample import Sample, Source, Split, Style, UnreadableSample
-from bigvision.errors import UserError
+from bigvision.errors import UserError, one_line
 from bigvision.seeds import seed_from
 
 
@@ -91,7 +91,7 @@ class MappedArray(Source):
             try:
                 self._mapped = mapped = np.load(self.file, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
-                raise UnreadableSample(_line(error)) from error
+                raise UnreadableSample(one_line(error)) from error
         image = torch.from_numpy(np.array(mapped[index]))
         return Sample(_channels_first(image[None])[0].expand(3, -1, -1), self.label(index))
 
@@ -133,7 +133,9 @@ def open_arrays(
     except KeyError as error:
         raise UserError(f"{key}: {argument!r}: {error.args[0]}; it must have images and labels") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{key}: {argument!r} cannot be read ({_line(error)}); give .npy or .npz files of numbers") from error
+        raise UserError(
+            f"{key}: {argument!r} cannot be read ({one_line(error)}); give .npy or .npz files of numbers"
+        ) from error
 
     if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and {images.shape[1], images.shape[3]} & {1, 3})):
         raise UserError(
@@ -202,7 +204,3 @@ def _channels_first(images: Any) -> Any:
     if images.shape[3] not in (1, 3):
         return images
     return images.permute(0, 3, 1, 2) if isinstance(images, Tensor) else images.transpose(0, 3, 1, 2)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from bigvision.data.sample import Sample, Source, Style, UnreadableSample
-from bigvision.errors import UserError
+from bigvision.errors import UserError, one_line
 
 BROKEN = (OSError, SyntaxError, Image.DecompressionBombError)
 """What opening and decoding a damaged file raises, in Pillow too ("broken PNG file" is a SyntaxError)."""
@@ -83,7 +83,7 @@ class MapStyle(Source):
         except UnreadableSample:
             raise
         except BROKEN as error:
-            raise UnreadableSample(" ".join(str(error).split()) or type(error).__name__) from error
+            raise UnreadableSample(one_line(error)) from error
         return Sample(self._image(image, index), self._checked(label, index))
 
     def label(self, index: int) -> int:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from bigvision.data.sample import UnreadableSample
+from bigvision.errors import one_line
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LIMIT = 180_000_000
@@ -100,7 +101,7 @@ class _File:
         except UnreadableSample:
             raise
         except Exception as error:  # Pillow raises many types on bad files, struct.error and IndexError among them
-            raise UnreadableSample(" ".join(str(error).split()) or type(error).__name__) from error
+            raise UnreadableSample(one_line(error)) from error
         self.width, self.height = self.image.size
 
     def pixels(self, reduce: int = 1) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigvision.data.folder import HELD_OUT, VAL_FOLDERS
+from bigvision.data.folder import VAL_FOLDERS
+from bigvision.data.held import HELD_OUT
 from bigvision.data.sample import Split
 from bigvision.errors import UserError
 
@@ -80,9 +82,7 @@ def label_by(
     if known is None:
         file = next((folder / name for folder in folders for name in CLASS_FILES if (folder / name).is_file()), None)
         if file is not None:
-            from bigvision.data.sources import read_classes
-
-            known = read_classes(str(file))
+            known = read_classes(str(file), key)
     numbers = [name for name in names if re.fullmatch(r"-?[0-9]{1,18}", name)]
     if numbers and len(numbers) < len(names):
         other = next(name for name in names if name not in set(numbers))
@@ -96,6 +96,31 @@ def label_by(
         return (list(known) if known is not None else [str(value) for value in range(count)]), values
     classes = list(known) if known is not None else sorted(names)
     return classes, by_name(names, classes, key=key, where=where)
+
+
+def read_classes(file: str, key: str) -> list[str]:
+    """The classes in *file*, in the order of their labels: a name on each line, a JSON list, or ImageNet's class index
+    (``{"0": ["n01440764", "tench"], ...}``), of which the first names are taken.
+
+    Raises:
+        UserError: the file is missing or holds something else; the message names *key*.
+    """
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8")
+        if text.lstrip()[:1] in ("[", "{"):
+            found = json.loads(text)
+            if isinstance(found, dict):
+                found = [found[str(label)] for label in range(len(found))]
+            names = [name[0] if isinstance(name, list) else name for name in found]
+        else:
+            names = [line.strip() for line in text.splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{key}: {file!r} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{key}: {file!r} is no list of names and no class index from 0 on ({error})") from error
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise UserError(f"{key}: {file!r} must name each class once")
+    return names
 
 
 def by_name(names: Sequence[str], classes: Sequence[str], *, key: str, where: str) -> list[int]:

@@ -11,10 +11,10 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from bigvision.data.decode import EXTENSIONS
+from bigvision.data.held import HELD_OUT
 from bigvision.data.sample import Sample, Source, Split, UnreadableSample
 from bigvision.errors import UserError
 
-HELD_OUT = 0.1
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 

@@ -10,9 +10,10 @@ import torch
 from bigvision.data.sample import Sample, Source, Split
 
 HELD_OUT = 0.1
+"""The share of a dataset without a validation part that is held out for it."""
 
 
-class Chosen(Source):
+class Subset(Source):
     """The samples *indices* of another source, in that order."""
 
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
@@ -34,10 +35,10 @@ class Chosen(Source):
         return self.source.where(int(self.indices[index]))
 
 
-def hold_out(source: Source, split: Split) -> Chosen:
+def hold_out(source: Source, split: Split) -> Subset:
     """A fixed tenth of *source* for ``val``, the rest for ``train``; at least one sample for each, of two or more."""
     length = len(source)
     count = min(max(1, round(HELD_OUT * length)), length - 1)
     # A counter-based generator is a hash of the index, so that samples added later hardly move others between the splits.
     ranked = np.argsort(np.random.Philox(key=0).random_raw(length), kind="stable")
-    return Chosen(source, np.sort(ranked[:count] if split == "val" else ranked[count:]))
+    return Subset(source, np.sort(ranked[:count] if split == "val" else ranked[count:]))

@@ -16,8 +16,9 @@ import xxhash
 from torch import Tensor
 
 from bigvision.data.files import by_name, choose_files, label_by, part, stamp
+from bigvision.data.held import Subset
 from bigvision.data.sample import Sample, Source, Split, UnreadableSample
-from bigvision.errors import UserError
+from bigvision.errors import UserError, one_line
 
 IMAGE, LABEL = "image", "label"
 CACHE = 256 << 20
@@ -44,29 +45,22 @@ class Parquet(Source):
         self._begins = torch.tensor([0, *accumulate(rows for _, _, rows in groups)])
         self._firsts = [0, *accumulate(sum(file.groups) for file in files)]
         self._labels = labels
-        self._chosen: Tensor | None = None
         self._opened: OrderedDict[int, Any] = OrderedDict()
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
-    def keep(self, chosen: np.ndarray) -> None:
-        """Keep the rows *chosen*, int64, alone."""
-        self._chosen = torch.from_numpy(chosen)
-
     def __len__(self) -> int:
-        return len(self._labels if self._chosen is None else self._chosen)
+        return len(self._labels)
 
     def label(self, index: int) -> int:
-        return int(self._labels[self._row(index)])
+        return int(self._labels[index])
 
     def where(self, index: int) -> str:
-        row = self._row(index)
-        number = int(self._groups[self._group(row), 0])
-        return f"{self.files[number]}: row {row - self._firsts[number]}"
+        number = int(self._groups[self._group(index), 0])
+        return f"{self.files[number]}: row {index - self._firsts[number]}"
 
     def read(self, index: int) -> Sample:
-        row = self._row(index)
-        group = self._group(row)
-        value = self._column(group)[row - int(self._begins[group])].as_py()
+        group = self._group(index)
+        value = self._column(group)[index - int(self._begins[group])].as_py()
         if isinstance(value, dict):
             content = value["bytes"]
             if content is None and value.get("path"):
@@ -75,10 +69,7 @@ class Parquet(Source):
             content = value
         if content is None:
             raise UnreadableSample("the row has no image")
-        return Sample(content, int(self._labels[row]))
-
-    def _row(self, index: int) -> int:
-        return index if self._chosen is None else int(self._chosen[index])
+        return Sample(content, int(self._labels[index]))
 
     def _group(self, row: int) -> int:
         return int(torch.searchsorted(self._begins, row, right=True)) - 1
@@ -93,9 +84,9 @@ class Parquet(Source):
             # Workers are many already: a thread pool in each only gets in their way.
             column = self._open(number).read_row_group(within, columns=[IMAGE], use_threads=False).column(0)
         except OSError as error:
-            raise UnreadableSample(_line(error)) from error
+            raise UnreadableSample(one_line(error)) from error
         except (_arrow().ArrowException, IndexError) as error:
-            raise UnreadableSample(f"row group {within} cannot be read: {_line(error)}") from error
+            raise UnreadableSample(f"row group {within} cannot be read: {one_line(error)}") from error
         if len(column) != int(self._begins[group + 1] - self._begins[group]):
             raise UnreadableSample(f"row group {within} is cut short")
         self._kept[group] = column
@@ -140,7 +131,7 @@ class _File:
         except TypeError as error:
             raise UserError(f"{key}: {shown!r}: {error}") from error
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{key}: {shown!r} cannot be read: {_line(error)}; copy or write it again") from error
+            raise UserError(f"{key}: {shown!r} cannot be read: {one_line(error)}; copy or write it again") from error
         if coded.null_count:
             row = coded.is_null().index(True).as_py()
             raise UserError(f"{key}: row {row} of {shown!r} has no label; remove or mend it")
@@ -150,7 +141,7 @@ class _File:
 
 def open_parquet(
     argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None
-) -> Parquet:  # fmt: skip
+) -> Source:  # fmt: skip
     """Open the Parquet files *argument* (see :func:`~bigvision.data.files.choose_files`) for *split*.
 
     Column ``image`` has encoded images, as binary or in a struct's ``bytes``; ``label`` integers or strings. The classes'
@@ -188,9 +179,10 @@ def open_parquet(
     if chosen.hold_out:
         rows = [f"{file.path.name}/{row}" for file in files for row in range(len(file.codes))]
         hashes = np.array([xxhash.xxh3_64_intdigest(row.encode()) for row in rows], dtype=np.uint64)
-        source.keep(part(hashes, labels, split))
-        if not len(source):
+        kept = part(hashes, labels, split)
+        if not len(kept):
             raise UserError(f"{key}: {argument!r} has one image per class, none can be held out; add images or val files")
+        return Subset(source, kept)
     return source
 
 
@@ -223,7 +215,7 @@ def _beside(file: str, path: str) -> bytes:
         with open(found, "rb") as image:
             return image.read()
     except (OSError, ValueError) as error:
-        raise UnreadableSample(f"the row has no bytes, and its path {path!r} cannot be read: {_line(error)}") from error
+        raise UnreadableSample(f"the row has no bytes, and its path {path!r} cannot be read: {one_line(error)}") from error
 
 
 def _arrow() -> Any:
@@ -236,7 +228,3 @@ def _parquet() -> Any:
     import pyarrow.parquet
 
     return pyarrow.parquet
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigvision.data.files import choose_files, label_by, part, stamp
+from bigvision.data.held import Subset
 from bigvision.data.sample import Sample, Source, Split, UnreadableSample
 from bigvision.data.tar import samples
 from bigvision.errors import UserError
@@ -48,33 +49,26 @@ class Shards(Source):
         begin = torch.tensor([0] + [len(index.keys) for index in indexes[:-1]]).cumsum(0)
         self._ends = torch.cat([index.key_ends for index in indexes]) + begin[self._files]
         self._labels = labels
-        self._chosen: Tensor | None = None
         self._opened: OrderedDict[int, int] = OrderedDict()
 
-    def keep(self, chosen: np.ndarray) -> None:
-        """Keep the samples *chosen*, int64, alone."""
-        self._chosen = torch.from_numpy(chosen)
-
     def __len__(self) -> int:
-        return len(self._labels if self._chosen is None else self._chosen)
+        return len(self._labels)
 
     def label(self, index: int) -> int:
-        return int(self._labels[self._row(index)])
+        return int(self._labels[index])
 
     def where(self, index: int) -> str:
-        row = self._row(index)
-        return f"{self.files[int(self._files[row])]}: {os.fsdecode(self.key(row))}"
+        return f"{self.files[int(self._files[index])]}: {os.fsdecode(self.key(index))}"
 
     def key(self, row: int) -> bytes:
         """The key of a sample, which counts from the first one of the first file."""
         return self._keys[int(self._ends[row - 1]) if row else 0 : int(self._ends[row])].numpy().tobytes()
 
     def read(self, index: int) -> Sample:
-        row = self._row(index)
-        offset, end = int(self._offsets[row]), int(self._offsets[row] + self._sizes[row])
+        offset, end = int(self._offsets[index]), int(self._offsets[index] + self._sizes[index])
         pieces = []
         try:
-            descriptor = self._descriptor(int(self._files[row]))
+            descriptor = self._descriptor(int(self._files[index]))
             while offset < end:
                 # The system may give less at a time.
                 pieces.append(os.pread(descriptor, end - offset, offset))
@@ -83,10 +77,7 @@ class Shards(Source):
                     raise UnreadableSample("its shard ends early")
         except OSError as error:
             raise UnreadableSample(error.strerror or type(error).__name__) from error
-        return Sample(pieces[0] if len(pieces) == 1 else b"".join(pieces), int(self._labels[row]))
-
-    def _row(self, index: int) -> int:
-        return index if self._chosen is None else int(self._chosen[index])
+        return Sample(pieces[0] if len(pieces) == 1 else b"".join(pieces), int(self._labels[index]))
 
     def _descriptor(self, number: int) -> int:
         if number in self._opened:
@@ -112,7 +103,7 @@ class Shards(Source):
 
 def open_shards(
     argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None, first: bool = True
-) -> Shards:
+) -> Source:
     """Open the tar files *argument* (see :func:`~bigvision.data.files.choose_files`) for *split*.
 
     A sample is an image and its label, a ``.cls`` or ``.json`` of the same name, one after the other. Where the samples lie is
@@ -136,9 +127,10 @@ def open_shards(
     source = Shards(f"webdataset:{argument}", known, chosen.files, indexes, labels)
     if chosen.hold_out:
         hashes = np.array([xxhash.xxh3_64_intdigest(source.key(row)) for row in range(len(source))], dtype=np.uint64)
-        source.keep(part(hashes, labels.numpy(), split))
-        if not len(source):
+        kept = part(hashes, labels.numpy(), split)
+        if not len(kept):
             raise UserError(f"{key}: {argument!r} has one image per class, none can be held out; add images or val shards")
+        return Subset(source, kept)
     return source
 
 

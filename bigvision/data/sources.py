@@ -3,7 +3,6 @@ torchvision's, ``synthetic:SAMPLESxSIZE``, and several of them with weights: ``0
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from bigvision.data.arrays import Synthetic, open_arrays, open_digits
 from bigvision.data.custom import MapDataset, as_source
+from bigvision.data.files import read_classes
 from bigvision.data.folder import open_image_folder
 from bigvision.data.mixture import Mixture
 from bigvision.data.sample import Source, Split
@@ -53,13 +53,15 @@ def open_source(
             do without.
         shared: whether training and validation both name this dataset. Files without a validation part are split only then.
         classes: of the training data, when opening the validation data: labels will follow them.
-        class_file: has the classes, instead of the data's own order (see :func:`read_classes`).
+        class_file: has the classes, instead of the data's own order (see :func:`~bigvision.data.files.read_classes`).
 
     Raises:
         UserError: unknown, missing or malformed data, or classes that do not agree; one line that names *key*.
     """
     key = key or f"data.{split}"
-    known = list(classes) if classes is not None else read_classes(class_file) if class_file is not None else None
+    known = (
+        list(classes) if classes is not None else read_classes(class_file, "data.classes") if class_file is not None else None
+    )
     if not isinstance(spec, str):
         return as_source(spec, key=key, classes=known)
     parts = _weighted(spec, key)
@@ -70,31 +72,6 @@ def open_source(
         if sources[-1].channels != sources[0].channels or sources[-1].style != sources[0].style:
             raise UserError(f"{key}: {one} has other images ({sources[-1].style}) than {parts[0][0]}; mix what is alike")
     return sources[0] if len(sources) == 1 else Mixture(sources, [weight for _, weight in parts])
-
-
-def read_classes(file: str) -> list[str]:
-    """The classes in *file*, in the order of their labels: a name on each line, a JSON list, or ImageNet's class index
-    (``{"0": ["n01440764", "tench"], ...}``), of which the first names are taken.
-
-    Raises:
-        UserError: the file is missing or holds something else.
-    """
-    try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
-        if text.lstrip()[:1] in ("[", "{"):
-            found = json.loads(text)
-            if isinstance(found, dict):
-                found = [found[str(label)] for label in range(len(found))]
-            names = [name[0] if isinstance(name, list) else name for name in found]
-        else:
-            names = [line.strip() for line in text.splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"data.classes: {file!r} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"data.classes: {file!r} is no list of names and no class index from 0 on ({error})") from error
-    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise UserError(f"data.classes: {file!r} must name each class once")
-    return names
 
 
 def _open(

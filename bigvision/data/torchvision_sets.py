@@ -15,7 +15,7 @@ from bigvision.data.arrays import ArraySource
 from bigvision.data.custom import MapStyle
 from bigvision.data.held import hold_out
 from bigvision.data.sample import Source, Split, Style
-from bigvision.errors import UserError
+from bigvision.errors import UserError, one_line
 
 DEFAULT_ROOT = "data"
 
@@ -85,11 +85,11 @@ def open_torchvision(name: str, split: Split, *, key: str, root: str | None, dow
                 dataset = opener(base, **options, download=True)
         except Exception as error:
             raise UserError(
-                f"{key}: {name} could not be downloaded ({_line(error)}); put its files in {str(folder)!r}"
+                f"{key}: {name} could not be downloaded ({one_line(error)}); put its files in {str(folder)!r}"
             ) from error
     except Exception as error:
         raise UserError(
-            f"{key}: the files of {name} in {str(folder)!r} are damaged ({_line(error)}); delete and fetch them again"
+            f"{key}: the files of {name} in {str(folder)!r} are damaged ({one_line(error)}); delete and fetch them again"
         ) from error
     # Some classes are tuples of names, some are in another attribute, STL10's in a file that may be missing.
     named = getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or range(10)
@@ -146,7 +146,3 @@ def _timeout(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

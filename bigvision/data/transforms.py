@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -96,7 +97,7 @@ class _Steps:
         return values
 
 
-class _Crop:
+class _Crop(ABC):
     """A rectangle of a picture, resized: pixels outside of it are never resized, and inside may be decoded smaller."""
 
     def __init__(self, size: int, mode: InterpolationMode, reduce: bool) -> None:
@@ -115,9 +116,9 @@ class _Crop:
         values = values.permute(1, 2, 0)[top : top + height, left : left + width].contiguous()[None].permute(0, 3, 1, 2)
         return F.resize_image(values, list(resized), interpolation=self.mode, antialias=True)[0]
 
+    @abstractmethod
     def choose(self, height: int, width: int) -> tuple[int, int, int, int, tuple[int, int]]:
         """Top, left, height and width of the rectangle, and the size that it is to have."""
-        raise NotImplementedError
 
 
 class _RandomCrop(_Crop):

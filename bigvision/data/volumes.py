@@ -20,7 +20,7 @@ import torch
 
 from bigvision.data.folder import ImageFolder, Kind, open_image_folder
 from bigvision.data.sample import Sample, Source, Split, Style, UnreadableSample
-from bigvision.errors import UserError, nearest
+from bigvision.errors import UserError, nearest, one_line
 
 VOLUMES = Kind("volumes", "volume", (".npy", ".nii", ".nii.gz"))
 KEPT = 4
@@ -67,7 +67,7 @@ class Volumes(Source):
             values = _slices(opened, cut.axis, slice(int(wanted[0]), int(wanted[-1]) + 1))
             low, high = cut.window or _percentiles(path, cut.axis)
         except Exception as error:  # nibabel and zlib have many
-            raise UnreadableSample(" ".join(str(error).split()) or type(error).__name__) from error
+            raise UnreadableSample(one_line(error)) from error
         return Sample(torch.from_numpy(_as_bytes(values, low, high)[wanted - wanted[0]]), self.label(index))
 
     def label(self, index: int) -> int:
