@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigvision.data.files import read_classes
 from bigvision.data.folder import VAL_FOLDERS
 from bigvision.data.held import hold_out
 from bigvision.data.sample import Sample, Source, Split, Style, UnreadableSample
@@ -125,7 +126,7 @@ def open_arrays(
         opened = _open_folder if path.is_dir() else _open_npz
         images, labels, part, hold = opened(path, split, shared, key)
         beside = (path if path.is_dir() else path.parent) / "classes.txt"
-        own = beside.read_text(encoding="utf-8").split("\n") if beside.exists() else []
+        own = read_classes(str(beside), key) if beside.exists() else None
     except FileNotFoundError as error:
         raise UserError(
             f"{key}: no {error.filename!r}; give a folder with images.npy and labels.npy, or a .npz file"
@@ -151,7 +152,7 @@ def open_arrays(
     if hold and len(labels) < 2:
         raise UserError(f"{key}: {argument!r} has one image, none can be held out; add images or a validation part")
 
-    names = [line.strip() for line in own if line.strip()] or classes or [str(label) for label in range(int(labels.max()) + 1)]
+    names = own or classes or [str(label) for label in range(int(labels.max()) + 1)]
     if not 0 <= labels.min() <= labels.max() < len(names):
         raise UserError(
             f"{key}: the labels of {argument!r} are {labels.min()} to {labels.max()}, but must be from 0 to {len(names) - 1}"

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from bigvision.config import SPLIT_BACKWARD, Config
 from bigvision.data.batch import Batch
-from bigvision.engine.base import Metrics, StepResult
 from bigvision.engine.batches import micro_batch
 from bigvision.engine.fsdp import FSDPEngine
 from bigvision.engine.precision import COMPUTE_DTYPES, autocast
@@ -111,14 +110,6 @@ class PipelineEngine(FSDPEngine):
                     yield Fragment("optimizer", f"{name}/{key}", tuple(parameter.shape), 0, nothing, (0, 1))
 
     # The passes.
-
-    def train_step(self, batch: Batch) -> StepResult:
-        with self._peers_named():
-            return super().train_step(batch)
-
-    def eval_step(self, batch: Batch) -> Metrics:
-        with self._peers_named():
-            return super().eval_step(batch)
 
     def _passes(self, batch: Batch, factor: float) -> Tensor:
         self.passes = dict.fromkeys(self.stages, 0)
@@ -227,11 +218,3 @@ class PipelineEngine(FSDPEngine):
         peers = sorted({near for number in self.stages for near in (number - 1, number + 1)} - set(self.stages))
         others = ", ".join(f"stage {peer} on rank {self._peer(peer)}" for peer in peers if 0 <= peer < self.plan.stages)
         return f"stage {mine} on rank {self.runtime.rank}, beside {others}"
-
-    @contextmanager
-    def _peers_named(self) -> Iterator[None]:
-        """Let an error say at which stage it happened, and which ones this rank exchanges with."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise RuntimeError(f"{self.place}: {error}") from error

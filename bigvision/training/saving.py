@@ -13,7 +13,7 @@ from typing import Any
 from bigvision.checkpoint import Retention, Saver, folder_name
 from bigvision.config import Config, parse_size
 from bigvision.engine import Engine
-from bigvision.runtime import RankFailure, Runtime
+from bigvision.runtime import Runtime
 
 REQUEST = signal.SIGUSR1
 
@@ -46,18 +46,12 @@ class Saving:
         """Whether the step just taken is to be saved; the same on every rank. Called after each step.
 
         Raises:
-            RankFailure: a save in the background failed, or a rank is gone.
+            RankFailure: a save in the background failed.
         """
         plan, step = self.config.checkpoint, self.engine.step
         late = plan.minutes is not None and self.runtime.is_main and time.monotonic() - self.since >= 60 * plan.minutes
         # Clocks differ and a signal reaches one rank: all have to come to the same step.
-        try:
-            asked = any(self.saver.poll(self.requested or late))
-        except RankFailure:
-            raise
-        except RuntimeError as error:
-            here = f"{self.engine.place}: " if self.engine.place else ""
-            raise RankFailure(f"{here}another rank is gone or does not answer: {error}") from error
+        asked = any(self.saver.poll(self.requested or late))
         if plan.every is not None:
             return asked or step % plan.every == 0
         return asked or (epoch_ended and plan.minutes is None)

@@ -80,7 +80,7 @@ def _place_named(engine: Engine) -> Iterator[None]:
     except RankFailure:
         raise
     except RuntimeError as error:
-        if not engine.place or str(error).startswith(engine.place):
+        if not engine.place:
             raise
         raise RuntimeError(f"{engine.place}: {error}") from error
 
