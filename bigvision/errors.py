@@ -4,6 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """How a rank ends: its exit code."""
+
+    DONE = 0
+    FAULT = 1
+    """Something broke while running: a restart goes on from the last checkpoint."""
+    MISTAKE = 2
+    """What was asked for cannot be done: starting again changes nothing."""
+    STOPPED = 75
+    """A signal asked the run to stop, and it is saved: start it again to go on (EX_TEMPFAIL of sysexits.h)."""
+    HUNG = 124
+    """A limit of `limits` ran out: stacks are written; a restart goes on from the last checkpoint (as of timeout(1))."""
 
 
 class UserError(Exception):

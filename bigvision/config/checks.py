@@ -26,7 +26,7 @@ def check(config: Config) -> None:
         "model.image_size": 1, "model.num_classes": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0,
         "task.label_smoothing": 0, "task.mixup": 0, "task.cutmix": 0, "model.drop_path": 0,
         "data.jitter": 0, "data.erase": 0, "data.repeats": 1, "data.shuffle_block": 1, "data.shuffle_window": 1,
-        "data.bad_budget": 0,
+        "data.bad_budget": 0, "faults.nonfinite": 0, "faults.digest_every": 1, "faults.same_crash": 1, "faults.restarts": 0,
     }.items():  # fmt: skip
         value = get(config, key)
         if value is not None and not lowest <= value < math.inf:
@@ -36,7 +36,8 @@ def check(config: Config) -> None:
     for key in ("task.label_smoothing", "model.drop_path"):
         if not get(config, key) < 1:
             raise UserError(f"{key}: {get(config, key)} must be below 1")
-    for key in ("train.epochs", "checkpoint.minutes", "checkpoint.timeout"):
+    limits = [f"limits.{name}" for name in ("start", "step", "evaluate", "save")]
+    for key in ("train.epochs", "checkpoint.minutes", "checkpoint.timeout", "faults.spike", *limits):
         value = get(config, key)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{key}: {value} must be a number above 0")
@@ -69,6 +70,8 @@ def check(config: Config) -> None:
     check_pipeline(parallel)
     if config.model.pretrained and config.model.weights:
         raise UserError("model.pretrained: true contradicts model.weights: choose one of the two")
+    if config.faults.rollback and config.faults.spike is None:
+        raise UserError("faults.rollback: true needs faults.spike: say how far above the mean a loss is a spike, such as 8")
     parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")
 
 

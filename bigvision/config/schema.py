@@ -191,6 +191,38 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LimitsConfig:
+    """Seconds without progress on some rank after which all ranks write their stacks and end; null: for ever."""
+
+    start: float | None = 1800.0
+    """From the start of a rank to its first step: all ranks have come, the model is built and restored."""
+    step: float | None = 600.0
+    """One optimizer step, with what is compiled in it and the wait for its data."""
+    evaluate: float | None = 600.0
+    """One batch of an evaluation."""
+    save: float | None = 1800.0
+    """One checkpoint, where training waits for it."""
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    nonfinite: int = 10
+    """Steps in a row that may be skipped because the loss or the gradient's norm is not finite; one more ends the run."""
+    spike: float | None = None
+    """A loss is a spike so many standard deviations above the mean of the last 100 steps, e.g. 8; null does not look."""
+    rollback: bool = False
+    """After a spike go back to the newest checkpoint, and pass over the batch that made it; false only says it."""
+    digest_every: int | None = None
+    """Steps between comparisons of the state that several ranks hold alike (silent corruption); null does not compare."""
+    out_of_memory: Literal["halve", "stop"] = "halve"
+    """A device without memory: go on from the newest checkpoint with half of train.micro_batch on all ranks, or end."""
+    same_crash: int = 3
+    """Crashes in a row at the same step, after which the run is not started again."""
+    restarts: int = 100
+    """Starts in a row that may come to no newer checkpoint."""
+
+
+@dataclass(frozen=True)
 class MonitorConfig:
     progress: bool = True
     """Show a progress bar (on rank 0)."""
@@ -211,6 +243,8 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    limits: LimitsConfig = LimitsConfig()
+    faults: FaultsConfig = FaultsConfig()
     monitor: MonitorConfig = MonitorConfig()
 
     def to_dict(self) -> dict[str, Any]:
