@@ -10,9 +10,8 @@ import time
 import traceback
 from pathlib import Path
 
-from bigvision.checkpoint.commands import run_checkpoint, run_export
-from bigvision.config import describe, resolve
-from bigvision.errors import UserError, nearest
+from bigvision.errors import Exit, Stopped, UserError, nearest
+from bigvision.signals import SIGNALS
 
 USAGE = """usage: bigvision COMMAND ...
 
@@ -28,14 +27,14 @@ More: bigvision COMMAND --help."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 a fault while running, 2 a mistake in what was asked for."""
+    """Run a command and return its exit code, an `Exit`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # The deepspeed launcher puts its flag in front: --local_rank=0 train ...
     command, *rest = _without_local_rank(arguments) or ["--help"]
     try:
         if command in ("-h", "--help"):
             print(USAGE)
-            return 0
+            return Exit.DONE
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
         return COMMANDS[command](rest)
@@ -45,15 +44,21 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             # A launcher ends all ranks when one leaves, also the one that has not come to say why.
             time.sleep(GRACE)
-        return 2
+        return Exit.MISTAKE
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        return Exit.STOPPED
     except Exception as error:
         traceback.print_exc()
         print(f"error: rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return Exit.FAULT
 
 
 def run_train(arguments: list[str]) -> int:
     """``bigvision train [RECIPE.yaml] [--print-config] [--section.key value ...]``."""
+    SIGNALS.listen()  # before what takes seconds to import
+    from bigvision.config import describe, resolve
     from bigvision.launching.accelerate import overrides
 
     arguments = _with_our_spelling(arguments)
@@ -73,6 +78,9 @@ def run_train(arguments: list[str]) -> int:
 
 def run_eval(arguments: list[str]) -> int:
     """``bigvision eval STEP_FOLDER [--section.key value ...]``: one JSON object of metrics on standard output."""
+    from bigvision.config import resolve
+    from bigvision.launching.accelerate import overrides
+
     arguments = _with_our_spelling(arguments)
     if not arguments or arguments[0].startswith("-"):
         if {"-h", "--help"} & set(arguments):
@@ -83,8 +91,6 @@ def run_eval(arguments: list[str]) -> int:
         saved = json.loads((folder / "progress.json").read_bytes())["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"eval: {folder} is not a step folder of a run: {error}") from None
-    from bigvision.launching.accelerate import overrides
-
     if isinstance(saved, dict) and isinstance(saved.get("parallel"), dict):
         # The file may be gone, and what it decided is saved; it counts again where a flag names it.
         saved["parallel"]["deepspeed"] = None
@@ -102,6 +108,20 @@ def run_convert(arguments: list[str]) -> int:
     from bigvision.models.convert import run
 
     return run(arguments)
+
+
+def run_export(arguments: list[str]) -> int:
+    """``bigvision export STEP_FOLDER FILE_OR_FOLDER``."""
+    from bigvision.checkpoint.commands import run_export
+
+    return run_export(arguments)
+
+
+def run_checkpoint(arguments: list[str]) -> int:
+    """``bigvision checkpoint list | verify | diff | prune``."""
+    from bigvision.checkpoint.commands import run_checkpoint
+
+    return run_checkpoint(arguments)
 
 
 def default_recipe() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from pathlib import Path
 
 
 class Exit(IntEnum):
@@ -23,6 +24,14 @@ class Exit(IntEnum):
 
 class UserError(Exception):
     """A mistake in what was asked for: one line with the key, the value and the mend. Ends the program with exit code 2."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and what it has done is saved. Ends the program with exit code 75."""
+
+    def __init__(self, name: str, step: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {name} at step {step}, saved in {checkpoint}: start it again to go on")
+        self.step, self.checkpoint = step, checkpoint
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

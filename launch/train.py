@@ -2,7 +2,11 @@
 
 import sys
 
-from bigvision.cli import main
+from bigvision.signals import SIGNALS
 
 if __name__ == "__main__":
+    # Before what takes seconds to import: a scheduler may ask to stop at any time.
+    SIGNALS.listen()
+    from bigvision.cli import main
+
     sys.exit(main(["train", *sys.argv[1:]]))

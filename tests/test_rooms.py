@@ -14,7 +14,7 @@ FILES = sorted(path for folder in ("bigvision", "launch", "benchmarks") for path
 # A room imports itself and the rooms of the lines above its own.
 LEVELS = (
     {"errors", "seeds"},
-    {"config", "fragments", "tensorfile"},
+    {"config", "fragments", "signals", "tensorfile"},
     {"runtime", "models", "data", "tasks", "optim"},
     {"engine", "checkpoint"},
     {"monitor"},

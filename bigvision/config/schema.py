@@ -168,7 +168,7 @@ class CheckpointConfig:
     every: int | None = None
     """Steps between checkpoints; null saves at each epoch's end, unless minutes is set. The last step is always saved."""
     minutes: float | None = None
-    """Minutes between checkpoints, beside `every` or alone. SIGUSR1 to any rank saves at the next step too."""
+    """Minutes between checkpoints, beside `every` or alone. SIGUSR2 to any rank saves at the next step too."""
     keep: int = 3
     """Newest valid checkpoints kept in the output folder."""
     keep_best: str | None = None

@@ -37,6 +37,12 @@ class Build:
     """Optimizer steps of the whole run."""
     metrics: dict[str, float]
     """Of the last evaluation before this start; empty at a fresh one."""
+    resumed: Path | None = None
+    """The step folder that was restored."""
+    resumed_at: int | None = None
+    """Its step."""
+    evaluation_owed: bool = False
+    """Whether the run was stopped in the evaluation of its last step."""
 
 
 def build(
@@ -91,7 +97,10 @@ def build(
             checkpoint.replace(out / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
 
     all_or_none(note)
-    return Build(engine, data, plan, card, steps, metrics)
+    if found is None:
+        return Build(engine, data, plan, card, steps, metrics)
+    owed = found.progress.get("evaluation_owed", False)
+    return Build(engine, data, plan, card, steps, metrics, found.folder, engine.step, owed)
 
 
 def build_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +14,21 @@ from bigvision.training.build import Build, build_model, restore_model, without_
 from bigvision.training.data import Validation, open_data
 
 
-def evaluate(config: Config, run: Build, runtime: Runtime) -> dict[str, float]:
-    """Return the mean metrics over the validation data: each sample once, whatever the number of ranks."""
+def evaluate(
+    config: Config, run: Build, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:  # fmt: skip
+    """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
+
+    Args:
+        stop: asked before each batch, on every rank; where it says True the evaluation is broken off, and returns None.
+    """
     run.engine.synchronize()
     batches = Validation(config, run.data, run.blueprint, runtime, run.engine.eval_batch)
     try:
         total = None
         for batch in batches:
+            if stop():
+                return None
             metrics = run.engine.eval_step(batch)
             total = metrics if total is None else total + metrics
         unreadable = batches.finish()
@@ -45,7 +54,9 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
         )
         try:
             restore_model(found, engine)
-            return evaluate(config, Build(engine, data, blueprint, card, 1, {}), runtime)
+            metrics = evaluate(config, Build(engine, data, blueprint, card, 1, {}), runtime)
+            assert metrics is not None
+            return metrics
         finally:
             engine.close()
 

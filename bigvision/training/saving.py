@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from bigvision.checkpoint import Retention, Saver, folder_name
 from bigvision.config import Config, parse_size
 from bigvision.engine import Engine
-from bigvision.runtime import Runtime
-
-REQUEST = signal.SIGUSR1
+from bigvision.runtime import Runtime, gather_json
+from bigvision.signals import SIGNALS
 
 
 class Saving:
-    """Saves a run by steps, by epochs, by minutes and on request. Every rank has one and calls all of its methods."""
+    """Saves a run by steps, by epochs, by minutes and when asked to. Every rank has one and calls all of its methods."""
 
     def __init__(
         self, config: Config, engine: Engine, card: dict[str, Any], runtime: Runtime, say: Callable[[str], None]
@@ -37,10 +33,25 @@ class Saving:
         )
         self.saved: int | None = None
         self.requested = False
+        self.stopped_by = ""
+        """The signal that asked any rank to stop, once all ranks know of it."""
         self.since = time.monotonic()
-        # Only the main thread may take signals.
-        listening = threading.current_thread() is threading.main_thread()
-        self.before: Any = signal.signal(REQUEST, self._request) if listening else None
+
+    def stop(self) -> bool:
+        """Whether any rank was asked to stop; the same on every rank. Called where all come to the same place.
+
+        Raises:
+            RankFailure: a save in the background failed.
+        """
+        plan = self.config.checkpoint
+        late = plan.minutes is not None and self.runtime.is_main and time.monotonic() - self.since >= 60 * plan.minutes
+        asked, SIGNALS.save = SIGNALS.save, False
+        # Clocks differ and a signal reaches one rank: all have to come to the same step.
+        save, stop = self.saver.poll(asked or late, bool(SIGNALS.stop))
+        self.requested |= save
+        if stop and not self.stopped_by:
+            self.stopped_by = next(name for name in gather_json(SIGNALS.stop) if name)
+        return bool(self.stopped_by)
 
     def due(self, epoch_ended: bool) -> bool:
         """Whether the step just taken is to be saved; the same on every rank. Called after each step.
@@ -49,15 +60,16 @@ class Saving:
             RankFailure: a save in the background failed.
         """
         plan, step = self.config.checkpoint, self.engine.step
-        late = plan.minutes is not None and self.runtime.is_main and time.monotonic() - self.since >= 60 * plan.minutes
-        # Clocks differ and a signal reaches one rank: all have to come to the same step.
-        asked = any(self.saver.poll(self.requested or late))
+        asked = self.stop() or self.requested
         if plan.every is not None:
             return asked or step % plan.every == 0
         return asked or (epoch_ended and plan.minutes is None)
 
-    def save(self, metrics: dict[str, float]) -> None:
+    def save(self, metrics: dict[str, float], owed: bool = False) -> None:
         """Begin to write a checkpoint of the run as it stands.
+
+        Args:
+            owed: the evaluation of this step was broken off, and is the first thing to do on going on.
 
         Raises:
             RankFailure: the one before, or this one, could not be written.
@@ -69,26 +81,21 @@ class Saving:
             "samples": engine.samples,
             "scalars": engine.scalars(),
             "metrics": metrics,
+            "evaluation_owed": owed,
             "config": self.config.to_dict(),
         }
         self.saver.save(engine.step, engine.fragments(), {"config.json": self.card, "progress.json": progress})
         self.saved, self.requested, self.since = engine.step, False, time.monotonic()
 
-    def finish(self) -> Path:
-        """Wait until the last save is on the disk, and return its folder.
+    def finish(self) -> Path | None:
+        """Wait until the last save is on the disk, and return its folder; None where nothing was saved.
 
         Raises:
             RankFailure: it could not be written.
         """
-        assert self.saved is not None
         self.saver.wait()
-        return Path(self.config.out) / folder_name(self.saved)
+        return Path(self.config.out) / folder_name(self.saved) if self.saved is not None else None
 
     def close(self) -> None:
         """Wait for what is being written; also when the run ends by an error."""
-        if self.before is not None:
-            signal.signal(REQUEST, self.before)
         self.saver.close()
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True

@@ -10,8 +10,10 @@ from typing import Any
 
 from bigvision.config import Config
 from bigvision.engine import Engine
+from bigvision.errors import Stopped
 from bigvision.monitor import Monitor
 from bigvision.runtime import RankFailure, start
+from bigvision.signals import listening, while_alone
 from bigvision.training.build import Build, build
 from bigvision.training.data import Feed, with_data
 from bigvision.training.evaluate import evaluate
@@ -38,10 +40,15 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
 
     Raises:
         UserError: what was asked for cannot be done; the same on every rank, before anything is trained.
+        Stopped: SIGTERM, SIGUSR1 or SIGINT came to any rank, and the run was saved; on every rank.
     """
     config, given = with_data(config, data, val)
     with ExitStack() as stack:
-        runtime = stack.enter_context(start(config.parallel.device, config.parallel.replicas, config.parallel.pipeline_ranks))
+        stack.enter_context(listening())
+        with while_alone():
+            runtime = stack.enter_context(
+                start(config.parallel.device, config.parallel.replicas, config.parallel.pipeline_ranks)
+            )
         monitor = Monitor(config, runtime)
         stack.callback(monitor.close)
         run = build(config, runtime, monitor.say, stack, given)
@@ -53,21 +60,34 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
         saving = Saving(config, engine, run.card, runtime, monitor.say)
         stack.callback(saving.close)
         monitor.begin(engine.step, steps, metrics)
+
+        def measure() -> bool:
+            """Evaluate; returns whether the evaluation is still owed, since it was broken off by a signal to stop."""
+            nonlocal metrics
+            if (found := evaluate(config, run, runtime, saving.stop)) is not None:
+                metrics = found
+                monitor.after_evaluation(engine.step, engine.samples, metrics)
+            return found is None
+
         with _place_named(engine):
-            while engine.step < steps:
+            stopped = saving.stop()  # by a signal that came while the run was built
+            owed = run.evaluation_owed and (stopped or measure())
+            while engine.step < steps and not saving.stopped_by:
                 result = engine.train_step(next(batches))
                 monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"))
                 last, epoch_ended = engine.step == steps, _epoch_ended(engine, run, config)
-                if last or _due(engine.step, config.train.eval_every, epoch_ended):
-                    metrics = evaluate(config, run, runtime)
-                    monitor.after_evaluation(engine.step, engine.samples, metrics)
+                owed = (last or _due(engine.step, config.train.eval_every, epoch_ended)) and measure()
                 if saving.due(epoch_ended) or last:
-                    saving.save(metrics)
-            if saving.saved != engine.step:
-                # A run that was resumed at its last step has nothing to train and still leaves its checkpoint.
-                saving.save(metrics)
-        folder = saving.finish()
+                    saving.save(metrics, owed)
+            unfinished = engine.step < steps or owed
+            # A run that was resumed at its last step has nothing to train and still leaves its checkpoint.
+            if saving.saved != engine.step and not (unfinished and run.resumed_at == engine.step):
+                saving.save(metrics, owed)
+        folder = saving.finish() or run.resumed
+        assert folder is not None
         monitor.close()
+        if unfinished:
+            raise Stopped(saving.stopped_by, engine.step, folder)
         monitor.farewell(folder, metrics, run.data.bad.summary())
         return Result(engine.step, folder, metrics)
 

@@ -25,7 +25,7 @@ def ask_at(plain: dict[str, Any], step: int, rank: int) -> None:
 
     def asked(self: Any, batch: Any) -> Any:
         if self.step == step and os.environ["RANK"] == str(rank):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR2)
         return train_step(self, batch)
 
     DataParallelEngine.train_step = asked  # type: ignore[method-assign]
