@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from bigvision.errors import Exit, Stopped, UserError, nearest
-from bigvision.signals import SIGNALS
+from bigvision.signals import listening
 
 USAGE = """usage: bigvision COMMAND ...
 
@@ -57,7 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_train(arguments: list[str]) -> int:
     """``bigvision train [RECIPE.yaml] [--print-config] [--section.key value ...]``."""
-    SIGNALS.listen()  # before what takes seconds to import
+    with listening():  # before what takes seconds to import
+        return _train(arguments)
+
+
+def _train(arguments: list[str]) -> int:
     from bigvision.config import describe, resolve
     from bigvision.launching.accelerate import overrides
 

@@ -218,7 +218,7 @@ class FaultsConfig:
     """A device without memory: go on from the newest checkpoint with half of train.micro_batch on all ranks, or end."""
     same_crash: int = 3
     """Crashes in a row at the same step, after which the run is not started again."""
-    restarts: int = 100
+    restarts: int = 20
     """Starts in a row that may come to no newer checkpoint."""
 
 

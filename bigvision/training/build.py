@@ -22,6 +22,7 @@ from bigvision.runtime import Runtime, all_or_none
 from bigvision.tasks import build_task
 from bigvision.training import bad
 from bigvision.training.data import Data, Given, open_data
+from bigvision.training.starts import Starts
 
 
 @dataclass
@@ -71,6 +72,9 @@ def build(
     # Together, also where every rank would find the same by itself: one that left early would break the others' start.
     all_or_none(check)
     found = checkpoint.find(config.checkpoint.resume, out, config.checkpoint.verify, say)
+    starts = Starts(config, runtime)
+    all_or_none(lambda: starts.begin(found.progress["step"] if found else 0) if runtime.is_main else None)
+    stack.enter_context(starts.noted())
     fresh = config if found is None else without_weights(config)
     all_or_none(lambda: check_model(fresh.model))
     data = open_data(config, runtime, given)
@@ -82,6 +86,7 @@ def build(
         )
     engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say, data.train.channels)
     stack.callback(engine.close)
+    starts.engine = engine
     data.bad.keep_in(out / bad.NAME, runtime, resumed=found is not None)
     metrics: dict[str, float] = {}
     if found:

@@ -1,0 +1,109 @@
+"""Each start of a run and how it ended, so that one that cannot get any further is not started for ever."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import xxhash
+
+from bigvision.config import Config
+from bigvision.engine import Engine
+from bigvision.errors import Stopped, UserError, one_line
+from bigvision.runtime import RankFailure, Runtime
+
+NAME = "starts.jsonl"
+
+
+class Starts:
+    """The file starts.jsonl of ``out``: a line for each start, for each rank's own error, and for each orderly end."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.path = Path(config.out) / NAME
+        self.faults, self.runtime = config.faults, runtime
+        # Whoever changes the run has reason to hope.
+        self.config = xxhash.xxh3_64_hexdigest(json.dumps(config.to_dict(), sort_keys=True).encode())
+        self.engine: Engine | None = None
+        """Says at which step an error came; None while it is built."""
+
+    def begin(self, step: int) -> None:
+        """Note a start that goes on from *step*. Called on rank 0.
+
+        Raises:
+            UserError: the last starts crashed at the same step, or came to no newer checkpoint, too often.
+        """
+        starts = self._read()
+        same = _in_a_row(starts, lambda start: (start["crash"], start["config"]) == (starts[-1]["crash"], self.config))
+        mend = f"mend that, then change the configuration or remove {self.path} to start again"
+        if starts and starts[-1]["crash"] is not None and same >= self.faults.same_crash:
+            where = "before its first step" if starts[-1]["crash"] < 0 else f"at step {starts[-1]['crash']}"
+            raise UserError(
+                f"faults.same_crash: {same} starts in a row crashed {where}, the last one with {starts[-1]['error']}: {mend}"
+            )
+        stuck = _in_a_row(starts, lambda start: (start["step"], start["config"]) == (step, self.config) and not start["ended"])
+        if stuck > self.faults.restarts:
+            raise UserError(f"faults.restarts: {stuck} starts in a row from step {step} came to no newer checkpoint: {mend}")
+        self._write({"start": len(starts) + 1, "step": step, "ranks": self.runtime.world_size, "config": self.config})
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note how what runs in here ends, on every rank."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Stopped:
+            self._end("stopped")
+            raise
+        except Exception as error:
+            if not _of_others(error) and self.path.exists():
+                step = self.engine.step if self.engine is not None else -1
+                said = f"{type(error).__name__}: {one_line(error)[:500]}"
+                self._write({"crash": step, "rank": self.runtime.rank, "error": said})
+            raise
+        self._end("done")
+
+    def _end(self, how: str) -> None:
+        if self.runtime.is_main:
+            self._write({"end": how})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S")} | line) + "\n")
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The starts, each with where it crashed first (-1 while it was built; None: it did not, or nobody could say)."""
+        starts: list[dict[str, Any]] = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+            try:
+                line = json.loads(text)
+                if "start" in line:
+                    starts.append({"step": line["step"], "config": line["config"], "crash": None, "error": "", "ended": False})
+                elif "crash" in line and starts and starts[-1]["crash"] is None:
+                    starts[-1] |= {"crash": int(line["crash"]), "error": f"rank {line['rank']}: {line['error']}"}
+                elif "end" in line and starts:
+                    starts[-1]["ended"] = True
+            except (ValueError, KeyError, TypeError):
+                continue  # cut by a kill
+        return starts
+
+
+def _in_a_row(starts: list[dict[str, Any]], like: Any) -> int:
+    """How many of the last ones are *like* that."""
+    count = 0
+    for start in reversed(starts):
+        if not like(start):
+            break
+        count += 1
+    return count
+
+
+def _of_others(error: Exception) -> bool:
+    """Whether *error* only says that another rank is gone or has failed: it says so itself, if it still can."""
+    words = str(error)
+    return isinstance(error, (RankFailure, dist.DistError)) or any(mark in words for mark in ("gloo", "NCCL", "Connection"))
