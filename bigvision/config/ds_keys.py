@@ -133,7 +133,7 @@ CONSTANT_ONLY, COSINE_ONLY = {"warmup_max_lr", "warmup_min_lr"}, {"total_num_ste
 BF16 = {
     "enabled": Ours("bool"),
     "immediate_grad_update": BOOL,
-    "check_grad_overflow": BOOL,
+    "check_grad_overflow": Only((True,), "a step with gradients that are not finite is skipped; write true"),
     "bf16_master_weights_and_grads": Only((False,), "master weights stay fp32; write false"),
     "bf16_optimizer_states": Only((False,), "the optimizer's state stays fp32; write false"),
 }

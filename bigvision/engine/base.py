@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bigvision.data.batch import Batch
+from bigvision.engine.statistics import RUNNING
 from bigvision.fragments import Fragment
 
 
@@ -23,9 +24,13 @@ class StepResult:
     """Of the whole model's gradient, before clipping."""
     lr: float
     skipped: bool
-    """True when fp16 gradients overflowed: weights and moments are as before."""
+    """True when the loss or the gradient was not finite on some rank: all but the count of batches is as before."""
     samples: int
     """Of the global batch."""
+    overflowed: bool = False
+    """True when a step was skipped that fp16's loss scale, which has fallen, made overflow: to be expected now and then."""
+    culprits: Sequence[int] = ()
+    """Of a skipped step: the ids of this rank's samples whose loss is not finite, or of those among which they are."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,13 @@ class Engine(ABC):
     """A model, its optimizer and everything between a batch and the next weights, under one strategy."""
 
     step: int = 0
-    """Optimizer steps taken (also the skipped ones)."""
+    """Batches taken, also those that were skipped or passed over."""
+    skipped: int = 0
+    """Of these, the ones without an optimizer step. The learning rate is that of step - skipped."""
     samples: int = 0
     """Samples consumed: the whole state of the data."""
+    statistics_differ: bool = False
+    """Whether running statistics are each rank's own, until :meth:`synchronize`."""
     eval_batch: int
     """Samples that :meth:`eval_step` should be given on each rank."""
     notes: Sequence[str] = ()
@@ -65,6 +74,10 @@ class Engine(ABC):
         """Take one optimizer step on this rank's part of the global batch. Every rank calls it with as many samples."""
 
     @abstractmethod
+    def pass_over(self, batch: Batch) -> StepResult:
+        """Count a batch as a skipped step, and do nothing with it."""
+
+    @abstractmethod
     def eval_step(self, batch: Batch) -> Metrics:
         """Return metrics of all ranks' batches. Every rank calls it with as many samples; padding is not counted."""
 
@@ -75,6 +88,13 @@ class Engine(ABC):
     @abstractmethod
     def fragments(self) -> Iterator[Fragment]:
         """Yield live views of all that this rank holds; writing to them restores."""
+
+    def copies(self) -> Iterator[Fragment]:
+        """Yield what other ranks hold as well; running statistics only while they are the same on all."""
+        for fragment in self.fragments():
+            own = self.statistics_differ and fragment.name.rpartition(".")[2] in RUNNING
+            if fragment.copy[1] > 1 and fragment.values.numel() and not own:
+                yield fragment
 
     @abstractmethod
     def scalars(self) -> dict[str, Any]:

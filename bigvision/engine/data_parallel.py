@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from bigvision.engine.base import Engine, Metrics, StepResult
 from bigvision.engine.batches import micro_batch
 from bigvision.engine.precision import autocast
 from bigvision.engine.prepare import wrap_blocks
+from bigvision.engine.statistics import Statistics
 from bigvision.fragments import Fragment
 from bigvision.models import Block, Blueprint
 from bigvision.optim import learning_rate
@@ -48,7 +51,7 @@ class DataParallelEngine(Engine):
         self.config, self.task, self.runtime, self.steps = config, task, runtime, steps
         self.micro_batch = micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
         self.eval_batch = self.micro_batch
-        self.statistics_differ = False
+        self.checks: list[tuple[Tensor, Tensor]] = []
         self.room: Tensor | None = None
         self.input_shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
         self.mean = torch.tensor(blueprint.mean, device=runtime.device)
@@ -63,6 +66,7 @@ class DataParallelEngine(Engine):
         wrap_blocks(modules, config.parallel.recompute == "blocks", config.parallel.compile)
         self.module.train()
         self._build(blueprint, modules)
+        self.statistics = Statistics(self.parts, runtime.device)
 
     # What a strategy decides.
 
@@ -80,7 +84,14 @@ class DataParallelEngine(Engine):
 
     @abstractmethod
     def _update(self, loss_sum: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Take the optimizer's step; return (the losses summed over ranks, the gradient's norm, whether it was skipped)."""
+        """Take the optimizer's step; return (the losses summed over ranks, the gradient's norm, whether it was skipped).
+
+        It is skipped on all ranks where a loss, a gradient or a running statistic is not finite on any.
+        """
+
+    @abstractmethod
+    def _scale_may_fall(self) -> bool:
+        """Whether there is a loss scale, and it is not at its least."""
 
     @abstractmethod
     def _model_fragments(self) -> Iterator[Fragment]:
@@ -95,17 +106,40 @@ class DataParallelEngine(Engine):
     def train_step(self, batch: Batch) -> StepResult:
         self._set_mode(training=True)
         torch.manual_seed(seed_from("dropout", self.config.seed, self.step, self.runtime.data_rank))
-        lr = learning_rate(self.config.optim, self.step, self.steps)
-        self._set_rate(lr)
+        self._set_rate(self._rate())
+        self.statistics.keep()
+        self.checks = []
+        may_fall = self._scale_may_fall()
 
         samples = len(batch) * self.runtime.data_ranks
         # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their number.
         factor = self.runtime.data_ranks / samples
         total, grad_norm, skipped = self._update(self._passes(batch.to(self.runtime.device), factor))
-        self.statistics_differ = True
+        if not skipped:
+            self.statistics_differ = True
+            return self._counted(total / samples, grad_norm, samples)
+        self.statistics.restore()
+        # A loss does not depend on the scale: one that is not finite is no overflow.
+        overflowed = may_fall and bool(torch.isfinite(total))
+        return self._counted(total / samples, grad_norm, samples, skipped, overflowed, self._culprits(batch.ids))
+
+    def pass_over(self, batch: Batch) -> StepResult:
+        nothing = torch.full((), math.nan, dtype=torch.float64)
+        return self._counted(nothing, nothing, len(batch) * self.runtime.data_ranks, skipped=True)
+
+    def _counted(
+        self, loss: Tensor, grad_norm: Tensor, samples: int, skipped: bool = False, overflowed: bool = False,
+        culprits: Sequence[int] = (),
+    ) -> StepResult:  # fmt: skip
+        result = StepResult(loss, grad_norm, self._rate(), skipped, samples, overflowed, culprits)
         self.step += 1
+        self.skipped += skipped
         self.samples += samples
-        return StepResult(total / samples, grad_norm, lr, skipped, samples)
+        return result
+
+    def _rate(self) -> float:
+        """The learning rate; a skipped step leaves its own to the next one."""
+        return learning_rate(self.config.optim, self.step - self.skipped, self.steps)
 
     def _passes(self, batch: Batch, factor: float) -> Tensor:
         """Run all micro-batches of *batch*; return the sum of this rank's losses, float64 and 0-D."""
@@ -114,6 +148,24 @@ class DataParallelEngine(Engine):
         for number, part in enumerate(parts, start=1):
             loss_sum += self._pass(part, factor, last=number == len(parts))
         return loss_sum
+
+    def _checked_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the task's losses; which outputs are finite is noted, in case that it is not."""
+        loss = self.task.loss(outputs, targets)
+        self.checks.append((loss.detach(), torch.isfinite(outputs.detach()).flatten(1).all(1)))
+        return loss
+
+    def _culprits(self, ids: Tensor) -> list[int]:
+        """Of the samples *ids* of the step just run, those whose loss is not finite, if it can be told, else all around them.
+
+        Through BatchNorm one sample spoils its whole micro-batch.
+        """
+        found: list[int] = []
+        for loss, finite in self.checks:
+            part, ids = ids[: len(finite)], ids[len(finite) :]
+            if not torch.isfinite(loss):
+                found += part[~finite.to(part.device)].tolist() or part.tolist()
+        return found
 
     def eval_step(self, batch: Batch) -> Metrics:
         self._set_mode(training=False)
@@ -155,9 +207,12 @@ class DataParallelEngine(Engine):
         if not self.statistics_differ:
             return
         # Each rank's batches moved its own running statistics; their mean is what one rank would keep on average.
-        norms = [module for part in self.parts for module in part.modules()]
-        running = [norm._buffers.get(name) for norm in norms for name in ("running_mean", "running_var")]
-        average([buffer for buffer in running if buffer is not None], self.runtime)
+        average(self.statistics.running, self.runtime)
+        self.statistics_differ = False
+
+    def restored(self, scalars: dict[str, Any]) -> None:
+        self.step, self.samples = scalars["step"], scalars["samples"]
+        self.skipped = scalars.get("skipped", 0)  # older checkpoints have none
         self.statistics_differ = False
 
     def fragments(self) -> Iterator[Fragment]:

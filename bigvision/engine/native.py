@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -77,23 +78,27 @@ class NativeEngine(DataParallelEngine):
 
     def _pass(self, part: Batch, factor: float, last: bool) -> Tensor:
         with self._micro_step(last):
-            loss = self.task.loss(self._outputs(part), part.targets())
+            loss = self._checked_loss(self._outputs(part), part.targets())
             (loss * (factor * self.scale.value)).backward()
         return loss.detach()
 
     def _update(self, loss_sum: Tensor) -> tuple[Tensor, Tensor, bool]:
         self._reduce()
-        totals = torch.stack([loss_sum, self._squared_norm(self._gradients())])
+        spoilt = torch.where(self.statistics.finite(), 0.0, math.inf).double()
+        totals = torch.stack([loss_sum, self._squared_norm(self._gradients()), spoilt])
         dist.all_reduce(totals)
         grad_norm = totals[1].sqrt() / self.scale.value
-        # Only fp16 has to know on the CPU whether to step; elsewhere the device is never waited for.
-        skipped = self.scale.dynamic and not bool(torch.isfinite(grad_norm))
+        # The one place of a step where the device is waited for: the rate of the next step depends on it as well.
+        skipped = not bool(torch.isfinite(totals).all())
         if not skipped:
             self._clip(grad_norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scale.update(skipped)
         return totals[0], grad_norm, skipped
+
+    def _scale_may_fall(self) -> bool:
+        return self.scale.may_fall
 
     def _clip(self, grad_norm: Tensor) -> None:
         """Scale the gradients to the largest allowed norm (Pascanu et al. 2013), and undo the loss scale."""
@@ -131,6 +136,7 @@ class NativeEngine(DataParallelEngine):
         steps = max((int(counter) for counter in step_counters(self.optimizer)), default=None)
         return {
             "step": self.step,
+            "skipped": self.skipped,
             "samples": self.samples,
             "optimizer_steps": steps,
             "loss_scale": self.scale.value if self.scale.dynamic else None,
@@ -138,7 +144,7 @@ class NativeEngine(DataParallelEngine):
         }
 
     def restored(self, scalars: dict[str, Any]) -> None:
-        self.step, self.samples = scalars["step"], scalars["samples"]
+        super().restored(scalars)
         if self.scale.dynamic and scalars["loss_scale"] is not None:
             self.scale.value, self.scale.good_steps = scalars["loss_scale"], scalars["good_steps"]
         for counter in step_counters(self.optimizer):

@@ -113,7 +113,6 @@ class PipelineEngine(FSDPEngine):
 
     def _passes(self, batch: Batch, factor: float) -> Tensor:
         self.passes = dict.fromkeys(self.stages, 0)
-        self.losses: list[Tensor] = []
         self.loss_factor = factor * self.scale.value
         whole, rest = divmod(len(batch), self.micro_batch)
         images = self._inputs(batch) if 0 in self.stages else None
@@ -134,7 +133,7 @@ class PipelineEngine(FSDPEngine):
             # Where torch takes backward passes apart they lie as the kernels made them; fused optimizers read both alike.
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
                 parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
-        return sum(self.losses, torch.zeros((), dtype=torch.float64, device=self.runtime.device))
+        return sum((loss for loss, _ in self.checks), torch.zeros((), dtype=torch.float64, device=self.runtime.device))
 
     def _taken_aside(self) -> dict[nn.Parameter, Tensor]:
         """The gradients so far: a schedule that runs for the first time forgets those of sharded stages."""
@@ -144,9 +143,7 @@ class PipelineEngine(FSDPEngine):
         return found
 
     def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        loss = self.task.loss(outputs, labels)
-        self.losses.append(loss.detach())
-        return loss * self.loss_factor
+        return self._checked_loss(outputs, labels) * self.loss_factor
 
     def _schedule(self, count: int, size: int) -> Any:
         """The schedule of *count* micro-batches of *size* samples."""

@@ -26,6 +26,10 @@ class LossScale:
         self.value = 2.0**16 if self.dynamic else 1.0
         self.good_steps = 0
 
+    @property
+    def may_fall(self) -> bool:
+        return self.dynamic and self.value > 1.0
+
     def update(self, overflowed: bool) -> None:
         """Halve the scale after an overflow; double it after :attr:`growth_interval` steps without one."""
         if overflowed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -62,6 +63,9 @@ class ZeroEngine(DataParallelEngine):
             )
         self.deepspeed, self.sharded = wrapped[:2]
         self.forward = self.deepspeed
+        if scaler := self._scaler():
+            # How often a step may be skipped at the least scale is decided as in every other format.
+            scaler.raise_error_at_min_scale = False
         self.names = {id(p): name for name, p in self.module.named_parameters()}
         self._allocate_state()
         fill(blueprint, self.config.seed, self._model_fragments(), self.parts, self.runtime.device)
@@ -77,8 +81,10 @@ class ZeroEngine(DataParallelEngine):
         self.deepspeed.set_gradient_accumulation_boundary(last)
         with saved_tensors_hooks(_pack, _unpack) if self.weights_sharded else nullcontext():
             outputs = self._outputs(part)
-        loss = self.task.loss(outputs, part.targets())
-        self.deepspeed.backward(loss * factor, scale_wrt_gas=False)
+        loss = self._checked_loss(outputs, part.targets())
+        # DeepSpeed skips a step by its gradients alone; with this factor whatever is not finite makes them so too.
+        whole = torch.isfinite(loss.detach()) & self.statistics.finite()
+        self.deepspeed.backward(loss * torch.where(whole, factor, math.nan), scale_wrt_gas=False)
         return loss.detach()
 
     def _update(self, loss_sum: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -86,6 +92,10 @@ class ZeroEngine(DataParallelEngine):
         dist.all_reduce(loss_sum)
         grad_norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float64, device=loss_sum.device)
         return loss_sum, grad_norm, not self.deepspeed.was_step_applied()
+
+    def _scale_may_fall(self) -> bool:
+        scaler = self._scaler()
+        return scaler is not None and scaler.cur_scale > scaler.min_scale
 
     def close(self) -> None:
         """Undo the hooks that hold the model and the optimizer for as long as the process lives.
@@ -112,6 +122,16 @@ class ZeroEngine(DataParallelEngine):
             else:
                 copy = (self.runtime.rank, self.runtime.world_size)
                 yield Fragment("model", name, tuple(tensor.shape), 0, tensor.view(-1), copy)
+
+    def copies(self) -> Iterator[Fragment]:
+        yield from super().copies()
+        # What computes is a whole copy on each rank, brought up to date from the masters after each step.
+        copy = (self.runtime.rank, self.runtime.world_size)
+        whole = self.sharded.persistent_parameters if self.weights_sharded else list(self.module.parameters())
+        if self.runtime.world_size > 1:
+            for parameter in whole:
+                name = self.names[id(parameter)]
+                yield Fragment("computing", name, whole_shape(parameter), 0, parameter.detach().view(-1), copy)
 
     def _optimizer_fragments(self) -> Iterator[Fragment]:
         for parameter in self.module.parameters():
@@ -182,6 +202,7 @@ class ZeroEngine(DataParallelEngine):
         stable = scaler.cur_iter - scaler.last_overflow_iter - 1 if scaler else 0
         return {
             "step": self.step,
+            "skipped": self.skipped,
             "samples": self.samples,
             "optimizer_steps": int(state["step"]) if "step" in state else None,
             "loss_scale": scaler.cur_scale if scaler else None,
@@ -191,7 +212,7 @@ class ZeroEngine(DataParallelEngine):
         }
 
     def restored(self, scalars: dict[str, Any]) -> None:
-        self.step, self.samples = scalars["step"], scalars["samples"]
+        super().restored(scalars)
         steps, scaler = scalars["optimizer_steps"], self._scaler()
         for flat in self._flats():
             state = self.inner.state[flat]

@@ -7,7 +7,7 @@ import math
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
@@ -26,13 +26,15 @@ class Monitor:
         self.console = Console(quiet=not runtime.is_main, highlight=False, soft_wrap=True)
         self.path = Path(config.out) / "metrics.jsonl"
         self.progress: ProgressBar | None = None
+        self.file: IO[str] | None = None
 
     def say(self, text: str) -> None:
         """Print a line."""
         self.console.print(text, markup=False)
 
     def begin(self, step: int, steps: int, metrics: dict[str, float]) -> None:
-        """Start to measure at *step*. Lines beyond it, which a killed run logged before it could save, are dropped."""
+        """Start to measure at *step*, also again. Lines beyond it, of what was not saved or is not kept, are dropped."""
+        self.close()
         if self.runtime.is_main:
             _keep_lines(self.path, step)
             self.file = self.path.open("a", encoding="utf-8", buffering=1)
@@ -73,10 +75,18 @@ class Monitor:
             self.progress.evaluated(step, metrics)
         self._restart_clock()
 
+    def event(self, step: int, samples: int, facts: dict[str, Any], text: str) -> None:
+        """Write *facts* down, and print *text*."""
+        self._write({"step": step, "samples": samples} | facts)
+        self.say(text)
+
     def close(self) -> None:
         """Stop drawing; also when the run ends by an error."""
         if self.progress:
             self.progress.close()
+        if self.file:
+            self.file.close()
+            self.file = None
 
     def farewell(self, folder: Path, metrics: dict[str, float], note: str = "") -> None:
         """Tell the user where the checkpoint is and what to do with it, and *note*."""
@@ -93,7 +103,7 @@ class Monitor:
             self.say(f'load        accelerate.load_checkpoint_in_model(model, "{folder}")')
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self.runtime.is_main:
+        if self.file:
             # JSON has no word for what is not finite.
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             self.file.write(json.dumps(finite) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Build:
     """Its step."""
     evaluation_owed: bool = False
     """Whether the run was stopped in the evaluation of its last step."""
+    faults: dict[str, Any] = field(default_factory=dict)
+    """What the run before knew of its faults (`Numbers.state`)."""
 
 
 def build(
@@ -89,10 +91,11 @@ def build(
     starts.engine = engine
     data.bad.keep_in(out / bad.NAME, runtime, resumed=found is not None)
     metrics: dict[str, float] = {}
+    faults: dict[str, Any] = {}
     if found:
         found = found.restore_or_older(list(engine.fragments()), say)
         engine.restored(found.progress["scalars"])
-        metrics = found.progress["metrics"]
+        metrics, faults = found.progress["metrics"], found.progress.get("faults", {})
         say(f"resuming from {found.folder}, step {engine.step} of {steps}")
 
     def note() -> None:
@@ -105,7 +108,7 @@ def build(
     if found is None:
         return Build(engine, data, plan, card, steps, metrics)
     owed = found.progress.get("evaluation_owed", False)
-    return Build(engine, data, plan, card, steps, metrics, found.folder, engine.step, owed)
+    return Build(engine, data, plan, card, steps, metrics, found.folder, engine.step, owed, faults)
 
 
 def build_model(

@@ -120,14 +120,18 @@ class Feed(Iterator[Batch]):
         stream = Stream(
             config.seed, data.train.parts, repeats=apart, block=settings.shuffle_block, window=settings.shuffle_window
         )  # fmt: skip
-        self.batches = None
-        if runtime.stage == 0:
-            self.batches = train_batches(
-                data.train, _transform(config, data.train, blueprint, train=True), seed=config.seed, position=position,
-                global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks, workers=settings.workers,
-                device=runtime.device, stream=stream, mixer=mixer,
-            )  # fmt: skip
-        self.relayed = _relayed(self.batches, runtime, total // runtime.data_ranks, apart if mixer else None)
+        self.batches: Batches | None = None
+
+        def begin(position: int) -> Iterator[Batch]:
+            if runtime.stage == 0:
+                self.batches = train_batches(
+                    data.train, _transform(config, data.train, blueprint, train=True), seed=config.seed, position=position,
+                    global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks, workers=settings.workers,
+                    device=runtime.device, stream=stream, mixer=mixer,
+                )  # fmt: skip
+            return _relayed(self.batches, runtime, total // runtime.data_ranks, apart if mixer else None)
+
+        self.begin, self.relayed = begin, begin(position)
         self.trace: IO[str] | None = None
         if settings.trace is not None and runtime.stage == 0:
             # Every rank adds whole lines to one file.
@@ -146,6 +150,12 @@ class Feed(Iterator[Batch]):
         if self.step % self.every == 0 or self.step == self.steps:
             self.data.bad.exchange("train", _taken(self.batches))
         return batch
+
+    def go_to(self, step: int, position: int) -> None:
+        """Go on from another position, at which *step* steps were taken."""
+        if self.batches is not None:
+            self.batches.close()
+        self.step, self.restarts, self.relayed = step, 0, self.begin(position)
 
     def close(self) -> None:
         """End the worker processes."""

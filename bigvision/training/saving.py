@@ -12,14 +12,18 @@ from bigvision.config import Config, parse_size
 from bigvision.engine import Engine
 from bigvision.runtime import Runtime, gather_json
 from bigvision.signals import SIGNALS
+from bigvision.training.digest import check_copies
 
 
 class Saving:
     """Saves a run by steps, by epochs, by minutes and when asked to. Every rank has one and calls all of its methods."""
 
     def __init__(
-        self, config: Config, engine: Engine, card: dict[str, Any], runtime: Runtime, say: Callable[[str], None]
-    ) -> None:
+        self, config: Config, engine: Engine, card: dict[str, Any], runtime: Runtime, say: Callable[[str], None],
+        faults: Callable[[], dict[str, Any]] = dict,
+    ) -> None:  # fmt: skip
+        """Args: *faults* gives what a restarted run has to know of them (`Numbers.state`)."""
+        self.faults = faults
         self.config, self.engine, self.card, self.runtime = config, engine, card, runtime
         keep = config.checkpoint
         self.saver = Saver(
@@ -72,20 +76,31 @@ class Saving:
             owed: the evaluation of this step was broken off, and is the first thing to do on going on.
 
         Raises:
-            RankFailure: the one before, or this one, could not be written.
+            RankFailure: the one before, or this one, could not be written; or what ranks hold alike differs.
         """
         engine = self.engine
         engine.synchronize()
+        if self.config.faults.digest_every is not None:
+            check_copies(engine)
         progress: dict[str, Any] = {
             "step": engine.step,
             "samples": engine.samples,
             "scalars": engine.scalars(),
             "metrics": metrics,
             "evaluation_owed": owed,
+            "faults": self.faults(),
             "config": self.config.to_dict(),
         }
         self.saver.save(engine.step, engine.fragments(), {"config.json": self.card, "progress.json": progress})
         self.saved, self.requested, self.since = engine.step, False, time.monotonic()
+
+    def wait(self) -> None:
+        """Wait until the last save is on the disk.
+
+        Raises:
+            RankFailure: it could not be written.
+        """
+        self.saver.wait()
 
     def finish(self) -> Path | None:
         """Wait until the last save is on the disk, and return its folder; None where nothing was saved.
@@ -93,7 +108,7 @@ class Saving:
         Raises:
             RankFailure: it could not be written.
         """
-        self.saver.wait()
+        self.wait()
         return Path(self.config.out) / folder_name(self.saved) if self.saved is not None else None
 
     def close(self) -> None:

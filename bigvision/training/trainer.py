@@ -17,6 +17,7 @@ from bigvision.signals import listening, while_alone
 from bigvision.training.build import Build, build
 from bigvision.training.data import Feed, with_data
 from bigvision.training.evaluate import evaluate
+from bigvision.training.numbers import Numbers
 from bigvision.training.saving import Saving
 
 
@@ -57,9 +58,11 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
             config, run.data, run.blueprint, runtime, step=engine.step, steps=steps, position=engine.samples, say=monitor.say
         )
         stack.callback(batches.close)
-        saving = Saving(config, engine, run.card, runtime, monitor.say)
+        numbers = Numbers(config, engine, monitor, run.faults)
+        saving = Saving(config, engine, run.card, runtime, monitor.say, numbers.state)
         stack.callback(saving.close)
         monitor.begin(engine.step, steps, metrics)
+        numbers.begin(saving, metrics)
 
         def measure() -> bool:
             """Evaluate; returns whether the evaluation is still owed, since it was broken off by a signal to stop."""
@@ -73,7 +76,10 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
             stopped = saving.stop()  # by a signal that came while the run was built
             owed = run.evaluation_owed and (stopped or measure())
             while engine.step < steps and not saving.stopped_by:
-                result = engine.train_step(next(batches))
+                result = numbers.step(next(batches))
+                if numbers.back_from:
+                    metrics = numbers.roll_back(saving, batches)
+                    continue
                 monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"))
                 last, epoch_ended = engine.step == steps, _epoch_ended(engine, run, config)
                 owed = (last or _due(engine.step, config.train.eval_every, epoch_ended)) and measure()

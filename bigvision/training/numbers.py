@@ -1,0 +1,137 @@
+"""What becomes of numbers that are not finite, of losses that stand out, and of ranks that no longer agree."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bigvision import checkpoint
+from bigvision.config import Config
+from bigvision.data import Batch
+from bigvision.engine import Engine, StepResult
+from bigvision.monitor import Monitor
+from bigvision.runtime import RankFailure, from_main, gather_json
+from bigvision.training.data import Feed
+from bigvision.training.digest import check_copies
+from bigvision.training.saving import Saving
+from bigvision.training.spikes import Spikes
+
+ROLLBACKS = 3
+"""Between two checkpoints; one more ends the run."""
+SHOWN = 20
+"""Samples of a rank that a line names; metrics.jsonl has all."""
+
+
+class Numbers:
+    """Takes each step and looks at its numbers. Every rank has one and calls all of its methods."""
+
+    def __init__(self, config: Config, engine: Engine, monitor: Monitor, known: dict[str, Any]) -> None:
+        """Args: *known* is :meth:`state` of the checkpoint that the run goes on from; empty at a fresh start."""
+        self.config, self.engine, self.monitor = config, engine, monitor
+        self.passed_over: list[list[int]] = known.get("passed_over", [])
+        """(samples before it, its samples) of each batch that is not trained on."""
+        self.back_from: tuple[int, int] | None = None
+        """The step and the first sample of a spike after which the run has to be rolled back."""
+        self._take(known)
+
+    def state(self) -> dict[str, Any]:
+        """What a restarted run has to know, as JSON."""
+        losses = {"losses": list(self.spikes.losses), "spikes": self.spikes.in_a_row} if self.spikes else {}
+        return {"passed_over": self.passed_over, "skipped_in_a_row": self.in_a_row} | losses
+
+    def _take(self, known: dict[str, Any]) -> None:
+        self.in_a_row: int = known.get("skipped_in_a_row", 0)
+        self.spikes = None
+        if (threshold := self.config.faults.spike) is not None:
+            self.spikes = Spikes(threshold, known.get("losses", ()))
+            self.spikes.in_a_row = known.get("spikes", [])
+
+    def begin(self, saving: Saving, metrics: dict[str, float]) -> None:
+        """Where a run may have to be rolled back and has no checkpoint yet, save it as it begins."""
+        if self.config.faults.rollback and not from_main(checkpoint.steps_in(Path(self.config.out))):
+            saving.save(metrics)
+
+    def step(self, batch: Batch) -> StepResult:
+        """Train on *batch*, or pass over it.
+
+        Raises:
+            RankFailure: too many steps in a row were skipped, or copies differ; the same on every rank.
+        """
+        engine, faults = self.engine, self.config.faults
+        begin, size = engine.samples, self.config.train.global_batch
+        # Of a run that went on with another global batch, all that overlap.
+        if any(begin < at + samples and at < begin + size for at, samples in self.passed_over):
+            self.monitor.say(f"step {engine.step + 1}: its batch made a spike before and is passed over")
+            return engine.pass_over(batch)
+        result = engine.train_step(batch)
+        if result.skipped:
+            self._not_finite(result)
+            return result
+        self.in_a_row = 0
+        if self.spikes and (spike := self.spikes.look(float(result.loss))):
+            words = f"loss {spike.loss:.4g}, {spike.deviations:.1f} standard deviations above the mean {spike.mean:.4g}"
+            self.monitor.event(engine.step, engine.samples, {"spike": asdict(spike)}, f"step {engine.step}: a spike: {words}")
+            if faults.rollback:
+                self.back_from = (engine.step, begin)
+        if faults.digest_every is not None and engine.step % faults.digest_every == 0:
+            check_copies(engine)
+        return result
+
+    def _not_finite(self, result: StepResult) -> None:
+        if result.overflowed:
+            return
+        self.in_a_row += 1
+        culprits = {rank: ids for rank, ids in enumerate(gather_json(list(result.culprits))) if ids}
+        what = f"the loss is not finite on {_listed(culprits)}"
+        if not culprits:
+            what = "the gradient or a running statistic is not finite, though every loss is"
+        step = self.engine.step
+        self.monitor.event(step, self.engine.samples, {"not_finite": culprits}, f"step {step}: skipped, {what}")
+        if self.in_a_row > (most := self.config.faults.nonfinite):
+            raise RankFailure(
+                f"step {step}: {what}; {self.in_a_row} steps in a row were skipped, faults.nonfinite allows {most}: look at "
+                "these samples, or lower optim.lr"
+            )
+
+    def roll_back(self, saving: Saving, batches: Feed) -> dict[str, float]:
+        """Go back to the newest checkpoint; the batch of the spike will be passed over. Returns the metrics known there.
+
+        Raises:
+            RankFailure: there are too many spikes, or there is no checkpoint.
+            UserError: no checkpoint is valid.
+        """
+        assert self.back_from is not None
+        (step, at), self.back_from = self.back_from, None
+        engine, out, say = self.engine, Path(self.config.out), self.monitor.say
+        saving.wait()
+        found = checkpoint.find("auto", out, self.config.checkpoint.verify, say)
+        if found is None:
+            raise RankFailure(f"step {step}: a spike, but {out} has no checkpoint any more to go back to")
+        found = found.restore_or_older(list(engine.fragments()), say)
+        engine.restored(found.progress["scalars"])
+        since = sum(place >= engine.samples for place, _ in self.passed_over)
+        if since >= ROLLBACKS:
+            raise RankFailure(
+                f"step {step}: a spike, as in {since} batches before it since {found.folder.name}, which are passed over: "
+                "lower optim.lr, raise faults.spike, or set faults.rollback to false"
+            )
+        self._take(found.progress.get("faults", {}))
+        self.passed_over.append([at, self.config.train.global_batch])
+        batches.go_to(engine.step, engine.samples)
+        metrics: dict[str, float] = found.progress["metrics"]
+        self.monitor.begin(engine.step, self.monitor.steps, metrics)
+        facts = {"rolled_back": {"from_step": step, "passes_over": at}}
+        words = f"step {step}: back to {found.folder.name}; the batch from sample {at} on will be passed over"
+        self.monitor.event(engine.step, engine.samples, facts, words)
+        # Now, so that a run that is killed before its next checkpoint knows it as well.
+        saving.save(metrics)
+        saving.wait()
+        return metrics
+
+
+def _listed(culprits: dict[int, list[int]]) -> str:
+    def ids(found: list[int]) -> str:
+        return ", ".join(map(str, found[:SHOWN])) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+
+    return "; ".join(f"rank {rank} (samples {ids(found)})" for rank, found in culprits.items())

@@ -1,0 +1,204 @@
+"""Steps whose numbers are not finite are skipped, on all ranks, as if their batch had never come."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.distributed import run_ranks
+from tests.recipes import lines, losses, recipe
+from tests.training.planted import planted, run_planted, run_without, scalars
+from tests.training.test_resume import digests
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp": (3, {"strategy": "ddp"}),
+    "fsdp": (3, {"strategy": "fsdp"}),
+    "hybrid": (4, {"strategy": "fsdp", "replicas": 2}),
+    "zero1": (3, {"strategy": "zero1"}),
+    "zero2": (3, {"strategy": "zero2"}),
+    "zero3": (3, {"strategy": "zero3"}),
+    "pipeline": (2, {"strategy": "pipeline"}),
+    "pipeline-fsdp": (4, {"strategy": "pipeline", "stages": 2}),
+    "zbv": (2, {"strategy": "pipeline", "schedule": "zbv"}),
+}
+STEPS, AT = 6, 3
+
+
+def check(tmp_path: Path, layout: str, kind: str, model: str = "vit", **sections: Any) -> None:
+    """A run with a spoiled sample is one that never had the batch, to the last bit."""
+    ranks, parallel = LAYOUTS[layout]
+    train = {"steps": STEPS, "micro_batch": 3} | sections.pop("train", {})
+
+    def plain(name: str) -> dict[str, Any]:
+        made = parallel | sections.get("parallel", {})
+        return recipe(tmp_path / name, model, **sections | {"parallel": made, "train": train})
+
+    found = run_ranks(run_planted, ranks, plain("spoiled"), kind, [AT], 0)
+    run_ranks(run_without, ranks, plain("without"), [AT])
+    spoiled, without = tmp_path / "spoiled", tmp_path / "without"
+    assert [error for _, error in found] == [""] * ranks
+    last = f"step-{STEPS:08}"
+    assert digests(spoiled / last) == digests(without / last)
+    assert scalars(spoiled / last) == scalars(without / last)
+    assert scalars(spoiled / last)["skipped"] == 1 and scalars(spoiled / last)["optimizer_steps"] in (STEPS - 1, None)
+    steps = [line for line in lines(spoiled) if "loss" in line]
+    assert [line["step"] for line in steps if line.get("skipped")] == [AT + 1]
+    values = losses(spoiled), losses(without)
+    assert values[0][:AT] + values[0][AT + 1 :] == values[1][:AT] + values[1][AT + 1 :]
+    assert None not in values[0][AT + 1 :] and len(values[0]) == STEPS
+    assert steps[AT]["lr"] == steps[AT + 1]["lr"], "the next step takes the rate that this one did not use"
+    told = next(line for line in lines(spoiled) if "not_finite" in line)
+    if kind == "image" and model == "vit":
+        (rank, ids), *more = told["not_finite"].items()
+        assert not more and ids == found[0][0][:1] and int(rank) == (1 if layout == "pipeline" else int(rank))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sample_that_is_not_finite_was_never_there(tmp_path: Path, layout: str) -> None:
+    check(tmp_path, layout, "image")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "zero1", "zero3", "pipeline"])
+def test_nothing_of_it_stays_in_running_statistics(tmp_path: Path, layout: str) -> None:
+    check(tmp_path, layout, "image", "resnet")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero2", "pipeline"])
+def test_a_loss_alone_that_is_not_finite(tmp_path: Path, layout: str) -> None:
+    check(tmp_path, layout, "loss")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3"])
+def test_a_gradient_alone_that_is_not_finite(tmp_path: Path, layout: str) -> None:
+    check(tmp_path, layout, "gradient", parallel={"precision": "bf16"})
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "zero1"])
+def test_a_variance_alone_that_is_not_finite(tmp_path: Path, layout: str) -> None:
+    check(tmp_path, layout, "large", "resnet")
+    saved = load_file(tmp_path / "spoiled" / f"step-{STEPS:08}" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    told = next(line for line in lines(tmp_path / "spoiled") if "not_finite" in line)
+    assert told["not_finite"] == {}, "every loss was finite: what is planted does not test what it should"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["image", "loss", "gradient"])
+@pytest.mark.parametrize("model", ["vit", "resnet"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "zbv"])
+def test_every_strategy_every_way(tmp_path: Path, layout: str, model: str, kind: str, precision: str) -> None:
+    check(tmp_path, layout, kind, model, parallel={"precision": precision})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("layout", "offload"), [("zero2", "optimizer"), ("zero3", "all")])
+def test_offloaded(tmp_path: Path, layout: str, offload: str) -> None:
+    check(tmp_path, layout, "image", parallel={"offload": offload})
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero1", "pipeline"])
+def test_too_many_in_a_row_end_the_run(tmp_path: Path, layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    plain = recipe(tmp_path, parallel=parallel, train={"steps": 9}, faults={"nonfinite": 2}, checkpoint={"every": 3})
+    found = run_ranks(run_planted, ranks, plain, "image", [1, 3, 4, 5, 6], 0)
+    ids = found[0][0]
+    assert len(ids) == 4, "one alone, then three in a row"
+    assert len({error for _, error in found}) == 1
+    where = f"the loss is not finite on rank {ranks - 1 if layout == 'pipeline' else 0} (samples {ids[-1]})"
+    assert f"step 6: {where}; 3 steps in a row" in found[0][1] and "faults.nonfinite allows 2" in found[0][1]
+    assert not (tmp_path / "step-00000006").exists() and (tmp_path / "step-00000003").exists()
+
+
+def test_a_restart_counts_on(tmp_path: Path) -> None:
+    """Of three skipped steps in a row the third comes after a restart, and ends the run."""
+    for steps, error in ((5, ""), (9, "step 6: the loss is not finite on rank 1")):
+        plain = recipe(tmp_path, train={"steps": steps}, faults={"nonfinite": 2})
+        assert all(
+            error in found and bool(found) == bool(error)
+            for _, found in run_ranks(run_planted, 2, plain, "image", [3, 4, 5], 1)
+        )
+
+
+def test_through_batchnorm_the_whole_micro_batch_is_named(tmp_path: Path) -> None:
+    plain = recipe(
+        tmp_path,
+        "resnet",
+        train={"steps": 2, "micro_batch": 6},
+        faults={"nonfinite": 0},
+        data={"trace": str(tmp_path / "trace")},
+    )
+    run_ranks(run_planted, 2, plain, "image", [0], 1)
+    told = next(line for line in lines(tmp_path) if "not_finite" in line)
+    trace = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
+    ids = next(line["ids"] for line in trace if line["rank"] == 1 and line["step"] == 1)
+    assert told["not_finite"] == {"1": ids[:6]}
+
+
+def leave(recipe_path: str) -> tuple[Any, str]:
+    from bigvision.cli import main
+
+    with contextlib.redirect_stderr(io.StringIO()) as said, planted("image", [2]):
+        return main(["train", recipe_path]), said.getvalue()
+
+
+def test_every_rank_leaves_with_the_code_of_a_fault(tmp_path: Path) -> None:
+    plain = recipe(tmp_path / "out", parallel={"strategy": "fsdp"}, faults={"nonfinite": 0})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(plain))
+    for rank, (code, said) in enumerate(run_ranks(leave, 3, str(tmp_path / "recipe.yaml"))):
+        assert code == 1 and f"error: rank {rank}: RankFailure: step 3: the loss is not finite on rank 0" in said
+
+
+def run_half(plain: dict[str, Any], scale: float, kind: str, steps: list[int]) -> tuple[str, float, int]:
+    """Train in fp16 from this loss scale on; returns the error, and the scale and skipped steps in the end."""
+    from unittest.mock import patch
+
+    from bigvision.engine.native import NativeEngine
+    from bigvision.engine.zero import ZeroEngine
+
+    engines: list[Any] = []
+
+    def note(kind: Any) -> Any:
+        build = kind._build
+
+        def built(self: Any, *args: Any) -> None:
+            build(self, *args)
+            engines.append(self)
+            if isinstance(self, ZeroEngine):
+                self._scaler().cur_scale = scale
+            else:
+                self.scale.value = scale
+
+        return patch.object(kind, "_build", built)
+
+    with note(NativeEngine), note(ZeroEngine):
+        _, error = run_planted(plain, kind, steps, 0)
+    left = (
+        engines[0].scalars()
+        if not isinstance(engines[0], ZeroEngine)
+        else json.loads((Path(plain["out"]) / "step-00000006" / "progress.json").read_text())["scalars"]
+        if not error
+        else {"loss_scale": None, "skipped": None}
+    )
+    return error, left["loss_scale"], left["skipped"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_an_overflow_counts_only_at_the_least_scale(tmp_path: Path, strategy: str) -> None:
+    def plain(name: str) -> dict[str, Any]:
+        return recipe(
+            tmp_path / name, parallel={"strategy": strategy, "precision": "fp16"}, train={"steps": 6}, faults={"nonfinite": 1}
+        )  # fmt: skip
+
+    found = run_ranks(run_half, 2, plain("falls"), 2.0**9, "gradient", [1, 2, 3])
+    assert found == [["", 2.0**6, 3]] * 2 or found == [("", 2.0**6, 3)] * 2
+    found = run_ranks(run_half, 2, plain("least"), 2.0, "gradient", [1, 2, 3])
+    assert all("step 4: the gradient or a running statistic is not finite" in error for error, _, _ in found)
+    found = run_ranks(run_half, 2, plain("loss"), 2.0**9, "loss", [1, 2, 3])
+    assert all("step 3: the loss is not finite on rank 0" in error for error, _, _ in found), "no scale mends a loss"
