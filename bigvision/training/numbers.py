@@ -15,7 +15,7 @@ from bigvision.runtime import RankFailure, from_main, gather_json
 from bigvision.training.data import Feed
 from bigvision.training.digest import check_copies
 from bigvision.training.saving import Saving
-from bigvision.training.spikes import Spikes
+from bigvision.training.spikes import Spike, Spikes
 
 ROLLBACKS = 3
 """Between two checkpoints; one more ends the run."""
@@ -31,8 +31,8 @@ class Numbers:
         self.config, self.engine, self.monitor = config, engine, monitor
         self.passed_over: list[list[int]] = known.get("passed_over", [])
         """(samples before it, its samples) of each batch that is not trained on."""
-        self.back_from: tuple[int, int] | None = None
-        """The step and the first sample of a spike after which the run has to be rolled back."""
+        self.back_from: tuple[int, int, Spike] | None = None
+        """The step and the first sample of a spike after which the run has to be rolled back, and the spike."""
         self._take(known)
 
     def state(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Numbers:
             words = f"loss {spike.loss:.4g}, {spike.deviations:.1f} standard deviations above the mean {spike.mean:.4g}"
             self.monitor.event(engine.step, engine.samples, {"spike": asdict(spike)}, f"step {engine.step}: a spike: {words}")
             if faults.rollback:
-                self.back_from = (engine.step, begin)
+                self.back_from = (engine.step, begin, spike)
         if faults.digest_every is not None and engine.step % faults.digest_every == 0:
             check_copies(engine)
         return result
@@ -102,7 +102,7 @@ class Numbers:
             UserError: no checkpoint is valid.
         """
         assert self.back_from is not None
-        (step, at), self.back_from = self.back_from, None
+        (step, at, spike), self.back_from = self.back_from, None
         engine, out, say = self.engine, Path(self.config.out), self.monitor.say
         saving.wait()
         found = checkpoint.find("auto", out, self.config.checkpoint.verify, say)
@@ -121,7 +121,7 @@ class Numbers:
         batches.go_to(engine.step, engine.samples)
         metrics: dict[str, float] = found.progress["metrics"]
         self.monitor.begin(engine.step, self.monitor.steps, metrics)
-        facts = {"rolled_back": {"from_step": step, "passes_over": at}}
+        facts = {"rolled_back": {"from_step": step, "passes_over": at} | asdict(spike)}
         words = f"step {step}: back to {found.folder.name}; the batch from sample {at} on will be passed over"
         self.monitor.event(engine.step, engine.samples, facts, words)
         # Now, so that a run that is killed before its next checkpoint knows it as well.

@@ -62,7 +62,7 @@ def overflow(plain: dict[str, Any]) -> None:
         assert result.skipped and not torch.isfinite(result.grad_norm)
         assert all(torch.equal(a, f.values) for a, f in zip(before, engine.fragments()))
         assert engine.scalars() | {"good_steps": 0} == {
-            "step": 2, "samples": 2 * 4 * runtime.world_size, "optimizer_steps": steps,
+            "step": 2, "skipped": 1, "samples": 2 * 4 * runtime.world_size, "optimizer_steps": steps,
             "loss_scale": scale / 2, "good_steps": 0,
         }  # fmt: skip
         engine.scale.value = 2.0**8
