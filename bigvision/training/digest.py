@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,10 +81,14 @@ def _digests(fragments: Iterable[Fragment]) -> dict[str, dict[str, str]]:
 
 def digests(tensors: list[Tensor]) -> list[str]:
     """A digest of the bits of each 1-D tensor, 16 hexadecimal digits; what lies on a device is not copied from it."""
-    if all(tensor.device.type == "cpu" for tensor in tensors):
-        return [_hash(tensor.contiguous().view(torch.uint8).numpy().data) for tensor in tensors]
-    sums: list[Any] = torch.stack([checksum(tensor) for tensor in tensors]).tolist()
-    return [f"{value % 2**64:016x}" for value in sums]
+    away = [checksum(tensor) for tensor in tensors if tensor.device.type != "cpu"]
+    sums = iter(torch.stack(away).tolist() if away else [])
+    return [
+        _hash(tensor.contiguous().view(torch.uint8).numpy().data)
+        if tensor.device.type == "cpu"
+        else f"{next(sums) % 2**64:016x}"
+        for tensor in tensors
+    ]
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ class Numbers:
 
     def state(self) -> dict[str, Any]:
         """What a restarted run has to know, as JSON."""
-        losses = {"losses": list(self.spikes.losses), "spikes": self.spikes.in_a_row} if self.spikes else {}
-        return {"passed_over": self.passed_over, "skipped_in_a_row": self.in_a_row} | losses
+        losses = {"losses": list(self.spikes.losses), "spikes": list(self.spikes.in_a_row)} if self.spikes else {}
+        return {"passed_over": list(self.passed_over), "skipped_in_a_row": self.in_a_row} | losses
 
     def _take(self, known: dict[str, Any]) -> None:
         self.in_a_row: int = known.get("skipped_in_a_row", 0)

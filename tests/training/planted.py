@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ HERE: dict[str, Any] = {"id": None, "kind": None}
 
 
 @contextmanager
-def planted(kind: str, steps: list[int], rank: int = 0, index: int = 2) -> Iterator[list[int]]:
+def planted(kind: str, steps: list[int], rank: int | None = 0, index: int = 2) -> Iterator[list[int]]:
     """Spoil a sample of one data-parallel rank, or of all (*rank* None), in the batches *steps* (from 0); yields the ids.
 
     Args:
@@ -66,7 +67,7 @@ def planted(kind: str, steps: list[int], rank: int = 0, index: int = 2) -> Itera
 
 def run_planted(plain: dict[str, Any], kind: str, steps: list[int], rank: int | None = 0) -> tuple[list[int], str]:
     """Train; return the ids of this rank's spoiled samples, and the error that ended the run."""
-    with planted(kind, steps, rank) as ids:  # type: ignore[arg-type]
+    with planted(kind, steps, rank) as ids:
         try:
             run(plain)
         except RankFailure as error:
@@ -90,6 +91,5 @@ def run_without(plain: dict[str, Any], steps: list[int]) -> None:
 
 
 def scalars(folder: Path) -> dict[str, Any]:
-    import json
-
+    """Those of a checkpoint."""
     return json.loads((folder / "progress.json").read_text())["scalars"]

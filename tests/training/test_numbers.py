@@ -7,10 +7,13 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from safetensors.torch import load_file
 
+from bigvision.engine.native import NativeEngine
+from bigvision.engine.zero import ZeroEngine
 from tests.distributed import run_ranks
 from tests.recipes import lines, losses, recipe
 from tests.training.planted import planted, run_planted, run_without, scalars
@@ -56,7 +59,8 @@ def check(tmp_path: Path, layout: str, kind: str, model: str = "vit", **sections
     told = next(line for line in lines(spoiled) if "not_finite" in line)
     if kind == "image" and model == "vit":
         (rank, ids), *more = told["not_finite"].items()
-        assert not more and ids == found[0][0][:1] and int(rank) == (1 if layout == "pipeline" else int(rank))
+        # Of the first data-parallel rank: where its pipeline has the last stage.
+        assert not more and ids == found[0][0] and int(rank) == {"pipeline": 1, "pipeline-fsdp": 2}.get(layout, 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -89,10 +93,10 @@ def test_a_variance_alone_that_is_not_finite(tmp_path: Path, layout: str) -> Non
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["image", "loss", "gradient"])
-@pytest.mark.parametrize("model", ["vit", "resnet"])
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "zbv"])
+@pytest.mark.parametrize(
+    ("model", "kind", "precision"), [("resnet", "image", "bf16"), ("vit", "loss", "fp32"), ("vit", "gradient", "bf16")]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_strategy_every_way(tmp_path: Path, layout: str, model: str, kind: str, precision: str) -> None:
     check(tmp_path, layout, kind, model, parallel={"precision": precision})
 
@@ -120,24 +124,19 @@ def test_a_restart_counts_on(tmp_path: Path) -> None:
     """Of three skipped steps in a row the third comes after a restart, and ends the run."""
     for steps, error in ((5, ""), (9, "step 6: the loss is not finite on rank 1")):
         plain = recipe(tmp_path, train={"steps": steps}, faults={"nonfinite": 2})
-        assert all(
-            error in found and bool(found) == bool(error)
-            for _, found in run_ranks(run_planted, 2, plain, "image", [3, 4, 5], 1)
-        )
+        found = run_ranks(run_planted, 2, plain, "image", [3, 4, 5], 1)
+        assert all(said.startswith(error) and bool(said) == bool(error) for _, said in found)
 
 
 def test_through_batchnorm_the_whole_micro_batch_is_named(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
     plain = recipe(
-        tmp_path,
-        "resnet",
-        train={"steps": 2, "micro_batch": 6},
-        faults={"nonfinite": 0},
-        data={"trace": str(tmp_path / "trace")},
-    )
+        tmp_path, "resnet", train={"steps": 2, "micro_batch": 6}, faults={"nonfinite": 0}, data={"trace": str(trace)}
+    )  # fmt: skip
     run_ranks(run_planted, 2, plain, "image", [0], 1)
     told = next(line for line in lines(tmp_path) if "not_finite" in line)
-    trace = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
-    ids = next(line["ids"] for line in trace if line["rank"] == 1 and line["step"] == 1)
+    drawn = [json.loads(line) for line in trace.read_text().splitlines()]
+    ids = next(line["ids"] for line in drawn if line["rank"] == 1 and line["step"] == 1)
     assert told["not_finite"] == {"1": ids[:6]}
 
 
@@ -155,38 +154,23 @@ def test_every_rank_leaves_with_the_code_of_a_fault(tmp_path: Path) -> None:
         assert code == 1 and f"error: rank {rank}: RankFailure: step 3: the loss is not finite on rank 0" in said
 
 
-def run_half(plain: dict[str, Any], scale: float, kind: str, steps: list[int]) -> tuple[str, float, int]:
-    """Train in fp16 from this loss scale on; returns the error, and the scale and skipped steps in the end."""
-    from unittest.mock import patch
+def run_half(plain: dict[str, Any], scale: float, kind: str, steps: list[int]) -> str:
+    """Train in fp16 from this loss scale on; returns the error that ended the run."""
 
-    from bigvision.engine.native import NativeEngine
-    from bigvision.engine.zero import ZeroEngine
-
-    engines: list[Any] = []
-
-    def note(kind: Any) -> Any:
-        build = kind._build
+    def scaled(engine: Any, attribute: str) -> Any:
+        build = engine._build
 
         def built(self: Any, *args: Any) -> None:
             build(self, *args)
-            engines.append(self)
             if isinstance(self, ZeroEngine):
                 self._scaler().cur_scale = scale
             else:
                 self.scale.value = scale
 
-        return patch.object(kind, "_build", built)
+        return patch.object(engine, attribute, built)
 
-    with note(NativeEngine), note(ZeroEngine):
-        _, error = run_planted(plain, kind, steps, 0)
-    left = (
-        engines[0].scalars()
-        if not isinstance(engines[0], ZeroEngine)
-        else json.loads((Path(plain["out"]) / "step-00000006" / "progress.json").read_text())["scalars"]
-        if not error
-        else {"loss_scale": None, "skipped": None}
-    )
-    return error, left["loss_scale"], left["skipped"]
+    with scaled(NativeEngine, "_build"), scaled(ZeroEngine, "_build"):
+        return run_planted(plain, kind, steps)[1]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
@@ -196,9 +180,10 @@ def test_an_overflow_counts_only_at_the_least_scale(tmp_path: Path, strategy: st
             tmp_path / name, parallel={"strategy": strategy, "precision": "fp16"}, train={"steps": 6}, faults={"nonfinite": 1}
         )  # fmt: skip
 
-    found = run_ranks(run_half, 2, plain("falls"), 2.0**9, "gradient", [1, 2, 3])
-    assert found == [["", 2.0**6, 3]] * 2 or found == [("", 2.0**6, 3)] * 2
-    found = run_ranks(run_half, 2, plain("least"), 2.0, "gradient", [1, 2, 3])
-    assert all("step 4: the gradient or a running statistic is not finite" in error for error, _, _ in found)
-    found = run_ranks(run_half, 2, plain("loss"), 2.0**9, "loss", [1, 2, 3])
-    assert all("step 3: the loss is not finite on rank 0" in error for error, _, _ in found), "no scale mends a loss"
+    assert run_ranks(run_half, 2, plain("falls"), 2.0**9, "gradient", [1, 2, 3]) == ["", ""]
+    left = scalars(tmp_path / "falls" / "step-00000006")
+    assert (left["loss_scale"], left["skipped"], left["optimizer_steps"]) == (2.0**6, 3, 3)
+    for error in run_ranks(run_half, 2, plain("least"), 2.0, "gradient", [1, 2, 3]):
+        assert "step 4: the gradient or a running statistic is not finite" in error
+    for error in run_ranks(run_half, 2, plain("loss"), 2.0**9, "loss", [1, 2, 3]):
+        assert "step 3: the loss is not finite on rank 0" in error, "no scale mends a loss"
