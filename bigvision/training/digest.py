@@ -11,7 +11,7 @@ from xxhash import xxh3_64_hexdigest as _hash
 
 from bigvision.engine import Engine
 from bigvision.fragments import Fragment
-from bigvision.runtime import RankFailure, gather_json
+from bigvision.runtime import gather_json
 
 PIECE = 1 << 22
 """Words that are added up at a time, eight bytes each."""
@@ -20,11 +20,15 @@ SHOWN = 4
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class Corruption(Exception):
+    """What ranks hold alike differs; the same on every rank."""
+
+
 def check_copies(engine: Engine) -> None:
     """Compare over the ranks all that :meth:`Engine.copies` yields. Called on every rank.
 
     Raises:
-        RankFailure: some differ; names the tensors, and the ranks that differ from most others.
+        Corruption: some differ; names the tensors, and the ranks that differ from most others.
     """
     mine = _digests(engine.copies())
     # Ranks that hold the same tensors hold the same bits, so one digest of all of them is enough while all is well.
@@ -44,7 +48,7 @@ def check_copies(engine: Engine) -> None:
                 where[f"{held}:{name}"][digest].append(rank)
     wrong = [_said(key, ranks) for key, ranks in where.items() if len(ranks) > 1]
     more = f"; and {len(wrong) - SHOWN} more tensors" if len(wrong) > SHOWN else ""
-    raise RankFailure(
+    raise Corruption(
         f"silent corruption, found after step {engine.step}: what ranks hold alike differs: {'; '.join(wrong[:SHOWN])}{more}. "
         "Nothing of it was saved: check the memory and the device of that rank, and start the run again"
     )

@@ -11,7 +11,7 @@ from bigvision.config import Config
 from bigvision.data import Batch
 from bigvision.engine import Engine, StepResult
 from bigvision.monitor import Monitor
-from bigvision.runtime import RankFailure, from_main, gather_json
+from bigvision.runtime import from_main, gather_json
 from bigvision.training.data import Feed
 from bigvision.training.digest import check_copies
 from bigvision.training.saving import Saving
@@ -21,6 +21,10 @@ ROLLBACKS = 3
 """Between two checkpoints; one more ends the run."""
 SHOWN = 20
 """Samples of a rank that a line names; metrics.jsonl has all."""
+
+
+class BadNumbers(Exception):
+    """The run cannot go on with its numbers; the same on every rank."""
 
 
 class Numbers:
@@ -56,7 +60,8 @@ class Numbers:
         """Train on *batch*, or pass over it.
 
         Raises:
-            RankFailure: too many steps in a row were skipped, or copies differ; the same on every rank.
+            BadNumbers: too many steps in a row were skipped; the same on every rank.
+            Corruption: copies differ.
         """
         engine, faults = self.engine, self.config.faults
         begin, size = engine.samples, self.config.train.global_batch
@@ -89,7 +94,7 @@ class Numbers:
         step = self.engine.step
         self.monitor.event(step, self.engine.samples, {"not_finite": culprits}, f"step {step}: skipped, {what}")
         if self.in_a_row > (most := self.config.faults.nonfinite):
-            raise RankFailure(
+            raise BadNumbers(
                 f"step {step}: {what}; {self.in_a_row} steps in a row were skipped, faults.nonfinite allows {most}: look at "
                 "these samples, or lower optim.lr"
             )
@@ -98,7 +103,7 @@ class Numbers:
         """Go back to the newest checkpoint; the batch of the spike will be passed over. Returns the metrics known there.
 
         Raises:
-            RankFailure: there are too many spikes, or there is no checkpoint.
+            BadNumbers: there are too many spikes, or there is no checkpoint.
             UserError: no checkpoint is valid.
         """
         assert self.back_from is not None
@@ -107,15 +112,15 @@ class Numbers:
         saving.wait()
         found = checkpoint.find("auto", out, self.config.checkpoint.verify, say)
         if found is None:
-            raise RankFailure(f"step {step}: a spike, but {out} has no checkpoint any more to go back to")
-        found = found.restore_or_older(list(engine.fragments()), say)
-        engine.restored(found.progress["scalars"])
-        since = sum(place >= engine.samples for place, _ in self.passed_over)
+            raise BadNumbers(f"step {step}: a spike, but {out} has no checkpoint any more to go back to")
+        since = sum(place >= found.progress["samples"] for place, _ in self.passed_over)
         if since >= ROLLBACKS:
-            raise RankFailure(
+            raise BadNumbers(
                 f"step {step}: a spike, as in {since} batches before it since {found.folder.name}, which are passed over: "
                 "lower optim.lr, raise faults.spike, or set faults.rollback to false"
             )
+        found = found.restore_or_older(list(engine.fragments()), say)
+        engine.restored(found.progress["scalars"])
         self._take(found.progress.get("faults", {}))
         self.passed_over.append([at, self.config.train.global_batch])
         batches.go_to(engine.step, engine.samples)
@@ -125,7 +130,7 @@ class Numbers:
         words = f"step {step}: back to {found.folder.name}; the batch from sample {at} on will be passed over"
         self.monitor.event(engine.step, engine.samples, facts, words)
         # Now, so that a run that is killed before its next checkpoint knows it as well.
-        saving.save(metrics)
+        saving.save(metrics, found.progress.get("evaluation_owed", False))
         saving.wait()
         return metrics
 

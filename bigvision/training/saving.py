@@ -76,7 +76,8 @@ class Saving:
             owed: the evaluation of this step was broken off, and is the first thing to do on going on.
 
         Raises:
-            RankFailure: the one before, or this one, could not be written; or what ranks hold alike differs.
+            RankFailure: the one before, or this one, could not be written.
+            Corruption: what ranks hold alike differs.
         """
         engine = self.engine
         engine.synchronize()

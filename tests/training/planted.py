@@ -14,8 +14,8 @@ import torch
 
 from bigvision.engine.base import StepResult
 from bigvision.engine.data_parallel import DataParallelEngine
-from bigvision.runtime import RankFailure
 from bigvision.tasks import Classify
+from bigvision.training.numbers import BadNumbers
 from tests.recipes import run
 
 HERE: dict[str, Any] = {"id": None, "kind": None}
@@ -70,7 +70,7 @@ def run_planted(plain: dict[str, Any], kind: str, steps: list[int], rank: int | 
     with planted(kind, steps, rank) as ids:
         try:
             run(plain)
-        except RankFailure as error:
+        except BadNumbers as error:
             return ids, str(error)
     return ids, ""
 

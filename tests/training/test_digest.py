@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bigvision import checkpoint
-from bigvision.training.digest import checksum, digests
+from bigvision.training.digest import Corruption, checksum, digests
 from tests.distributed import run_ranks
 from tests.recipes import losses, recipe, run
 
@@ -22,7 +22,6 @@ def run_flipped(plain: dict[str, Any], rank: int, name: str, step: int, computin
         computing: after the step, in the copy that computes.
     """
     from bigvision.engine.data_parallel import DataParallelEngine
-    from bigvision.runtime import RankFailure
 
     train_step = DataParallelEngine.train_step
 
@@ -44,7 +43,7 @@ def run_flipped(plain: dict[str, Any], rank: int, name: str, step: int, computin
     with patch.object(DataParallelEngine, "train_step", flipped):
         try:
             run(plain)
-        except RankFailure as error:
+        except Corruption as error:
             return str(error)
     return ""
 

@@ -118,6 +118,9 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path, layout: str) -> None:
     where = f"the loss is not finite on rank {ranks - 1 if layout == 'pipeline' else 0} (samples {ids[-1]})"
     assert f"step 6: {where}; 3 steps in a row" in found[0][1] and "faults.nonfinite allows 2" in found[0][1]
     assert not (tmp_path / "step-00000006").exists() and (tmp_path / "step-00000003").exists()
+    # So that it is not started again for ever (faults.same_crash).
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [line["crash"] for line in starts if "crash" in line] == [6] * ranks
 
 
 def test_a_restart_counts_on(tmp_path: Path) -> None:
@@ -151,7 +154,7 @@ def test_every_rank_leaves_with_the_code_of_a_fault(tmp_path: Path) -> None:
     plain = recipe(tmp_path / "out", parallel={"strategy": "fsdp"}, faults={"nonfinite": 0})
     (tmp_path / "recipe.yaml").write_text(json.dumps(plain))
     for rank, (code, said) in enumerate(run_ranks(leave, 3, str(tmp_path / "recipe.yaml"))):
-        assert code == 1 and f"error: rank {rank}: RankFailure: step 3: the loss is not finite on rank 0" in said
+        assert code == 1 and f"error: rank {rank}: BadNumbers: step 3: the loss is not finite on rank 0" in said
 
 
 def run_half(plain: dict[str, Any], scale: float, kind: str, steps: list[int]) -> str:
