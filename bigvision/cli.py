@@ -22,7 +22,7 @@ USAGE = """usage: bigvision COMMAND ...
   checkpoint list|verify|diff|prune ...           look at checkpoints, check, compare and remove them
 
 --resume X is another spelling of --checkpoint.resume X; --deepspeed FILE and --deepspeed_config FILE are others of
---parallel.deepspeed FILE. train and eval both run under torchrun, deepspeed and accelerate launch.
+--parallel.deepspeed FILE. train and eval both run under every launcher of docs/launching.md.
 More: bigvision COMMAND --help."""
 
 
@@ -46,12 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(GRACE)
         return Exit.MISTAKE
     except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if _rank() == 0:
             print(stopped, file=sys.stderr)
         return Exit.STOPPED
     except Exception as error:
         traceback.print_exc()
-        print(f"error: rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"error: rank {_rank()}: {type(error).__name__}: {error}", file=sys.stderr)
         return Exit.FAULT
 
 
@@ -71,7 +71,7 @@ def _train(arguments: list[str]) -> int:
     flags = [argument for argument in arguments if argument != "--print-config"]
     config, origins = resolve(recipe, flags, overrides(os.environ))
     if print_only:
-        if os.environ.get("RANK", "0") == "0":
+        if _rank() == 0:
             print(describe(config, origins))
         return 0
     from bigvision.training import train
@@ -102,7 +102,7 @@ def run_eval(arguments: list[str]) -> int:
     from bigvision.training import evaluate_checkpoint
 
     metrics = evaluate_checkpoint(folder, config)
-    if os.environ.get("RANK", "0") == "0":
+    if _rank() == 0:
         print(json.dumps(metrics))
     return 0
 
@@ -134,9 +134,19 @@ def default_recipe() -> Path:
     return beside_source if beside_source.exists() else Path(__file__).parent / "recipes" / "digits.yaml"
 
 
+def _rank() -> int:
+    """This process's rank; 0 where it does not know."""
+    from bigvision.runtime.identity import identify
+
+    try:
+        return identify(os.environ).rank
+    except UserError:
+        return 0
+
+
 def _speaks() -> bool:
     """Every rank makes the same mistake; one per host says it. A rank that does not know who it is speaks for itself."""
-    from bigvision.runtime import identify
+    from bigvision.runtime.identity import identify
 
     try:
         return identify(os.environ).local_rank == 0

@@ -1,7 +1,8 @@
 """Who am I: launcher environments, process groups, device and mesh."""
 
 from bigvision.runtime.collectives import RankFailure, all_or_none, from_main, gather_json
-from bigvision.runtime.identity import Identity, identify
+from bigvision.runtime.environment import Identity
+from bigvision.runtime.identity import identify
 from bigvision.runtime.process import Runtime, choose_device, start
 
 __all__ = [

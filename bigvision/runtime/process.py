@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bigvision.errors import UserError
-from bigvision.runtime.identity import Identity, identify
+from bigvision.runtime.environment import Identity, announced
+from bigvision.runtime.identity import identify
+from bigvision.runtime.rendezvous import make_store
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ def start(
         UserError: half-set environment, more ranks than devices, ranks that stages or replicas do not divide.
     """
     identity = identify(os.environ)
+    with announced(identity), _join(identity, device, replicas, stages, timeout) as runtime:
+        yield runtime
+
+
+@contextmanager
+def _join(identity: Identity, device: str, replicas: int, stages: int | None, timeout: timedelta) -> Iterator[Runtime]:
     chosen = choose_device(device, identity)
     stages = stages or identity.world_size
     if identity.world_size % stages:
@@ -104,10 +112,6 @@ def start(
     owned = not dist.is_initialized()
     if owned:
         _init_process_group(identity, chosen, timeout)
-    # DeepSpeed asks the environment which device is a rank's own, also where no launcher set it.
-    unnamed = "LOCAL_RANK" not in os.environ
-    if unnamed:
-        os.environ["LOCAL_RANK"] = str(identity.local_rank)
     try:
         shares = identity.world_size // stages
         shape = (stages, replicas, shares // replicas)
@@ -115,8 +119,6 @@ def start(
         alike = init_device_mesh(chosen.type, (stages, shares), mesh_dim_names=("stage", "data")) if stages > 1 else None
         yield Runtime(identity, chosen, mesh, alike["data"].get_group() if alike is not None else None)
     finally:
-        if unnamed:
-            del os.environ["LOCAL_RANK"]
         if owned:
             dist.destroy_process_group()
 
@@ -135,6 +137,7 @@ def choose_device(device: str, identity: Identity) -> torch.device:
         raise UserError(
             f"{identity.local_world_size} ranks on a host with {torch.cuda.device_count()} CUDA devices: "
             "start as many ranks as devices, or use parallel.device cpu"
+            + (" (with srun --gpus-per-task a rank sees one alone: ask for --gpus-per-node)" * (identity.launcher == "slurm"))
         )
     return torch.device("cuda", identity.local_rank)
 
@@ -143,10 +146,11 @@ def _init_process_group(identity: Identity, device: torch.device, timeout: timed
     # Metadata (errors, checksums) travels over gloo also where tensors travel over NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" else None
-    if identity.launcher == "python":
-        # One rank needs no rendezvous, and so opens no port to others.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound)
-        return
     dist.init_process_group(
-        backend, rank=identity.rank, world_size=identity.world_size, timeout=timeout, device_id=bound
-    )  # fmt: skip
+        backend,
+        store=make_store(identity, timeout),
+        rank=identity.rank,
+        world_size=identity.world_size,
+        timeout=timeout,
+        device_id=bound,
+    )

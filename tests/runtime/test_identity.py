@@ -15,10 +15,10 @@ TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE
 def test_environments() -> None:
     assert identify({}) == Identity(0, 1, 0, 1, "python")
     assert identify({"MASTER_ADDR": "left over", "MASTER_PORT": "1"}).launcher == "python"
-    assert identify(TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}) == Identity(3, 4, 1, 2, "torchrun")
+    assert identify(TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}) == Identity(3, 4, 1, 2, "torchrun", "a", 1)
     assert identify(TORCHRUN | {"TORCHELASTIC_RUN_ID": "x", "ACCELERATE_MIXED_PRECISION": "no"}).launcher == "accelerate"
     deepspeed = {k: v for k, v in TORCHRUN.items() if k != "LOCAL_WORLD_SIZE"} | {"LOCAL_SIZE": "2"}
-    assert identify(deepspeed) == Identity(3, 4, 1, 2, "deepspeed")
+    assert identify(deepspeed) == Identity(3, 4, 1, 2, "deepspeed", "a", 1)
 
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
@@ -34,6 +34,14 @@ def test_half_set(missing: str) -> None:
         ({"RANK": "x"}, "RANK='x'"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
         ({"RANK": "-1"}, "RANK=-1"),
+        ({"RANK": "1_0"}, "RANK='1_0'"),
+        ({"WORLD_SIZE": "٤"}, "WORLD_SIZE='٤'"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
+        ({"MASTER_ADDR": "-oProxyCommand=x"}, "MASTER_ADDR='-oProxyCommand=x'"),
+        ({"MASTER_ADDR": "a b"}, "MASTER_ADDR='a b'"),
+        ({"MASTER_ADDR": "a;id"}, "MASTER_ADDR='a;id'"),
+        ({"MASTER_ADDR": "fe80::1%x y"}, "MASTER_ADDR="),
     ],
 )
 def test_numbers_that_do_not_fit(change: dict[str, str], words: str) -> None:

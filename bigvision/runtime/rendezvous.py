@@ -1,0 +1,78 @@
+"""The store by which the ranks find each other: on the loopback device unless they are told to meet elsewhere."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from bigvision.errors import UserError
+from bigvision.runtime.environment import LOOPBACK, Identity
+
+
+def make_store(identity: Identity, timeout: timedelta) -> dist.Store:
+    """Meet the other ranks: at the launcher's own store where torchrun offers it, else at one that rank 0 serves.
+
+    torch's own listens on every device of the host. This one does only where ranks come from other hosts, and says so.
+
+    Raises:
+        UserError: rank 0 cannot listen there.
+    """
+    if identity.launcher == "python":
+        # One rank needs no rendezvous, and so opens no port to others.
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        store, _, _ = next(dist.rendezvous("env://", identity.rank, identity.world_size, timeout=timeout))
+        return store
+    serves = identity.rank == 0
+    return dist.TCPStore(
+        identity.address,
+        identity.port,
+        identity.world_size,
+        serves,
+        timeout,
+        wait_for_workers=True,
+        master_listen_fd=_listen(identity) if serves else None,
+    )
+
+
+def _listen(identity: Identity) -> int:
+    """A socket for the store, which closes it."""
+    private = private_address(identity)
+    if not private:
+        print(
+            f"warning: the ranks meet at {identity.address} port {identity.port}, which is open to the network: whoever "
+            "reaches it can disturb the run (docs/launching.md, Safety)",
+            file=sys.stderr,
+        )
+    try:
+        if private:
+            family = socket.AF_INET6 if ":" in private else socket.AF_INET
+            listener = socket.create_server((private, identity.port), family=family, backlog=2048)
+        elif socket.has_dualstack_ipv6():
+            listener = socket.create_server(
+                ("", identity.port), family=socket.AF_INET6, backlog=2048, dualstack_ipv6=True
+            )  # fmt: skip
+        else:
+            listener = socket.create_server(("", identity.port), backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"environment: rank 0 cannot listen on {private or 'any address'} port {identity.port}: {error.strerror}: "
+            "set MASTER_PORT to a free port"
+        ) from None
+    return listener.detach()
+
+
+def private_address(identity: Identity) -> str:
+    """The address of the loopback device at which all ranks come, or ``""`` where some come from other hosts."""
+    if identity.address == "localhost":
+        # Kubeflow's PyTorchJob calls rank 0's pod so to itself, and the other pods use its name.
+        return LOOPBACK if identity.world_size == identity.local_world_size else ""
+    try:
+        return identity.address if ipaddress.ip_address(identity.address).is_loopback else ""
+    except ValueError:
+        return ""
