@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from bigvision.errors import UserError
 from bigvision.runtime.environment import Identity, announced
 from bigvision.runtime.identity import identify
-from bigvision.runtime.rendezvous import make_store
+from bigvision.runtime.rendezvous import meet
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _init_process_group(identity: Identity, device: torch.device, timeout: timed
     bound = device if device.type == "cuda" else None
     dist.init_process_group(
         backend,
-        store=make_store(identity, timeout),
+        store=meet(identity, timeout),
         rank=identity.rank,
         world_size=identity.world_size,
         timeout=timeout,

@@ -6,12 +6,37 @@ import ipaddress
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from bigvision.errors import UserError
 from bigvision.runtime.environment import LOOPBACK, Identity
+
+
+@dataclass
+class _Met:
+    """The store that this rank has met the others at."""
+
+    others: tuple[object, ...]
+    store: dist.Store
+    times: int = 0
+
+
+_met: _Met | None = None
+"""Where the store is still in use its port cannot be had again, so it is kept."""
+
+
+def meet(identity: Identity, timeout: timedelta) -> dist.Store:
+    """:func:`make_store`, or the one that the same ranks have met at before, with keys that none of them has used."""
+    global _met
+    others = (identity, os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("TORCHELASTIC_RESTART_COUNT"))
+    if _met is None or _met.others != others or identity.launcher == "python":
+        _met = None  # its server is gone before another one needs the port
+        _met = _Met(others, make_store(identity, timeout))
+    _met.times += 1
+    return dist.PrefixStore(f"meeting{_met.times}", _met.store)
 
 
 def make_store(identity: Identity, timeout: timedelta) -> dist.Store:
@@ -60,10 +85,8 @@ def _listen(identity: Identity) -> int:
         else:
             listener = socket.create_server(("", identity.port), backlog=2048)
     except OSError as error:
-        raise UserError(
-            f"environment: rank 0 cannot listen on {private or 'any address'} port {identity.port}: {error.strerror}: "
-            "set MASTER_PORT to a free port"
-        ) from None
+        place, why = f"{private or 'any address'} port {identity.port}", os.strerror(error.errno or 0)
+        raise UserError(f"environment: rank 0 cannot listen on {place}: {why}: set MASTER_PORT to a free port") from None
     return listener.detach()
 
 

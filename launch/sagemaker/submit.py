@@ -68,11 +68,13 @@ def main() -> None:
     parser.add_argument("--instance", default="ml.p5.48xlarge")
     parser.add_argument("--disk", type=int, default=200, help="GB for data and checkpoints")
     parser.add_argument("--hours", type=float, default=24.0, help="the longest that the run may take")
-    parser.add_argument("--spot", action="store_true", help="on spare capacity that may be taken away; the run goes on by itself")
+    parser.add_argument(
+        "--spot", action="store_true", help="on spare capacity that may be taken away; the run goes on by itself"
+    )
     parser.add_argument("--recipe", default="recipes/digits.yaml")
     parser.add_argument("flags", nargs="*", help="flags of bigvision, behind --")
     options = parser.parse_args()
-    from sagemaker.train import ModelTrainer  # pyright: ignore[reportMissingImports]
+    from sagemaker.train import ModelTrainer  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
 
     ModelTrainer(**describe(options)).train(wait=False)
 
