@@ -13,6 +13,7 @@ import yaml
 
 from tests.distributed import run_ranks
 from tests.launch.cluster import Cluster, cluster  # noqa: F401
+from tests.launch.test_exit_codes import CODES, table
 from tests.recipes import lines, losses, recipe, run
 
 SCRIPT = "launch/slurm/train.sbatch"
@@ -69,6 +70,24 @@ def test_a_mistake_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:  #
     assert fields(cluster, job)["ExitCode"] == "2:0" and fields(cluster, job)["Restarts"] == "0"
     said = [line for line in log(tmp_path).splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and argument in said[0] and not (tmp_path / "injected").exists()
+
+
+def test_exit_codes_of_srun(cluster: Cluster) -> None:  # noqa: F811
+    for code, said in zip(CODES, table()["srun"]):
+        assert cluster.start(["srun", "-N2", "-n2", "sh", "-c", f"exit {code}"]).returncode == said
+
+
+@pytest.mark.long
+def test_the_signal_before_the_time_limit_comes_to_the_ranks(cluster: Cluster, tmp_path: Path) -> None:  # noqa: F811
+    """The first time the job is stopped, the second time it ends by itself. Slurm counts a job's time in minutes."""
+    program = tmp_path / "patient.sh"
+    program.write_text(
+        '#!/bin/sh\n[ -e "$0.runs" ] && exit 0\ntrap \'exit 75\' USR1\ntouch "$0.runs"\nwhile :; do sleep 0.1; done\n'
+    )
+    program.chmod(0o755)
+    job = submit(cluster, tmp_path, ["-N2", "-n2", "--time=1", "--signal=USR1@50"], [], PYTHON=str(program))
+    wait(lambda: state(cluster, job) == "COMPLETED", "the end of the job", lambda: log(tmp_path))
+    assert fields(cluster, job)["Restarts"] == "1" and "stopped and saved: requeued, restart 1" in log(tmp_path)
 
 
 @pytest.mark.long
