@@ -15,7 +15,7 @@ import yaml
 
 from tests.distributed import free_port, run_ranks
 from tests.launch.commands import BIN, TORCHRUN, deepspeed, start
-from tests.launch.hosts import ENVIRONMENT, Host, hosts  # noqa: F401
+from tests.launch.hosts import DEVICE, ENVIRONMENT, Host, hosts  # noqa: F401
 from tests.launch.plain import without_objects
 from tests.recipes import losses, recipe, run
 
@@ -90,6 +90,25 @@ def test_the_same_losses_on_two_hosts(hosts: tuple[Host, Host], tmp_path: Path, 
     torchrun = [str(BIN / "torchrun"), *meet, "--node-rank"]
     commands = [host.command([*torchrun, str(node), "--local-addr", host.address, *rest]) for node, host in enumerate(hosts)]
     together(commands, **ENVIRONMENT)
+    assert losses(tmp_path / "out") == reference
+
+
+@pytest.mark.long
+def test_mpirun_on_two_hosts(hosts: tuple[Host, Host], tmp_path: Path, reference: list[float]) -> None:  # noqa: F811
+    """The store is open to the network then, and is said to be; without the host of rank 0 nothing begins."""
+    ssh = tmp_path / "ssh.sh"
+    ssh.write_text(f'#!/bin/sh\nshift\nexec ip netns exec {hosts[1].name} sh -c "$*"\n')
+    ssh.chmod(0o755)
+    reach = ["--mca", "plm_rsh_agent", str(ssh), "--mca", "oob_tcp_if_include", DEVICE]
+    reach += ["-H", ",".join(f"{host.address}:1" for host in hosts)]
+    rest = [sys.executable, TRAIN, write_recipe(tmp_path)]
+    done = start(hosts[0].command([*mpirun(2), *reach, *rest]), 300, **ENVIRONMENT)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and said and "mpirun -x MASTER_ADDR=HOST" in said[0], done.stderr
+    exported = ["-x", f"MASTER_ADDR={hosts[0].address}", *(word for name in ENVIRONMENT for word in ("-x", name))]
+    done = start(hosts[0].command([*mpirun(2), *reach, *exported, *rest]), 300, **ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"warning: the ranks meet at {hosts[0].address} port ") == 1
     assert losses(tmp_path / "out") == reference
 
 
