@@ -22,10 +22,10 @@ def from_open_mpi(environ: Mapping[str, str]) -> Identity | None:
 
 
 def from_hydra(environ: Mapping[str, str]) -> Identity | None:
-    """One rank per process of mpiexec.hydra. Slurm sets PMI_RANK too, but not the local ones."""
+    """One rank per process of mpiexec.hydra, which does not number its runs. Slurm sets PMI_RANK too, but no local rank."""
     if not environ.get("MPI_LOCALRANKID"):
         return None
-    return _from_variables(environ, "mpich", HYDRA, "mpiexec -genv MASTER_ADDR HOST", environ.get("PMI_ID", ""))
+    return _from_variables(environ, "mpich", HYDRA, "mpiexec -genv MASTER_ADDR HOST", "")
 
 
 def _from_variables(

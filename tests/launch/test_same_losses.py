@@ -15,7 +15,7 @@ import yaml
 
 from tests.distributed import free_port, run_ranks
 from tests.launch.commands import BIN, TORCHRUN, deepspeed, start
-from tests.launch.hosts import ENVIRONMENT, Host, hosts  # noqa: F401
+from tests.launch.hosts import DEVICE, ENVIRONMENT, Host, hosts  # noqa: F401
 from tests.launch.plain import without_objects
 from tests.recipes import losses, recipe, run
 
@@ -79,8 +79,23 @@ SHORT = ("mpirun", "torchrun on two nodes")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in LAUNCHERS])
 def test_the_same_losses(name: str, tmp_path: Path, reference: list[float]) -> None:
     said = together(LAUNCHERS[name]([TRAIN, write_recipe(tmp_path)]))
+    if name == "accelerate":
+        # Its CPU ranks are FSDP's, which adds in another order.
+        assert losses(tmp_path / "out") == pytest.approx(reference, rel=1e-5)
+        reference = run_ranks(run, 2, recipe(tmp_path / "fsdp", parallel={"strategy": "fsdp"}))[0]
     assert losses(tmp_path / "out") == reference
     assert sum(text.count("checkpoint  ") for text in said) == 1, "one rank speaks"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["one_host", "elastic"])
+def test_scripts_of_torchrun(script: str, tmp_path: Path, reference: list[float]) -> None:
+    command = [f"launch/torchrun/{script}.sh", write_recipe(tmp_path)]
+    if script == "one_host":
+        together([command], RANKS="2")
+    else:
+        together([command] * 2, RANKS="1", NODES="2", ENDPOINT=f"localhost:{free_port()}")
+    assert losses(tmp_path / "out") == reference
 
 
 def test_the_same_losses_on_two_hosts(hosts: tuple[Host, Host], tmp_path: Path, reference: list[float]) -> None:  # noqa: F811
@@ -90,6 +105,25 @@ def test_the_same_losses_on_two_hosts(hosts: tuple[Host, Host], tmp_path: Path, 
     torchrun = [str(BIN / "torchrun"), *meet, "--node-rank"]
     commands = [host.command([*torchrun, str(node), "--local-addr", host.address, *rest]) for node, host in enumerate(hosts)]
     together(commands, **ENVIRONMENT)
+    assert losses(tmp_path / "out") == reference
+
+
+@pytest.mark.long
+def test_mpirun_on_two_hosts(hosts: tuple[Host, Host], tmp_path: Path, reference: list[float]) -> None:  # noqa: F811
+    """The store is open to the network then, and is said to be; without the host of rank 0 nothing begins."""
+    ssh = tmp_path / "ssh.sh"
+    ssh.write_text(f'#!/bin/sh\nshift\nexec ip netns exec {hosts[1].name} sh -c "$*"\n')
+    ssh.chmod(0o755)
+    reach = ["--mca", "plm_rsh_agent", str(ssh), "--mca", "oob_tcp_if_include", DEVICE]
+    reach += ["-H", ",".join(f"{host.address}:1" for host in hosts)]
+    rest = [sys.executable, TRAIN, write_recipe(tmp_path)]
+    done = start(hosts[0].command([*mpirun(2), *reach, *rest]), 300, **ENVIRONMENT)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and said and "mpirun -x MASTER_ADDR=HOST" in said[0], done.stderr
+    exported = ["-x", f"MASTER_ADDR={hosts[0].address}", *(word for name in ENVIRONMENT for word in ("-x", name))]
+    done = start(hosts[0].command([*mpirun(2), *reach, *exported, *rest]), 300, **ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"warning: the ranks meet at {hosts[0].address} port ") == 1
     assert losses(tmp_path / "out") == reference
 
 
