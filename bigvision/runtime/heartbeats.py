@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bigvision.runtime.identity import Identity
+from bigvision.runtime.environment import Identity
 
 SILENT = 5.0
 """Pulses without news after which a rank is silent, and no less than a second: a busy host may be late."""
@@ -61,7 +61,7 @@ class Heartbeats:
         self._ready: set[int] = set()
         self._report: dict[str, Any] | None = None
         self._wake, self._closing = threading.Event(), False
-        self._prefix = _prefix()
+        self._prefix = _prefix(identity)
         self._thread = threading.Thread(target=self._talk, name="heartbeats", daemon=True)
         self._thread.start()
 
@@ -134,7 +134,7 @@ class Heartbeats:
                 self._wake.clear()
 
     def _connect(self) -> Any:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address, port = self.identity.address, self.identity.port
         # TCPStore fills the screen when nobody listens.
         socket.create_connection((address, port), timeout=max(1.0, self.pulse)).close()
         return dist.TCPStore(address, port, None, False, CONNECT, wait_for_workers=False)
@@ -178,12 +178,12 @@ def launcher_holds_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _prefix() -> str:
+def _prefix(identity: Identity) -> str:
     """Where in the store: a store may outlive a restart of the ranks, and a process may train several times in a row."""
-    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-    place = tuple(os.environ.get(name, "") for name in names)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    place = (identity, os.environ.get("TORCHELASTIC_RUN_ID"), attempt)
     _STARTS[place] += 1
-    return f"bigvision/heartbeats/{place[-1] or 0}.{_STARTS[place]}"
+    return f"bigvision/heartbeats/{attempt}.{_STARTS[place]}"
 
 
-_STARTS: Counter[tuple[str, ...]] = Counter()
+_STARTS: Counter[tuple[object, ...]] = Counter()

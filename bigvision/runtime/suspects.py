@@ -91,8 +91,8 @@ def absentees(beats: Heartbeats, mine: dict[str, Any]) -> str:
             continue
         state = _state(said, mine)
         if state == _GONE or beats.silent(rank):
-            ago = f"silent for {time.monotonic() - heard.at:.1f} s or more, last in {describe(said)}"
-            found.append(f"rank {rank} {state or 'does not answer'} ({_process(said)}, {ago})")
+            ago = "" if state == _GONE else f"silent for {time.monotonic() - heard.at:.1f} s or more, "
+            found.append(f"rank {rank} {state or 'does not answer'} ({_process(said)}, {ago}last in {describe(said)})")
     return "; ".join(found)
 
 
@@ -102,7 +102,7 @@ def store_lost(beats: Heartbeats, mine: dict[str, Any]) -> str:
 
 
 def _without_store(beats: Heartbeats, mine: dict[str, Any]) -> str:
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    address = f"{beats.identity.address}:{beats.identity.port}"
     main = beats.heard.get(0)
     if not beats.reached:
         holder = "the launcher of rank 0" if launcher_holds_store() else "rank 0"

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bigvision.config import LimitsConfig
-from bigvision.errors import Exit, UserError, one_line
+from bigvision.errors import Exit, Stopped, UserError, one_line
 from bigvision.runtime.collectives import RankFailure
+from bigvision.runtime.environment import Identity
 from bigvision.runtime.heartbeats import Heartbeats
-from bigvision.runtime.identity import Identity, identify
+from bigvision.runtime.identity import identify
 from bigvision.runtime.suspects import absentees, accuse, describe, details, store_lost, whereabouts
 
 Phase = Literal["start", "step", "evaluate", "save"]
@@ -104,11 +105,11 @@ class Watchdog:
         """Let an error that came of another rank's end name that rank, and let the others know of this rank's own.
 
         Raises:
-            RuntimeError: or `RankFailure` for such, in the place of the error of a collective.
+            RankFailure: in the place of such an error.
         """
         try:
             yield
-        except UserError:
+        except (UserError, Stopped):
             raise  # the same on every rank
         except Exception as error:
             if self.beats is None:
@@ -120,8 +121,7 @@ class Watchdog:
             self._leave(self.beats)
             if who is None:
                 raise
-            kind = RankFailure if isinstance(error, RankFailure) else RuntimeError
-            raise kind(f"{who}; here: {one_line(error)}") from error
+            raise RankFailure(f"{who}; here: {one_line(error)[:200]}") from error
 
     # Errors.
 
@@ -129,6 +129,7 @@ class Watchdog:
         """Whose end broke a collective; None where nothing is known."""
         deadline = time.monotonic() + beats.patience + 2 * self.pulse
         beats.curious = True
+        beats.hurry(self.pulse)
         while time.monotonic() < deadline:
             if beats.fault is not None and beats.fault["end"]:
                 time.sleep(deadline + WRITING - time.monotonic())  # this process is about to be ended, with better words

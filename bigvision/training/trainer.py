@@ -11,7 +11,7 @@ from typing import Any
 from bigvision.config import Config
 from bigvision.engine import Engine
 from bigvision.errors import Stopped
-from bigvision.monitor import Monitor
+from bigvision.monitor import Monitor, Own
 from bigvision.runtime import RankFailure, Watchdog, collective_timeout, start
 from bigvision.signals import listening, while_alone
 from bigvision.training.build import Build, build
@@ -65,6 +65,9 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
         monitor.begin(engine.step, steps, metrics)
         numbers.begin(saving, metrics)
 
+        def own() -> Own:
+            return Own(batches.waited(), engine.alone())
+
         def measure() -> bool:
             """Evaluate; returns whether the evaluation is still owed, since it was broken off by a signal to stop."""
             nonlocal metrics
@@ -85,7 +88,7 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
                     watch.beat("save", engine.step)
                     metrics = numbers.roll_back(saving, batches)
                     continue
-                monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"))
+                monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"), own)
                 last, epoch_ended = engine.step == steps, _epoch_ended(engine, run, config)
                 owed = (last or _due(engine.step, config.train.eval_every, epoch_ended)) and measure()
                 if saving.due(epoch_ended) or last:

@@ -13,12 +13,13 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
 from tests.distributed import start_ranks
 
-LIMIT = 4.0
+LIMIT = 3.0
 PATIENCE = 90.0
 """Seconds for the start of ranks on a busy machine."""
 
@@ -39,6 +40,10 @@ def loop_for_ever() -> None:
 
 def sleep_for_ever() -> None:
     time.sleep(10_000)
+
+
+def sleep_a_little() -> None:
+    time.sleep(2)
 
 
 def fail() -> None:
@@ -94,6 +99,28 @@ def train(folder: Path, place: str, act: Callable[[], None], victim: int) -> Non
     sys.exit(main(["train", str(folder / "recipe.yaml")]))
 
 
+def train_unless(folder: Path, absent: int) -> None:
+    """:func:`train`, but for one rank that never comes."""
+    if os.environ["RANK"] != str(absent):
+        train(folder, "start", stop, victim=-1)
+
+
+def run_slowly(plain: dict[str, Any], seconds: float) -> list[float]:
+    """:func:`tests.recipes.run`, with a first step that takes so long on rank 0."""
+    from bigvision.engine.data_parallel import DataParallelEngine
+    from tests.recipes import run
+
+    train_step = DataParallelEngine.train_step
+
+    def slow(self: Any, batch: Any) -> Any:
+        if self.step == 0 and os.environ["RANK"] == "0":
+            time.sleep(seconds)
+        return train_step(self, batch)
+
+    with mock.patch.object(DataParallelEngine, "train_step", slow):
+        return run(plain)
+
+
 @dataclass
 class Ended:
     """What is left of a run in which one rank did not get on."""
@@ -129,3 +156,14 @@ def clean_up(processes: list[BaseProcess]) -> None:
         with suppress(ProcessLookupError):
             process.kill()
         process.join()
+
+
+if __name__ == "__main__":
+    # As a launcher starts it: the recipe, a place, and the rank that sleeps there.
+    from bigvision.cli import main
+
+    _recipe, _place, _victim = sys.argv[1:]
+    Path(_recipe).with_name(f"pid-{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
+    if os.environ.get("RANK", "0") == _victim:
+        at(_place, sleep_for_ever, Path(_recipe).with_name("mark"))
+    sys.exit(main(["train", _recipe]))
