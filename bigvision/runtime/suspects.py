@@ -52,10 +52,12 @@ def details(thread: int) -> dict[str, Any]:
     while frame is not None and frame.f_code.co_filename.endswith(("/torch/_ops.py", "/threading.py")):
         frame = frame.f_back
     if frame is None:
-        return {"begun": begun, "waits": False, "where": ""}
+        return {"begun": begun, "waits": None, "where": ""}
     path = frame.f_code.co_filename
     where = f"{frame.f_code.co_name} ({'/'.join(path.split('/')[-2:])}:{frame.f_lineno})"
-    return {"begun": begun, "waits": "/torch/distributed/" in path, "where": where}
+    # A backward pass may compute or wait.
+    waits = None if path.endswith("/torch/autograd/graph.py") else "/torch/distributed/" in path
+    return {"begun": begun, "waits": waits, "where": where}
 
 
 def accuse(beats: Heartbeats, mine: dict[str, Any]) -> str:
@@ -123,13 +125,15 @@ def _late(places: dict[int, dict[str, Any]]) -> list[int]:
     most = max(said["count"] for said in places.values())
     if late := [rank for rank, said in places.items() if said["count"] < most]:
         return sorted(late)
+    busy = {rank for rank, said in places.items() if said.get("waits") is False}
     begun: Counter[str] = Counter()
     for said in places.values():
         begun |= Counter(said.get("begun", {}))
-    if late := [r for r, said in places.items() if any(n < begun[group] for group, n in said.get("begun", {}).items())]:
-        return sorted(late)
-    late = [rank for rank, said in places.items() if "waits" in said and not said["waits"]]
-    return sorted(late) if len(late) < len(places) else []
+    fewer = {r for r, said in places.items() if any(n < begun[group] for group, n in said.get("begun", {}).items())}
+    if not busy or len(busy) == len(places):
+        return sorted(fewer)
+    # The ranks of a pipeline exchange unlike often; code that waits may look busy.
+    return sorted(busy & fewer or busy)
 
 
 def describe(said: dict[str, Any]) -> str:

@@ -181,6 +181,10 @@ class Watchdog:
         faulthandler.dump_traceback_later(max(2 * limit - waited, self.pulse), exit=True, file=2)
 
     def _verdict(self, at: At, limit: float) -> str:
+        if self.beats is not None:
+            self.beats.hurry(self.beats.patience)  # the last word of each, or the certainty that the store is silent
+            if self.beats.fault is not None and self.beats.fault["end"]:
+                return self.beats.fault["text"]
         mine = self._mine()
         what = f"limits.{at.phase}: {limit:g} s ran out on rank {mine['rank']}"
         if self.beats is None:

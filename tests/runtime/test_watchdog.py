@@ -25,9 +25,14 @@ PLACES = ("start", "step", "evaluate", "save")
 PHASES = {"data": "step"}
 
 
+def limit_at(place: str) -> float:
+    """Also on a busy machine a start takes less."""
+    return 10.0 if place == "start" else LIMIT
+
+
 def hang(folder: Path, place: str, act: Callable[[], None], victim: int, ranks: int = 3, **sections: dict[str, Any]) -> Ended:
     """A run with one short limit, that of the phase in which *victim* does *act*."""
-    limits = dict.fromkeys(PLACES, AMPLE) | {PHASES.get(place, place): LIMIT}
+    limits = dict.fromkeys(PLACES, AMPLE) | {PHASES.get(place, place): limit_at(place)}
     train = {"steps": 20, "eval_every": 4, "micro_batch": 4}
     plain = recipe(
         folder / "out", limits=limits, train=train, checkpoint={"every": 6, "background": False}, **sections
@@ -40,13 +45,16 @@ def check_hung(ended: Ended, folder: Path, place: str, victim: int, words: str, 
     ranks = [rank for rank in range(len(ended.codes)) if ends or rank != victim]
     try:
         assert all(ended.codes[rank] == 124 for rank in ranks), (ended.codes, ended.said)
-        assert 0 < ended.after < 2 * LIMIT, ended.after
+        assert 0 < ended.after < 2 * limit_at(place), ended.after
         for rank in ranks:
-            what = rf"limits\.{PHASES.get(place, place)}: {LIMIT:g} s ran out on rank \d"
+            what = rf"limits\.{PHASES.get(place, place)}: {limit_at(place):g} s ran out on rank \d"
             pattern = rf"error: rank {rank}: {what}: rank {victim} .*{words}.*"
             assert re.fullmatch(pattern, ended.errors[rank]), ended.errors[rank]
             stacks = (folder / "out" / "stacks" / f"rank-{rank}.txt").read_text()
             assert "thread MainThread:" in stacks and stacks in ended.said[rank]
+        if ended.codes[0] == 124:
+            texts = {ended.errors[rank].partition(": ")[2].partition(": ")[2].rpartition("; stacks: ")[0] for rank in ranks}
+            assert len(texts) == 1, "they agree, by the store"
     finally:
         clean_up(ended.processes)
 
