@@ -20,6 +20,10 @@ from bigvision.engine.precision import autocast
 class DDPEngine(NativeEngine):
     """DistributedDataParallel (Li et al. 2020); the plain module on one rank."""
 
+    began: Any = 0.0
+    local: Any = 0.0
+    """When the last step began and when it came to need the others."""
+
     def train_step(self, batch: Batch) -> StepResult:
         self.began = self.local = _moment(self.runtime.device)
         return super().train_step(batch)
