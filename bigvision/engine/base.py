@@ -73,6 +73,10 @@ class Engine(ABC):
     def train_step(self, batch: Batch) -> StepResult:
         """Take one optimizer step on this rank's part of the global batch. Every rank calls it with as many samples."""
 
+    def alone(self) -> float:
+        """Seconds that this rank worked in the last step before it needed the others; 0 where it needs them at once."""
+        return 0.0
+
     @abstractmethod
     def pass_over(self, batch: Batch) -> StepResult:
         """Count a batch as a skipped step, and do nothing with it."""

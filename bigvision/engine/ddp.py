@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bigvision.data.batch import Batch
+from bigvision.engine.base import StepResult
 from bigvision.engine.native import NativeEngine, squared_norm
 from bigvision.engine.precision import autocast
 
 
 class DDPEngine(NativeEngine):
     """DistributedDataParallel (Li et al. 2020); the plain module on one rank."""
+
+    began: Any = 0.0
+    local: Any = 0.0
+    """When the last step began and when it came to need the others."""
+
+    def train_step(self, batch: Batch) -> StepResult:
+        self.began = self.local = _moment(self.runtime.device)
+        return super().train_step(batch)
+
+    def alone(self) -> float:
+        if isinstance(self.began, float):
+            return self.local - self.began
+        self.local.synchronize()
+        return self.began.elapsed_time(self.local) / 1000
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        outputs = super()._outputs(batch)
+        if self.module.training:
+            # The last backward pass is the first to exchange anything.
+            self.local = _moment(self.runtime.device)
+        return outputs
 
     def _shard(self, blocks: list[nn.Module]) -> None:
         pass
@@ -63,3 +88,12 @@ class DDPEngine(NativeEngine):
 
     def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
         return squared_norm(gradients, self.runtime.device) / self.runtime.world_size
+
+
+def _moment(device: torch.device) -> Any:
+    """Now, for a device's own work: seconds, or an event in its stream."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

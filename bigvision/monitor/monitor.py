@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from bigvision.config import Config
 from bigvision.engine import StepResult
 from bigvision.monitor.progress import ProgressBar
+from bigvision.monitor.stragglers import Own, Stragglers
 from bigvision.runtime import Runtime, gather_json
 
 
@@ -27,6 +29,7 @@ class Monitor:
         self.path = Path(config.out) / "metrics.jsonl"
         self.progress: ProgressBar | None = None
         self.file: IO[str] | None = None
+        self.stragglers = Stragglers()
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -43,16 +46,24 @@ class Monitor:
         self.steps = steps
         self._restart_clock()
 
-    def after_step(self, step: int, samples: int, result: StepResult, bad: int = 0) -> None:
+    def after_step(
+        self, step: int, samples: int, result: StepResult, bad: int = 0, own: Callable[[], Own] = lambda: Own(None, 0.0)
+    ) -> None:  # fmt: skip
         """Take note of an optimizer step; each ``monitor.every`` steps, and at the last, write it down.
 
         Args:
             bad: training samples that could not be read so far.
+            own: measures what this rank spent by itself in the steps since it was last asked; it may wait for the device.
         """
-        self.seen += result.samples
+        self.seen, self.taken = self.seen + result.samples, self.taken + 1
         if step % self.config.monitor.every and step != self.steps:
             return
-        peak = max(gather_json(_peak_memory(self.runtime.device)))
+        mine = own()
+        gathered = gather_json([_peak_memory(self.runtime.device), mine.data, mine.work])
+        elapsed = time.perf_counter() - self.since
+        slow, said = self.stragglers.take([Own(*rest) for _, *rest in gathered], self.taken, elapsed / self.taken)
+        for text in said:
+            self.say(text)
         # Reading the loss waits for the device, and with it for the steps that are timed.
         line = {
             "step": step,
@@ -61,9 +72,11 @@ class Monitor:
             "lr": result.lr,
             "grad_norm": float(result.grad_norm),
             "images_per_second": round(self.seen / (time.perf_counter() - self.since), 2),
-            "peak_memory": peak,
+            "peak_memory": max(peak for peak, *_ in gathered),
         }
-        self._write(line | ({"skipped": True} if result.skipped else {}) | ({"bad_samples": bad} if bad else {}))
+        slow = {str(rank): round(seconds, 4) for rank, seconds in slow.items()}
+        more = {"skipped": result.skipped, "bad_samples": bad, "stragglers": slow}
+        self._write(line | {name: value for name, value in more.items() if value})
         if self.progress:
             self.progress.update(step, line["loss"], line["images_per_second"])
         self._restart_clock()
@@ -109,7 +122,7 @@ class Monitor:
             self.file.write(json.dumps(finite) + "\n")
 
     def _restart_clock(self) -> None:
-        self.since, self.seen = time.perf_counter(), 0
+        self.since, self.seen, self.taken = time.perf_counter(), 0, 0
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -4,13 +4,16 @@ from bigvision.runtime.collectives import RankFailure, all_or_none, from_main, g
 from bigvision.runtime.environment import Identity
 from bigvision.runtime.identity import identify
 from bigvision.runtime.process import Runtime, choose_device, start
+from bigvision.runtime.watchdog import Watchdog, collective_timeout
 
 __all__ = [
     "Identity",
     "RankFailure",
     "Runtime",
+    "Watchdog",
     "all_or_none",
     "choose_device",
+    "collective_timeout",
     "from_main",
     "gather_json",
     "identify",

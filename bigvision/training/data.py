@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -110,6 +111,7 @@ class Feed(Iterator[Batch]):
         say: told when workers had to be started again.
         """
         self.say, self.restarts = say, 0
+        self.seconds, self.given = 0.0, 0
         self.data, self.runtime, self.step, self.steps, self.every = data, runtime, step, steps, config.monitor.every
         settings = config.data
         apart, total = settings.repeats, config.train.global_batch
@@ -139,7 +141,9 @@ class Feed(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         """Raises `UserError` where too many samples cannot be read."""
+        began = time.perf_counter()
         batch = next(self.relayed)
+        self.seconds, self.given = self.seconds + time.perf_counter() - began, self.given + 1
         self.step += 1
         if self.batches is not None and self.batches.restarts > self.restarts:
             self.restarts = self.batches.restarts
@@ -156,6 +160,12 @@ class Feed(Iterator[Batch]):
         if self.batches is not None:
             self.batches.close()
         self.step, self.restarts, self.relayed = step, 0, self.begin(position)
+
+    def waited(self) -> float | None:
+        """Seconds that this rank waited for each batch since it was last asked; None where another rank reads its data."""
+        mean = self.seconds / max(1, self.given)
+        self.seconds, self.given = 0.0, 0
+        return mean if self.batches is not None else None
 
     def close(self) -> None:
         """End the worker processes."""

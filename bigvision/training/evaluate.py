@@ -9,28 +9,32 @@ from pathlib import Path
 
 from bigvision import checkpoint
 from bigvision.config import Config
-from bigvision.runtime import Runtime, identify, start
+from bigvision.runtime import Runtime, Watchdog, collective_timeout, identify, start
 from bigvision.training.build import Build, build_model, restore_model, without_weights
 from bigvision.training.data import Validation, open_data
 
 
 def evaluate(
-    config: Config, run: Build, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+    config: Config, run: Build, runtime: Runtime, watch: Watchdog, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:  # fmt: skip
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
 
     Args:
         stop: asked before each batch, on every rank; where it says True the evaluation is broken off, and returns None.
     """
+    step = run.engine.step
+    watch.beat("evaluate", step)
     run.engine.synchronize()
     batches = Validation(config, run.data, run.blueprint, runtime, run.engine.eval_batch)
     try:
         total = None
         for batch in batches:
+            watch.fed()
             if stop():
                 return None
             metrics = run.engine.eval_step(batch)
             total = metrics if total is None else total + metrics
+            watch.beat("evaluate", step)
         unreadable = batches.finish()
     finally:
         batches.close()
@@ -46,7 +50,12 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
         UserError: the folder is not a valid checkpoint or is of another model.
     """
     config = _for_ranks(without_weights(config), identify(os.environ).world_size)
-    with start(config.parallel.device, config.parallel.replicas, config.parallel.pipeline_ranks) as runtime:
+    parallel, timeout = config.parallel, collective_timeout(config.limits)
+    with (
+        Watchdog(config.limits) as watch,
+        start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout) as runtime,
+        watch.naming(),
+    ):
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
         data = open_data(config, runtime)
         engine, blueprint, card = build_model(
@@ -54,7 +63,7 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
         )
         try:
             restore_model(found, engine)
-            metrics = evaluate(config, Build(engine, data, blueprint, card, 1, {}), runtime)
+            metrics = evaluate(config, Build(engine, data, blueprint, card, 1, {}), runtime, watch)
             assert metrics is not None
             return metrics
         finally:

@@ -11,8 +11,8 @@ from typing import Any
 from bigvision.config import Config
 from bigvision.engine import Engine
 from bigvision.errors import Stopped
-from bigvision.monitor import Monitor
-from bigvision.runtime import RankFailure, start
+from bigvision.monitor import Monitor, Own
+from bigvision.runtime import RankFailure, Watchdog, collective_timeout, start
 from bigvision.signals import listening, while_alone
 from bigvision.training.build import Build, build
 from bigvision.training.data import Feed, with_data
@@ -45,14 +45,15 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
     """
     config, given = with_data(config, data, val)
     with ExitStack() as stack:
+        watch = stack.enter_context(Watchdog(config.limits, Path(config.out) / "stacks"))
         stack.enter_context(listening())
+        parallel, timeout = config.parallel, collective_timeout(config.limits)
         with while_alone():
-            runtime = stack.enter_context(
-                start(config.parallel.device, config.parallel.replicas, config.parallel.pipeline_ranks)
-            )
+            runtime = stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout))
         monitor = Monitor(config, runtime)
         stack.callback(monitor.close)
-        run = build(config, runtime, monitor.say, stack, given)
+        with watch.naming():
+            run = build(config, runtime, monitor.say, stack, given)
         engine, steps, metrics = run.engine, run.steps, run.metrics
         batches = Feed(
             config, run.data, run.blueprint, runtime, step=engine.step, steps=steps, position=engine.samples, say=monitor.say
@@ -64,32 +65,41 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
         monitor.begin(engine.step, steps, metrics)
         numbers.begin(saving, metrics)
 
+        def own() -> Own:
+            return Own(batches.waited(), engine.alone())
+
         def measure() -> bool:
             """Evaluate; returns whether the evaluation is still owed, since it was broken off by a signal to stop."""
             nonlocal metrics
-            if (found := evaluate(config, run, runtime, saving.stop)) is not None:
+            if (found := evaluate(config, run, runtime, watch, saving.stop)) is not None:
                 metrics = found
                 monitor.after_evaluation(engine.step, engine.samples, metrics)
             return found is None
 
-        with _place_named(engine):
+        with watch.naming(), _place_named(engine):
             stopped = saving.stop()  # by a signal that came while the run was built
             owed = run.evaluation_owed and (stopped or measure())
             while engine.step < steps and not saving.stopped_by:
-                result = numbers.step(next(batches))
+                watch.beat("step", engine.step + 1)
+                batch = next(batches)
+                watch.fed()
+                result = numbers.step(batch)
                 if numbers.back_from:
+                    watch.beat("save", engine.step)
                     metrics = numbers.roll_back(saving, batches)
                     continue
-                monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"))
+                monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"), own)
                 last, epoch_ended = engine.step == steps, _epoch_ended(engine, run, config)
                 owed = (last or _due(engine.step, config.train.eval_every, epoch_ended)) and measure()
                 if saving.due(epoch_ended) or last:
+                    watch.beat("save", engine.step)
                     saving.save(metrics, owed)
+            watch.beat("save", engine.step)
             unfinished = engine.step < steps or owed
             # A run that was resumed at its last step has nothing to train and still leaves its checkpoint.
             if saving.saved != engine.step and not (unfinished and run.resumed_at == engine.step):
                 saving.save(metrics, owed)
-        folder = saving.finish() or run.resumed
+            folder = saving.finish() or run.resumed
         assert folder is not None
         monitor.close()
         if unfinished:

@@ -1,0 +1,89 @@
+"""Ranks for which the others wait again and again are reported, and only those."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from bigvision.monitor.stragglers import Own, Stragglers
+from tests.distributed import run_ranks
+from tests.recipes import lines, recipe
+from tests.training.test_resume import run_and_listen
+
+LATE = 0.15
+
+
+def run_late(plain: dict[str, Any], late: int, where: str, until: int) -> tuple[Any, str]:
+    """Train and return what was said; rank *late* is late in each step before *until*."""
+    from bigvision.data.loader import Batches
+    from bigvision.engine.data_parallel import DataParallelEngine
+
+    home, name = {"data": (Batches, "__next__"), "forward": (DataParallelEngine, "_outputs")}[where]
+    before, calls = getattr(home, name), 0
+
+    def slow(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if os.environ["RANK"] == str(late) and calls < until:
+            time.sleep(LATE)
+        return before(self, *args)
+
+    with mock.patch.object(home, name, slow):
+        return run_and_listen(plain)
+
+
+@pytest.mark.parametrize(("where", "strategy", "late"), [
+    ("forward", "ddp", 0),
+    ("data", "fsdp", 2),
+    pytest.param("data", "ddp", 1, marks=pytest.mark.long),
+    pytest.param("data", "pipeline", 0, marks=pytest.mark.long),
+])  # fmt: skip
+def test_a_slow_rank_is_reported_and_stops_nothing(where: str, strategy: str, late: int, tmp_path: Path) -> None:
+    ranks, parallel = 3, {"strategy": strategy}
+    if strategy == "pipeline":
+        ranks, parallel = 4, parallel | {"stages": 2}
+    plain = recipe(
+        tmp_path, parallel=parallel, train={"steps": 40, "micro_batch": 12}, monitor={"progress": False, "every": 5}
+    )  # fmt: skip
+    (_, said), *others = run_ranks(run_late, ranks, plain, late, where, 26)
+    told = [line for line in said.splitlines() if re.match(r"rank \d is .*slow", line)]
+    assert [line.partition(":")[0] for line in told] == [f"rank {late} is slow", f"rank {late} is no longer slow"], said
+    assert all(text == "" for _, text in others)
+    found = {line["step"]: line["stragglers"] for line in lines(tmp_path) if "stragglers" in line}
+    assert list(found) == [20, 25] and all(list(slow) == [str(late)] for slow in found.values())
+    assert all(slow[str(late)] >= 0.9 * LATE for slow in found.values()), found
+
+
+def take(stragglers: Stragglers, *seconds: float | None, step: float = 1.0) -> tuple[dict[int, float], list[str]]:
+    return stragglers.take([Own(data, 0.0) for data in seconds], 10, step)
+
+
+def test_only_what_lasts_is_told() -> None:
+    one = Stragglers()
+    assert take(one, 0.1, 0.1, 0.9) == ({}, [])
+    assert take(one, 0.1, 0.1, 0.9) == ({}, [])
+    assert take(one, 0.1, 0.1, 0.1) == ({}, [])
+    assert take(one, 0.1, 0.9, 0.1) == ({}, [])
+    assert take(one, 0.1, 0.9, 0.1) == ({}, [])
+    slow, said = take(one, 0.1, 0.9, 0.1)
+    assert slow == {1: pytest.approx(0.8)} and len(said) == 1 and said[0].startswith("rank 1 is slow: the others wait 0.8 of")
+    assert take(one, 0.1, 0.9, 0.1)[1] == []
+    assert take(one, 0.1, 0.1, 0.1) == ({}, ["rank 1 is no longer slow"])
+
+
+@pytest.mark.parametrize("seconds", [
+    (0.001, 0.09, 0.001),  # much slower, but no tenth of the step
+    (0.5, 0.7, 0.5),  # less than half as slow again
+    (0.1, 0.9, None, None),  # two ranks with data: the slower one of them counts
+    (0.4,),
+])  # fmt: skip
+def test_what_is_no_straggler(seconds: tuple[float | None, ...]) -> None:
+    one = Stragglers()
+    found = [take(one, *seconds) for _ in range(5)]
+    assert (found[-1][0] == {}) == (len(seconds) != 4), found

@@ -1,0 +1,169 @@
+"""Runs whose ranks stop, hang and die at chosen places, as real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+
+from tests.distributed import start_ranks
+
+LIMIT = 3.0
+PATIENCE = 90.0
+"""Seconds for the start of ranks on a busy machine."""
+
+
+def stop() -> None:
+    """Stop this process, all of its threads, until SIGCONT."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def loop_for_ever() -> None:
+    while True:
+        pass
+
+
+def sleep_for_ever() -> None:
+    time.sleep(10_000)
+
+
+def sleep_a_little() -> None:
+    time.sleep(2)
+
+
+def fail() -> None:
+    raise ValueError("planted in one rank")
+
+
+def hold_the_interpreter() -> None:
+    """Native code that never lets go of it."""
+    import ctypes
+
+    ctypes.PyDLL(None).sleep(10_000)
+
+
+def at(place: str, act: Callable[[], None], mark: Path) -> None:
+    """Have this process do *act* when it comes to *place*; *mark* then has the time."""
+    from bigvision.checkpoint import background
+    from bigvision.data import loader
+    from bigvision.engine.data_parallel import DataParallelEngine
+    from bigvision.training import build
+
+    homes: dict[str, tuple[Any, str, int]] = {
+        "start": (build, "build_engine", 1),
+        "step": (DataParallelEngine, "train_step", 3),
+        "data": (loader.Batches, "__next__", 3),
+        "evaluate": (DataParallelEngine, "eval_step", 2),
+        "save": (background.Saver, "save", 1),
+        "commit": (background, "commit", 1),
+    }
+    home, name, number = homes[place]
+    before, calls = getattr(home, name), 0
+
+    def sabotaged(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            mark.write_text(str(time.time()))
+            act()
+        return before(*args, **kwargs)
+
+    setattr(home, name, sabotaged)
+
+
+def train(folder: Path, place: str, act: Callable[[], None], victim: int) -> None:
+    """The command line on this rank; what it says goes to a file."""
+    from bigvision.cli import main
+
+    rank = int(os.environ["RANK"])
+    said = os.open(folder / f"said-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    if rank == victim:
+        at(place, act, folder / "mark")
+    sys.exit(main(["train", str(folder / "recipe.yaml")]))
+
+
+def train_unless(folder: Path, absent: int) -> None:
+    """:func:`train`, but for one rank that never comes."""
+    if os.environ["RANK"] != str(absent):
+        train(folder, "start", stop, victim=-1)
+
+
+def run_slowly(plain: dict[str, Any], seconds: float) -> list[float]:
+    """:func:`tests.recipes.run`, with a first step that takes so long on rank 0."""
+    from bigvision.engine.data_parallel import DataParallelEngine
+    from tests.recipes import run
+
+    train_step = DataParallelEngine.train_step
+
+    def slow(self: Any, batch: Any) -> Any:
+        if self.step == 0 and os.environ["RANK"] == "0":
+            time.sleep(seconds)
+        return train_step(self, batch)
+
+    with mock.patch.object(DataParallelEngine, "train_step", slow):
+        return run(plain)
+
+
+@dataclass
+class Ended:
+    """What is left of a run in which one rank did not get on."""
+
+    codes: list[int | None]
+    """None: it has not ended."""
+    said: list[str]
+    errors: list[str]
+    """The last line that begins with "error: ", of each rank."""
+    after: float
+    """Seconds from the act to the end of the last of the others."""
+    processes: list[BaseProcess]
+
+
+def run_and_hang(folder: Path, plain: dict[str, Any], place: str, act: Callable[[], None], victim: int, ranks: int) -> Ended:
+    """Train on *ranks* ranks, of which *victim* does *act* at *place*; returns when the others have ended."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    processes = start_ranks(train, ranks, folder, place, act, victim)
+    others = [process for rank, process in enumerate(processes) if rank != victim]
+    deadline = time.monotonic() + PATIENCE
+    while (left := [p.sentinel for p in others if p.is_alive()]) and time.monotonic() < deadline:
+        wait(left, 0.2)
+    end = time.time()
+    mark = folder / "mark"
+    after = end - float(mark.read_text()) if mark.exists() else -1.0
+    said = [path.read_text() if path.exists() else "" for path in (folder / f"said-{rank}" for rank in range(ranks))]
+    errors = [next((line for line in reversed(text.splitlines()) if line.startswith("error: ")), "") for text in said]
+    return Ended([process.exitcode for process in processes], said, errors, after, processes)
+
+
+def clean_up(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            process.kill()
+        process.join()
+
+
+if __name__ == "__main__":
+    # As a launcher starts it: the recipe, a place, and the rank that sleeps there.
+    from bigvision.cli import main
+
+    _recipe, _place, _victim = sys.argv[1:]
+    Path(_recipe).with_name(f"pid-{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
+    if os.environ.get("RANK", "0") == _victim:
+        at(_place, sleep_for_ever, Path(_recipe).with_name("mark"))
+    sys.exit(main(["train", _recipe]))
