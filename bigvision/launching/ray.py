@@ -132,7 +132,13 @@ def _session(ray: Any, ask: Ask) -> Iterator[None]:
     address = ask.address or os.environ.get("RAY_ADDRESS")
     # Ranks on the CPU may be more than its cores, as under every launcher.
     most = (ask.workers or (1, 1))[1] * ask.cpus
-    own = {"num_cpus": max(most, os.cpu_count() or 1), "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    own: dict[str, Any] = {
+        "num_cpus": max(most, os.cpu_count() or 1),
+        "include_dashboard": False,
+        "object_store_memory": STORE_BYTES,
+        # One of Ray's actors asks the dashboard each second, and warns each second that there is none.
+        "logging_config": ray.LoggingConfig(log_level="ERROR"),
+    }
     try:
         ray.init(address=address or "local", **({} if address else own))
     except ConnectionError as error:
