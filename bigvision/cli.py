@@ -118,10 +118,10 @@ def run_convert(arguments: list[str]) -> int:
 
 def run_ray(arguments: list[str]) -> int:
     """``bigvision ray [RECIPE.yaml] [--workers N] [--section.key value ...]``."""
-    SIGNALS.listen()
-    from bigvision.launching.ray import run
+    with listening():  # before what takes seconds to import
+        from bigvision.launching.ray import run
 
-    return run(_with_our_spelling(arguments), default_recipe())
+        return run(_with_our_spelling(arguments), default_recipe())
 
 
 def run_submit(arguments: list[str]) -> int:

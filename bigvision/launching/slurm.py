@@ -10,10 +10,13 @@ from bigvision.launching.job import Job
 
 GRACE_SECONDS = 120
 """How long before its time is over the run is asked to save and stop."""
+LEFT_SECONDS = 60
+"""How long a rank may run on when another has ended. Not at once: the ranks would be stopped by a signal before they ended with
+exit codes of their own, and a mistake looked like a run that is to go on."""
 
 
 def script(job: Job) -> str:
-    """The script: srun starts a rank for each task, and what a signal stopped is put into the queue again."""
+    """The script: srun starts a rank for each task, and a run that did not get to its end is put into the queue again."""
     options = {
         "job-name": job.name,
         "nodes": job.nodes,
@@ -30,7 +33,7 @@ def script(job: Job) -> str:
     lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
     program = [sys.executable, "-m", "bigvision.cli", "train", str(job.recipe), *job.flags]
     return "\n".join(lines) + BODY.format(
-        program=shlex.join(["srun", "--kill-on-bad-exit=1", *program]), stopped=int(Exit.STOPPED), restarts=job.restarts
+        program=shlex.join(["srun", f"--wait={LEFT_SECONDS}", *program]), mistake=int(Exit.MISTAKE), restarts=job.restarts
     )
 
 
@@ -41,8 +44,8 @@ trap : TERM USR1
 {program}
 code=$?
 
-# Stopped by a signal and saved: the next start goes on from there.
-if [ "$code" -eq {stopped} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+# A mistake stays one. All else, as a run that a signal stopped and saved (75), goes on from its newest checkpoint.
+if [ "$code" -ne 0 ] && [ "$code" -ne {mistake} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
