@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+RESTARTS = 100
+"""How often a run is started again where nothing else is said. It ends itself where that leads nowhere (`faults`): this is for
+what keeps it from beginning at all."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -18,7 +22,7 @@ class Job:
     ranks_per_node: int
     gpus_per_node: int
     """0 where the ranks compute on the CPU."""
-    restarts: int
+    restarts: int = RESTARTS
     """How often it may be started again."""
     seconds: int | None = None
     """The longest that it may take."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bigvision.config import Config, resolve
 from bigvision.errors import Stopped, UserError, one_line
 from bigvision.launching.arguments import take, whole
+from bigvision.launching.job import RESTARTS
 from bigvision.launching.ray_worker import Bell, rank, ranks
 from bigvision.runtime import RankFailure
 from bigvision.signals import SIGNALS, listening
@@ -27,7 +28,7 @@ USAGE = """usage: bigvision ray [RECIPE.yaml] [--workers N] [--cpus N] [--max-fa
   --workers N        Ray workers, a rank each; MIN:MAX goes on with fewer while a lost node is not replaced.
                      Without it one for each GPU of the cluster, or one on the CPU
   --cpus N           CPUs that Ray sets aside for each worker, and its threads; 1 without it
-  --max-failures N   how often Ray starts the ranks again after one died; faults.restarts without it
+  --max-failures N   how often Ray starts the ranks again after one died; 100 without it
   --address A        a running cluster, HOST:PORT or auto; without it (and without RAY_ADDRESS) Ray runs on this machine
                      alone and listens on its loopback interface
   --section.key      the flags of bigvision train; parallel.device decides whether each worker gets a GPU"""
@@ -41,8 +42,8 @@ class Ask:
     """The least and the most; None is one for each GPU."""
     cpus: int = 1
     """Of each worker."""
-    max_failures: int | None = None
-    """None is ``faults.restarts``."""
+    max_failures: int = RESTARTS
+    """How often the ranks are started again."""
     address: str | None = None
     """Of a running cluster."""
 
@@ -75,7 +76,7 @@ def read_ask(arguments: Sequence[str]) -> tuple[Ask, list[str]]:
         workers = whole("--workers", least), whole("--workers", most if colon else least)
         if workers[0] > workers[1]:
             raise UserError(f"--workers: {text} must be MIN:MAX, the smaller first")
-    failures = whole("--max-failures", given["--max-failures"], lowest=0) if "--max-failures" in given else None
+    failures = whole("--max-failures", given.get("--max-failures", str(RESTARTS)), lowest=0)
     address = given.get("--address")
     if address and not re.fullmatch(r"auto|[A-Za-z0-9][A-Za-z0-9.-]*:[0-9]{1,5}", address):
         raise UserError(f"--address: {address!r} must be HOST:PORT or auto")
@@ -166,7 +167,6 @@ def _trainer(config: Config, ask: Ask, has: dict[str, float], bell: Any) -> Any:
                 f"--workers: {least} need {least * count} {kind}s, but the cluster has {int(has.get(kind, 0))}: "
                 f"start fewer{', or use --parallel.device cpu' if kind == 'GPU' else ', or use a smaller --cpus'}"
             )
-    failures = config.faults.restarts if ask.max_failures is None else ask.max_failures
     return TorchTrainer(
         rank,
         train_loop_config={"config": config.to_dict(), "folder": str(Path.cwd()), "bell": bell},
@@ -178,7 +178,7 @@ def _trainer(config: Config, ask: Ask, has: dict[str, float], bell: Any) -> Any:
             name="ray",
             storage_path=config.out,
             # Starts that come to nothing, as while a node is missing, are counted apart; Ray's own choice is no bound.
-            failure_config=FailureConfig(max_failures=failures, controller_failure_limit=failures),
+            failure_config=FailureConfig(max_failures=ask.max_failures, controller_failure_limit=ask.max_failures),
             callbacks=[_fail_fast()],
         ),
     )

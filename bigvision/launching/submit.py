@@ -14,7 +14,7 @@ from bigvision.config import Config, resolve
 from bigvision.errors import Exit, UserError, either
 from bigvision.launching import kubeflow, local, slurm
 from bigvision.launching.arguments import take, whole
-from bigvision.launching.job import Job
+from bigvision.launching.job import RESTARTS, Job
 
 USAGE = """usage: bigvision submit --to local|slurm|k8s RECIPE.yaml [--dry-run] [options] [--section.key value ...]
 
@@ -25,6 +25,8 @@ USAGE = """usage: bigvision submit --to local|slurm|k8s RECIPE.yaml [--dry-run] 
   --nodes N               hosts; 1 without it
   --ranks-per-node N      ranks on each, one for each GPU unless parallel.device is cpu; 1 without it
   --name NAME             of the job: a-z, 0-9 and -, at most 50; without it made from the recipe's name
+  --restarts N            how often it is started again, from its newest checkpoint,
+                          when it did not end or was stopped; 100 without it         local, slurm
   --time D-HH:MM:SS       the longest it may take, also HH:MM:SS or minutes          slurm, k8s
   --partition NAME        where it may run                                           slurm
   --image IMAGE           the container's image, which has bigvision in it           k8s, needed
@@ -32,7 +34,13 @@ USAGE = """usage: bigvision submit --to local|slurm|k8s RECIPE.yaml [--dry-run] 
                           to be on one, or a restart begins anew                     k8s
   --section.key value     the flags of bigvision train; with the recipe they are checked before anything is handed over"""
 
-ONLY_FOR = {"--time": ("slurm", "k8s"), "--partition": ("slurm",), "--image": ("k8s",), "--claim": ("k8s",)}
+ONLY_FOR = {
+    "--restarts": ("local", "slurm"),
+    "--time": ("slurm", "k8s"),
+    "--partition": ("slurm",),
+    "--image": ("k8s",),
+    "--claim": ("k8s",),
+}
 OPTIONS = ("--to", "--nodes", "--ranks-per-node", "--name", *ONLY_FOR)
 
 NAME = r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?"
@@ -115,11 +123,12 @@ def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[st
     claim, _, mount = given.get("--claim", "").partition(":")
     if mount and not Path(config.out).is_relative_to(mount):
         raise UserError(f"out: {config.out} is not on the volume of --claim {given['--claim']}: use --out {mount}/{name}")
+    restarts = whole("--restarts", given.get("--restarts", str(RESTARTS)), lowest=0)
     seconds = _seconds(given["--time"]) if "--time" in given else None
     gpus = 0 if config.parallel.device == "cpu" else ranks
     return Job(
         name=name, recipe=recipe.absolute(), flags=tuple(flags), nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus,
-        restarts=config.faults.restarts, seconds=seconds, partition=given.get("--partition"), image=given.get("--image"),
+        restarts=restarts, seconds=seconds, partition=given.get("--partition"), image=given.get("--image"),
         claim=(claim, mount) if claim else None,
     )  # fmt: skip
 

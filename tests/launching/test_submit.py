@@ -49,7 +49,7 @@ def test_local(path: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_slurm(path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--nodes=2", "--ranks-per-node=4", "--time", "90", "--partition", "gpu,long", "--name", "my-run"]
+    options = ["--nodes=2", "--ranks-per-node=4", "--time", "90", "--partition", "gpu,long", "--name", "my-run", "--restarts=7"]
     said = rendered(capsys, "--to", "slurm", path, *options, "--parallel.device", "cuda", "--out", HOSTILE)
     assert said.split("\n") == [
         "#!/bin/bash",
@@ -71,7 +71,7 @@ def test_slurm(path: str, capsys: pytest.CaptureFixture[str]) -> None:
         "code=$?",
         "",
         "# A mistake stays one. All else, as a run that a signal stopped and saved (75), goes on from its newest checkpoint.",
-        'if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then',
+        'if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 7 ]; then',
         '    scontrol requeue "$SLURM_JOB_ID"',
         "fi",
         'exit "$code"',
@@ -156,6 +156,8 @@ def test_k8s(path: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--to", "slurm", "--image", "a"], "--image: a is for --to k8s, not slurm"),
         (["--to", "local", "--time", "1"], "--time: 1 is for --to slurm or k8s, not local"),
         (["--to", "local", "--nodes", "2"], "--nodes: 2 are more than this machine"),
+        (["--to", "slurm", "--restarts", "-1"], "--restarts: '-1' must be a whole number from 0 on"),
+        (["--to", "k8s", *IMAGE, "--restarts", "1"], "--restarts: 1 is for --to local or slurm, not k8s"),
         (["--to", "k8s"], "--image: missing"),
         (["--to", "k8s", "--image", "a b"], "--image: 'a b'"),
         (["--to", "k8s", "--image", "-v"], "--image: '-v'"),
