@@ -21,6 +21,7 @@ from bigvision.errors import Stopped, UserError
 from bigvision.launching.ray import Ask, read_ask, train
 from tests.distributed import run_ranks
 from tests.launch.commands import start
+from tests.launch.ray_session import ENVIRONMENT
 from tests.recipes import lines, losses, recipe, run
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'bigvision[ray]'")
@@ -31,12 +32,8 @@ WORKER = "ray::RayTrainWorker"
 @pytest.fixture(scope="module")
 def session() -> Iterator[str]:
     """A session of Ray's on the loopback interface; returns its address."""
-    settings = {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
+        for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         import ray
@@ -138,13 +135,17 @@ def test_a_mistake_is_not_tried_again(session: str, tmp_path: Path) -> None:
     assert "RETRY" not in done.stdout + done.stderr
 
 
-def test_a_signal_to_the_driver_saves_and_stops_the_run(session: str, tmp_path: Path) -> None:
+def test_signals_to_the_driver_save_and_stop_the_run(session: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(tmp_path / "out", train={"steps": 100_000})))
+    path.write_text(yaml.safe_dump(recipe(tmp_path / "out", train={"steps": 100_000}, checkpoint={"every": 100_000})))
     command = [sys.executable, "launch/ray/train.py", str(path), "--workers=2", "--address", session]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "metrics.jsonl"
     while not (log.exists() and len(lines(tmp_path / "out")) > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR2)
+    while not (tmp_path / "out" / "latest").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -154,6 +155,7 @@ def test_a_signal_to_the_driver_saves_and_stops_the_run(session: str, tmp_path: 
     assert f"stopped by SIGTERM at step {step}, saved in {tmp_path}/out/step-{step:08}: start it again to go on" in said
 
 
+@pytest.mark.long
 def test_a_signal_to_a_rank_is_not_an_error(session: str, tmp_path: Path) -> None:
     found = []
 
@@ -182,6 +184,7 @@ def in_a_loop_of_ones_own(settings: dict[str, Any]) -> float:
     return result.metrics["loss"]
 
 
+@pytest.mark.long
 def test_a_trainer_of_ones_own(session: str, tmp_path: Path) -> None:
     """Plain TorchTrainer: Ray has made the process group, and the run joins it."""
     from ray.train import RunConfig, ScalingConfig

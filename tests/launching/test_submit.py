@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -228,21 +229,36 @@ def test_local_ends_with_the_exit_code_of_the_ranks(path: str) -> None:
     assert "error: parallel.replicas: 3 does not divide the 2 ranks" in done.stderr.splitlines()
 
 
-def test_local_starts_ranks_that_failed_again(path: str, tmp_path: Path) -> None:
+def test_local_starts_ranks_again_that_failed_but_not_those_that_were_stopped(path: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bigvision.cli", "submit", "--to", "local", path, "--ranks-per-node", "2"]
-    command += ["--train.steps", "400", "--checkpoint.every", "10"]
+    command += ["--train.steps", "100000", "--checkpoint.every", "10"]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "out" / "latest").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    out = tmp_path / "out"
+
+    def until(done: Callable[[], bool]) -> None:
+        while not done():
+            assert process.poll() is None
+            time.sleep(0.05)
+
+    until((out / "latest").exists)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
+    until(lambda: len(starts(out)) == 2)
+    before = losses(out)
+    until(lambda: len(losses(out)) > len(before) + 3)
+    process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, said
-    assert said.count("starting the ranks again (1 of at most 100)") == 1
-    assert [line["step"] for line in lines(tmp_path / "out") if "loss" in line] == list(range(1, 401))
-    starts = [json.loads(line) for line in (tmp_path / "out" / "starts.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in starts if "start" in line][1] >= 10
+    assert process.returncode == 75, said
+    assert said.count("starting the ranks again (1 of at most 100)") == said.count("starting the ranks again") == 1
+    assert starts(out)[1] >= 10
+    steps = [line["step"] for line in lines(out)]
+    assert steps == list(range(1, len(steps) + 1)) and (out / f"step-{steps[-1]:08}" / "manifest.json").exists()
+
+
+def starts(out: Path) -> list[int]:
+    """The steps from which the starts of a run went on."""
+    noted = [json.loads(line) for line in (out / "starts.jsonl").read_text().splitlines()]
+    return [line["step"] for line in noted if "start" in line]
 
 
 def test_the_pods_command_trains_on_two_nodes(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
