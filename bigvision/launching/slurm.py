@@ -32,21 +32,25 @@ def script(job: Job) -> str:
     lines += [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
     lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
     program = [sys.executable, "-m", "bigvision.cli", "train", str(job.recipe), *job.flags]
-    return "\n".join(lines) + BODY.format(
-        program=shlex.join(["srun", f"--wait={LEFT_SECONDS}", *program]), mistake=int(Exit.MISTAKE), restarts=job.restarts
+    return (
+        "\n".join(lines)
+        + "\n"
+        + BODY.format(
+            program=shlex.join(["srun", "--kill-on-bad-exit=0", f"--wait={LEFT_SECONDS}", *program]),
+            mistake=int(Exit.MISTAKE),
+            restarts=job.restarts,
+        )
     )
 
 
 BODY = """
-
-# The ranks answer signals; this script only waits for them.
-trap : TERM USR1
 {program}
 code=$?
 
 # A mistake stays one. All else, as a run that a signal stopped and saved (75), goes on from its newest checkpoint.
 if [ "$code" -ne 0 ] && [ "$code" -ne {mistake} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+    # Slurm ends this script while it puts the job back; an exit before that would be the job's end.
+    scontrol requeue "$SLURM_JOB_ID" && sleep 600
 fi
 exit "$code"
 """

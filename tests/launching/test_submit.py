@@ -65,15 +65,14 @@ def test_slurm(path: str, capsys: pytest.CaptureFixture[str]) -> None:
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
         "",
-        "# The ranks answer signals; this script only waits for them.",
-        "trap : TERM USR1",
-        f"srun --wait=60 {sys.executable} -m bigvision.cli train {shlex.quote(path)} "
+        f"srun --kill-on-bad-exit=0 --wait=60 {sys.executable} -m bigvision.cli train {shlex.quote(path)} "
         f"--parallel.device cuda --out {shlex.quote(HOSTILE)}",
         "code=$?",
         "",
         "# A mistake stays one. All else, as a run that a signal stopped and saved (75), goes on from its newest checkpoint.",
         'if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 7 ]; then',
-        '    scontrol requeue "$SLURM_JOB_ID"',
+        "    # Slurm ends this script while it puts the job back; an exit before that would be the job's end.",
+        '    scontrol requeue "$SLURM_JOB_ID" && sleep 600',
         "fi",
         'exit "$code"',
         "",
@@ -101,12 +100,24 @@ def test_what_the_script_runs(code: int, restarted: str, requeued: bool, path: s
     script.write_text(done.stdout)
     subprocess.run(["bash", "-n", script], check=True)
     record = f'printf "%s\\0" "$@" > {shlex.quote(str(tmp_path / "srun"))}; exit {code}'
-    environment = programs(tmp_path / "bin", srun=record, scontrol=f"echo $* > {shlex.quote(str(tmp_path / 'scontrol'))}")
+    environment = programs(
+        tmp_path / "bin", srun=record, sleep="exit", scontrol=f"echo $* > {shlex.quote(str(tmp_path / 'scontrol'))}"
+    )
     environment |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarted}
     ended = subprocess.run(["bash", script], env=os.environ | environment, cwd=tmp_path)
     assert ended.returncode == code and not list(tmp_path.glob("**/pwned"))
     given = (tmp_path / "srun").read_text().split("\0")[:-1]
-    assert given == ["--wait=60", sys.executable, "-m", "bigvision.cli", "train", path, "--out", HOSTILE]
+    assert given == [
+        "--kill-on-bad-exit=0",
+        "--wait=60",
+        sys.executable,
+        "-m",
+        "bigvision.cli",
+        "train",
+        path,
+        "--out",
+        HOSTILE,
+    ]
     assert (tmp_path / "scontrol").exists() == requeued
     assert not requeued or (tmp_path / "scontrol").read_text() == "requeue 7\n"
 
