@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,10 +96,10 @@ def train(config: Config, ask: Ask | None = None) -> Result:
     """
     ask = ask or Ask()
     config = replace(config, out=str(Path(config.out).absolute()))
-    ray = _import_ray(ask)
+    ray = import_ray(ask)
     from bigvision.training import Result
 
-    with listening(), _session(ray, ask):
+    with listening(), session(ray, ask):
         bell = ray.remote(num_cpus=0)(Bell).remote()
         trainer = _trainer(config, ask, ray.cluster_resources(), bell)
         left = _fit(trainer, bell)
@@ -108,7 +109,8 @@ def train(config: Config, ask: Ask | None = None) -> Result:
     return Result(left["step"], folder, left["metrics"])
 
 
-def _import_ray(ask: Ask) -> Any:
+def import_ray(ask: Ask) -> Any:
+    """Ray, with what it reads from the environment when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A rank stands in the folder from which the run was started, as under every launcher.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -124,7 +126,7 @@ def _import_ray(ask: Ask) -> Any:
 
 
 @contextmanager
-def _session(ray: Any, ask: Ask) -> Iterator[None]:
+def session(ray: Any, ask: Ask) -> Iterator[None]:
     """A session of Ray's in here, and the process's own answers to signals."""
     if ray.is_initialized():
         yield
@@ -144,6 +146,8 @@ def _session(ray: Any, ask: Ask) -> Iterator[None]:
         ray.init(address=address or "local", **({} if address else own))
     except ConnectionError as error:
         raise UserError(f"--address: no cluster of Ray's answers at {address}: {one_line(error)}") from None
+    if not address and not (at := ray.util.get_node_ip_address()).startswith("127."):
+        print(f"warning: Ray listens on {at}, where others may reach it: it was imported before bigvision", file=sys.stderr)
     try:
         if threading.current_thread() is threading.main_thread():
             for number, answer in answers.items():

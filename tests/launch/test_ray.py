@@ -18,33 +18,26 @@ import yaml
 
 from bigvision import load_config
 from bigvision.errors import Stopped, UserError
-from bigvision.launching.ray import Ask, read_ask, train
+from bigvision.launching.ray import Ask, import_ray, read_ask, train
+from bigvision.launching.ray import session as begin
 from tests.distributed import run_ranks
 from tests.launch.commands import start
-from tests.launch.ray_session import ENVIRONMENT
+from tests.launch.ray_session import ENVIRONMENT, command, descendants, listened_on, skip_without_ray
 from tests.recipes import lines, losses, recipe, run
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'bigvision[ray]'")
+skip_without_ray()
 TWO = Ask(workers=(2, 2))
-WORKER = "ray::RayTrainWorker"
 
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[str]:
-    """A session of Ray's on the loopback interface; returns its address."""
+    """The session that `train` begins where there is none; returns its address."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        import ray
-
-        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        try:
+        ray = import_ray(TWO)
+        with begin(ray, TWO):
             yield ray.get_runtime_context().gcs_address
-        finally:
-            ray.shutdown()
 
 
 def weights(out: Path, step: int) -> dict[str, bytes]:
@@ -53,17 +46,12 @@ def weights(out: Path, step: int) -> dict[str, bytes]:
 
 def workers() -> list[int]:
     """The processes of this session's workers in which ranks run."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            name = (folder / "cmdline").read_bytes().decode(errors="replace")
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            grand = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if name.startswith(WORKER) and os.getpid() in (parent, grand):
-            found.append(int(folder.name))
-    return sorted(found)
+    return sorted(process for process in descendants(os.getpid()) if command(process).startswith("ray::RayTrainWorker"))
+
+
+def test_nobody_else_can_reach_it(session: str) -> None:
+    processes = [process for process in descendants(os.getpid()) if "ray" in command(process)]
+    assert session.startswith("127.0.0.1:") and listened_on(processes) == {"127.0.0.1"}
 
 
 def test_the_losses_are_those_of_every_launcher(session: str, tmp_path: Path) -> None:
@@ -202,8 +190,9 @@ def test_a_trainer_of_ones_own(session: str, tmp_path: Path) -> None:
 
 
 def test_more_workers_than_the_cluster_has(session: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--workers: 3 need 3 CPUs, but the cluster has 2: start fewer"):
-        train(load_config(recipe(tmp_path)), Ask(workers=(3, 3)))
+    most = max(2, os.cpu_count() or 1)
+    with pytest.raises(UserError, match=f"--workers: {most + 1} need {most + 1} CPUs, but the cluster has {most}: start fewer"):
+        train(load_config(recipe(tmp_path)), Ask(workers=(most + 1, most + 1)))
     with pytest.raises(UserError, match=r"--workers: 1 need 1 GPUs.*use --parallel\.device cpu"):
         train(load_config(recipe(tmp_path, parallel={"device": "cuda"})), Ask(workers=(1, 1)))
 

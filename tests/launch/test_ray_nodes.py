@@ -15,10 +15,10 @@ import pytest
 from bigvision import load_config
 from bigvision.launching.ray import Ask, train
 from tests.distributed import run_ranks
-from tests.launch.ray_session import ENVIRONMENT
+from tests.launch.ray_session import ENVIRONMENT, skip_without_ray
 from tests.recipes import lines, losses, recipe, run
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'bigvision[ray]'")
+skip_without_ray()
 
 
 @pytest.fixture
