@@ -16,6 +16,8 @@ from bigvision.signals import listening
 USAGE = """usage: bigvision COMMAND ...
 
   train [RECIPE.yaml] [--section.key value ...]   train; without a recipe, the handwritten digits
+  ray [RECIPE.yaml] [--workers N] ...             train on Ray's workers
+  submit --to local|slurm|k8s RECIPE.yaml ...     hand a run to this machine, to Slurm or to Kubernetes
   eval STEP_FOLDER [--section.key value ...]      print a checkpoint's validation metrics
   convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights
   export STEP_FOLDER FILE_OR_FOLDER               write a checkpoint's weights for other tools
@@ -114,6 +116,21 @@ def run_convert(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def run_ray(arguments: list[str]) -> int:
+    """``bigvision ray [RECIPE.yaml] [--workers N] [--section.key value ...]``."""
+    with listening():  # before what takes seconds to import
+        from bigvision.launching.ray import run
+
+        return run(_with_our_spelling(arguments), default_recipe())
+
+
+def run_submit(arguments: list[str]) -> int:
+    """``bigvision submit --to local|slurm|k8s RECIPE.yaml ...``."""
+    from bigvision.launching.submit import run
+
+    return run(_with_our_spelling(arguments))
+
+
 def run_export(arguments: list[str]) -> int:
     """``bigvision export STEP_FOLDER FILE_OR_FOLDER``."""
     from bigvision.checkpoint.commands import run_export
@@ -179,6 +196,8 @@ GRACE = 5.0
 COMMANDS = {
     "train": run_train,
     "eval": run_eval,
+    "ray": run_ray,
+    "submit": run_submit,
     "convert": run_convert,
     "export": run_export,
     "checkpoint": run_checkpoint,

@@ -31,7 +31,7 @@ class Stopped(Exception):
 
     def __init__(self, name: str, step: int, checkpoint: Path) -> None:
         super().__init__(f"stopped by {name} at step {step}, saved in {checkpoint}: start it again to go on")
-        self.step, self.checkpoint = step, checkpoint
+        self.name, self.step, self.checkpoint = name, step, checkpoint
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

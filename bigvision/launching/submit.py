@@ -1,0 +1,167 @@
+"""``bigvision submit``: a run made into a job, for this machine, Slurm or Kubernetes, and handed over."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigvision.config import Config, resolve
+from bigvision.errors import Exit, UserError, either
+from bigvision.launching import kubeflow, local, slurm
+from bigvision.launching.arguments import take, whole
+from bigvision.launching.job import RESTARTS, Job
+
+USAGE = """usage: bigvision submit --to local|slurm|k8s RECIPE.yaml [--dry-run] [options] [--section.key value ...]
+
+  --to local              start the ranks here and wait for them
+  --to slurm              hand a script to sbatch, on its standard input
+  --to k8s                hand a TrainJob of Kubeflow Trainer to kubectl apply, on its standard input
+  --dry-run               print what would be handed over, and do nothing
+  --nodes N               hosts; 1 without it
+  --ranks-per-node N      ranks on each, one for each GPU unless parallel.device is cpu; 1 without it
+  --name NAME             of the job: a-z, 0-9 and -, at most 50; without it made from the recipe's name
+  --restarts N            how often it is started again, from its newest checkpoint,
+                          when it did not end or was stopped; 100 without it         local, slurm
+  --time D-HH:MM:SS       the longest it may take, also HH:MM:SS or minutes          slurm, k8s
+  --partition NAME        where it may run                                           slurm
+  --image IMAGE           the container's image, which has bigvision in it           k8s, needed
+  --claim CLAIM:/PATH     a volume claim and where the container sees it; `out` has
+                          to be on one, or a restart begins anew                     k8s
+  --section.key value     the flags of bigvision train; with the recipe they are checked before anything is handed over"""
+
+ONLY_FOR = {
+    "--restarts": ("local", "slurm"),
+    "--time": ("slurm", "k8s"),
+    "--partition": ("slurm",),
+    "--image": ("k8s",),
+    "--claim": ("k8s",),
+}
+OPTIONS = ("--to", "--nodes", "--ranks-per-node", "--name", *ONLY_FOR)
+
+NAME = r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?"
+IMAGE = r"[a-z0-9][A-Za-z0-9._/-]*(:[0-9]+/[A-Za-z0-9._/-]+)?(:[A-Za-z0-9_.-]+)?(@sha256:[0-9a-f]{64})?"
+TIME = r"(?:(\d{1,3})-)?(\d{1,3}):([0-5]\d):([0-5]\d)"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a job can go."""
+
+    render: Callable[[Job], str]
+    """What is handed over, as text."""
+    command: tuple[str, ...] = ()
+    """The program that takes it on its standard input; none for this machine."""
+
+
+TARGETS = {
+    "local": Target(lambda job: shlex.join(local.command(job, "RENDEZVOUS")) + "\n"),
+    "slurm": Target(slurm.script, ("sbatch",)),
+    "k8s": Target(kubeflow.manifest, ("kubectl", "apply", "-f", "-")),
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """``bigvision submit --to local|slurm|k8s RECIPE.yaml ...``; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return Exit.DONE
+    to, job = read_job([argument for argument in arguments if argument != "--dry-run"])
+    target = TARGETS[to]
+    if "--dry-run" in arguments:
+        print(target.render(job), end="")
+        return Exit.DONE
+    if not target.command:
+        return local.start(job)
+    return _hand_over(target, job)
+
+
+def read_job(arguments: Sequence[str]) -> tuple[str, Job]:
+    """Check everything that can be checked here; returns where the job goes, and the job.
+
+    Raises:
+        UserError: an option that is missing, is not of its kind or is not for this target; a recipe or a flag that
+            ``bigvision train`` would refuse.
+    """
+    given, rest = take(arguments, OPTIONS)
+    to = given.get("--to", "")
+    if to not in TARGETS:
+        raise UserError(f"--to: {to!r} must be {either(list(TARGETS))}")
+    if not rest or rest[0].startswith("-"):
+        raise UserError("submit: name a recipe: bigvision submit --to local recipes/digits.yaml")
+    for option, targets in ONLY_FOR.items():
+        if option in given and to not in targets:
+            raise UserError(f"{option}: {given[option]} is for --to {either(targets)}, not {to}: drop it")
+    for argument in rest:
+        # A line of its own in a script could be read as a directive; nothing of ours needs one.
+        if not argument.isprintable():
+            raise UserError(f"submit: {argument!r} has characters that cannot be printed: rename it, or write it otherwise")
+    recipe, flags = rest[0], rest[1:]
+    config, _ = resolve(recipe, flags, prog="bigvision submit --to TARGET RECIPE")
+    return to, _job(to, Path(recipe), flags, config, given)
+
+
+def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[str, str]) -> Job:
+    nodes, ranks = whole("--nodes", given.get("--nodes", "1")), whole("--ranks-per-node", given.get("--ranks-per-node", "1"))
+    if to == "local" and nodes > 1:
+        raise UserError(f"--nodes: {nodes} are more than this machine: use --to slurm or k8s, or --ranks-per-node")
+    name = given.get("--name") or _name_of(recipe)
+    _matches("--name", name, NAME, "a-z, 0-9 and -, begin with a letter, end with no -, and have at most 50 characters")
+    for option, pattern, words in (
+        ("--partition", r"[A-Za-z0-9_][A-Za-z0-9_.-]*(,[A-Za-z0-9_][A-Za-z0-9_.-]*)*", "names of partitions, such as gpu,long"),
+        ("--image", IMAGE, "the name of an image, such as registry.example/bigvision:0.1"),
+        ("--claim", r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?:(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+", "CLAIM:/PATH, such as runs:/runs"),
+    ):
+        if option in given:
+            _matches(option, given[option], pattern, words)
+    if to == "k8s" and "--image" not in given:
+        raise UserError("--image: missing: name the container's image, such as --image registry.example/bigvision:0.1")
+    claim, _, mount = given.get("--claim", "").partition(":")
+    if mount and not Path(config.out).is_relative_to(mount):
+        raise UserError(f"out: {config.out} is not on the volume of --claim {given['--claim']}: use --out {mount}/{name}")
+    restarts = whole("--restarts", given.get("--restarts", str(RESTARTS)), lowest=0)
+    seconds = _seconds(given["--time"]) if "--time" in given else None
+    gpus = 0 if config.parallel.device == "cpu" else ranks
+    return Job(
+        name=name, recipe=recipe.absolute(), flags=tuple(flags), nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus,
+        restarts=restarts, seconds=seconds, partition=given.get("--partition"), image=given.get("--image"),
+        claim=(claim, mount) if claim else None,
+    )  # fmt: skip
+
+
+def _matches(option: str, text: str, pattern: str, words: str) -> None:
+    if not re.fullmatch(pattern, text, re.ASCII):
+        raise UserError(f"{option}: {text!r} must be {words}")
+
+
+def _name_of(recipe: Path) -> str:
+    name = re.sub(r"[^a-z0-9]+", "-", recipe.stem.lower()).strip("-")[:40].strip("-")
+    return name if name[:1].isalpha() else f"run-{name}".strip("-")
+
+
+def _seconds(text: str) -> int:
+    if found := re.fullmatch(TIME, text, re.ASCII):
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    elif re.fullmatch(r"\d{1,7}", text, re.ASCII):
+        total = int(text) * 60
+    else:
+        total = 0
+    if not total:
+        raise UserError(f"--time: {text!r} must be minutes, HH:MM:SS or D-HH:MM:SS")
+    return total
+
+
+def _hand_over(target: Target, job: Job) -> int:
+    """Give the job to the scheduler's program, whose words go to the user."""
+    program = shutil.which(target.command[0])
+    if program is None:
+        raise UserError(f"submit: {target.command[0]} is not on PATH: submit where the scheduler is, or look with --dry-run")
+    done = subprocess.run([program, *target.command[1:]], input=target.render(job), text=True, check=False)
+    if done.returncode:
+        raise UserError(f"submit: {shlex.join(target.command)} refused the job (exit code {done.returncode}), see above")
+    return Exit.DONE
