@@ -69,6 +69,7 @@ class Watchdog:
         self.at = At("start", 0, 0, False, time.monotonic())
         self.left = False
         self._naps = (0.0, 0.0)
+        self._asking = False
         self._done = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -116,7 +117,9 @@ class Watchdog:
                 raise
             lost = isinstance(error, RuntimeError) and (_BROKEN if isinstance(error, RankFailure) else _LOST).search(str(error))
             who = self._who(self.beats) if lost else None
-            if who is None and not isinstance(error, RankFailure):
+            if who is None:
+                if isinstance(error, RankFailure):
+                    raise  # the same on every rank
                 self.beats.report(f"rank {self.identity.rank} failed: {type(error).__name__}: {one_line(error)}", False, 1.0)
             self._leave(self.beats)
             if who is None:
@@ -128,7 +131,7 @@ class Watchdog:
     def _who(self, beats: Heartbeats) -> str | None:
         """Whose end broke a collective; None where nothing is known."""
         deadline = time.monotonic() + beats.patience + 2 * self.pulse
-        beats.curious = True
+        self._asking = beats.curious = True
         beats.hurry(self.pulse)
         while time.monotonic() < deadline:
             if beats.fault is not None and beats.fault["end"]:
@@ -169,7 +172,7 @@ class Watchdog:
         beats = self.beats
         if beats is not None:
             complete = len(beats.heard) == self.identity.world_size - 1
-            beats.curious = not complete or self.left or (limit is not None and waited > limit / 2)
+            beats.curious = not complete or self._asking or (limit is not None and waited > limit / 2)
             if beats.fault is not None and beats.fault["end"] and not self._done.is_set():
                 self._end(beats.fault["text"])
         if limit is None:

@@ -11,12 +11,14 @@ from unittest import mock
 
 import pytest
 
+from bigvision.monitor import stragglers
 from bigvision.monitor.stragglers import Own, Stragglers
 from tests.distributed import run_ranks
 from tests.recipes import lines, recipe
 from tests.training.test_resume import run_and_listen
 
-LATE = 0.15
+LATE = 0.4
+"""Seconds; a step takes a hundredth of it."""
 
 
 def run_late(plain: dict[str, Any], late: int, where: str, until: int) -> tuple[Any, str]:
@@ -34,7 +36,7 @@ def run_late(plain: dict[str, Any], late: int, where: str, until: int) -> tuple[
             time.sleep(LATE)
         return before(self, *args)
 
-    with mock.patch.object(home, name, slow):
+    with mock.patch.object(home, name, slow), mock.patch.object(stragglers, "STEPS", 5):
         return run_and_listen(plain)
 
 
@@ -49,19 +51,19 @@ def test_a_slow_rank_is_reported_and_stops_nothing(where: str, strategy: str, la
     if strategy == "pipeline":
         ranks, parallel = 4, parallel | {"stages": 2}
     plain = recipe(
-        tmp_path, parallel=parallel, train={"steps": 40, "micro_batch": 12}, monitor={"progress": False, "every": 5}
+        tmp_path, parallel=parallel, train={"steps": 16, "micro_batch": 12}, monitor={"progress": False, "every": 1}
     )  # fmt: skip
-    (_, said), *others = run_ranks(run_late, ranks, plain, late, where, 26)
+    (_, said), *others = run_ranks(run_late, ranks, plain, late, where, 9)
     told = [line for line in said.splitlines() if re.match(r"rank \d is .*slow", line)]
     assert [line.partition(":")[0] for line in told] == [f"rank {late} is slow", f"rank {late} is no longer slow"], said
     assert all(text == "" for _, text in others)
     found = {line["step"]: line["stragglers"] for line in lines(tmp_path) if "stragglers" in line}
-    assert list(found) == [20, 25] and all(list(slow) == [str(late)] for slow in found.values())
-    assert all(slow[str(late)] >= 0.9 * LATE for slow in found.values()), found
+    assert list(found) == [5, 6, 7, 8] and all(list(slow) == [str(late)] for slow in found.values())
+    assert all(slow[str(late)] >= LATE / 2 for slow in found.values()), found
 
 
-def take(stragglers: Stragglers, *seconds: float | None, step: float = 1.0) -> tuple[dict[int, float], list[str]]:
-    return stragglers.take([Own(data, 0.0) for data in seconds], 10, step)
+def take(known: Stragglers, *seconds: float | None, step: float = 1.0) -> tuple[dict[int, float], list[str]]:
+    return known.take([Own(data, 0.0) for data in seconds], 10, step)
 
 
 def test_only_what_lasts_is_told() -> None:

@@ -33,6 +33,11 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_out_of_sight() -> None:
+    """As on another host: nobody can look at the process."""
+    die()
+
+
 def loop_for_ever() -> None:
     while True:
         pass
@@ -94,6 +99,11 @@ def train(folder: Path, place: str, act: Callable[[], None], victim: int) -> Non
     said = os.open(folder / f"said-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    if act is die_out_of_sight:
+        from bigvision.runtime import watchdog
+
+        seen = watchdog.whereabouts
+        watchdog.whereabouts = lambda: seen() | {"sight": ""}
     if rank == victim:
         at(place, act, folder / "mark")
     sys.exit(main(["train", str(folder / "recipe.yaml")]))

@@ -132,14 +132,23 @@ def test_native_code_that_holds_the_interpreter(tmp_path: Path) -> None:
     check_hung(ended, tmp_path, "step", 1, "does not answer", ends=False)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.long)])
-def test_a_killed_rank_is_named(victim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "act"),
+    [
+        (0, hangs.die),
+        pytest.param(2, hangs.die, marks=pytest.mark.long),
+        pytest.param(0, hangs.die_out_of_sight, marks=pytest.mark.long),
+        pytest.param(2, hangs.die_out_of_sight, marks=pytest.mark.long),
+    ],
+)
+def test_a_killed_rank_is_named(victim: int, act: Callable[[], None], tmp_path: Path) -> None:
     """Without a launcher that ends the others; rank 0 takes the store with it."""
-    ended = hang(tmp_path, "step", hangs.die, victim)
+    ended = hang(tmp_path, "step", act, victim)
+    words = "is gone" if act is hangs.die else "does not answer"
     try:
         assert ended.codes == [-9 if rank == victim else 1 for rank in range(3)], ended.said
         for rank in {0, 1, 2} - {victim}:
-            assert re.fullmatch(rf"error: rank {rank}: RankFailure: rank {victim} .*is gone.*; here: .*", ended.errors[rank])
+            assert re.fullmatch(rf"error: rank {rank}: RankFailure: rank {victim} .*{words}.*; here: .*", ended.errors[rank])
     finally:
         clean_up(ended.processes)
 
