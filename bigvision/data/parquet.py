@@ -15,6 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from bigvision.data.columns import Column
 from bigvision.data.files import by_name, choose_files, label_by, part, stamp
 from bigvision.data.held import Subset
 from bigvision.data.sample import Sample, Source, Split, UnreadableSample
@@ -44,7 +45,7 @@ class Parquet(Source):
         # The first row of each group, and then how many rows there are in all.
         self._begins = torch.tensor([0, *accumulate(rows for _, _, rows in groups)])
         self._firsts = [0, *accumulate(sum(file.groups) for file in files)]
-        self._labels = labels
+        self._labels = Column(labels)
         self._opened: OrderedDict[int, Any] = OrderedDict()
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
@@ -52,7 +53,7 @@ class Parquet(Source):
         return len(self._labels)
 
     def label(self, index: int) -> int:
-        return int(self._labels[index])
+        return self._labels[index]
 
     def where(self, index: int) -> str:
         number = int(self._groups[self._group(index), 0])
@@ -69,7 +70,7 @@ class Parquet(Source):
             content = value
         if content is None:
             raise UnreadableSample("the row has no image")
-        return Sample(content, int(self._labels[index]))
+        return Sample(content, self._labels[index])
 
     def _group(self, row: int) -> int:
         return int(torch.searchsorted(self._begins, row, right=True)) - 1
