@@ -36,7 +36,7 @@ class Texts:
     def __init__(self, values: Tensor, ends: Tensor) -> None:
         """Args: *values* uint8 (bytes of all), *ends* int64 (N,), where each one's end."""
         self.values, self.ends = values, Column(ends)
-        self._seen = memoryview(values.numpy())
+        self._seen = values.numpy()
 
     @classmethod
     def of(cls, texts: Sequence[bytes]) -> Texts:

@@ -51,8 +51,7 @@ class ImageFolder(Source):
 
     def read(self, index: int) -> Sample:
         try:
-            with open(self.path(index), "rb", buffering=0) as file:
-                return Sample(file.read(), self.label(index))
+            return Sample(_content(self.path(index)), self._labels[index])
         except OSError as error:
             raise UnreadableSample(error.strerror or type(error).__name__) from error
 
@@ -61,6 +60,19 @@ class ImageFolder(Source):
 
     def label(self, index: int) -> int:
         return self._labels[index]
+
+
+def _content(path: str) -> bytes:
+    """What `Path.read_bytes` returns, with half of its calls of the system, which are not free where a sandbox takes them."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        content = os.read(descriptor, size)
+        while len(content) < size and (more := os.read(descriptor, size - len(content))):
+            content += more
+        return content
+    finally:
+        os.close(descriptor)
 
 
 def open_image_folder(

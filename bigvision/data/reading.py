@@ -68,8 +68,12 @@ def _received(images: Tensor | None, room: tuple[int, int] | None, numbers: Any,
     if images is None:
         assert room is not None
         images = rooms_of(room[0]).received(room[1])
-    mix = None if mixed is None else Mix(*map(torch.from_numpy, mixed[0]), mixed[1])
-    return Answer(Batch(images, *map(torch.from_numpy, numbers), mix), [BadSample(*sample) for sample in bad])
+    mix = None
+    if mixed is not None:
+        weight, box, share = map(torch.from_numpy, mixed[0])
+        mix = Mix(weight, box, share, mixed[1])
+    labels, ids, valid = map(torch.from_numpy, numbers)
+    return Answer(Batch(images, labels, ids, valid, mix), [BadSample(*sample) for sample in bad])
 
 
 class Reader(Dataset):
@@ -77,7 +81,7 @@ class Reader(Dataset):
 
     TRIES = 100
     """Samples in a row that may be unreadable."""
-    AHEAD = 16
+    AHEAD = 32
     """Samples that are read and begun before the first of them is decoded (see :meth:`Steps.begin`)."""
 
     def __init__(

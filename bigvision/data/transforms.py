@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -172,9 +171,8 @@ class _Crop(ABC):
             down, right = values.shape[0] / picture.height, values.shape[1] / picture.width
             top, height = round(top * down), max(1, round(height * down))
             left, width = round(left * right), max(1, round(width * right))
-        # Pixel by pixel, as decoders write them: PyTorch would first sort a part of them into planes, and at last back again.
-        part = np.ascontiguousarray(values[top : top + height, left : left + width])
-        resize_into(room, torch.from_numpy(part).unsqueeze(0).permute(0, 3, 1, 2), resized, self.mode)
+        part = torch.from_numpy(values[top : top + height, left : left + width])
+        resize_into(room, part.unsqueeze(0).permute(0, 3, 1, 2), resized, self.mode)
 
 
 class _RandomCrop(_Crop):
