@@ -5,38 +5,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-class Column:
-    """Whole numbers that are read one at a time, in a tensor, which worker processes share.
-
-    A million numbers of Python would be copied and pickled for each of them; and indexing a tensor takes ten times as long as
-    this.
-    """
+class _Shared:
+    """A tensor, read by NumPy: its own indexing takes ten times as long."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
-        self._seen = values.numpy()
+        self._array, self._begin = values.numpy(), values.data_ptr()
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, index: int) -> int:
-        return self._seen.item(index)
+    @property
+    def array(self) -> np.ndarray:
+        # When a tensor is first sent to another process, its numbers move to shared memory, and the array is left behind.
+        if self.values.data_ptr() != self._begin:
+            self._array, self._begin = self.values.numpy(), self.values.data_ptr()
+        return self._array
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Column, (self.values,)
+        return type(self), (self.values,)
+
+
+class Column(_Shared):
+    """Whole numbers that are read one at a time. A million of Python's own would be copied and pickled for each worker."""
+
+    def __getitem__(self, index: int) -> int:
+        return self.array.item(index)
 
 
 class Texts:
-    """Texts in two tensors, read one at a time; as :class:`Column`."""
+    """Texts that are read one at a time."""
 
     def __init__(self, values: Tensor, ends: Tensor) -> None:
-        """Args: *values* uint8 (bytes of all), *ends* int64 (N,), where each one's end."""
-        self.values, self.ends = values, Column(ends)
-        self._seen = values.numpy()
+        """Args: *values* uint8 (bytes of all), *ends* int64 (N,), where each one ends."""
+        self._values, self._ends = _Shared(values), Column(ends)
 
     @classmethod
     def of(cls, texts: Sequence[bytes]) -> Texts:
@@ -44,10 +51,7 @@ class Texts:
         return cls(torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8), ends)
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self._ends)
 
     def __getitem__(self, index: int) -> bytes:
-        return self._seen[self.ends[index - 1] if index else 0 : self.ends[index]].tobytes()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Texts, (self.values, self.ends.values)
+        return self._values.array[self._ends[index - 1] if index else 0 : self._ends[index]].tobytes()

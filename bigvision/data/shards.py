@@ -7,7 +7,6 @@ import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +22,10 @@ from bigvision.data.files import choose_files, label_by, part, stamp
 from bigvision.data.held import Subset
 from bigvision.data.sample import Sample, Source, Split, UnreadableSample
 from bigvision.data.tar import samples
+from bigvision.data.watched import each
 from bigvision.errors import UserError
 
 VERSION = "1"
-THREADS = 16
-"""That index shards: their reading overlaps."""
 OPEN_FILES = 128
 """In each process; 1024 is a common limit of all that it opens."""
 
@@ -114,14 +112,14 @@ def open_shards(
     Args:
         shared: by training and validation; without a validation part a tenth of each class is held out by its key.
         classes: label by these classes instead of by the files' own.
-        first: write the indexes that are missing, where the folder allows it.
+        first: write the indexes that are missing, where the folder allows it, and tell how far that is.
 
     Raises:
         UserError: files are missing or damaged, or labels are not as described; the message names *key*.
     """
     chosen = choose_files(argument, split, ".tar", key=key, shared=shared)
-    with ThreadPoolExecutor(min(THREADS, len(chosen.files))) as pool:
-        indexes = list(pool.map(lambda file: _indexed(file, key, write=first), chosen.files))
+    what = f"{key}: shards indexed"
+    indexes = each(lambda file: _indexed(file, key, write=first), chosen.files, what, tell=first)
     names = list(dict.fromkeys(name for index in indexes for name in index.names))
     known, values = label_by(names, classes, chosen.folders, key=key, where=repr(argument))
     label = dict(zip(names, values))
