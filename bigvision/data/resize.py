@@ -23,6 +23,9 @@ def resize_into(room: Tensor, pixels: Tensor, size: tuple[int, int], mode: Inter
     """
     operator = _IN_PLACE.get(mode) if _native(mode) else None
     if operator is not None and size == tuple(room.shape[1:]) and size != tuple(pixels.shape[2:]):
+        if pixels.stride(1) != 1:
+            # From planes it cannot write pixel by pixel: an assertion of its own fails.
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         operator(pixels, size, False, None, None, out=room.unsqueeze(0))
         return
     resized = F.resize_image(pixels, list(size), interpolation=mode, antialias=True)

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -406,6 +407,6 @@ def test_word_of_files_that_take_long(tmp_path, monkeypatch, capsys):
     slow = module._File
     monkeypatch.setattr(module, "_File", lambda *of: time.sleep(0.2) or slow(*of))
     opened(tmp_path, first=True)
-    assert "data.train: Parquet files read: 0 of 3\n" in capsys.readouterr().err
+    assert re.search(r"^data\.train: Parquet files read: [0-2] of 3$", capsys.readouterr().err, re.MULTILINE)
     opened(tmp_path)
     assert capsys.readouterr().err == ""
