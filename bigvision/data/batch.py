@@ -81,4 +81,8 @@ def normalize(
     offset, scale = (torch.as_tensor(value, device=images.device).mul(255).view(-1, 1, 1) for value in (mean, std))
     if room is None or room.shape != images.shape:
         room = torch.empty(images.shape, device=images.device)
-    return room.copy_(images).sub_(offset).div_(scale).to(dtype)
+    # On a CPU one image after the other, whose numbers stay in its cache from one operation to the next.
+    parts = zip(room, images) if room.device.type == "cpu" else [(room, images)]
+    for part, image in parts:
+        part.copy_(image).sub_(offset).div_(scale)
+    return room.to(dtype)

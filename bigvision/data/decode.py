@@ -10,7 +10,6 @@ from typing import Protocol
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -28,9 +27,10 @@ class Picture(Protocol):
 
     height: int
     width: int
+    channels: int
 
-    def pixels(self, reduce: int = 1) -> Tensor:
-        """Return uint8 (C, H, W); the sides divided by *reduce* (1, 2, 4 or 8) and rounded up, where that can be had."""
+    def pixels(self, reduce: int = 1) -> np.ndarray:
+        """Return uint8 (H, W, C); the sides divided by *reduce* (1, 2, 4 or 8) and rounded up, where that can be had."""
         ...
 
 
@@ -40,26 +40,26 @@ def open_picture(image: bytes | Tensor | Image.Image) -> Picture:
     Raises:
         UnreadableSample: it is no image, or too large.
     """
-    if isinstance(image, Tensor):
-        return Pixels(image)
-    if isinstance(image, Image.Image):
-        return Pixels(_as_tensor(_converted(image)))
-    return _Jpeg.of(image) or _File(image)
+    if isinstance(image, bytes):
+        return _Jpeg.of(image) or _File(image)
+    return Pixels(image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else np.array(_converted(image)))
 
 
 class Pixels:
     """One that is decoded already."""
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: np.ndarray) -> None:
         self.values = values
-        self.height, self.width = values.shape[-2:]
+        self.height, self.width, self.channels = values.shape
 
-    def pixels(self, reduce: int = 1) -> Tensor:
+    def pixels(self, reduce: int = 1) -> np.ndarray:
         return self.values
 
 
 class _Jpeg:
     """A JPEG that libjpeg-turbo takes, upright."""
+
+    channels = 3
 
     def __init__(self, data: bytes, height: int, width: int) -> None:
         self.data, self.height, self.width = data, height, width
@@ -79,18 +79,19 @@ class _Jpeg:
         _check_size(width, height)
         return cls(data, height, width)
 
-    def pixels(self, reduce: int = 1) -> Tensor:
+    def pixels(self, reduce: int = 1) -> np.ndarray:
         least = (-(-self.height // reduce), -(-self.width // reduce)) if reduce > 1 else (0, 0)
         try:
-            values = simplejpeg.decode_jpeg(self.data, min_height=least[0], min_width=least[1], min_factor=float(reduce))
+            return simplejpeg.decode_jpeg(self.data, min_height=least[0], min_width=least[1], min_factor=float(reduce))
         except ValueError:
             # Damaged, or only odd: Pillow knows.
             return _File(self.data).pixels()
-        return torch.from_numpy(values).permute(2, 0, 1)
 
 
 class _File:
     """Any file that Pillow reads."""
+
+    channels = 3
 
     def __init__(self, data: bytes) -> None:
         try:
@@ -104,8 +105,8 @@ class _File:
             raise UnreadableSample(one_line(error)) from error
         self.width, self.height = self.image.size
 
-    def pixels(self, reduce: int = 1) -> Tensor:
-        return _as_tensor(self.image)
+    def pixels(self, reduce: int = 1) -> np.ndarray:
+        return np.array(self.image)
 
 
 def _converted(image: Image.Image) -> Image.Image:
@@ -121,10 +122,6 @@ def _converted(image: Image.Image) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def _as_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _check_size(width: int, height: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,12 +14,14 @@ import torch
 import xxhash
 from torch import Tensor
 
+from bigvision.data.columns import Column
 from bigvision.data.files import by_name, choose_files, label_by, part, stamp
 from bigvision.data.held import Subset
+from bigvision.data.parquet_columns import Asked, class_names, find_columns, parse_asked
 from bigvision.data.sample import Sample, Source, Split, UnreadableSample
+from bigvision.data.watched import each
 from bigvision.errors import UserError, one_line
 
-IMAGE, LABEL = "image", "label"
 CACHE = 256 << 20
 """Bytes of decoded row groups that each process keeps."""
 OPEN_FILES = 64
@@ -36,7 +37,7 @@ class Parquet(Source):
 
     def __init__(self, name: str, classes: Sequence[str], files: Sequence[_File], labels: Tensor) -> None:
         """Args: *labels* int64 (N,), of all rows."""
-        self.name, self.classes = name, list(classes)
+        self.name, self.classes, self.column = name, list(classes), files[0].columns.image
         self.files = [str(file.path) for file in files]
         self._stamps = [file.stamp for file in files]
         groups = [(number, group, rows) for number, file in enumerate(files) for group, rows in enumerate(file.groups)]
@@ -44,7 +45,7 @@ class Parquet(Source):
         # The first row of each group, and then how many rows there are in all.
         self._begins = torch.tensor([0, *accumulate(rows for _, _, rows in groups)])
         self._firsts = [0, *accumulate(sum(file.groups) for file in files)]
-        self._labels = labels
+        self._labels = Column(labels)
         self._opened: OrderedDict[int, Any] = OrderedDict()
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
@@ -52,7 +53,7 @@ class Parquet(Source):
         return len(self._labels)
 
     def label(self, index: int) -> int:
-        return int(self._labels[index])
+        return self._labels[index]
 
     def where(self, index: int) -> str:
         number = int(self._groups[self._group(index), 0])
@@ -69,7 +70,7 @@ class Parquet(Source):
             content = value
         if content is None:
             raise UnreadableSample("the row has no image")
-        return Sample(content, int(self._labels[index]))
+        return Sample(content, self._labels[index])
 
     def _group(self, row: int) -> int:
         return int(torch.searchsorted(self._begins, row, right=True)) - 1
@@ -82,7 +83,7 @@ class Parquet(Source):
         number, within = self._groups[group].tolist()
         try:
             # Workers are many already: a thread pool in each only gets in their way.
-            column = self._open(number).read_row_group(within, columns=[IMAGE], use_threads=False).column(0)
+            column = self._open(number).read_row_group(within, columns=[self.column], use_threads=False).column(0)
         except OSError as error:
             raise UnreadableSample(one_line(error)) from error
         except (_arrow().ArrowException, IndexError) as error:
@@ -112,7 +113,7 @@ class Parquet(Source):
 class _File:
     """What is needed of a file from the start."""
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, asked: Asked) -> None:
         """Raises `UserError`: it is damaged, or lacks a column of the right type."""
         import pyarrow as pa
 
@@ -121,13 +122,11 @@ class _File:
             self.stamp = stamp(path.stat())
             with _parquet().ParquetFile(path) as file:
                 schema = file.schema_arrow
-                for column in (IMAGE, LABEL):
-                    if column not in schema.names:
-                        raise UserError(f"{key}: {shown!r} has no column {column!r} but {', '.join(schema.names)}; rename one")
-                _check_types(schema.field(IMAGE).type, schema.field(LABEL).type)
-                self.classes = _class_names(schema)
+                self.columns = find_columns(schema, asked, key=key, where=repr(shown))
+                _check_types(schema.field(self.columns.image).type, schema.field(self.columns.label).type)
+                self.classes = class_names(schema, self.columns.label)
                 self.groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-                coded = file.read(columns=[LABEL]).column(0).combine_chunks().dictionary_encode()
+                coded = file.read(columns=[self.columns.label]).column(0).combine_chunks().dictionary_encode()
         except TypeError as error:
             raise UserError(f"{key}: {shown!r}: {error}") from error
         except (pa.ArrowException, OSError) as error:
@@ -140,16 +139,18 @@ class _File:
 
 
 def open_parquet(
-    argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None
+    argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None, first: bool = True
 ) -> Source:  # fmt: skip
     """Open the Parquet files *argument* (see :func:`~bigvision.data.files.choose_files`) for *split*.
 
-    Column ``image`` has encoded images, as binary or in a struct's ``bytes``; ``label`` integers or strings. The classes'
-    names are those of the Hugging Face ``ClassLabel``, where there is one.
+    One column has encoded images, as binary or in a struct's ``bytes``, and one labels, integers or strings: those that
+    ``?image=NAME&label=NAME`` at the end of *argument* names, or that :func:`find_columns` finds. The classes' names are
+    those of the Hugging Face ``ClassLabel``, where there is one.
 
     Args:
         shared: by training and validation; without a validation part a tenth of each class is held out by file and row.
         classes: label by these classes instead of by the files' own.
+        first: tell how many of the files have been read, where that takes long.
 
     Raises:
         UserError: pyarrow is not installed, files are missing or damaged, or not as described; the message names *key*.
@@ -158,10 +159,18 @@ def open_parquet(
         _parquet()
     except ImportError as error:
         raise UserError(f'{key}: parquet needs pyarrow; install it with: pip install "bigvision[parquet]"') from error
+    argument, asked = parse_asked(argument, key)
     chosen = choose_files(argument, split, ".parquet", key=key, shared=shared)
-    files = [file for file in (_File(path, key) for path in chosen.files) if file.groups and len(file.codes)]
+    opened = each(lambda path: _File(path, key, asked), chosen.files, f"{key}: Parquet files read", tell=first)
+    files = [file for file in opened if file.groups and len(file.codes)]
     if not files:
         raise UserError(f"{key}: the files of {argument!r} have no rows; write them again")
+    other = next((file for file in files if file.columns != files[0].columns), None)
+    if other is not None:
+        raise UserError(
+            f"{key}: {str(other.path)!r} has its images and labels in {' and '.join(other.columns)}, {str(files[0].path)!r} in "
+            f"{' and '.join(files[0].columns)}; open one of them"
+        )
     other = next((file for file in files if file.classes != files[0].classes), None)
     if other is not None:
         raise UserError(f"{key}: {str(other.path)!r} names other classes than {str(files[0].path)!r}; open one of them")
@@ -194,15 +203,6 @@ def _check_types(image: Any, label: Any) -> None:
         raise TypeError(f"its images are {image}; they must be encoded, as binary or in a struct's 'bytes'")
     if not (types.is_integer(label) or types.is_string(label) or types.is_large_string(label)):
         raise TypeError(f"its labels are {label}; they must be integers or strings")
-
-
-def _class_names(schema: Any) -> list[str] | None:
-    """The names of Hugging Face's ``ClassLabel``."""
-    try:
-        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][LABEL]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return found if isinstance(found, list) and found and all(isinstance(name, str) for name in found) else None
 
 
 def _beside(file: str, path: str) -> bytes:

@@ -7,7 +7,6 @@ import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bigvision.data.columns import Column, Texts
 from bigvision.data.files import choose_files, label_by, part, stamp
 from bigvision.data.held import Subset
 from bigvision.data.sample import Sample, Source, Split, UnreadableSample
 from bigvision.data.tar import samples
+from bigvision.data.watched import each
 from bigvision.errors import UserError
 
 VERSION = "1"
-THREADS = 16
-"""That index shards: their reading overlaps."""
 OPEN_FILES = 128
 """In each process; 1024 is a common limit of all that it opens."""
 
@@ -40,35 +39,36 @@ class Shards(Source):
         """Args: *labels* int64 (N,), of all samples."""
         self.name, self.classes = name, list(classes)
         self.files = [str(file) for file in files]
-        # Tensors, which worker processes share: a million strings and numbers of Python are copied and pickled.
         self._stamps = torch.tensor([index.stamp for index in indexes])
-        self._files = torch.arange(len(files)).repeat_interleave(torch.tensor([len(index.offsets) for index in indexes]))
-        self._offsets = torch.cat([index.offsets for index in indexes])
-        self._sizes = torch.cat([index.sizes for index in indexes])
-        self._keys = torch.cat([index.keys for index in indexes])
+        shard = torch.arange(len(files)).repeat_interleave(torch.tensor([len(index.offsets) for index in indexes]))
+        self._files = Column(shard)
+        self._offsets = Column(torch.cat([index.offsets for index in indexes]))
+        self._sizes = Column(torch.cat([index.sizes for index in indexes]))
         begin = torch.tensor([0] + [len(index.keys) for index in indexes[:-1]]).cumsum(0)
-        self._ends = torch.cat([index.key_ends for index in indexes]) + begin[self._files]
-        self._labels = labels
+        ends = torch.cat([index.key_ends for index in indexes]) + begin[shard]
+        self._keys = Texts(torch.cat([index.keys for index in indexes]), ends)
+        self._labels = Column(labels)
         self._opened: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def label(self, index: int) -> int:
-        return int(self._labels[index])
+        return self._labels[index]
 
     def where(self, index: int) -> str:
-        return f"{self.files[int(self._files[index])]}: {os.fsdecode(self.key(index))}"
+        return f"{self.files[self._files[index]]}: {os.fsdecode(self.key(index))}"
 
     def key(self, row: int) -> bytes:
         """The key of a sample, which counts from the first one of the first file."""
-        return self._keys[int(self._ends[row - 1]) if row else 0 : int(self._ends[row])].numpy().tobytes()
+        return self._keys[row]
 
     def read(self, index: int) -> Sample:
-        offset, end = int(self._offsets[index]), int(self._offsets[index] + self._sizes[index])
+        offset = self._offsets[index]
+        end = offset + self._sizes[index]
         pieces = []
         try:
-            descriptor = self._descriptor(int(self._files[index]))
+            descriptor = self._descriptor(self._files[index])
             while offset < end:
                 # The system may give less at a time.
                 pieces.append(os.pread(descriptor, end - offset, offset))
@@ -77,7 +77,7 @@ class Shards(Source):
                     raise UnreadableSample("its shard ends early")
         except OSError as error:
             raise UnreadableSample(error.strerror or type(error).__name__) from error
-        return Sample(pieces[0] if len(pieces) == 1 else b"".join(pieces), int(self._labels[index]))
+        return Sample(pieces[0] if len(pieces) == 1 else b"".join(pieces), self._labels[index])
 
     def _descriptor(self, number: int) -> int:
         if number in self._opened:
@@ -112,14 +112,14 @@ def open_shards(
     Args:
         shared: by training and validation; without a validation part a tenth of each class is held out by its key.
         classes: label by these classes instead of by the files' own.
-        first: write the indexes that are missing, where the folder allows it.
+        first: write the indexes that are missing, where the folder allows it, and tell how far that is.
 
     Raises:
         UserError: files are missing or damaged, or labels are not as described; the message names *key*.
     """
     chosen = choose_files(argument, split, ".tar", key=key, shared=shared)
-    with ThreadPoolExecutor(min(THREADS, len(chosen.files))) as pool:
-        indexes = list(pool.map(lambda file: _indexed(file, key, write=first), chosen.files))
+    what = f"{key}: shards indexed"
+    indexes = each(lambda file: _indexed(file, key, write=first), chosen.files, what, tell=first)
     names = list(dict.fromkeys(name for index in indexes for name in index.names))
     known, values = label_by(names, classes, chosen.folders, key=key, where=repr(argument))
     label = dict(zip(names, values))

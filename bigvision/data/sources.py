@@ -49,8 +49,8 @@ def open_source(
         split: what to open of it. Synthetic data has one split.
         key: the configuration's key, for messages; ``data.train`` or ``data.val`` by default.
         root: the folder of downloaded datasets; ``data`` in the working directory by default.
-        first: download what is missing and write indexes beside files. Of several ranks let one open with it before the others
-            do without.
+        first: download what is missing, write indexes beside files, and tell on stderr how far that is. Of several ranks let
+            one open with it before the others do without.
         shared: whether training and validation both name this dataset. Files without a validation part are split only then.
         classes: of the training data, when opening the validation data: labels will follow them.
         class_file: has the classes, instead of the data's own order (see :func:`~bigvision.data.files.read_classes`).
@@ -87,7 +87,7 @@ def _open(
     if name == "parquet":
         from bigvision.data.parquet import open_parquet
 
-        return open_parquet(argument, split, key=key, shared=shared, classes=classes)
+        return open_parquet(argument, split, key=key, shared=shared, classes=classes, first=first)
     if name == "volumes":
         from bigvision.data.volumes import open_volumes
 

@@ -39,7 +39,7 @@ class Listed:
 
 
 def shown(image) -> np.ndarray:
-    return open_picture(image).pixels().permute(1, 2, 0).numpy()
+    return open_picture(image).pixels()
 
 
 # MapStyle

@@ -2,14 +2,16 @@ import json
 import os
 import pickle
 import random
+import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_shards import check_batches, jpeg, open_below
 
-from bigvision.data import UnreadableSample, open_source
+from bigvision.data import UnreadableSample, open_source, watched
 from bigvision.data import parquet as module
 from bigvision.errors import UserError
 
@@ -262,8 +264,9 @@ def test_files_and_patterns(tmp_path):
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"img": [b"x"], "label": [0]}, "has no column 'image' but img, label"),
-        ({"image": [b"x"], "cls": [0]}, "has no column 'label' but image, cls"),
+        ({"scan": [b"x"], "label": [0]}, "has the columns scan, label, of which none is known as the image; add ?image=NAME"),
+        ({"image": [b"x"], "grade": [0]}, "has the columns image, grade, of which none is known as the label"),
+        ({"img": [b"x"], "jpg": [b"x"], "label": [0]}, "of which img or jpg may be the image; add ?image=NAME to the path"),
         ({"image": ["x"], "label": [0]}, "its images are string"),
         ({"image": [{"path": "x"}], "label": [0]}, "its images are struct<path: string>"),
         ({"image": [b"x"], "label": [0.5]}, "its labels are double"),
@@ -318,3 +321,92 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert 'pip install "bigvision[parquet]"' in refusal(tmp_path)
+
+
+# Columns by other names
+
+FEATURES = {
+    "cifar100": {"img": "Image", "fine_label": "ClassLabel", "coarse_label": "ClassLabel"},
+    "food": {"picture_of_it": "Image", "dish": "ClassLabel", "price": "Value"},
+    "plain": {"jpg": None, "cls": None},
+    "ours": {"image": "Image", "mask": "Image", "label": "Value", "kind": "ClassLabel"},
+}
+
+
+def write_named(path: Path, features: dict[str, str | None]) -> Path:
+    """Nine rows; each column of labels has other classes."""
+    columns, noted = {}, {}
+    for place, (name, kind) in enumerate(features.items()):
+        if kind == "Image" or name == "jpg":
+            columns[name] = [{"bytes": image, "path": None} for image, _ in rows(9, seed=place)]
+        else:
+            columns[name] = [row % (place + 1) for row in range(9)]
+        names = {"names": [f"{name} {number}" for number in range(place + 1)]} if kind == "ClassLabel" else {}
+        noted[name] = {"_type": kind} | names
+    table = pa.table(columns)
+    if None not in features.values():
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": noted}})})
+    pq.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "image", "label"),
+    [
+        ("cifar100", "?label=fine_label", 0, 1),
+        ("cifar100", "?image=img&label=coarse_label", 0, 2),
+        ("food", "", 0, 1),
+        ("food", "?label=price", 0, 2),
+        ("plain", "", 0, 1),
+        ("ours", "", 0, 2),
+        ("ours", "?image=mask&label=kind", 1, 3),
+    ],
+)
+def test_columns_by_other_names(tmp_path, name, asked, image, label):
+    write_named(tmp_path / "x.parquet", FEATURES[name])
+    for path in (tmp_path, tmp_path / "x.parquet", tmp_path / "?.parquet"):
+        source = opened(f"{path}{asked}")
+        assert contents(source) == [(rows(9, seed=image)[row][0], row % (label + 1)) for row in range(9)]
+        column, kind = list(FEATURES[name].items())[label]
+        assert source.classes == [f"{column} {n}" if kind == "ClassLabel" else str(n) for n in range(label + 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "said"),
+    [
+        ("cifar100", "", "has the columns img, fine_label, coarse_label, of which fine_label or coarse_label may be the label"),
+        ("cifar100", "?label=label", "has no column 'label' but img, fine_label, coarse_label; correct ?label=label"),
+        ("cifar100", "?labels=label", "unknown 'labels' in ?labels=label; did you mean"),
+        ("cifar100", "?label=", "label in ?label= must be the name of one column"),
+        ("cifar100", "?label=a&label=b", "label in ?label=a&label=b must be the name of one column"),
+        ("food", "?label=dish&image=price", "its images are int64"),
+    ],
+)
+def test_columns_that_are_not_clear(tmp_path, name, asked, said):
+    write_named(tmp_path / "x.parquet", FEATURES[name])
+    assert said in refusal(f"{tmp_path}{asked}")
+
+
+def test_files_with_other_columns(tmp_path):
+    for number, name in enumerate(("food", "plain")):
+        write_named(tmp_path / f"{number}.parquet", FEATURES[name])
+    said = "1.parquet' has its images and labels in jpg and cls, "
+    assert said in refusal(tmp_path) and "0.parquet' in picture_of_it and dish; open one of them" in refusal(tmp_path)
+
+
+def test_validation_data_of_the_same_columns_is_held_out(tmp_path):
+    write_named(tmp_path / "x.parquet", FEATURES["cifar100"])
+    train, val = (opened(f"{tmp_path}?label=fine_label", split, shared=True) for split in ("train", "val"))
+    assert len(train) + len(val) == 9 and len(val) == 2
+
+
+def test_word_of_files_that_take_long(tmp_path, monkeypatch, capsys):
+    for number in range(3):
+        write(tmp_path / f"{number}.parquet", rows(3))
+    monkeypatch.setattr(watched, "EVERY", 0.01)
+    slow = module._File
+    monkeypatch.setattr(module, "_File", lambda *of: time.sleep(0.2) or slow(*of))
+    opened(tmp_path, first=True)
+    assert re.search(r"^data\.train: Parquet files read: [0-2] of 3$", capsys.readouterr().err, re.MULTILINE)
+    opened(tmp_path)
+    assert capsys.readouterr().err == ""

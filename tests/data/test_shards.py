@@ -3,7 +3,9 @@ import json
 import os
 import pickle
 import random
+import re
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bigvision.data import UnreadableSample, open_source, shards, train_batches, transform
+from bigvision.data import UnreadableSample, open_source, shards, train_batches, transform, watched
 from bigvision.errors import UserError
 
 AUGMENTED = transform("photo", 8, train=True)
@@ -294,6 +296,41 @@ def test_the_index_is_made_once(tmp_path, monkeypatch):
     for pattern in (tmp_path, tmp_path / "*"):
         again = opened(pattern, first=False)
         assert contents(again) == wanted and again.where(3) == first.where(3)
+
+
+def test_word_of_shards_that_take_long(tmp_path, monkeypatch, capsys):
+    wanted = write_shards(tmp_path, [2] * 40)
+    scan, started = shards.samples, []
+
+    def slowly(descriptor):
+        started.append(descriptor)
+        time.sleep(0.3 if len(started) > watched.THREADS else 0)
+        return scan(descriptor)
+
+    monkeypatch.setattr(watched, "EVERY", 0.05)
+    monkeypatch.setattr(shards, "samples", slowly)
+    assert contents(opened(tmp_path, first=False)) == wanted and capsys.readouterr().err == "", "of the other ranks none"
+    started.clear()
+    opened(tmp_path, first=True)
+    found = [int(count) for count in re.findall(r"data\.train: shards indexed: (\d+) of 40\n", capsys.readouterr().err)]
+    assert found == sorted(found) and len(found) > 1 and 0 < found[-1] < 40
+    opened(tmp_path, first=True)
+    assert capsys.readouterr().err == "", "nothing takes long any more"
+
+
+def test_a_damaged_shard_ends_the_indexing(tmp_path, monkeypatch):
+    write_shards(tmp_path, [2] * 60)
+    (tmp_path / "000.tar").write_bytes(b"x" * 600)
+    scan, started = shards.samples, []
+
+    def slowly(descriptor):
+        started.append(descriptor)
+        time.sleep(0.05)
+        return scan(descriptor)
+
+    monkeypatch.setattr(shards, "samples", slowly)
+    assert "000.tar': it is damaged at byte 0" in refusal(tmp_path)
+    assert len(started) < 60
 
 
 def test_a_changed_shard_is_indexed_anew(tmp_path):

@@ -267,7 +267,7 @@ def test_nested_hidden_and_foreign_files(tmp_path):
     source = open_source(f"imagefolder:{tmp_path}", "train", shared=False)
     assert source.classes == ["a", "b"]
     assert names(source) == ["a/deep/000.jpg", "a/deep/001.png", "b/000.jpg", "b/001.png", "b/ümläut é.JPEG"]
-    assert open_picture(source.read(4).image).pixels().shape == (3, 4, 4)
+    assert open_picture(source.read(4).image).pixels().shape == (4, 4, 3)
 
 
 def test_folder_mistakes(tmp_path):
@@ -314,8 +314,8 @@ def read_one(tmp_path, image: Image.Image, name: str, **options) -> Image.Image:
     image.save(tmp_path / "a" / name, **options)
     picture = open_picture(open_source(f"imagefolder:{tmp_path}", "train", shared=False).read(0).image)
     pixels = picture.pixels()
-    assert pixels.dtype == torch.uint8 and pixels.shape == (3, picture.height, picture.width)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    assert pixels.dtype == np.uint8 and pixels.shape == (picture.height, picture.width, 3)
+    return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize(
