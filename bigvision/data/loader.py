@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from bigvision.data.batch import Batch
+from bigvision.data.main_module import main_hidden, needs_main
 from bigvision.data.mixing import Mixer
 from bigvision.data.position import Place, Stream, generators_kept, seed_everything
 from bigvision.data.sample import Source, UnreadableSample
@@ -129,7 +131,7 @@ class Batches(Iterator[Batch]):
             collate_fn=_as_read,
             num_workers=workers,
             worker_init_fn=_settle_worker,
-            multiprocessing_context=_worker_context() if workers else None,
+            multiprocessing_context=_worker_context(reader) if workers else None,
             pin_memory=torch.device(device).type == "cuda",
             # DataLoader draws a seed for its workers: without this one, from the global generator.
             generator=torch.Generator(),
@@ -150,8 +152,7 @@ class Batches(Iterator[Batch]):
                     raise
                 if self._in_a_row == self.RESTARTS:
                     raise RuntimeError(
-                        "a data worker was killed, perhaps for want of memory or of room in /dev/shm; try fewer data.workers "
-                        'or, in a script of your own, guard its start with if __name__ == "__main__"'
+                        "a data worker was killed, perhaps for want of memory or of room in /dev/shm; try fewer data.workers"
                     ) from error
                 self.close()
                 self._in_a_row += 1
@@ -173,7 +174,7 @@ class Batches(Iterator[Batch]):
                 worker.kill()
 
     def _begin(self) -> None:
-        with _signals_held():
+        with _signals_held(), main_hidden():
             self._batches: Iterator[_Answer] = iter(self._make(self._given))
 
     def __enter__(self) -> Batches:
@@ -280,6 +281,8 @@ def _settle_worker(worker: int) -> None:
 
     DataLoader's own watch is for another parent process id. Here that is the server's, which lives as long as its workers.
     """
+    # A forked worker has the rank's process groups, whose destructors would wait for the rank's threads.
+    gc.freeze()
     # Also when another part of the program started the server, without holding them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     parent = multiprocessing.parent_process()
@@ -292,12 +295,15 @@ def _settle_worker(worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _worker_context() -> BaseContext:
+def _worker_context(reader: _Reader) -> BaseContext:
     """Return how workers start: forked from a clean server process, which has imported what they need.
 
     Not forked from this process: it runs gloo's and CUDA's threads, whose locks a fork may copy while they are held;
-    and a worker that inherits its sockets keeps them open when this rank dies, so that its peers would wait for ever.
+    and a worker that inherits its sockets keeps them open when this rank dies, so that its peers wait until it has seen that
+    (see _settle_worker). Only what is defined in the main module cannot be had otherwise without running that again.
     """
+    if needs_main(reader):
+        return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torchvision.transforms.v2"])
     return context
