@@ -100,7 +100,7 @@ def passes_alone(engine: PipelineEngine, whole: Batch, count: int) -> Callable[[
     images = torch.randn(size, *engine.input_shape)
 
     def run() -> None:
-        engine.loss_factor, engine.losses = 1.0, []
+        engine.loss_factor, engine.checks = 1.0, []
         engine.passes = dict.fromkeys(engine.stages, 0)
         for number, stage in engine.stages.items():
             inputs = [(images,) if number == 0 else filled(engine._empty(number - 1, size, training=True)) for _ in labels]

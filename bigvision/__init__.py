@@ -6,17 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bigvision.config import Config, load_config
-    from bigvision.engine import Engine
-    from bigvision.training import train
+    from bigvision.errors import Stopped, UserError
+    from bigvision.launching.api import train
+    from bigvision.launching.loop import Engine
+    from bigvision.training import Event, Result
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Engine", "load_config", "train"]
+__all__ = ["Config", "Engine", "Event", "Result", "Stopped", "UserError", "load_config", "train"]
 
 _HOMES = {
     "Config": "bigvision.config",
-    "Engine": "bigvision.engine",
+    "Engine": "bigvision.launching.loop",
+    "Event": "bigvision.training",
+    "Result": "bigvision.training",
+    "Stopped": "bigvision.errors",
+    "UserError": "bigvision.errors",
     "load_config": "bigvision.config",
-    "train": "bigvision.training",
+    "train": "bigvision.launching.api",
 }
 
 
@@ -27,3 +33,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -75,6 +75,11 @@ class Saver:
             raise RankFailure(next(text for text in gather_json(failure and str(failure)) if text)) from failure
         return [bool(flag) for flag in flags[:-1]]
 
+    @property
+    def done(self) -> bool:
+        """Whether the last save is complete on the disk, as far as this rank knows."""
+        return self.failure is None and (self.thread is None or not self.thread.is_alive())
+
     def wait(self) -> None:
         """Wait until nothing is being saved.
 

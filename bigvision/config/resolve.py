@@ -47,7 +47,7 @@ def resolve(
     if recipe is not None:
         where = "the given mapping" if isinstance(recipe, Mapping) else str(recipe)
         tree = recipe if isinstance(recipe, Mapping) else _read_yaml(Path(recipe))
-        given |= {key: (value, where) for key, value in _flatten(tree, kinds, where).items()}
+        given |= {key: (value, where) for key, value in flatten(tree, kinds, where).items()}
     given |= overrides or {}
     from_flags = parse_flags(_build(given, kinds), list(flags), kinds, prog)
     for key, value in from_flags.items():
@@ -91,7 +91,8 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     return tree
 
 
-def _flatten(tree: Mapping[str, Any], kinds: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], kinds: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """The values of *tree*, sections as mappings, by dotted key; an unknown key is a `UserError` that begins with *where*."""
     flat: dict[str, Any] = {}
     sections = {key.rpartition(".")[0] for key in kinds}
     for name, value in tree.items():
@@ -99,7 +100,7 @@ def _flatten(tree: Mapping[str, Any], kinds: Mapping[str, Any], where: str, pref
         if key in kinds:
             flat[key] = value
         elif key in sections and isinstance(value, Mapping):
-            flat |= _flatten(value, kinds, where, f"{key}.")
+            flat |= flatten(value, kinds, where, f"{key}.")
         elif key in sections:
             raise UserError(f"{where}: {key} must be a section of keys, not {spell(value)}")
         else:

@@ -49,8 +49,16 @@ class Batch:
     def inputs(
         self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, room: Tensor | None = None
     ) -> Tensor:  # fmt: skip
-        """What the model gets: the images normalised, and mixed; float32 (B, C, H, W), perhaps in *room*."""
-        images = normalize(self.images, mean, std, room=room)
+        """What the model gets: the images normalised, and mixed; float32 (B, C, H, W), perhaps in *room*.
+
+        Images that are floating-point numbers already are taken as they are.
+        """
+        if self.images.is_floating_point():
+            if room is None or room.shape != self.images.shape:
+                room = torch.empty(self.images.shape, device=self.images.device)
+            images = room.copy_(self.images)
+        else:
+            images = normalize(self.images, mean, std, room=room)
         return images if self.mix is None else self.mix.images(images)
 
     def targets(self) -> Tensor:

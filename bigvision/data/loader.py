@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from bigvision.data.batch import Batch
+from bigvision.data.main_module import main_hidden, needs_main
 from bigvision.data.mixing import Mixer
 from bigvision.data.position import Stream
 from bigvision.data.reading import Answer, BadSample, Reader, Request
@@ -124,8 +125,7 @@ class Batches(Iterator[Batch]):
                     raise
                 if self._in_a_row == self.RESTARTS:
                     raise RuntimeError(
-                        "a data worker was killed, perhaps for want of memory or of room in /dev/shm; try fewer data.workers "
-                        'or, in a script of your own, guard its start with if __name__ == "__main__"'
+                        "a data worker was killed, perhaps for want of memory or of room in /dev/shm; try fewer data.workers"
                     ) from error
                 self.close()
                 self._in_a_row += 1
@@ -147,7 +147,7 @@ class Batches(Iterator[Batch]):
                 worker.kill()
 
     def _begin(self) -> None:
-        with signals_held():
+        with signals_held(), main_hidden():
             self._batches: Iterator[Answer] = iter(self._loader())
 
     def _loader(self) -> DataLoader:
@@ -166,7 +166,7 @@ class Batches(Iterator[Batch]):
             collate_fn=_as_read,
             num_workers=self._workers,
             worker_init_fn=settle,
-            multiprocessing_context=worker_context() if self._workers else None,
+            multiprocessing_context=worker_context(needs_main(reader)) if self._workers else None,
             pin_memory=self._pinned,
             # DataLoader draws a seed for its workers: without this one, from the global generator.
             generator=torch.Generator(),

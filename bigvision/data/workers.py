@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,8 @@ def settle(worker: int) -> None:
 
     DataLoader's own watch is for another parent process id. Here that is the server's, which lives as long as its workers.
     """
+    # A forked worker has the rank's process groups, whose destructors would wait for the rank's threads.
+    gc.freeze()
     # Also when another part of the program started the server, without holding them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     parent = multiprocessing.parent_process()
@@ -31,12 +34,15 @@ def settle(worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def worker_context() -> BaseContext:
+def worker_context(inherits: bool) -> BaseContext:
     """Return how workers start: forked from a clean server process, which has imported what they need.
 
     Not forked from this process: it runs gloo's and CUDA's threads, whose locks a fork may copy while they are held;
-    and a worker that inherits its sockets keeps them open when this rank dies, so that its peers would wait for ever.
+    and a worker that inherits its sockets keeps them open when this rank dies, so that its peers wait until it has seen that
+    (see `settle`). Only what is defined in the main module (*inherits*) cannot be had otherwise without running that again.
     """
+    if inherits:
+        return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bigvision.data.loader", "torchvision.transforms.v2"])
     return context

@@ -1,1 +1,1 @@
-"""How ranks are started, and what their launchers ask for."""
+"""Starting ranks from Python, and what launchers ask for."""

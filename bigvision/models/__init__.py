@@ -4,6 +4,7 @@ from bigvision.models.blocks import Block, Blocks, find_blocks, trace
 from bigvision.models.build import Blueprint, blueprint
 from bigvision.models.card import model_card
 from bigvision.models.check import check_model
+from bigvision.models.given import GivenModel, given_card, given_name
 from bigvision.models.partition import Fits
 from bigvision.models.stages import Stage, StagePlan, plan_stages
 
@@ -12,11 +13,14 @@ __all__ = [
     "Blocks",
     "Blueprint",
     "Fits",
+    "GivenModel",
     "Stage",
     "StagePlan",
     "blueprint",
     "check_model",
     "find_blocks",
+    "given_card",
+    "given_name",
     "model_card",
     "plan_stages",
     "trace",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
+from functools import partial
 from typing import Any
 
 import numpy
@@ -21,6 +22,7 @@ from bigvision.models.adapt import Adapted, capture
 from bigvision.models.arguments import accepted, blame
 from bigvision.models.attributes import fill, named_tensors, plain_attributes, to_meta
 from bigvision.models.check import check_model
+from bigvision.models.given import GivenModel, built, call_arguments, failed, on_meta, outputs_of
 from bigvision.models.recorder import Recorder, recording
 from bigvision.models.replay import ReplayDiffers, replay
 from bigvision.models.tape import NotRecordable, Tape, View
@@ -29,7 +31,8 @@ from bigvision.models.tape import NotRecordable, Tape, View
 class Blueprint:
     """A model before it has memory.
 
-    `module` is the timm model with every parameter and buffer on the meta device, to be sharded or cut in place.
+    `module` is the timm model, or the caller's own, with every parameter and buffer on the meta device, to be sharded or cut
+    in place.
     `tensors` gives the values that a normal ``torch.manual_seed(seed); timm.create_model(...)`` on the CPU gives, bit for
     bit, holding one tensor (and what the caller keeps) at a time.
     """
@@ -45,19 +48,27 @@ class Blueprint:
     crop_pct: float
     """How timm resizes for evaluation: the filter, and the share of the shorter side that the centre crop keeps."""
     recorded: bool
-    """False: the model was built normally, which gives the same numbers and needs the memory of the whole model."""
+    """False: the model was built normally, which gives the same numbers and needs the memory of the whole model, or was given
+    with its values."""
     notes: list[str]
     """What the user should know, one line each: why `recorded` is False, what starts fresh although weights were given."""
 
     arguments: dict[str, Any]
     """The keyword arguments that ``timm.create_model`` took."""
+    outputs: int | None = None
+    """Of the caller's own model; None where that cannot be known before it runs, and of timm's."""
 
-    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+    def __init__(self, config: ModelConfig, num_classes: int, model: GivenModel | None = None) -> None:
         self.notes = []
-        self._name = config.name
+        self._given_module = model if isinstance(model, nn.Module) else None
+        self._create: Callable[..., Any] = partial(timm.create_model, config.name) if model is None else model
         with capture() as loading:
-            built = _construct(config, num_classes, self.notes)
-        self.module, self.arguments, self._tape, self._finals, self._attributes = built
+            if self._given_module is not None:
+                self.module, self._attributes = on_meta(self._given_module)
+                self.arguments, self._tape, self._finals = {}, None, {}
+            else:
+                made = _construct(config, num_classes, self.notes, model)
+                self.module, self.arguments, self._tape, self._finals, self._attributes = made
         self.recorded = self._tape is not None
         self._given: Adapted | None = None
         if config.weights is not None or config.pretrained:
@@ -69,7 +80,13 @@ class Blueprint:
         self.interpolation, self.crop_pct = data["interpolation"], data["crop_pct"]
         # timm's cards keep three values for any number of channels.
         self.mean, self.std = (_per_channel(data[key], self.in_chans) for key in ("mean", "std"))
-        if config.image_size is not None:
+        if model is not None:
+            if config.image_size is None and not hasattr(self.module, "pretrained_cfg"):
+                raise UserError(f"model.image_size: {config.name} does not say which it takes: give the side of the images")
+            self.outputs = outputs_of(config, self.module, self.in_chans, self.image_size)
+            if self.outputs is not None and self.outputs < num_classes:
+                raise UserError(f"model: {config.name} has {self.outputs} outputs, but there are {num_classes} classes")
+        elif config.image_size is not None:
             # A model made for this size is judged by it; another one also by whether meta can run it at all.
             usual = None if "img_size" in self.arguments else data["input_size"][-1]
             _check_size(config, self.module, self.in_chans, usual)
@@ -132,9 +149,11 @@ class Blueprint:
         yield from self._built(seed, done)
 
     def _built(self, seed: int, done: set[str]) -> Iterator[tuple[str, Tensor]]:
-        with torch.random.fork_rng(devices=[]), capture(), torch.device("cpu"):
-            torch.manual_seed(seed)
-            twin = timm.create_model(self._name, **self.arguments)
+        twin = self._given_module
+        if twin is None:
+            with torch.random.fork_rng(devices=[]), capture(), torch.device("cpu"):
+                torch.manual_seed(seed)
+                twin = self._create(**self.arguments)
         for name, tensor in named_tensors(twin):
             if name not in done:
                 yield name, tensor.detach()
@@ -148,27 +167,36 @@ class Blueprint:
         fill(module, self._attributes, self._tape, device)
 
 
-def blueprint(config: ModelConfig, num_classes: int) -> Blueprint:
-    """Describe the model of `config` with `num_classes` outputs, without giving it memory.
+def blueprint(config: ModelConfig, num_classes: int, model: GivenModel | None = None) -> Blueprint:
+    """Describe the model of `config` with `num_classes` outputs, or the given one, without giving it memory.
 
     Raises `UserError` for names, options, sizes and weight files that do not fit each other.
     """
-    check_model(config)
-    return Blueprint(config, num_classes)
+    check_model(config, model)
+    return Blueprint(config, num_classes, model)
 
 
-def _construct(config: ModelConfig, num_classes: int, notes: list[str]):
+def _construct(config: ModelConfig, num_classes: int, notes: list[str], function: Callable[..., nn.Module] | None):
     """The module on meta, the arguments it was made with, its tape (None: not recordable), final views and attributes."""
     before, torch_state = _random_state(), torch.get_rng_state()
     recorder: Recorder | None = None
 
+    def create(arguments: dict[str, Any]) -> nn.Module:
+        return timm.create_model(config.name, **arguments) if function is None else built(config, function(**arguments))
+
+    def accept(build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
+        if function is None:
+            return accepted(config, num_classes, build)
+        arguments = call_arguments(config, num_classes, function)
+        return build(arguments), arguments
+
     def build(arguments: dict[str, Any]) -> nn.Module:
         nonlocal recorder
         with recording() as recorder:
-            return timm.create_model(config.name, **arguments)
+            return create(arguments)
 
     try:
-        module, arguments = accepted(config, num_classes, build)
+        module, arguments = accept(build)
         assert recorder is not None
         if _random_state() != before:
             torch.set_rng_state(torch_state)
@@ -177,7 +205,7 @@ def _construct(config: ModelConfig, num_classes: int, notes: list[str]):
         attributes = plain_attributes(module, recorder, set(finals))
         tape: Tape | None = recorder.tape
         for name in sorted(name for storage, views in finals.items() if storage in tape.unset for name, _ in views):
-            notes.append(f"timm leaves {name} without a value: it starts as zeros")
+            notes.append(f"{'timm' if function is None else config.name} leaves {name} without a value: it starts as zeros")
     except UserError:
         raise
     except Exception as error:
@@ -185,14 +213,15 @@ def _construct(config: ModelConfig, num_classes: int, notes: list[str]):
         def plainly(arguments: dict[str, Any]) -> nn.Module:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.manual_seed(0)  # of what is kept of this build, plain attributes, all ranks must have the same
-                return timm.create_model(config.name, **arguments)
+                return create(arguments)
 
         try:
-            module, arguments = accepted(config, num_classes, plainly)
+            module, arguments = accept(plainly)
         except UserError:
             raise
         except Exception as plain_error:
-            raise blame(config, num_classes, plain_error) from plain_error
+            cause = blame(config, num_classes, plain_error) if function is None else failed(config, plain_error)
+            raise cause from plain_error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         notes.append(f"{config.name} was built normally, at the memory of the whole model, not recorded: {reason}")
         tape, finals = None, {}

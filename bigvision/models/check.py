@@ -7,12 +7,16 @@ from timm.models import get_arch_pretrained_cfgs, is_model, split_model_name_tag
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError, nearest
+from bigvision.models.given import PREFIX, GivenModel, check_given
 from bigvision.models.weights_file import WeightsFile
 
 
-def check_model(config: ModelConfig) -> None:
+def check_model(config: ModelConfig, model: GivenModel | None = None) -> None:
     """Raise `UserError` for an unknown model name or a weights file that cannot be read. Builds nothing, reads only headers."""
-    check_name(config.name)
+    if model is not None:
+        check_given(config, model)
+    else:
+        check_name(config.name)
     if config.weights is not None and config.pretrained:
         raise UserError(f"model.weights: {config.weights} and model.pretrained: true exclude each other; keep one")
     if config.weights is not None:
@@ -29,6 +33,11 @@ def check_model(config: ModelConfig) -> None:
 
 def check_name(name: str) -> None:
     """Raise `UserError` unless `name` is one of timm's, with or without a weights tag."""
+    if name.startswith(PREFIX):
+        raise UserError(
+            f"model.name: the model of this run was given from Python ({name.removeprefix(PREFIX)}): give it again, with "
+            "bigvision.train(..., model=...); no command can build it"
+        )
     architecture, tag = split_model_name_tag(name)
     if "/" in name or ":" in name or not is_model(architecture):
         raise UserError(f"model.name: {name!r} is not a timm model{nearest(architecture, timm.list_models())}")

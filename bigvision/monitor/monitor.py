@@ -48,8 +48,8 @@ class Monitor:
 
     def after_step(
         self, step: int, samples: int, result: StepResult, bad: int = 0, own: Callable[[], Own] = lambda: Own(None, 0.0)
-    ) -> None:  # fmt: skip
-        """Take note of an optimizer step; each ``monitor.every`` steps, and at the last, write it down.
+    ) -> dict[str, Any] | None:  # fmt: skip
+        """Take note of an optimizer step; each ``monitor.every`` steps, and at the last, write it down and return the line.
 
         Args:
             bad: training samples that could not be read so far.
@@ -57,7 +57,7 @@ class Monitor:
         """
         self.seen, self.taken = self.seen + result.samples, self.taken + 1
         if step % self.config.monitor.every and step != self.steps:
-            return
+            return None
         mine = own()
         gathered = gather_json([_peak_memory(self.runtime.device), mine.data, mine.work])
         elapsed = time.perf_counter() - self.since
@@ -76,10 +76,12 @@ class Monitor:
         }
         slow = {str(rank): round(seconds, 4) for rank, seconds in slow.items()}
         more = {"skipped": result.skipped, "bad_samples": bad, "stragglers": slow}
-        self._write(line | {name: value for name, value in more.items() if value})
+        line |= {name: value for name, value in more.items() if value}
+        self._write(line)
         if self.progress:
             self.progress.update(step, line["loss"], line["images_per_second"])
         self._restart_clock()
+        return line
 
     def after_evaluation(self, step: int, samples: int, metrics: dict[str, float]) -> None:
         """Write the metrics of an evaluation down."""

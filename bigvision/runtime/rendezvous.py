@@ -36,7 +36,8 @@ def meet(identity: Identity, timeout: timedelta) -> dist.Store:
         _met = None  # its server is gone before another one needs the port
         _met = _Met(others, make_store(identity, timeout))
     _met.times += 1
-    return dist.PrefixStore(f"meeting{_met.times}", _met.store)
+    # torchrun's store stays when it starts ranks again, and has what the dead ones have said.
+    return dist.PrefixStore(f"start{others[2] or 0}-meeting{_met.times}", _met.store)
 
 
 def make_store(identity: Identity, timeout: timedelta) -> dist.Store:

@@ -156,7 +156,8 @@ class Watchdog:
         while not self._done.is_set():
             news = self.beats.news if self.beats is not None else self._done
             news.wait(self.pulse)
-            news.clear()
+            if news is not self._done:
+                news.clear()
             now = time.monotonic()
             if now - turn > max(NAP, 2 * self.pulse):
                 # A job that was suspended as a whole goes on where it was: the time does not count.

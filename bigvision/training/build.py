@@ -17,7 +17,17 @@ from bigvision.config import Config
 from bigvision.data import check_source
 from bigvision.engine import Engine, build_engine, check_engine
 from bigvision.errors import UserError, either
-from bigvision.models import Blocks, Blueprint, blueprint, check_model, find_blocks, model_card
+from bigvision.models import (
+    Blocks,
+    Blueprint,
+    GivenModel,
+    blueprint,
+    check_model,
+    find_blocks,
+    given_card,
+    given_name,
+    model_card,
+)
 from bigvision.runtime import Runtime, all_or_none
 from bigvision.tasks import build_task
 from bigvision.training import bad
@@ -49,19 +59,21 @@ class Build:
 
 
 def build(
-    config: Config, runtime: Runtime, say: Callable[[str], None], stack: ExitStack, given: Given | None = None
+    config: Config, runtime: Runtime, say: Callable[[str], None], stack: ExitStack, given: Given | None = None,
+    model: GivenModel | None = None,
 ) -> Build:  # fmt: skip
     """Check everything that can be checked without a model, then build, shard and restore it. Called on every rank.
 
     Args:
         stack: lets go of the output folder and the engine when the run ends.
         given: datasets that are not opened by name.
+        model: the caller's own, or a function that builds it.
     """
     out = Path(config.out)
 
     def check() -> None:
         for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
-            if given is None:
+            if given is None or not spec.startswith("python:"):
                 check_source(spec, key=key)
         check_engine(config, runtime)
         metrics = build_task(config.task).metrics
@@ -78,7 +90,7 @@ def build(
     all_or_none(lambda: starts.begin(found.progress["step"] if found else 0) if runtime.is_main else None)
     stack.enter_context(starts.noted())
     fresh = config if found is None else without_weights(config)
-    all_or_none(lambda: check_model(fresh.model))
+    all_or_none(lambda: check_model(fresh.model, model))
     data = open_data(config, runtime, given)
     steps = total_steps(config, len(data.train))
     if found and found.progress["step"] > steps:
@@ -86,7 +98,7 @@ def build(
             f"train.{'epochs' if config.train.steps is None else 'steps'}: the run would end at step {steps}, "
             f"but {found.folder} is at step {found.progress['step']}: train for longer, or choose another --out"
         )
-    engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say, data.train.channels)
+    engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say, data.train.channels, model)
     stack.callback(engine.close)
     starts.engine = engine
     data.bad.keep_in(out / bad.NAME, runtime, resumed=found is not None)
@@ -112,9 +124,13 @@ def build(
 
 
 def build_model(
-    config: Config, num_classes: int, runtime: Runtime, steps: int, say: Callable[[str], None], channels: int = 3
-) -> tuple[Engine, Blueprint, dict[str, Any]]:
+    config: Config, num_classes: int, runtime: Runtime, steps: int, say: Callable[[str], None], channels: int = 3,
+    model: GivenModel | None = None,
+) -> tuple[Engine, Blueprint, dict[str, Any]]:  # fmt: skip
     """Build the sharded model with its first values; returns the engine, the blueprint and the model card.
+
+    Args:
+        model: the caller's own, or a function that builds it, in the place of timm's.
 
     Raises:
         UserError: the model, its options, its weights and the number of classes do not fit together.
@@ -126,14 +142,20 @@ def build_model(
         )
 
     def plan_model() -> tuple[Blueprint, Blocks, dict[str, Any]]:
-        plan = blueprint(config.model, outputs)
+        plan = blueprint(config.model, outputs, model)
         blocks = find_blocks(plan.module, plan.image_size)
         for note in (plan.note, blocks.reason and f"{config.model.name}: blocks taken from its containers: {blocks.reason}"):
             if note:
                 say(note)
-        card = model_card(
-            config.model, outputs, plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std
-        )  # fmt: skip
+        if model is not None:
+            card = given_card(
+                config.model.name, plan.outputs, plan.in_chans, plan.image_size, mean=plan.mean, std=plan.std,
+                interpolation=plan.interpolation, crop_pct=plan.crop_pct,
+            )  # fmt: skip
+        else:
+            card = model_card(
+                config.model, outputs, plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std
+            )  # fmt: skip
         if plan.in_chans != channels:
             raise UserError(
                 f"model.options.in_chans: {plan.in_chans}, but the images have {channels} channels: "
@@ -157,6 +179,11 @@ def restore_model(found: Checkpoint, engine: Engine) -> None:
 def without_weights(config: Config) -> Config:
     """The configuration of a model whose weights will all come from a checkpoint: the first ones are not looked for."""
     return replace(config, model=replace(config.model, pretrained=False, weights=None))
+
+
+def with_model(config: Config, model: GivenModel | None) -> Config:
+    """*config* that says of which class the given model is."""
+    return config if model is None else replace(config, model=replace(config.model, name=given_name(model)))
 
 
 def total_steps(config: Config, samples: int) -> int:

@@ -50,7 +50,7 @@ class Data:
 
 
 Given = tuple[Any, Any]
-"""Training and validation data as the caller has them, in the place of names."""
+"""Training and validation data as the caller has them, in the place of names; the second may be a name."""
 
 
 def with_data(config: Config, data: Any, val: Any) -> tuple[Config, Given | None]:
@@ -63,7 +63,7 @@ def with_data(config: Config, data: Any, val: Any) -> tuple[Config, Given | None
         return config, None
     if data is None or val is None:
         raise UserError(f"{'data' if data is None else 'val'}: give training and validation data, both or none")
-    names = [f"python:{type(given).__name__}" for given in (data, val)]
+    names = [given if isinstance(given, str) else f"python:{type(given).__name__}" for given in (data, val)]
     return replace(config, data=replace(config.data, train=names[0], val=names[1])), (data, val)
 
 

@@ -12,6 +12,7 @@ from bigvision.config import Config, parse_size
 from bigvision.engine import Engine
 from bigvision.runtime import Runtime, gather_json
 from bigvision.signals import SIGNALS
+from bigvision.training.callbacks import Callbacks, Event
 from bigvision.training.digest import check_copies
 
 
@@ -36,6 +37,7 @@ class Saving:
             say=say,
         )
         self.saved: int | None = None
+        self.untold: list[int] = []
         self.requested = False
         self.stopped_by = ""
         """The signal that asked any rank to stop, once all ranks know of it."""
@@ -83,17 +85,17 @@ class Saving:
         engine.synchronize()
         if self.config.faults.digest_every is not None:
             check_copies(engine)
-        progress: dict[str, Any] = {
-            "step": engine.step,
-            "samples": engine.samples,
-            "scalars": engine.scalars(),
-            "metrics": metrics,
-            "evaluation_owed": owed,
-            "faults": self.faults(),
-            "config": self.config.to_dict(),
-        }
+        progress = progress_of(engine, self.config, metrics) | {"evaluation_owed": owed, "faults": self.faults()}
         self.saver.save(engine.step, engine.fragments(), {"config.json": self.card, "progress.json": progress})
         self.saved, self.requested, self.since = engine.step, False, time.monotonic()
+        self.untold.append(engine.step)
+
+    def tell(self, told: Callbacks) -> None:
+        """Tell of the checkpoints that are complete by now."""
+        # A save waits for the one before: only the last may still be under way.
+        while self.untold and (len(self.untold) > 1 or self.saver.done):
+            step = self.untold.pop(0)
+            told.tell(Event("checkpoint", step, folder=Path(self.config.out) / folder_name(step)))
 
     def wait(self) -> None:
         """Wait until the last save is on the disk.
@@ -115,3 +117,14 @@ class Saving:
     def close(self) -> None:
         """Wait for what is being written; also when the run ends by an error."""
         self.saver.close()
+
+
+def progress_of(engine: Engine, config: Config, metrics: dict[str, float]) -> dict[str, Any]:
+    """What progress.json of a checkpoint says."""
+    return {
+        "step": engine.step,
+        "samples": engine.samples,
+        "scalars": engine.scalars(),
+        "metrics": metrics,
+        "config": config.to_dict(),
+    }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 from bigvision.config import Config
 from bigvision.engine import Engine
 from bigvision.errors import Stopped
+from bigvision.models import GivenModel
 from bigvision.monitor import Monitor, Own
 from bigvision.runtime import RankFailure, Watchdog, collective_timeout, start
 from bigvision.signals import listening, while_alone
-from bigvision.training.build import Build, build
+from bigvision.training.build import Build, build, with_model
+from bigvision.training.callbacks import Callback, Callbacks, Event
 from bigvision.training.data import Feed, with_data
 from bigvision.training.evaluate import evaluate
 from bigvision.training.numbers import Numbers
@@ -30,20 +33,27 @@ class Result:
     """The last step's folder."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation."""
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    """The lines of metrics.jsonl."""
 
 
-def train(config: Config, data: Any = None, val: Any = None) -> Result:
+def train(
+    config: Config, data: Any = None, val: Any = None, *, model: GivenModel | None = None, callbacks: Sequence[Callback] = ()
+) -> Result:
     """Train, evaluate and save as *config* says, from the newest checkpoint or from the start. Run on every rank.
 
     Args:
         data, val: map-style datasets of your own (see `bigvision.data.MapStyle`) in the place of what ``data.train`` and
             ``data.val`` name; both or none.
+        model: your own module, or a function that builds one, in the place of what ``model.name`` names.
+        callbacks: called on rank 0 with an `Event`.
 
     Raises:
         UserError: what was asked for cannot be done; the same on every rank, before anything is trained.
         Stopped: SIGTERM, SIGUSR1 or SIGINT came to any rank, and the run was saved; on every rank.
     """
     config, given = with_data(config, data, val)
+    config = with_model(config, model)
     with ExitStack() as stack:
         watch = stack.enter_context(Watchdog(config.limits, Path(config.out) / "stacks"))
         stack.enter_context(listening())
@@ -52,8 +62,9 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
             runtime = stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout))
         monitor = Monitor(config, runtime)
         stack.callback(monitor.close)
+        told = Callbacks(callbacks, runtime)
         with watch.naming():
-            run = build(config, runtime, monitor.say, stack, given)
+            run = build(config, runtime, monitor.say, stack, given, model)
         engine, steps, metrics = run.engine, run.steps, run.metrics
         batches = Feed(
             config, run.data, run.blueprint, runtime, step=engine.step, steps=steps, position=engine.samples, say=monitor.say
@@ -74,6 +85,7 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
             if (found := evaluate(config, run, runtime, watch, saving.stop)) is not None:
                 metrics = found
                 monitor.after_evaluation(engine.step, engine.samples, metrics)
+                told.tell(Event("evaluation", engine.step, metrics))
             return found is None
 
         with watch.naming(), _place_named(engine):
@@ -88,12 +100,15 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
                     watch.beat("save", engine.step)
                     metrics = numbers.roll_back(saving, batches)
                     continue
-                monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"), own)
+                if line := monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"), own):
+                    told.tell(Event("step", engine.step, line))
                 last, epoch_ended = engine.step == steps, _epoch_ended(engine, run, config)
                 owed = (last or _due(engine.step, config.train.eval_every, epoch_ended)) and measure()
                 if saving.due(epoch_ended) or last:
                     watch.beat("save", engine.step)
                     saving.save(metrics, owed)
+                saving.tell(told)
+                told.check()
             watch.beat("save", engine.step)
             unfinished = engine.step < steps or owed
             # A run that was resumed at its last step has nothing to train and still leaves its checkpoint.
@@ -101,11 +116,22 @@ def train(config: Config, data: Any = None, val: Any = None) -> Result:
                 saving.save(metrics, owed)
             folder = saving.finish() or run.resumed
         assert folder is not None
+        saving.tell(told)
+        told.tell(Event("end", engine.step, metrics, folder))
+        told.check()
         monitor.close()
         if unfinished:
             raise Stopped(saving.stopped_by, engine.step, folder)
         monitor.farewell(folder, metrics, run.data.bad.summary())
-        return Result(engine.step, folder, metrics)
+        return Result(engine.step, folder, metrics, read_history(config.out))
+
+
+def read_history(out: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none on a host that does not share the folder."""
+    try:
+        return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
 
 
 @contextmanager

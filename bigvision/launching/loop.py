@@ -1,0 +1,215 @@
+"""``bigvision.Engine``: sharding, steps and checkpoints for a loop of your own."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigvision import checkpoint
+from bigvision.config import parse_size
+from bigvision.data import Batch
+from bigvision.engine import Metrics, StepResult, check_engine
+from bigvision.errors import UserError
+from bigvision.launching.keywords import Recipe, configured
+from bigvision.models import GivenModel, check_model
+from bigvision.runtime import all_or_none, start
+from bigvision.training.build import build_model, with_model
+from bigvision.training.saving import progress_of
+
+
+class Engine:
+    """A model under a strategy, ready for steps. Every rank makes one and calls the same methods in the same order.
+
+    ::
+
+        with bigvision.Engine("recipe.yaml", model=net, num_classes=10, steps=1000) as engine:
+            for images, labels in loader:
+                loss = engine.train_step(images, labels).loss
+            engine.save()
+
+    It joins the launcher's ranks, or is the only one. It owns the micro-batches, precision, clipping, optimizer and schedule;
+    data, evaluation and when to save are yours.
+    """
+
+    def __init__(
+        self,
+        config: Recipe = None,
+        *,
+        model: str | GivenModel | None = None,
+        num_classes: int | None = None,
+        steps: int | None = None,
+        global_batch: int | None = None,
+        image_size: int | None = None,
+        **keys: Any,
+    ) -> None:
+        """Build and shard the model.
+
+        Args:
+            config: a recipe's path, a mapping like one, a `Config`, or nothing: the defaults.
+            model: a timm name, a module of your own, or a function that builds one; as in `bigvision.train`.
+            num_classes: ``model.num_classes``; not needed with a module of your own.
+            steps: ``train.steps``, of the whole loop: the learning rate's schedule.
+            global_batch: ``train.global_batch``, samples of a step over all ranks.
+            image_size: ``model.image_size``.
+            keys: sections and dotted keys, as in `bigvision.train`.
+
+        Raises:
+            UserError: what was asked for cannot be done; the same on every rank.
+        """
+        ours = {"model.num_classes": num_classes, "train.steps": steps, "train.global_batch": global_batch}
+        keys |= {key: value for key, value in ours.items() if value is not None}
+        made, objects = configured("bigvision.Engine", config, model, None, None, image_size, keys)
+        if made.train.steps is None:
+            raise UserError("train.steps: bigvision.Engine needs the number of steps for the learning rate: give steps=...")
+        if made.model.num_classes is None and not isinstance(objects.model, torch.nn.Module):
+            raise UserError("model.num_classes: bigvision.Engine does not see the data: give num_classes=...")
+        self.config = with_model(made, objects.model)
+        self._stack = ExitStack()
+        try:
+            self._build(objects.model)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _build(self, model: Any) -> None:
+        parallel, steps = self.config.parallel, self.config.train.steps
+        assert steps is not None
+        self.runtime = self._stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks))
+        all_or_none(lambda: check_engine(self.config, self.runtime))
+        all_or_none(lambda: check_model(self.config.model, model))
+        channels = self.config.model.options.get("in_chans", getattr(model, "in_chans", 3))
+        self.engine, blueprint, self._card = build_model(
+            self.config, self.config.model.num_classes or 1, self.runtime, steps, self._say, channels, model
+        )
+        self._stack.callback(self.engine.close)
+        self._savers: dict[Path, checkpoint.Saver] = {}
+        self.image_size: int = blueprint.image_size
+        self.mean, self.std = blueprint.mean, blueprint.std
+        """What uint8 images in 0..1 are normalised with, per channel."""
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.engine.step
+
+    @property
+    def rank(self) -> int:
+        return self.runtime.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.runtime.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes."""
+        return self.runtime.is_main
+
+    @property
+    def device(self) -> torch.device:
+        return self.runtime.device
+
+    def train_step(self, images: Tensor | Batch, labels: Tensor | None = None) -> StepResult:
+        """Take one optimizer step on this rank's part of the global batch.
+
+        Args:
+            images: (B, C, H, W), B being ``train.global_batch`` / data-parallel ranks: uint8, which are normalised on the
+                device, or floating-point numbers, which are taken as they are. Or a whole `bigvision.data.Batch`.
+            labels: int64 (B,).
+
+        Returns:
+            The loss and gradient norm over all ranks, as 0-D tensors on the device.
+
+        Raises:
+            UserError: another number of samples than ``train.global_batch`` says.
+        """
+        batch = _batch(images, labels)
+        expected = self.config.train.global_batch
+        if len(batch) * self.runtime.data_ranks != expected:
+            raise UserError(
+                f"train.global_batch: {expected}, but {self.runtime.data_ranks} data-parallel ranks got {len(batch)} samples "
+                f"each: give global_batch={len(batch) * self.runtime.data_ranks}, and batches that are all of one size"
+            )
+        return self.engine.train_step(batch)
+
+    def eval_step(self, images: Tensor | Batch, labels: Tensor | None = None) -> Metrics:
+        """Measure this rank's samples, as many on each rank. Add up what is returned, and ask it for its ``means()``."""
+        self.engine.synchronize()
+        return self.engine.eval_step(_batch(images, labels))
+
+    def save(self, out: str | Path | None = None, metrics: dict[str, float] | None = None) -> Path:
+        """Save a checkpoint in the folder *out* (the configuration's by default), and return its step folder.
+
+        It is what a run saves: `bigvision.train` and :meth:`resume` go on from it, on any number of ranks.
+
+        Args:
+            metrics: numbers to be kept with it.
+
+        Raises:
+            RankFailure: it could not be written; the same on every rank.
+        """
+        folder, keep = Path(out or self.config.out), self.config.checkpoint
+        if self.is_main:
+            checkpoint.prepare_folder(folder)
+        if folder not in self._savers:
+            self._savers[folder] = checkpoint.Saver(
+                folder, parse_size(keep.shard_size, "checkpoint.shard_size"),
+                checkpoint.Retention(keep.keep, None, keep.keep_every), background=False, writer=keep.writer,
+                timeout=keep.timeout, say=self._say,
+            )  # fmt: skip
+        self.engine.synchronize()
+        progress = progress_of(self.engine, replace(self.config, out=str(folder)), metrics or {})
+        documents = {"config.json": self._card, "progress.json": progress}
+        self._savers[folder].save(self.step, self.engine.fragments(), documents)
+        return folder / checkpoint.folder_name(self.step)
+
+    def resume(self, folder: str | Path | None = None) -> int:
+        """Take over a checkpoint's whole state, and return its step; 0 where there is none.
+
+        Args:
+            folder: a step folder; by default what ``checkpoint.resume`` means, "auto" being the newest in ``out``.
+
+        Raises:
+            UserError: it is not valid, or of another model.
+        """
+        verify = self.config.checkpoint.verify
+        if folder is not None:
+            found = checkpoint.open_checkpoint(Path(folder), verify, "checkpoint.resume")
+        else:
+            found = checkpoint.find(self.config.checkpoint.resume, Path(self.config.out), verify, self._say)
+        if found is not None:
+            found = found.restore_or_older(list(self.engine.fragments()), self._say)
+            self.engine.restored(found.progress["scalars"])
+        return self.step
+
+    def close(self) -> None:
+        """Let go of the model, and leave the other ranks where it joined them."""
+        self._stack.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        self.close()
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            print(text)
+
+
+def _batch(images: Tensor | Batch, labels: Tensor | None) -> Batch:
+    if isinstance(images, Batch):
+        return images
+    if labels is None or images.ndim != 4 or labels.shape != images.shape[:1]:
+        got = f"{tuple(images.shape)} and {None if labels is None else tuple(labels.shape)}"
+        raise UserError(f"images, labels: got {got}: give images (B, C, H, W) and int64 labels (B,)")
+    count = len(labels)
+    return Batch(images, labels.long(), torch.arange(count), torch.ones(count, dtype=torch.bool))

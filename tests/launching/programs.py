@@ -1,0 +1,74 @@
+"""Programs that a user would write: run as scripts without a guard, from a folder of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SMALL = {
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "image_size": 32,
+        "options": {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2},
+    },
+    "data": {"train": "synthetic:53x32", "val": "synthetic:53x32", "workers": 0},
+    "optim": {"lr": 1e-3, "warmup": 3},
+    "parallel": {"strategy": "ddp", "precision": "fp32", "device": "cpu"},
+    "train": {"steps": 4, "global_batch": 24, "micro_batch": 5, "eval_every": 1000},
+    "checkpoint": {"every": 1000},
+    "monitor": {"progress": False, "every": 1},
+}
+"""A run of less than a second."""
+
+
+def small(out: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """`SMALL` into the folder *out*; *sections* change single keys."""
+    return SMALL | {"out": str(out)} | {name: SMALL.get(name, {}) | keys for name, keys in sections.items()}
+
+
+def start(folder: Path, source: str, **recipe: Any) -> subprocess.Popen[str]:
+    """Start a script with *source* in *folder*, and *recipe* beside it as recipe.yaml, which JSON is too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    (folder / "script.py").write_text(source)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "script.py"], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def ended(program: subprocess.Popen[str], folder: Path, timeout: float = 600) -> tuple[int, str, str]:
+    """Wait for its end; return its exit code and what it printed. Fails where it has left a process behind in *folder*."""
+    said, errors = program.communicate(timeout=timeout)
+    until = time.monotonic() + 60
+    while left := inhabitants(folder):
+        assert time.monotonic() < until, f"left behind: {left}\n{errors}"
+        time.sleep(0.1)
+    return program.returncode, said, errors
+
+
+def inhabitants(folder: Path) -> list[str]:
+    """The commands of the processes that work in *folder*; ranks have sessions of their own, but stay there."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cwd").readlink() == folder:
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(path: Path, text: str, program: subprocess.Popen[str], timeout: float = 600) -> None:
+    """Wait until the file *path* holds *text*."""
+    until = time.monotonic() + timeout
+    while not (path.exists() and text in path.read_text()):
+        assert program.poll() is None, program.communicate()
+        assert time.monotonic() < until, f"{path} does not hold {text!r}"
+        time.sleep(0.05)

@@ -1,0 +1,104 @@
+"""``bigvision.Engine``: a loop of one's own takes the steps of a run."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bigvision
+from tests.distributed import run_ranks
+from tests.launching.programs import small
+from tests.recipes import losses, run
+
+
+def own_loop(plain: dict[str, Any], floats: bool = False) -> tuple[list[float], dict[str, float], str]:
+    """The run's own batches, in a loop like that of the README; saves after two steps, and goes on in a second engine."""
+    from bigvision.config import load_config
+    from bigvision.data import normalize
+    from bigvision.training.data import Feed, open_data
+
+    config, found = load_config(plain), []
+    keys = {"num_classes": 10, "steps": config.train.steps}
+
+    with bigvision.Engine(plain, **keys) as engine:
+        data = open_data(config, engine.runtime)
+        for _ in range(2):
+            if engine.step == 0:
+                batches = feed(Feed, config, data, engine)
+            batch = next(batches)
+            images = normalize(batch.images, engine.mean, engine.std) if floats else batch.images
+            kept = images.clone()
+            found.append(float(engine.train_step(images, batch.labels).loss))
+            assert torch.equal(images, kept)
+        batches.close()
+        first = engine.save(metrics={"mine": 0.5})
+    with bigvision.Engine(plain, **keys) as engine:
+        assert engine.resume() == 2 and engine.step == 2
+        batches = feed(Feed, config, data, engine)
+        while engine.step < engine.config.train.steps:
+            found.append(float(engine.train_step(next(batches)).loss))
+        batches.close()
+        total = None
+        for start in range(0, 53, 53):
+            samples = [data.val.read(index) for index in range(start, start + 53)]
+            images = torch.stack([torch.as_tensor(sample.image) for sample in samples])
+            metrics = engine.eval_step(images, torch.tensor([sample.label for sample in samples]))
+            total = metrics if total is None else total + metrics
+        last = engine.save()
+        assert engine.rank == engine.runtime.rank and engine.is_main == (engine.rank == 0) and engine.device.type == "cpu"
+    assert total is not None
+    assert first.name == "step-00000002" and last.name == "step-00000004"
+    return found, total.means(), str(last)
+
+
+def feed(kind: Any, config: Any, data: Any, engine: bigvision.Engine) -> Any:
+    blueprint = Shape(engine)
+    return kind(config, data, blueprint, engine.runtime, step=engine.step, steps=4, position=engine.engine.samples)
+
+
+class Shape:
+    """What the run's own feed asks of a model."""
+
+    interpolation, crop_pct = "bicubic", 0.9
+
+    def __init__(self, engine: bigvision.Engine) -> None:
+        self.image_size = engine.image_size
+
+
+@pytest.mark.parametrize(("strategy", "floats"), [("ddp", False), ("fsdp", True)])
+def test_a_loop_of_ones_own_has_the_losses_of_a_run(tmp_path: Path, strategy: str, floats: bool) -> None:
+    plain = small(tmp_path / "run", parallel={"strategy": strategy}, data={"augment": False})
+    expected = run_ranks(run, 2, plain)[0]
+    found = run_ranks(own_loop, 2, plain | {"out": str(tmp_path / "own")}, floats)
+    for got, metrics, _ in found:
+        assert got == expected
+        assert set(metrics) == {"loss", "top1", "top5"}
+    # A run goes on from its checkpoint.
+    plain |= {"out": str(tmp_path / "more"), "checkpoint": {"resume": found[0][2]}}
+    run_ranks(run, 1, plain | {"train": plain["train"] | {"steps": 5}})
+    assert len(losses(tmp_path / "more")) == 1
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    plain = small(tmp_path)
+    for keys, said in (
+        ({"num_classes": 3, "train.steps": None}, "train.steps: bigvision.Engine needs the number of steps"),
+        ({}, "model.num_classes: bigvision.Engine does not see the data"),
+        ({"num_classes": 3, "stepz": 2}, "bigvision.Engine: unknown keyword 'stepz'"),
+        ({"num_classes": 3, "model": "vit_tinny"}, "model.name: 'vit_tinny' is not a timm model"),
+    ):
+        with pytest.raises(bigvision.UserError, match=f"^{said}"):
+            bigvision.Engine(plain, **keys)
+    with ExitStack() as stack:
+        engine = stack.enter_context(bigvision.Engine(plain, num_classes=3))
+        images = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
+        with pytest.raises(bigvision.UserError, match=r"train.global_batch: 24, but 1 data-parallel ranks got 5 samples each"):
+            engine.train_step(images, torch.zeros(5))
+        with pytest.raises(bigvision.UserError, match=r"images, labels: got \(5, 3, 32, 32\) and \(4,\)"):
+            engine.train_step(images, torch.zeros(4))
+        assert engine.resume() == 0
+    assert not torch.distributed.is_initialized()
