@@ -215,7 +215,7 @@ class FaultsConfig:
     digest_every: int | None = None
     """Steps between comparisons of the state that several ranks hold alike (silent corruption); null does not compare."""
     out_of_memory: Literal["halve", "stop"] = "halve"
-    """A device without memory: go on from the newest checkpoint with half of train.micro_batch on all ranks, or end."""
+    """A device without memory ends the run; the next start has half of train.micro_batch on all ranks, or not."""
     same_crash: int = 3
     """Crashes in a row at the same step, after which the run is not started again."""
     restarts: int = 20

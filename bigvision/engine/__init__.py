@@ -31,10 +31,15 @@ def check_engine(config: Config, runtime: Runtime) -> None:
     Raises:
         UserError: batch sizes that do not fit the ranks or the DeepSpeed file, no compiler for what has to be compiled.
     """
-    check_ranks(config, runtime)
-    check_batches(config, runtime.data_ranks, micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks))
+    check_sizes(config, runtime)
     if config.parallel.offload != "none" and config.optim.name == "adamw":
         check_cpu_adam(runtime.device)
+
+
+def check_sizes(config: Config, runtime: Runtime) -> None:
+    """The part of :func:`check_engine` that is about batches."""
+    check_ranks(config, runtime)
+    check_batches(config, runtime.data_ranks, micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks))
 
 
 def build_engine(config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int) -> Engine:
@@ -42,4 +47,4 @@ def build_engine(config: Config, blueprint: Blueprint, blocks: Blocks, task: Tas
     return STRATEGIES[config.parallel.strategy](config, blueprint, blocks, task, runtime, steps)
 
 
-__all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "build_engine", "check_engine", "micro_batch"]
+__all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "build_engine", "check_engine", "check_sizes", "micro_batch"]

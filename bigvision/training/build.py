@@ -28,10 +28,11 @@ from bigvision.models import (
     given_name,
     model_card,
 )
-from bigvision.runtime import Runtime, all_or_none
+from bigvision.runtime import Runtime, all_or_none, from_main
 from bigvision.tasks import build_task
 from bigvision.training import bad
 from bigvision.training.data import Data, Given, open_data
+from bigvision.training.memory import with_micro_batch
 from bigvision.training.starts import Starts
 
 
@@ -39,6 +40,9 @@ from bigvision.training.starts import Starts
 class Build:
     """Everything the training loop needs."""
 
+    config: Config
+    """What was asked for, with the micro-batch that the ranks have memory for."""
+    starts: Starts
     engine: Engine
     data: Data
     blueprint: Blueprint
@@ -87,8 +91,12 @@ def build(
     all_or_none(check)
     found = checkpoint.find(config.checkpoint.resume, out, config.checkpoint.verify, say)
     starts = Starts(config, runtime)
-    all_or_none(lambda: starts.begin(found.progress["step"] if found else 0) if runtime.is_main else None)
+    begin = (lambda: starts.begin(found.progress["step"] if found else 0)) if runtime.is_main else lambda: None
+    smaller = from_main(all_or_none(begin))
     stack.enter_context(starts.noted())
+    if smaller is not None:
+        say(f"{starts.path}: a rank was out of memory: train.micro_batch is {smaller}")
+        config = with_micro_batch(config, smaller)
     fresh = config if found is None else without_weights(config)
     all_or_none(lambda: check_model(fresh.model, model))
     data = open_data(config, runtime, given)
@@ -118,9 +126,9 @@ def build(
 
     all_or_none(note)
     if found is None:
-        return Build(engine, data, plan, card, steps, metrics)
+        return Build(config, starts, engine, data, plan, card, steps, metrics)
     owed = found.progress.get("evaluation_owed", False)
-    return Build(engine, data, plan, card, steps, metrics, found.folder, engine.step, owed, faults)
+    return Build(config, starts, engine, data, plan, card, steps, metrics, found.folder, engine.step, owed, faults)
 
 
 def build_model(

@@ -9,37 +9,39 @@ from pathlib import Path
 
 from bigvision import checkpoint
 from bigvision.config import Config
+from bigvision.engine import Engine
+from bigvision.models import Blueprint
 from bigvision.runtime import Runtime, Watchdog, collective_timeout, identify, start
-from bigvision.training.build import Build, build_model, restore_model, without_weights
-from bigvision.training.data import Validation, open_data
+from bigvision.training.build import build_model, restore_model, without_weights
+from bigvision.training.data import Data, Validation, open_data
 
 
 def evaluate(
-    config: Config, run: Build, runtime: Runtime, watch: Watchdog, stop: Callable[[], bool] = lambda: False
+    config: Config, engine: Engine, data: Data, blueprint: Blueprint, runtime: Runtime, watch: Watchdog,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:  # fmt: skip
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
 
     Args:
         stop: asked before each batch, on every rank; where it says True the evaluation is broken off, and returns None.
     """
-    step = run.engine.step
-    watch.beat("evaluate", step)
-    run.engine.synchronize()
-    batches = Validation(config, run.data, run.blueprint, runtime, run.engine.eval_batch)
+    watch.beat("evaluate", engine.step)
+    engine.synchronize()
+    batches = Validation(config, data, blueprint, runtime, engine.eval_batch)
     try:
         total = None
         for batch in batches:
             watch.fed()
             if stop():
                 return None
-            metrics = run.engine.eval_step(batch)
+            metrics = engine.eval_step(batch)
             total = metrics if total is None else total + metrics
-            watch.beat("evaluate", step)
+            watch.beat("evaluate", engine.step)
         unreadable = batches.finish()
     finally:
         batches.close()
     assert total is not None
-    assert int(total.count) + unreadable == len(run.data.val)
+    assert int(total.count) + unreadable == len(data.val)
     return total.means()
 
 
@@ -58,12 +60,12 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
     ):
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
         data = open_data(config, runtime)
-        engine, blueprint, card = build_model(
+        engine, blueprint, _ = build_model(
             config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.train.channels
         )
         try:
             restore_model(found, engine)
-            metrics = evaluate(config, Build(engine, data, blueprint, card, 1, {}), runtime, watch)
+            metrics = evaluate(config, engine, data, blueprint, runtime, watch)
             assert metrics is not None
             return metrics
         finally:

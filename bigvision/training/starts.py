@@ -30,15 +30,20 @@ class Starts:
         self.config = xxhash.xxh3_64_hexdigest(json.dumps(config.to_dict(), sort_keys=True).encode())
         self.engine: Engine | None = None
         """Says at which step an error came; None while it is built."""
+        self.smaller: int | None = None
+        """The micro-batch that the next start should have, after an error for want of memory."""
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int) -> int | None:
         """Note a start that goes on from *step*. Called on rank 0.
+
+        Returns the micro-batch that starts before this one came to for want of memory; None where none did.
 
         Raises:
             UserError: the last starts crashed at the same step, or came to no newer checkpoint, too often.
         """
         starts = self._read()
-        same = _in_a_row(starts, lambda start: (start["crash"], start["config"]) == (starts[-1]["crash"], self.config))
+        last = (starts[-1]["crash"], self.config, None) if starts else ()
+        same = _in_a_row(starts, lambda start: (start["crash"], start["config"], start["smaller"]) == last)
         mend = f"mend that, then change the configuration or remove {self.path} to start again"
         if starts and starts[-1]["crash"] is not None and same >= self.faults.same_crash:
             where = "before its first step" if starts[-1]["crash"] < 0 else f"at step {starts[-1]['crash']}"
@@ -49,6 +54,8 @@ class Starts:
         if stuck > self.faults.restarts:
             raise UserError(f"faults.restarts: {stuck} starts in a row from step {step} came to no newer checkpoint: {mend}")
         self._write({"start": len(starts) + 1, "step": step, "ranks": self.runtime.world_size, "config": self.config})
+        sizes = [start["smaller"] for start in starts if start["config"] == self.config and start["smaller"] is not None]
+        return min(sizes, default=None)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -64,7 +71,8 @@ class Starts:
             if not _of_others(error) and self.path.exists():
                 step = self.engine.step if self.engine is not None else -1
                 said = f"{type(error).__name__}: {one_line(error)[:500]}"
-                self._write({"crash": step, "rank": self.runtime.rank, "error": said})
+                mend = {"micro_batch": self.smaller} if self.smaller is not None else {}
+                self._write({"crash": step, "rank": self.runtime.rank, "error": said} | mend)
             raise
         self._end("done")
 
@@ -83,9 +91,13 @@ class Starts:
             try:
                 line = json.loads(text)
                 if "start" in line:
-                    starts.append({"step": line["step"], "config": line["config"], "crash": None, "error": "", "ended": False})
-                elif "crash" in line and starts and starts[-1]["crash"] is None:
-                    starts[-1] |= {"crash": int(line["crash"]), "error": f"rank {line['rank']}: {line['error']}"}
+                    fresh = {"crash": None, "error": "", "ended": False, "smaller": None}
+                    starts.append({"step": line["step"], "config": line["config"]} | fresh)
+                elif "crash" in line and starts:
+                    if starts[-1]["crash"] is None:
+                        starts[-1] |= {"crash": int(line["crash"]), "error": f"rank {line['rank']}: {line['error']}"}
+                    if "micro_batch" in line:
+                        starts[-1]["smaller"] = int(line["micro_batch"])
                 elif "end" in line and starts:
                     starts[-1]["ended"] = True
             except (ValueError, KeyError, TypeError):

@@ -14,12 +14,13 @@ from bigvision.engine import Engine
 from bigvision.errors import Stopped
 from bigvision.models import GivenModel
 from bigvision.monitor import Monitor, Own
-from bigvision.runtime import RankFailure, Watchdog, collective_timeout, start
+from bigvision.runtime import RankFailure, Runtime, Watchdog, collective_timeout, start
 from bigvision.signals import listening, while_alone
 from bigvision.training.build import Build, build, with_model
 from bigvision.training.callbacks import Callback, Callbacks, Event
 from bigvision.training.data import Feed, with_data
 from bigvision.training.evaluate import evaluate
+from bigvision.training.memory import mended
 from bigvision.training.numbers import Numbers
 from bigvision.training.saving import Saving
 
@@ -33,8 +34,8 @@ class Result:
     """The last step's folder."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation."""
-    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
-    """The lines of metrics.jsonl."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """The lines of metrics.jsonl, also those of starts before this one."""
 
 
 def train(
@@ -54,76 +55,122 @@ def train(
     """
     config, given = with_data(config, data, val)
     config = with_model(config, model)
+    parallel = config.parallel
     with ExitStack() as stack:
-        watch = stack.enter_context(Watchdog(config.limits, Path(config.out) / "stacks"))
         stack.enter_context(listening())
-        parallel, timeout = config.parallel, collective_timeout(config.limits)
+        watch = stack.enter_context(Watchdog(config.limits, Path(config.out) / "stacks"))
         with while_alone():
+            timeout = collective_timeout(config.limits)
             runtime = stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout))
         monitor = Monitor(config, runtime)
         stack.callback(monitor.close)
         told = Callbacks(callbacks, runtime)
         with watch.naming():
             run = build(config, runtime, monitor.say, stack, given, model)
-        engine, steps, metrics = run.engine, run.steps, run.metrics
-        batches = Feed(
-            config, run.data, run.blueprint, runtime, step=engine.step, steps=steps, position=engine.samples, say=monitor.say
-        )
-        stack.callback(batches.close)
-        numbers = Numbers(config, engine, monitor, run.faults)
-        saving = Saving(config, engine, run.card, runtime, monitor.say, numbers.state)
-        stack.callback(saving.close)
-        monitor.begin(engine.step, steps, metrics)
-        numbers.begin(saving, metrics)
-
-        def own() -> Own:
-            return Own(batches.waited(), engine.alone())
-
-        def measure() -> bool:
-            """Evaluate; returns whether the evaluation is still owed, since it was broken off by a signal to stop."""
-            nonlocal metrics
-            if (found := evaluate(config, run, runtime, watch, saving.stop)) is not None:
-                metrics = found
-                monitor.after_evaluation(engine.step, engine.samples, metrics)
-                told.tell(Event("evaluation", engine.step, metrics))
-            return found is None
-
-        with watch.naming(), _place_named(engine):
-            stopped = saving.stop()  # by a signal that came while the run was built
-            owed = run.evaluation_owed and (stopped or measure())
-            while engine.step < steps and not saving.stopped_by:
-                watch.beat("step", engine.step + 1)
-                batch = next(batches)
-                watch.fed()
-                result = numbers.step(batch)
-                if numbers.back_from:
-                    watch.beat("save", engine.step)
-                    metrics = numbers.roll_back(saving, batches)
-                    continue
-                if line := monitor.after_step(engine.step, engine.samples, result, run.data.bad.count("train"), own):
-                    told.tell(Event("step", engine.step, line))
-                last, epoch_ended = engine.step == steps, _epoch_ended(engine, run, config)
-                owed = (last or _due(engine.step, config.train.eval_every, epoch_ended)) and measure()
-                if saving.due(epoch_ended) or last:
-                    watch.beat("save", engine.step)
-                    saving.save(metrics, owed)
-                saving.tell(told)
-                told.check()
-            watch.beat("save", engine.step)
-            unfinished = engine.step < steps or owed
-            # A run that was resumed at its last step has nothing to train and still leaves its checkpoint.
-            if saving.saved != engine.step and not (unfinished and run.resumed_at == engine.step):
-                saving.save(metrics, owed)
-            folder = saving.finish() or run.resumed
-        assert folder is not None
-        saving.tell(told)
-        told.tell(Event("end", engine.step, metrics, folder))
-        told.check()
+            with mended(run.config, run.blueprint, runtime, run.starts), _place_named(run.engine):
+                loop = Loop(run, runtime, monitor, watch, told, stack)
+                loop.run_steps()
+                folder = loop.finish()
         monitor.close()
-        if unfinished:
-            raise Stopped(saving.stopped_by, engine.step, folder)
-        monitor.farewell(folder, metrics, run.data.bad.summary())
-        return Result(engine.step, folder, metrics, read_history(config.out))
+        if loop.unfinished:
+            raise Stopped(loop.saving.stopped_by, run.engine.step, folder)
+        monitor.farewell(folder, loop.metrics, run.data.bad.summary())
+        return Result(run.engine.step, folder, loop.metrics, read_history(config.out))
+
+
+class Loop:
+    """Steps, with evaluations and checkpoints between them. Every rank calls all of its methods."""
+
+    def __init__(
+        self, run: Build, runtime: Runtime, monitor: Monitor, watch: Watchdog, told: Callbacks, stack: ExitStack
+    ) -> None:  # fmt: skip
+        config, engine = run.config, run.engine
+        self.run, self.runtime, self.monitor, self.watch, self.told = run, runtime, monitor, watch, told
+        self.config, self.engine, self.steps, self.metrics = config, engine, run.steps, run.metrics
+        self.batches = Feed(
+            config,
+            run.data,
+            run.blueprint,
+            runtime,
+            step=engine.step,
+            steps=run.steps,
+            position=engine.samples,
+            say=monitor.say,
+        )
+        stack.callback(self.batches.close)
+        self.numbers = Numbers(config, engine, monitor, run.faults)
+        self.saving = Saving(config, engine, run.card, runtime, monitor.say, self.numbers.state)
+        stack.callback(self.saving.close)
+        monitor.begin(engine.step, run.steps, run.metrics)
+        self.numbers.begin(self.saving, run.metrics)
+        self.owed = run.evaluation_owed
+        """Whether the evaluation of the last step was broken off by a signal to stop."""
+
+    def run_steps(self) -> None:
+        """Train to the last step, or until a signal asks to stop."""
+        engine, saving = self.engine, self.saving
+        if not saving.stop() and self.owed:  # the signal may have come while the run was built
+            self.measure()
+        while engine.step < self.steps and not saving.stopped_by:
+            self.watch.beat("step", engine.step + 1)
+            batch = next(self.batches)
+            self.watch.fed()
+            result = self.numbers.step(batch)
+            if self.numbers.back_from:
+                self.watch.beat("save", engine.step)
+                self.metrics = self.numbers.roll_back(saving, self.batches)
+                continue
+            bad = self.run.data.bad.count("train")
+            if line := self.monitor.after_step(engine.step, engine.samples, result, bad, self._own):
+                self.told.tell(Event("step", engine.step, line))
+            last, epoch_ended = engine.step == self.steps, self._epoch_ended()
+            if last or _due(engine.step, self.config.train.eval_every, epoch_ended):
+                self.measure()
+            if saving.due(epoch_ended) or last:
+                self.save()
+            saving.tell(self.told)
+            self.told.check()
+
+    def measure(self) -> None:
+        """Evaluate, unless a signal asks to stop."""
+        run = self.run
+        found = evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving.stop)
+        self.owed = found is None
+        if found is not None:
+            self.metrics = found
+            self.monitor.after_evaluation(self.engine.step, self.engine.samples, found)
+            self.told.tell(Event("evaluation", self.engine.step, found))
+
+    def save(self) -> None:
+        """Begin to save the run as it stands."""
+        self.watch.beat("save", self.engine.step)
+        self.saving.save(self.metrics, self.owed)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is something left to do: a signal asked to stop."""
+        return self.engine.step < self.steps or self.owed
+
+    def finish(self) -> Path:
+        """Return the folder of the last step, once it is on the disk."""
+        resumed_here = self.run.resumed_at == self.engine.step
+        # A run that was resumed at its last step has nothing to train and still leaves its checkpoint.
+        if self.saving.saved != self.engine.step and not (self.unfinished and resumed_here):
+            self.save()
+        folder = self.saving.finish() or self.run.resumed
+        assert folder is not None
+        self.saving.tell(self.told)
+        self.told.tell(Event("end", self.engine.step, self.metrics, folder))
+        self.told.check()
+        return folder
+
+    def _own(self) -> Own:
+        return Own(self.batches.waited(), self.engine.alone())
+
+    def _epoch_ended(self) -> bool:
+        """Whether the last step took the last sample of an epoch. Batches run on across epochs, so none is short."""
+        before, length = self.engine.samples - self.config.train.global_batch, len(self.run.data.train)
+        return self.engine.samples // length > before // length
 
 
 def read_history(out: str) -> list[dict[str, Any]]:
@@ -149,9 +196,3 @@ def _place_named(engine: Engine) -> Iterator[None]:
 
 def _due(step: int, every: int | None, epoch_ended: bool) -> bool:
     return epoch_ended if every is None else step % every == 0
-
-
-def _epoch_ended(engine: Engine, run: Build, config: Config) -> bool:
-    """Whether the last step took the last sample of an epoch. Batches run on across epochs, so none is short."""
-    before = engine.samples - config.train.global_batch
-    return engine.samples // len(run.data.train) > before // len(run.data.train)
