@@ -182,7 +182,7 @@ def test_stopped_at_random_moments(tmp_path: Path, moments: int) -> None:
     made = plain(out, train={"steps": 60 * moments, "eval_every": 7})
     path, slowest, done = written(tmp_path, made), 0.0, False
     for number in range(moments):
-        before = checkpoint.steps_in(out) if out.exists() else []
+        before, begun = checkpoint.steps_in(out) if out.exists() else [], starts(out)
         processes = start_programs(path, ranks)
         try:
             asked = processes
