@@ -41,7 +41,9 @@ def lacks_memory(error: BaseException | None) -> bool:
     """Whether *error*, or what is behind it, says that this process has no memory."""
     if isinstance(error, RankFailure):
         return False  # repeats what another rank said
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # what is raised again may come after itself
+        seen.add(id(error))
         says = isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or says:
             # A smaller micro-batch leaves data workers as they are.

@@ -199,3 +199,6 @@ def test_memory_of_another_kind() -> None:
     assert lacks_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"))
     assert lacks_memory(MemoryError()) and not lacks_memory(ValueError("out of memory"))
     assert not lacks_memory(RuntimeError("DataLoader worker (pid 7) is killed: out of memory"))
+    first, second = ValueError(), KeyError()
+    first.__context__, second.__context__ = second, first
+    assert not lacks_memory(first), "and comes to an end"
