@@ -58,7 +58,8 @@ def test_a_slow_rank_is_reported_and_stops_nothing(where: str, strategy: str, la
     assert [line.partition(":")[0] for line in told] == [f"rank {late} is slow", f"rank {late} is no longer slow"], said
     assert all(text == "" for _, text in others)
     found = {line["step"]: line["stragglers"] for line in lines(tmp_path) if "stragglers" in line}
-    assert list(found) == [5, 6, 7, 8] and all(list(slow) == [str(late)] for slow in found.values())
+    # The first step may be long for all: what it warms up is slower than the sleep.
+    assert {6, 7, 8} <= set(found) <= {5, 6, 7, 8} and all(list(slow) == [str(late)] for slow in found.values())
     assert all(slow[str(late)] >= LATE / 2 for slow in found.values()), found
 
 
