@@ -51,5 +51,5 @@ def test_the_data_of_such_a_run_has_to_be_named_to_read_it_again(tmp_path: Path)
     run_ranks(run_on_pets, 1, recipe(tmp_path, train={"steps": 1}))
     with pytest.raises(UserError, match=r"data.train: the data of this run was given from Python \(Pets\)"):
         train(load_config(str(tmp_path / "run.yaml")))
-    with pytest.raises(UserError, match="both or none"):
+    with pytest.raises(UserError, match="none to validate on: give val"):
         train(load_config(recipe(tmp_path)), data=Pets(3))
