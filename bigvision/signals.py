@@ -40,6 +40,8 @@ class Signals:
         if self.before or threading.current_thread() is not threading.main_thread():
             return False
         self.stop, self.save, self.alone = "", False, True
+        # Whoever started this process may have held them, and a child inherits that.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP, SAVE})
         for number in (*STOP, SAVE):
             self.before[number] = signal.signal(number, self._heard)
         return True
