@@ -129,6 +129,7 @@ OPTIMIZERS: list[Any] = [{"name": "sgd", "lr": 0.05, "layer_decay": 0.8}]
 OPTIMIZERS += [pytest.param({"name": name, "lr": lr}, marks=pytest.mark.long) for name, lr in (("lion", 1e-4), ("lamb", 0.01))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_other_optimizers(tmp_path: Path, optim: dict[str, Any]) -> None:
     reference = run_ranks(run, 1, alone(tmp_path / "reference", optim=optim))[0]
@@ -157,6 +158,7 @@ def test_half_precision(tmp_path: Path, precision: str, relative: float) -> None
         assert found == pytest.approx(reference, rel=relative)
 
 
+@pytest.mark.long
 def test_dropout_does_not_depend_on_the_schedule(tmp_path: Path) -> None:
     """It is a function of (seed, step, data-parallel rank, stage, micro-batch), and so the same when a run is repeated."""
     found = []

@@ -96,7 +96,7 @@ def test_loss_scale_grows_and_shrinks() -> None:
     assert fixed.value == 1.0 and not fixed.dynamic
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_compiled_blocks_change_nothing(tmp_path: Path, strategy: str) -> None:
     short = {"steps": 4, "micro_batch": None}
     reference = run_ranks(run, 1, recipe(tmp_path / "plain", train=short))[0]

@@ -159,6 +159,7 @@ def test_every_model_under_every_layout(tmp_path: Path, key: str, layout: Layout
         check(tmp_path / str(classes), key, layout, classes)
 
 
+@pytest.mark.long
 def test_half_precision_shards(tmp_path: Path) -> None:
     for layout in LAYOUTS[1:]:
         for rank in check(tmp_path / layout[1]["strategy"], "convnext", layout, 10, dtype=torch.bfloat16, shards=3):

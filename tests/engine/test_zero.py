@@ -49,6 +49,7 @@ def test_models_with_batchnorm(tmp_path: Path) -> None:
     compare(tmp_path, [(stage, 2) for stage in STAGES], "efficientnet", train={"micro_batch": 12})
 
 
+@pytest.mark.long
 def test_recompute_and_compile(tmp_path: Path) -> None:
     compare(tmp_path, [("zero1", 2), ("zero3", 3)], parallel={"recompute": "blocks"})
     compare(tmp_path, [("zero2", 2)], train={"micro_batch": 6}, parallel={"compile": True})
@@ -59,6 +60,7 @@ def test_compile_between_deepspeeds_hooks(tmp_path: Path) -> None:
     compare(tmp_path, [("zero3", 2)], train={"micro_batch": 6}, parallel={"compile": True})
 
 
+@pytest.mark.long
 def test_optimizers_without_clipping(tmp_path: Path) -> None:
     compare(tmp_path, [("zero1", 2), ("zero3", 3)], optim={"name": "sgd", "lr": 0.05, "clip": None})
 

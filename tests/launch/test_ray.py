@@ -123,6 +123,7 @@ def test_a_mistake_is_not_tried_again(session: str, tmp_path: Path) -> None:
     assert "RETRY" not in done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_signals_to_the_driver_save_and_stop_the_run(session: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(tmp_path / "out", train={"steps": 100_000}, checkpoint={"every": 100_000})))

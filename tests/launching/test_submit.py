@@ -240,6 +240,7 @@ def test_local_ends_with_the_exit_code_of_the_ranks(path: str) -> None:
     assert "error: parallel.replicas: 3 does not divide the 2 ranks" in done.stderr.splitlines()
 
 
+@pytest.mark.long
 def test_local_starts_ranks_again_that_failed_but_not_those_that_were_stopped(path: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bigvision.cli", "submit", "--to", "local", path, "--ranks-per-node", "2"]
     command += ["--train.steps", "100000", "--checkpoint.every", "10"]
@@ -272,6 +273,7 @@ def starts(out: Path) -> list[int]:
     return [line["step"] for line in noted if "start" in line]
 
 
+@pytest.mark.long
 def test_the_pods_command_trains_on_two_nodes(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command of the manifest, under the variables that Kubeflow sets on two pods."""
     from tests.distributed import free_port

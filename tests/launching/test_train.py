@@ -130,6 +130,7 @@ def multiprocessing_children() -> list[int]:
     return found
 
 
+@pytest.mark.long
 def test_a_killed_rank_is_started_again_and_resumes(tmp_path: Path) -> None:
     def killed_once(event: bigvision.Event) -> None:
         if event.kind == "checkpoint" and event.step == 2 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -154,6 +155,7 @@ def test_a_signal_to_a_rank_stops_the_run_in_the_caller(tmp_path: Path) -> None:
     assert len(logged(bigvision.train(small(tmp_path), devices=2, callbacks=[print]))) == 4
 
 
+@pytest.mark.long
 def test_models_of_ones_own(tmp_path: Path) -> None:
     """A function is built as timm's constructors are, and a module keeps its values; both as the name says, bit for bit."""
     keys = small(tmp_path)["model"] | {"num_classes": 12}
@@ -330,6 +332,7 @@ def test_cuda_in_use_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         forked.settle(cuda=True)
 
 
+@pytest.mark.long
 def test_a_run_in_a_thread(tmp_path: Path) -> None:
     """Where no signals can be taken."""
     import threading

@@ -226,6 +226,7 @@ def test_one_rank_alone(tmp_path: Path) -> None:
     assert "in sleep_for_ever" in (tmp_path / "out" / "stacks" / "rank-0.txt").read_text()
 
 
+@pytest.mark.long
 def test_under_torchrun(tmp_path: Path) -> None:
     """The launcher holds the store, so that rank 0 is missed as any other."""
     path = tmp_path / "recipe.yaml"

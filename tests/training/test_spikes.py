@@ -161,6 +161,7 @@ def test_a_run_killed_after_the_rollback_passes_over_it_all_the_same(tmp_path: P
     same(tmp_path / "killed", tmp_path / "without")
 
 
+@pytest.mark.long
 def test_with_another_global_batch_what_overlaps_is_passed_over(tmp_path: Path) -> None:
     made = plain(tmp_path)
     run_ranks(run_planted, 1, made | {"train": made["train"] | {"steps": 24}}, "spike", [AT], None)
@@ -176,6 +177,7 @@ def test_too_many_spikes_end_the_run(tmp_path: Path) -> None:
     assert checkpoint.steps_in(tmp_path) == [20, 10, 0]
 
 
+@pytest.mark.long
 def test_spikes_apart_are_each_gone_back_from(tmp_path: Path) -> None:
     bad = [20, 21, 22, 25, 26]
     found = run_ranks(run_planted, 1, plain(tmp_path / "spike", every=5), "spike", bad, None)
