@@ -23,7 +23,6 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-import bigvision
 from bigvision.errors import Exit
 from bigvision.launching import rank
 from bigvision.launching.outcome import outcome
@@ -251,7 +250,7 @@ def _folder() -> Iterator[Path]:
 @contextmanager
 def _importable() -> Iterator[None]:
     """Let new interpreters find this package, also where it is not installed."""
-    root = str(Path(bigvision.__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     before = os.environ.get("PYTHONPATH")
     if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
