@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -19,22 +18,7 @@ from bigvision.runtime import RankFailure
 from tests.distributed import run_ranks
 from tests.launching.programs import small
 from tests.recipes import losses, run
-
-
-class Pets:
-    """Noise, as a user's map-style dataset."""
-
-    classes = ("cat", "dog", "elk")
-
-    def __init__(self, length: int) -> None:
-        self.targets = [index % 3 for index in range(length)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        pixels = np.random.default_rng(index).integers(0, 256, (3, 40, 36), dtype=np.uint8)
-        return torch.from_numpy(pixels), self.targets[index]
+from tests.training.test_own_data import Pets
 
 
 def logged(result: bigvision.Result) -> list[float]:
