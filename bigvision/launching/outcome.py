@@ -32,9 +32,9 @@ def outcome(attempt: Path, done: bool, codes: dict[int, int], interrupted: bool,
         RankFailure: a fault; names the rank and the cause.
     """
     if done:
-        left = json.loads((attempt / RESULT).read_text(encoding="utf-8"))
-        return Result(left["step"], Path(left["checkpoint"]), left["metrics"], read_history(out))
-    said = sorted((json.loads(path.read_text()) for path in attempt.glob("rank-*.json")), key=lambda one: one["time"])
+        result = json.loads((attempt / RESULT).read_text(encoding="utf-8"))
+        return Result(result["step"], Path(result["checkpoint"]), result["metrics"], read_history(out))
+    said = left(attempt)
     for one in said:
         if one["kind"] == "mistake":
             raise UserError(one["words"])
@@ -47,6 +47,12 @@ def outcome(attempt: Path, done: bool, codes: dict[int, int], interrupted: bool,
         # As if nothing had held it back: the ranks have ended now.
         os.kill(os.getpid(), received[0])
     raise _fault(said, codes)
+
+
+def left(attempt: Path) -> list[dict[str, Any]]:
+    """What the ranks of a start have said at their end, the first one first."""
+    said = [json.loads(path.read_text(encoding="utf-8")) for path in attempt.glob("rank-*.json")]
+    return sorted(said, key=lambda one: one["time"])
 
 
 def _fault(said: list[dict[str, Any]], codes: dict[int, int]) -> RankFailure:

@@ -55,7 +55,7 @@ def serve(folder: Path, work: Callable[[], Result], parent: int) -> int:
         code, kind = _verdict(error)
         said = {
             "rank": int(rank), "code": code, "kind": kind, "words": _words(error), "traceback": traceback.format_exc(),
-            "time": time.time(),
+            "time": time.time(), "again": getattr(error, "again", False),
         }  # fmt: skip
         if isinstance(error, Stopped):
             said |= {"name": error.name, "step": error.step, "checkpoint": str(error.checkpoint)}

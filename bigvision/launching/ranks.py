@@ -25,7 +25,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from bigvision.errors import Exit
 from bigvision.launching import rank
-from bigvision.launching.outcome import outcome
+from bigvision.launching.outcome import left, outcome
 from bigvision.signals import SAVE
 from bigvision.training import Result
 
@@ -101,6 +101,7 @@ def _run(
     logs = folder / "logs"
     logs.mkdir()
     agent = _Agent(spec, DefaultLogsSpecs(log_dir=str(logs)), start_method="fork")
+    agent.folder = folder
     ended, found = threading.Event(), []
 
     def supervise() -> None:
@@ -129,8 +130,10 @@ def _run(
 
 
 class _Agent(LocalElasticAgent):
-    """The agent, which can be asked to stop, and does not start ranks again that have ended for good."""
+    """The agent, which can be asked to stop, and knows which ends of ranks another start mends, and which ones it does not."""
 
+    folder: Path
+    """What the ranks leave behind."""
     interrupted = False
     """By Ctrl-C."""
     asked: signal.Signals | None = None
@@ -187,6 +190,9 @@ class _Agent(LocalElasticAgent):
         if FINAL & {failure.exitcode for failure in result.failures.values()}:
             self._worker_group.spec.max_restarts -= self._remaining_restarts  # the attempt stays what it is
             self._remaining_restarts = 0
+        elif result.failures and any(said["again"] for said in left(self.folder / str(self.attempt))):
+            self._worker_group.spec.max_restarts += 1  # as before
+            self._remaining_restarts += 1
         return result
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:

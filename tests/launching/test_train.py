@@ -127,6 +127,27 @@ def test_a_killed_rank_is_started_again_and_resumes(tmp_path: Path) -> None:
     assert logged(result) == undisturbed
 
 
+class Hungry(torch.nn.Linear):
+    """Rank 1 has no memory for more than two images at once."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(3 * 32 * 32, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        if os.environ.get("RANK") == "1" and self.training and len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(images.flatten(1))
+
+
+def test_ranks_without_memory_are_started_again_unasked(tmp_path: Path) -> None:
+    """Micro-batches of 5, then 3, then 2."""
+    plain = small(tmp_path / "out") | {"model": {"image_size": 32}}
+    result = bigvision.train(plain, Pets(40), Pets(7), model=Hungry, devices=2)
+    alone = bigvision.train(plain | {"out": str(tmp_path / "alone")}, Pets(40), Pets(7), model=Hungry)
+    assert logged(result) == pytest.approx(logged(alone), rel=1e-5) and len(logged(alone)) == 4
+    assert (tmp_path / "out/starts.jsonl").read_text().count('"start"') == 3
+
+
 def test_a_signal_to_a_rank_stops_the_run_in_the_caller(tmp_path: Path) -> None:
     def stopping(event: bigvision.Event) -> None:
         if event.kind == "step" and event.step == 2:
@@ -182,7 +203,7 @@ class Plain(torch.nn.Module):
         self.shift = torch.arange(3.0)
         self.head = torch.nn.Linear(hidden, classes)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         hidden = self.layers(torch.nn.functional.gelu(self.stem(images)))
         return self.head(hidden.mean((2, 3)) * self.scale) + self.shift.to(images.device).repeat(9)[: self.head.out_features]
 
