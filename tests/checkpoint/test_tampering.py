@@ -221,6 +221,7 @@ def test_headers_that_were_changed_and_signed(victim: Victim, full: bool) -> Non
     victim.assert_nothing_wrong(200)
 
 
+@pytest.mark.long
 def test_headers_that_are_damaged_and_not_verified(victim: Victim) -> None:
     """`checkpoint.verify: false` still compares the headers."""
     for name in victim.tensors:

@@ -304,10 +304,10 @@ def test_word_of_shards_that_take_long(tmp_path, monkeypatch, capsys):
 
     def slowly(descriptor):
         started.append(descriptor)
-        time.sleep(0.3 if len(started) > watched.THREADS else 0)
+        time.sleep(0.5 if len(started) > watched.THREADS else 0)
         return scan(descriptor)
 
-    monkeypatch.setattr(watched, "EVERY", 0.05)
+    monkeypatch.setattr(watched, "EVERY", 0.3)
     monkeypatch.setattr(shards, "samples", slowly)
     assert contents(opened(tmp_path, first=False)) == wanted and capsys.readouterr().err == "", "of the other ranks none"
     started.clear()

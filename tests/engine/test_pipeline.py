@@ -64,13 +64,14 @@ SEVERAL = [
     (2, {"schedule": "dualpipev"}),
 ]
 FOUR_SEVERAL = [(4, {"schedule": name}) for name in ("interleaved", "zbv", "dualpipev")]
-SHORT = ("vit", "resnet")
+SHORT: list[Any] = [("vit", [ONE_EACH[0], ONE_EACH[3]]), ("resnet", ONE_EACH[1:2])]
+MATRIX = [pytest.param(name, ONE_EACH if name == "vit" else ONE_EACH[1:3], marks=pytest.mark.long) for name in MODELS]
 
 
-@pytest.mark.parametrize("model", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in MODELS])
-def test_losses_equal_those_of_one_process(tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize(("model", "layouts"), [*SHORT, *MATRIX])
+def test_losses_equal_those_of_one_process(tmp_path: Path, model: str, layouts: list[tuple[int, dict[str, Any]]]) -> None:
     """24 samples in micro-batches of 5: the last one is short."""
-    check(tmp_path, model, ONE_EACH if model == "vit" else ONE_EACH[1:3], micro_batch=5)
+    check(tmp_path, model, layouts, micro_batch=5)
 
 
 @pytest.mark.long
@@ -79,9 +80,12 @@ def test_every_schedule_of_one_stage_each(tmp_path: Path, model: str) -> None:
     check(tmp_path, model, ONE_EACH, micro_batch=3)
 
 
-@pytest.mark.parametrize("model", ["vit", *(pytest.param(name, marks=pytest.mark.long) for name in MODELS if name != "vit")])
-def test_several_stages_on_each_rank(tmp_path: Path, model: str) -> None:
-    check(tmp_path, model, SEVERAL, micro_batch=3)
+MATRIX = [pytest.param(name, SEVERAL, marks=pytest.mark.long) for name in MODELS]
+
+
+@pytest.mark.parametrize(("model", "layouts"), [("vit", SEVERAL[1:2]), *MATRIX])
+def test_several_stages_on_each_rank(tmp_path: Path, model: str, layouts: list[tuple[int, dict[str, Any]]]) -> None:
+    check(tmp_path, model, layouts, micro_batch=3)
 
 
 @pytest.mark.long
@@ -95,13 +99,17 @@ def test_several_stages_on_each_of_four_ranks(tmp_path: Path) -> None:
         same_losses(reference, run_ranks(run, ranks, made | {"model": made["model"] | {"options": deeper}})[0])
 
 
-@pytest.mark.parametrize(
-    "model", ["vit", *(pytest.param(name, marks=pytest.mark.long) for name in ("convnext", "swin", "coat"))]
-)
-def test_sharded_and_copied_stages(tmp_path: Path, model: str) -> None:
+SHARDED, COPIED = (4, {"stages": 2}), (4, {"stages": 2, "schedule": "zbv", "replicas": 2})
+MATRIX = [
+    pytest.param(name, COPIED if name == "vit" else SHARDED, marks=pytest.mark.long)
+    for name in ("vit", "convnext", "swin", "coat")
+]
+
+
+@pytest.mark.parametrize(("model", "layout"), [("vit", SHARDED), *MATRIX])
+def test_sharded_and_copied_stages(tmp_path: Path, model: str, layout: tuple[int, dict[str, Any]]) -> None:
     """Two stages, each on two ranks: 12 samples to each pipeline."""
-    layouts = [(4, {"stages": 2}), (4, {"stages": 2, "schedule": "zbv", "replicas": 2})]
-    check(tmp_path, model, layouts if model == "vit" else layouts[:1], micro_batch=3)
+    check(tmp_path, model, [layout], micro_batch=3)
 
 
 @pytest.mark.long
@@ -137,18 +145,16 @@ def test_other_optimizers(tmp_path: Path, optim: dict[str, Any]) -> None:
         same_losses(reference, run_ranks(run, ranks, pipeline(tmp_path / str(ranks), optim=optim, parallel=parallel))[0])
 
 
-WRAPPED = [{"recompute": "blocks", "schedule": "zbv"}]
-WRAPPED += [pytest.param(parallel, marks=pytest.mark.long) for parallel in ({"recompute": "blocks"}, {"compile": True})]  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("parallel", WRAPPED)
+@pytest.mark.long
+@pytest.mark.parametrize("parallel", [{"recompute": "blocks", "schedule": "zbv"}, {"recompute": "blocks"}, {"compile": True}])
 def test_recompute_and_compile(tmp_path: Path, parallel: dict[str, Any]) -> None:
     train = {"micro_batch": 6}
     reference = run_ranks(run, 1, alone(tmp_path / "reference", train=train))[0]
     same_losses(reference, run_ranks(run, 2, pipeline(tmp_path / "out", train=train, parallel=parallel))[0])
 
 
-@pytest.mark.parametrize(("precision", "relative"), [("bf16", 1e-3), pytest.param("fp16", 1e-3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("precision", "relative"), [("bf16", 1e-3), ("fp16", 1e-3)])
 def test_half_precision(tmp_path: Path, precision: str, relative: float) -> None:
     train = {"steps": 8}
     shared = {"precision": precision}
@@ -250,6 +256,7 @@ def run_and_report(plain: dict[str, Any], path: str) -> None:
         raise
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     plain = pipeline(tmp_path / "out", train={"steps": 10_000})
     processes = start_ranks(run_and_report, 4, plain, str(tmp_path / "said"))

@@ -20,7 +20,9 @@ from tests.distributed import run_ranks
 from tests.recipes import recipe, run
 
 
-@pytest.mark.parametrize("model", ["vit", "swin", "eva02", "resnet"])
+@pytest.mark.parametrize(
+    "model", ["vit", "resnet", *(pytest.param(name, marks=pytest.mark.long) for name in ("swin", "eva02"))]
+)
 def test_bf16_is_near_fp32_and_keeps_fp32_masters(tmp_path: Path, model: str) -> None:
     short = {"steps": 5, "micro_batch": 6}
     reference = run_ranks(run, 1, recipe(tmp_path / "fp32", model, train=short))[0]

@@ -246,7 +246,10 @@ def peak_while_filling(plain: dict[str, Any]) -> dict[str, int]:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 25)  # where it ends by itself
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("fp32", 2), ("fp32", 4), ("bf16", 4), ("computed", 4)])
+KINDS = [("fp32", 4), ("bf16", 4), ("computed", 4)]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("fp32", 2), *(pytest.param(*one, marks=pytest.mark.long) for one in KINDS)])
 def test_a_rank_holds_its_shard_and_one_tensor(tmp_path: Path, kind: str, ranks: int) -> None:
     """86 M parameters: a whole copy, or the pages of a mapped file, would be hundreds of MB."""
     state = {name: torch.zeros(shape.shape) for name, shape in meta("vit_base_patch16_224").items()}

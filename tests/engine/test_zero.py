@@ -30,10 +30,11 @@ def compare(tmp_path: Path, layouts: list[tuple[str, int]], model: str = "vit", 
         same_losses(reference, run_ranks(run, ranks, plain)[0])
 
 
-def test_losses_equal_those_of_one_process(tmp_path: Path) -> None:
-    """Four micro-batches and more, the last one short; clipping, decayed and other parameters, rates per layer."""
+@pytest.mark.parametrize("micro_batch", [5, pytest.param(3, marks=pytest.mark.long)])
+def test_losses_equal_those_of_one_process(tmp_path: Path, micro_batch: int) -> None:
+    """Micro-batches of which the last one is short; clipping, decayed and other parameters, rates per layer."""
     optim = {"layer_decay": 0.7, "clip": 0.5}
-    compare(tmp_path, SOME, optim=optim, train={"micro_batch": 3, "global_batch": 24})
+    compare(tmp_path, SOME if micro_batch == 3 else SOME[3::2], optim=optim, train={"micro_batch": micro_batch})
 
 
 @pytest.mark.long
@@ -44,9 +45,10 @@ def test_losses_of_every_model(tmp_path: Path, model: str, micro_batch: int | No
     compare(tmp_path, EVERY, model, optim=optim, train={"micro_batch": micro_batch, "global_batch": 24})
 
 
-def test_models_with_batchnorm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", [STAGES[1:2], pytest.param(STAGES, marks=pytest.mark.long)])
+def test_models_with_batchnorm(tmp_path: Path, stages: tuple[str, ...]) -> None:
     """Batch statistics are those of a rank's micro-batch, so one process has to cut the global batch alike."""
-    compare(tmp_path, [(stage, 2) for stage in STAGES], "efficientnet", train={"micro_batch": 12})
+    compare(tmp_path, [(stage, 2) for stage in stages], "efficientnet", train={"micro_batch": 12})
 
 
 @pytest.mark.long
@@ -131,7 +133,7 @@ def overflow_and_go_on(plain: dict[str, Any], resumed: str | None) -> list[Any]:
         return [told, json.dumps(engine.scalars())]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["zero1", *(pytest.param(stage, marks=pytest.mark.long) for stage in STAGES[1:])])
 def test_the_loss_scale_is_kept(tmp_path: Path, stage: str) -> None:
     file = tmp_path / "scale.json"
     fp16 = {"enabled": True, "initial_scale_power": 40, "loss_scale_window": 3, "hysteresis": 2}
@@ -158,6 +160,7 @@ def write_peak_while_building(plain: dict[str, Any]) -> None:
     Path(plain["out"] + os.environ["RANK"]).write_text(json.dumps(peak_while_building(plain)))
 
 
+@pytest.mark.long
 def test_a_sharded_model_is_never_whole(tmp_path: Path) -> None:
     """86 M parameters over four ranks, as in test_memory."""
     plain = recipe(tmp_path / "peak", parallel={"strategy": "zero3"}) | {"model": {"name": "vit_base_patch16_224"}}

@@ -19,7 +19,6 @@ from tests.launch.commands import BIN, ROOT, TORCHRUN, deepspeed, launch, start
 from tests.recipes import lines, losses, recipe, run
 
 FILES = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
-SHORT: set[str] = set()
 COMPILES = pytest.mark.skipif(
     not shutil.which("c++"), reason="CPU Adam of parallel.offload needs a C++ compiler, and there is no c++ on PATH"
 )
@@ -54,7 +53,7 @@ def near(reference: list[float]) -> Any:
 
 
 # Half precision is emulated on the CPU, and a whole run of it takes twenty minutes.
-@pytest.mark.parametrize("name", cases([name for name in FILES if precision(name) == "fp32"], SHORT))
+@pytest.mark.parametrize("name", cases([name for name in FILES if precision(name) == "fp32"], set()))
 def test_the_launcher_trains_digits_with_every_file(name: str, tmp_path: Path) -> None:
     flags = ["--deepspeed", f"ds_configs/{name}.json", "--out", str(tmp_path)]
     said = launch(deepspeed("--num_gpus", "2", "launch/train.py", *flags), timeout=3600)
@@ -80,7 +79,7 @@ def run_without_objects(plain: dict[str, Any]) -> list[float]:
         distributed_c10d._tensor_to_object = before
 
 
-@pytest.mark.parametrize("name", cases(FILES, set(FILES)))
+@pytest.mark.parametrize("name", cases(FILES, {"zero3", "zero3_fp16"}))
 def test_every_file_takes_the_steps_of_ddp(name: str, tmp_path: Path, reference: list[float]) -> None:
     parallel = {"deepspeed": f"ds_configs/{name}.json", "precision": precision(name)}
     found = run_ranks(run_without_objects, 2, recipe(tmp_path / "out", train={"steps": 3}, parallel=parallel))[0]
@@ -141,7 +140,8 @@ FAULTS: dict[str, tuple[Any, list[str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name != "contradiction")) for name in FAULTS])
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAULTS)
 def test_a_mistake_is_one_line_and_exit_code_2(name: str, tmp_path: Path) -> None:
     """The launcher prints lines of its own, ends the other rank and hands on the exit code."""
     content, flags, words = FAULTS[name]
@@ -156,6 +156,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(name: str, tmp_path: Path) -> Non
     assert "Traceback" not in done.stdout + done.stderr and not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_offload_without_a_compiler(tmp_path: Path) -> None:
     command = [sys.executable, "launch/train.py", write_recipe(tmp_path), "--deepspeed", "ds_configs/zero2_offload.json"]
     done = start(command, timeout=300, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))

@@ -102,6 +102,7 @@ def killed(tmp_path: Path, steps: int, kills: int) -> None:
     assert losses(tmp_path / "ray") == losses(tmp_path / "reference")
 
 
+@pytest.mark.long
 def test_a_rank_killed_twice(session: str, tmp_path: Path) -> None:
     killed(tmp_path, steps=20, kills=2)
 
@@ -111,6 +112,7 @@ def test_ranks_killed_at_twenty_random_moments(session: str, tmp_path: Path) -> 
     killed(tmp_path, steps=200, kills=20)
 
 
+@pytest.mark.long
 def test_a_mistake_is_not_tried_again(session: str, tmp_path: Path) -> None:
     """From the command line: one line, exit code 2. What only the ranks can see: how many of them there are."""
     path = tmp_path / "recipe.yaml"

@@ -73,7 +73,7 @@ LAUNCHERS: dict[str, Callable[[list[str]], list[list[str]]]] = {
     "deepspeed": lambda arguments: [deepspeed("--num_gpus", "2", *arguments)],
     "accelerate": accelerate,
 }
-SHORT = ("mpirun", "torchrun on two nodes")
+SHORT = ("mpirun", "torchrun")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in LAUNCHERS])
@@ -98,6 +98,7 @@ def test_scripts_of_torchrun(script: str, tmp_path: Path, reference: list[float]
     assert losses(tmp_path / "out") == reference
 
 
+@pytest.mark.long
 def test_the_same_losses_on_two_hosts(hosts: tuple[Host, Host], tmp_path: Path, reference: list[float]) -> None:  # noqa: F811
     """Each in a network of its own, which reaches the other by one cable."""
     meet = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", hosts[0].address, "--master-port", "29500"]

@@ -62,6 +62,7 @@ def test_a_stopped_run_is_requeued_and_goes_on(cluster: Cluster, tmp_path: Path)
     assert losses(out) == run_ranks(run, 2, recipe(tmp_path / "reference", train={"steps": steps}))[0]
 
 
+@pytest.mark.long
 def test_a_mistake_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:  # noqa: F811
     """Arguments reach the program as they are: no shell reads them a second time."""
     argument = f"$(touch {tmp_path}/injected); 'a b'"

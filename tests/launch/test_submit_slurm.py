@@ -44,6 +44,7 @@ def facts(cluster: Cluster, job: str) -> dict[str, str]:  # noqa: F811
     return {name: value for name, _, value in pairs}
 
 
+@pytest.mark.long
 def test_the_job_trains(cluster: Cluster, tmp_path: Path) -> None:  # noqa: F811
     job = submit(cluster, tmp_path, 3)
     until(lambda: facts(cluster, job)["JobState"] == "COMPLETED", tmp_path)

@@ -20,6 +20,10 @@ import bigvision
 print("main runs")
 result = bigvision.train("recipe.yaml", data="synthetic:53x32", devices=2)
 print("done", result.step, result.checkpoint, sorted(result.metrics), len(result.history))
+"""
+
+WRONG = """
+import bigvision
 try:
     bigvision.train("recipe.yaml", devices=2, out="wrong", train={"global_batch": 23})
 except bigvision.UserError as error:
@@ -57,10 +61,16 @@ def test_a_script_without_a_guard(tmp_path: Path) -> None:
     assert code == 0, errors
     folder, metrics = "out/step-00000020", "['loss', 'top1', 'top5']"
     assert f"done 20 {folder} {metrics} 21" in said and said.count("main runs") == 1
-    assert "error train.global_batch: 23 cannot be divided among 2 data-parallel ranks: use 22 or 24" in said
     expected = small(tmp_path / "launched", train={"steps": 20}, data={"workers": 0})
     assert losses(tmp_path / "out") == run_ranks(run, 2, expected)[0]
     assert len(lines(tmp_path / "out")) == 21
+
+
+@pytest.mark.long
+def test_a_mistake_that_only_ranks_can_see_is_raised_in_the_script(tmp_path: Path) -> None:
+    code, said, errors = ended(start(tmp_path, WRONG, **small(Path("out"))), tmp_path)
+    assert code == 0, errors
+    assert said == "error train.global_batch: 23 cannot be divided among 2 data-parallel ranks: use 22 or 24\n"
 
 
 def test_a_script_without_a_guard_with_a_dataset_of_its_own(tmp_path: Path) -> None:
@@ -82,7 +92,12 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(("forked", "number"), [(True, signal.SIGINT), (False, signal.SIGTERM), (True, signal.SIGKILL)])
+OTHERS = [(False, signal.SIGTERM), (True, signal.SIGKILL)]
+
+
+@pytest.mark.parametrize(
+    ("forked", "number"), [(True, signal.SIGINT), *(pytest.param(*one, marks=pytest.mark.long) for one in OTHERS)]
+)
 def test_a_signal_to_the_caller_stops_the_ranks(tmp_path: Path, forked: bool, number: signal.Signals) -> None:
     """And leaves no process and no damaged checkpoint behind."""
     source = LONG.replace("FORKED", str(forked))

@@ -223,6 +223,7 @@ def test_the_scheduler_gets_it_on_its_standard_input(
     assert f"{program} is not on PATH" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_local_runs_the_ranks(path: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bigvision.cli", "submit", "--to", "local", path, "--ranks-per-node", "2"]
     done = start([*command, "--parallel.strategy", "fsdp"])

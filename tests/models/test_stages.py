@@ -17,7 +17,7 @@ from bigvision.models import StagePlan, find_blocks, plan_stages
 from tests.models.staged import backward, compare, run, total
 from tests.models.zoo import ZOO, Entry
 
-QUICK = {"vision_transformer", "convnext", "eva", "resnet", "levit", "nfnet"}
+QUICK = {"vision_transformer", "convnext", "resnet"}
 REFUSED = {"twins": "cannot be traced", "gemma4_vit": "cannot be traced", "vgg": "has 1 blocks: use fewer stages"}
 """Of timm's modules; docs/stages.md says why."""
 INEXACT = {"cpubone"}
@@ -55,7 +55,10 @@ def large(name: str, stages: int = 4) -> tuple[nn.Module, StagePlan, Any]:
     return model, plan_stages(model, blocks, size, stages), blocks
 
 
-@pytest.mark.parametrize("name", ["vit_giant_patch14_224", "convnext_xxlarge", "swin_large_patch4_window7_224"])
+LARGE = ("convnext_xxlarge", "swin_large_patch4_window7_224")
+
+
+@pytest.mark.parametrize("name", ["vit_giant_patch14_224", *(pytest.param(name, marks=pytest.mark.long) for name in LARGE)])
 def test_large_models_are_cut_evenly(name: str) -> None:
     model, plan, blocks = large(name)
     assert plan.imbalance <= 1.05

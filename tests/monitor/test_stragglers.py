@@ -42,7 +42,7 @@ def run_late(plain: dict[str, Any], late: int, where: str, until: int) -> tuple[
 
 @pytest.mark.parametrize(("where", "strategy", "late"), [
     ("forward", "ddp", 0),
-    ("data", "fsdp", 2),
+    pytest.param("data", "fsdp", 2, marks=pytest.mark.long),
     pytest.param("data", "ddp", 1, marks=pytest.mark.long),
     pytest.param("data", "pipeline", 0, marks=pytest.mark.long),
 ])  # fmt: skip

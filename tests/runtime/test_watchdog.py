@@ -63,7 +63,7 @@ def check_hung(ended: Ended, folder: Path, place: str, victim: int, words: str, 
     ("place", "victim", "ranks"),
     [
         pytest.param(place, victim, ranks, marks=[pytest.mark.long] * ((place, victim, ranks) not in SHORT))
-        for SHORT in [{("start", 1, 3), ("step", 0, 3), ("evaluate", 2, 3), ("save", 1, 4)}]
+        for SHORT in [{("step", 0, 3), ("save", 1, 4)}]
         for place in PLACES
         for ranks in (3, 4)
         for victim in range(ranks)
@@ -184,6 +184,7 @@ def test_a_rank_that_does_not_come_is_named(absent: int, tmp_path: Path) -> None
         clean_up(processes)
 
 
+@pytest.mark.long
 def test_a_slow_first_step_is_no_alarm(tmp_path: Path) -> None:
     """As with compilation: the limit is of the whole step, and null is none."""
     found = [

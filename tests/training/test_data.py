@@ -32,10 +32,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     ("ranks", "parallel"),
     [
         (3, {"strategy": "ddp"}),
-        (4, {"strategy": "fsdp", "replicas": 2}),
+        pytest.param(4, {"strategy": "fsdp", "replicas": 2}, marks=pytest.mark.long),
         (2, {"strategy": "zero2"}),
-        (3, {"strategy": "pipeline"}),
-        (4, {"strategy": "pipeline", "stages": 2}),
+        pytest.param(3, {"strategy": "pipeline"}, marks=pytest.mark.long),
+        pytest.param(4, {"strategy": "pipeline", "stages": 2}, marks=pytest.mark.long),
     ],
     ids=["ddp", "fsdp", "zero2", "pipeline", "pipeline and fsdp"],
 )
@@ -66,7 +66,8 @@ def trace(path: Path) -> dict[int, list[int]]:
     return {step: [id for rank in sorted(parts) for id in parts[rank]] for step, parts in found.items()}
 
 
-SPECS = ["synthetic:53x32", "digits", "0.7*synthetic:31x32 + 0.3*synthetic:9x32"]
+SPECS: list[Any] = [pytest.param(spec, marks=pytest.mark.long) for spec in ("synthetic:53x32", "digits")]
+SPECS += ["0.7*synthetic:31x32 + 0.3*synthetic:9x32"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -130,7 +131,7 @@ def write_folder(root: Path, good: int) -> tuple[set[str], int]:
     return bad, good + 6 + len(bad)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_one_percent_of_bad_files(tmp_path: Path, ranks: int) -> None:
     bad, files = write_folder(tmp_path / "data", 700)
     assert len(bad) == pytest.approx(0.01 * files, rel=0.05)

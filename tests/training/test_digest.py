@@ -60,6 +60,10 @@ CASES: list[Any] = [
 ]  # fmt: skip
 
 
+QUICK = {"ddp", "whole"}
+CASES = [pytest.param(*one, marks=[pytest.mark.long] * (one[0] not in QUICK)) for one in CASES]
+
+
 @pytest.mark.parametrize(("case", "ranks", "parallel", "model", "rank", "name", "said"), CASES, ids=lambda case: str(case)[:9])
 def test_a_flipped_bit_is_found(
     tmp_path: Path, case: str, ranks: int, parallel: dict[str, Any], model: str, rank: int, name: str, said: str
@@ -73,7 +77,7 @@ def test_a_flipped_bit_is_found(
     assert checkpoint.steps_in(tmp_path) == [3, 2, 1]
 
 
-@pytest.mark.parametrize(("strategy", "name"), [("zero2", WEIGHT), ("zero3", "norm.bias")])
+@pytest.mark.parametrize(("strategy", "name"), [("zero2", WEIGHT), pytest.param("zero3", "norm.bias", marks=pytest.mark.long)])
 def test_a_copy_that_computes(tmp_path: Path, strategy: str, name: str) -> None:
     plain = recipe(
         tmp_path, parallel={"strategy": strategy, "precision": "bf16"}, train={"steps": 4}, faults={"digest_every": 2}
@@ -89,6 +93,7 @@ def test_nothing_is_saved_without_a_comparison(tmp_path: Path) -> None:
     assert checkpoint.steps_in(tmp_path) == [2]
 
 
+@pytest.mark.long
 def test_sound_runs_pass(tmp_path: Path) -> None:
     """Running statistics differ between two saves; comparing changes nothing."""
     for name, ranks, parallel, model in (

@@ -68,17 +68,17 @@ def check(tmp_path: Path, layout: str, kind: str, model: str = "vit", **sections
         assert not more and ids == found[0][0] and int(rank) == {"pipeline": 1, "pipeline-fsdp": 2}.get(layout, 0)
 
 
-@pytest.mark.parametrize("layout", some("ddp fsdp hybrid zero1 zero2 zero3 pipeline-fsdp", "pipeline", "zbv"))
+@pytest.mark.parametrize("layout", some("ddp fsdp zero2 pipeline-fsdp", "hybrid", "zero1", "zero3", "pipeline", "zbv"))
 def test_a_sample_that_is_not_finite_was_never_there(tmp_path: Path, layout: str) -> None:
     check(tmp_path, layout, "image")
 
 
-@pytest.mark.parametrize("layout", some("ddp zero2 pipeline", "fsdp", "zero1", "zero3"))
+@pytest.mark.parametrize("layout", some("zero2 pipeline", "ddp", "fsdp", "zero1", "zero3"))
 def test_nothing_of_it_stays_in_running_statistics(tmp_path: Path, layout: str) -> None:
     check(tmp_path, layout, "image", "resnet")
 
 
-@pytest.mark.parametrize("layout", some("ddp zero2", "pipeline"))
+@pytest.mark.parametrize("layout", some("zero2", "ddp", "pipeline"))
 def test_a_loss_alone_that_is_not_finite(tmp_path: Path, layout: str) -> None:
     check(tmp_path, layout, "loss")
 
@@ -88,7 +88,7 @@ def test_a_gradient_alone_that_is_not_finite(tmp_path: Path, layout: str) -> Non
     check(tmp_path, layout, "gradient", parallel={"precision": "bf16"})
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "zero1"])
+@pytest.mark.parametrize("layout", some("zero1", "fsdp"))
 def test_a_variance_alone_that_is_not_finite(tmp_path: Path, layout: str) -> None:
     check(tmp_path, layout, "large", "resnet")
     saved = load_file(tmp_path / "spoiled" / f"step-{STEPS:08}" / "model.safetensors")
@@ -112,7 +112,7 @@ def test_offloaded(tmp_path: Path, layout: str, offload: str) -> None:
     check(tmp_path, layout, "image", parallel={"offload": offload})
 
 
-@pytest.mark.parametrize("layout", some("ddp pipeline", "zero1"))
+@pytest.mark.parametrize("layout", some("ddp", "pipeline", "zero1"))
 def test_too_many_in_a_row_end_the_run(tmp_path: Path, layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
     plain = recipe(tmp_path, parallel=parallel, train={"steps": 9}, faults={"nonfinite": 2}, checkpoint={"every": 3})
@@ -181,7 +181,7 @@ def run_half(plain: dict[str, Any], scale: float, kind: str, steps: list[int]) -
         return run_planted(plain, kind, steps)[1]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("strategy", some("ddp", "zero2"))
 def test_an_overflow_counts_only_at_the_least_scale(tmp_path: Path, strategy: str) -> None:
     def plain(name: str) -> dict[str, Any]:
         return recipe(

@@ -182,6 +182,7 @@ def error_of(made: dict[str, Any]) -> str:
     return ""
 
 
+@pytest.mark.long
 def test_the_largest_micro_batch_that_fits_a_schedule(tmp_path: Path) -> None:
     """Half of 9 is 5, which does not divide the 18 samples of a step."""
     sections = {"train": {"global_batch": 18, "micro_batch": None}, "parallel": {"strategy": "pipeline", "microbatches": 2}}

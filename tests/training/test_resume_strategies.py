@@ -22,7 +22,7 @@ PIPELINES: list[Layout] = [
     ("pipeline", 4, {"strategy": "pipeline"}),
     ("pipeline2fsdp2", 4, {"strategy": "pipeline", "stages": 2}),
 ]
-SOME: list[Layout] = [("zero3", 3, {"strategy": "zero3"}), PIPELINES[2]]
+SOME: list[Layout] = [("zero1", 3, {"strategy": "zero1"}), PIPELINES[0]]
 
 
 def check_pairs(tmp_path: Path, layouts: list[Layout], firsts: list[Layout] | None = None) -> None:

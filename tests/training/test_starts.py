@@ -46,7 +46,7 @@ def noted(out: Path, key: str) -> list[Any]:
     return [line[key] for line in found if key in line]
 
 
-@pytest.mark.parametrize(("rank", "step"), [(1, 5), (0, -1)])
+@pytest.mark.parametrize(("rank", "step"), [(1, 5), pytest.param(0, -1, marks=pytest.mark.long)])
 def test_the_same_crash_again_and_again_ends_it(tmp_path: Path, rank: int, step: int) -> None:
     out = tmp_path / "out"
     made = recipe(out, train={"steps": 8}, checkpoint={"every": 2}, faults={"same_crash": 2})
@@ -93,10 +93,10 @@ def test_torchrun_gives_up_on_a_crash_and_not_on_kills(tmp_path: Path) -> None:
     assert noted(out, "start") == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("steps", "kills"), [pytest.param(200, 20, marks=pytest.mark.long), (40, 2)])
-def test_killed_under_torchrun_the_run_ends_with_the_same_bits(tmp_path: Path, steps: int, kills: int) -> None:
+@pytest.mark.long
+def test_killed_under_torchrun_the_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL of one rank at random moments; torchrun starts all again, and the run goes on by itself."""
-    rng, ranks = random.Random(kills), 2
+    steps, kills, ranks, rng = 200, 20, 2, random.Random(20)
     made = recipe(tmp_path / "whole", train={"steps": steps, "eval_every": 40}, checkpoint={"every": 5})
     assert ended(train, ranks, written(tmp_path, made)) == [0] * ranks
     out = tmp_path / "killed"

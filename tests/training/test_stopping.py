@@ -105,7 +105,7 @@ TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
     ("place", "count", "step", "rank", "number"),
     [
         ("load", 1, 0, 1, TERM), ("step", 2, 2, 0, USR1), ("evaluate", 2, 4, 2, TERM), ("save", 1, 5, 1, TERM),
-        ("evaluate", 12, 12, 0, TERM),
+        pytest.param("evaluate", 12, 12, 0, TERM, marks=pytest.mark.long),
     ],
 )  # fmt: skip
 def test_a_signal_anywhere_saves_and_ends_all_ranks(
@@ -174,11 +174,10 @@ def test_a_signal_to_save_does_not_stop(tmp_path: Path) -> None:
     assert 4 in checkpoint.steps_in(out) and checkpoint.steps_in(out)[0] == STEPS
 
 
-@pytest.mark.parametrize("moments", [2, pytest.param(50, marks=pytest.mark.long)])
-def test_stopped_at_random_moments(tmp_path: Path, moments: int) -> None:
+@pytest.mark.long
+def test_stopped_at_random_moments(tmp_path: Path) -> None:
     """Anywhere in a program that imports and loads for seconds and trains for some more; then it is run to its end."""
-    rng = random.Random(moments)
-    ranks, out = 2, tmp_path / "out"
+    moments, ranks, rng, out = 50, 2, random.Random(50), tmp_path / "out"
     made = plain(out, train={"steps": 60 * moments, "eval_every": 7})
     path, slowest, done = written(tmp_path, made), 0.0, False
     for number in range(moments):
