@@ -77,7 +77,7 @@ def test_sides_take_turns_after_what_was_made_in_advance() -> None:
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_every_side_comes_to_figures(tmp_path: Path, workers: int) -> None:
     threads = torch.get_num_threads()
     asked = ["--workers", str(workers), "--photos", "8", "--batch", "4", "--image-size", "32", "--batches", "1"]

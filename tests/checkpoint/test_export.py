@@ -124,6 +124,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.long
 def test_exports_do_not_depend_on_the_strategy(tmp_path: Path, resnet: Path) -> None:
     """A state that another strategy, number of ranks and size of files took over and saved again."""
     seen = []

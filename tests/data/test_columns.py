@@ -1,6 +1,7 @@
 import multiprocessing
 import pickle
 
+import pytest
 import torch
 
 from bigvision.data.columns import Column, Texts
@@ -12,6 +13,7 @@ def answer(connection, numbers, texts) -> None:
     connection.send(([numbers[index] for index in range(len(numbers))], [texts[index] for index in range(len(texts))]))
 
 
+@pytest.mark.long
 def test_what_is_sent_to_a_process_is_still_here():
     """Sending moves a tensor's numbers."""
     numbers, texts = Column(torch.arange(5) ** 9), Texts.of(NAMES)

@@ -363,6 +363,7 @@ def test_workers_that_die_are_started_again_and_no_sample_is_lost_or_doubled(noi
     assert torch.equal(found.ids, reference.ids)
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_again_and_again_is_named_as_the_cause(noise, tmp_path, monkeypatch):
     monkeypatch.setattr(Batches, "RESTARTS", 1)  # DataLoader takes five seconds to see each
     options = {"seed": 0, "position": 0, "global_batch": 12, "rank": 0, "ranks": 1, "workers": 1}

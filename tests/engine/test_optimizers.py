@@ -19,7 +19,7 @@ RATES = {"lion": 1e-4, "lamb": 5e-3, "adafactor": 1e-3, "muon": 1e-3}
 PAIRS = [
     ("lion", [("zero2", 2)]),
     pytest.param("lion", [("fsdp", 3), ("zero1", 2), ("zero3", 2)], marks=pytest.mark.long),
-    ("lamb", [("fsdp", 3)]),
+    pytest.param("lamb", [("fsdp", 3)], marks=pytest.mark.long),
     ("adafactor", [("ddp", 2)]),
 ]
 
@@ -48,6 +48,7 @@ def test_losses_equal_those_of_one_process(tmp_path: Path, name: str, layouts: l
         same_losses(reference, run_ranks(run, ranks, plain(tmp_path / strategy, name, strategy))[0])
 
 
+@pytest.mark.long
 def test_muon_differs_by_the_rounding_of_its_bf16_iteration_alone(tmp_path: Path) -> None:
     for function, relative in ((run_exact, 1e-5), (run, 1e-4)):
         one, two = (run_ranks(function, ranks, plain(tmp_path / f"{ranks}-{relative}", "muon"))[0] for ranks in (1, 2))

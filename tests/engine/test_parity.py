@@ -28,8 +28,7 @@ def parallel(strategy: str, replicas: int, **more: Any) -> dict[str, Any]:
     return {"strategy": strategy, "replicas": replicas, **more}
 
 
-CASES: list[Any] = [("vit", FEW), ("convnext", FEW[1:2])]
-CASES += [pytest.param(model, LAYOUTS, marks=LONG) for model in ("vit", "swin", "convnext", "eva02")]
+CASES = [("vit", FEW), *(pytest.param(model, LAYOUTS, marks=LONG) for model in ("vit", "swin", "convnext", "eva02"))]
 
 
 @pytest.mark.parametrize(("model", "layouts"), CASES)
@@ -83,6 +82,7 @@ def test_other_optimizers_and_clipping(tmp_path: Path, optim: dict[str, Any]) ->
         same_losses(reference, run_ranks(run, ranks, plain)[0])
 
 
+@pytest.mark.long
 def test_layer_decay(tmp_path: Path) -> None:
     decayed = {"layer_decay": 0.75}
     reference = run_ranks(run, 1, recipe(tmp_path / "reference", optim=decayed))[0]

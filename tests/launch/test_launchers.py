@@ -21,8 +21,8 @@ from tests.recipes import lines, losses, recipe, run
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The first epoch of the default recipe on two FSDP ranks, as ``make train`` runs it."""
-    return digits_run(tmp_path_factory, "--train.epochs", "1")
+    """The first epoch of the default recipe on two FSDP ranks, as ``make train`` runs it, but for its data workers."""
+    return digits_run(tmp_path_factory, "--train.epochs", "1", "--data.workers", "0")
 
 
 def digits_run(tmp_path_factory: pytest.TempPathFactory, *flags: str) -> tuple[Path, str]:
@@ -99,6 +99,7 @@ def run_quietly(config: dict[str, Any]) -> None:
     train(load_config(config | {"data": config["data"] | {"workers": 0}, "monitor": {"progress": False}}))
 
 
+@pytest.mark.long
 def test_eval_prints_the_metrics_of_the_run(digits: tuple[Path, str]) -> None:
     out, _ = digits
     last = lines(out)[-1]

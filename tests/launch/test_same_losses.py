@@ -73,10 +73,9 @@ LAUNCHERS: dict[str, Callable[[list[str]], list[list[str]]]] = {
     "deepspeed": lambda arguments: [deepspeed("--num_gpus", "2", *arguments)],
     "accelerate": accelerate,
 }
-SHORT = ("mpirun", "torchrun")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in LAUNCHERS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name != "mpirun")) for name in LAUNCHERS])
 def test_the_same_losses(name: str, tmp_path: Path, reference: list[float]) -> None:
     said = together(LAUNCHERS[name]([TRAIN, write_recipe(tmp_path)]))
     if name == "accelerate":
@@ -149,9 +148,7 @@ def run_without_objects(plain: dict[str, Any]) -> None:
         assert main(["eval", f"{plain['out']}/step-00000004"]) == 0
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in ("ddp", "zero1", "zero2"))) for name in STRATEGIES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name != "fsdp")) for name in STRATEGIES])
 def test_no_strategy_exchanges_pickled_objects(name: str, tmp_path: Path) -> None:
     parallel = STRATEGIES[name] | {"precision": "fp32", "device": "cpu"}
     run_ranks(run_without_objects, 2, recipe(tmp_path / "out", parallel=parallel, train={"steps": 2, "micro_batch": 6}))

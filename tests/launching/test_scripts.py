@@ -148,6 +148,7 @@ print("plain", result.step, len(result.history))
 ]
 
 
+@pytest.mark.long
 def test_a_notebook(tmp_path: Path) -> None:
     """A real kernel: objects of its cells reach forked ranks and data workers, and what they print is shown."""
     import nbclient

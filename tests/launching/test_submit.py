@@ -233,6 +233,7 @@ def test_local_runs_the_ranks(path: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/pwned"))
 
 
+@pytest.mark.long
 def test_local_ends_with_the_exit_code_of_the_ranks(path: str) -> None:
     """What only the ranks can see: how many of them there are."""
     command = [sys.executable, "-m", "bigvision.cli", "submit", "--to", "local", path, "--ranks-per-node", "2"]

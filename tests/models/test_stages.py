@@ -17,7 +17,7 @@ from bigvision.models import StagePlan, find_blocks, plan_stages
 from tests.models.staged import backward, compare, run, total
 from tests.models.zoo import ZOO, Entry
 
-QUICK = {"vision_transformer", "convnext", "resnet"}
+QUICK = {"vision_transformer", "resnet"}
 REFUSED = {"twins": "cannot be traced", "gemma4_vit": "cannot be traced", "vgg": "has 1 blocks: use fewer stages"}
 """Of timm's modules; docs/stages.md says why."""
 INEXACT = {"cpubone"}
@@ -55,10 +55,8 @@ def large(name: str, stages: int = 4) -> tuple[nn.Module, StagePlan, Any]:
     return model, plan_stages(model, blocks, size, stages), blocks
 
 
-LARGE = ("convnext_xxlarge", "swin_large_patch4_window7_224")
-
-
-@pytest.mark.parametrize("name", ["vit_giant_patch14_224", *(pytest.param(name, marks=pytest.mark.long) for name in LARGE)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["vit_giant_patch14_224", "convnext_xxlarge", "swin_large_patch4_window7_224"])
 def test_large_models_are_cut_evenly(name: str) -> None:
     model, plan, blocks = large(name)
     assert plan.imbalance <= 1.05
@@ -216,6 +214,7 @@ def test_a_stage_holds_only_its_own_and_computes_nothing_at_the_cut() -> None:
     assert all(name.startswith("blocks.") for name, _ in stages[0].named_parameters())
 
 
+@pytest.mark.long
 def test_what_does_not_fit_a_device_is_cut_elsewhere() -> None:
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224")

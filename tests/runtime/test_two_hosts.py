@@ -100,6 +100,7 @@ def runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_the_link_between_two_hosts_is_taken_down(hosts: Hosts, tmp_path: Path) -> None:
     """The ranks of each host end and name those of the other, though only one has the store."""
     out, path = tmp_path / "out", tmp_path / "recipe.yaml"

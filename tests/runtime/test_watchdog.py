@@ -63,7 +63,7 @@ def check_hung(ended: Ended, folder: Path, place: str, victim: int, words: str, 
     ("place", "victim", "ranks"),
     [
         pytest.param(place, victim, ranks, marks=[pytest.mark.long] * ((place, victim, ranks) not in SHORT))
-        for SHORT in [{("step", 0, 3), ("save", 1, 4)}]
+        for SHORT in [{("step", 0, 3)}]
         for place in PLACES
         for ranks in (3, 4)
         for victim in range(ranks)
@@ -215,6 +215,7 @@ def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
         clean_up(processes)
 
 
+@pytest.mark.long
 def test_one_rank_alone(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(tmp_path / "out", limits={"step": 2.0})))

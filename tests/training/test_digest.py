@@ -77,6 +77,7 @@ def test_a_flipped_bit_is_found(
     assert checkpoint.steps_in(tmp_path) == [3, 2, 1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("strategy", "name"), [("zero2", WEIGHT), pytest.param("zero3", "norm.bias", marks=pytest.mark.long)])
 def test_a_copy_that_computes(tmp_path: Path, strategy: str, name: str) -> None:
     plain = recipe(
@@ -86,6 +87,7 @@ def test_a_copy_that_computes(tmp_path: Path, strategy: str, name: str) -> None:
     assert all(f"computing {name} on rank 1, unlike on 0, 2" in error for error in errors), errors
 
 
+@pytest.mark.long
 def test_nothing_is_saved_without_a_comparison(tmp_path: Path) -> None:
     plain = recipe(tmp_path, train={"steps": 6}, checkpoint={"every": 2}, faults={"digest_every": 100})
     errors = run_ranks(run_flipped, 3, plain, 1, WEIGHT, 2)

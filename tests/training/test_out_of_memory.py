@@ -93,8 +93,8 @@ def micro_batches(out: Path, last: int) -> tuple[int, int]:
     ("ranks", "parallel", "where", "first"),
     [
         (1, {"strategy": "ddp"}, "forward", 4),
-        (3, {"strategy": "fsdp"}, "backward", 4),
-        (2, {"strategy": "ddp"}, "evaluate", 4),
+        pytest.param(3, {"strategy": "fsdp"}, "backward", 4, marks=pytest.mark.long),
+        pytest.param(2, {"strategy": "ddp"}, "evaluate", 4, marks=pytest.mark.long),
         pytest.param(3, {"strategy": "ddp"}, "forward", 1, marks=pytest.mark.long),
         pytest.param(2, {"strategy": "zero3"}, "forward", 4, marks=pytest.mark.long),
         pytest.param(3, {"strategy": "zero2"}, "backward", 4, marks=pytest.mark.long),

@@ -63,12 +63,16 @@ def evaluated(folder: str, plain: dict[str, Any]) -> dict[str, float]:
     return evaluate_checkpoint(Path(folder), load_config(plain))
 
 
-def test_every_strategy_evaluates_a_checkpoint(tmp_path: Path) -> None:
+FEW = ("fsdp", "zero1", "pipeline")
+
+
+@pytest.mark.parametrize("strategies", [FEW, pytest.param((*STRATEGIES, "pipeline"), marks=pytest.mark.long)])
+def test_every_strategy_evaluates_a_checkpoint(tmp_path: Path, strategies: tuple[str, ...]) -> None:
     """Only the weights are restored, and they are those that compute."""
     plain = recipe(tmp_path, train={"steps": 3})
     run_ranks(run, 2, plain)
     reached = next(line for line in lines(tmp_path) if "val_loss" in line)
-    for strategy in (*STRATEGIES, "pipeline"):
+    for strategy in strategies:
         other = plain | {"parallel": plain["parallel"] | {"strategy": strategy}}
         found = run_ranks(evaluated, 3, str(tmp_path / "step-00000003"), other)[0]
         assert found["loss"] == pytest.approx(reached["val_loss"], rel=1e-5) and found["top1"] == reached["val_top1"]
@@ -84,6 +88,7 @@ def test_every_strategy_resumes_every_other_on_every_number_of_ranks(tmp_path: P
     check_pairs(tmp_path, [*EVERY, *PIPELINES], [first])
 
 
+@pytest.mark.long
 def test_stages_change_between_runs_with_running_statistics(tmp_path: Path) -> None:
     """BatchNorm under the same micro-batches: two stages, then three, then none, as one run under one process."""
 

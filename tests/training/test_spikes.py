@@ -170,6 +170,7 @@ def test_with_another_global_batch_what_overlaps_is_passed_over(tmp_path: Path) 
     assert [line["step"] for line in lines(tmp_path) if line.get("skipped")] == [22, 23]
 
 
+@pytest.mark.long
 def test_too_many_spikes_end_the_run(tmp_path: Path) -> None:
     found = run_ranks(run_planted, 2, plain(tmp_path), "spike", [20, 21, 23, 24], None)
     assert all("step 25: a spike, as in 3 batches before it since step-00000020" in error for _, error in found), found

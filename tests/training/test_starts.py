@@ -62,6 +62,7 @@ def test_the_same_crash_again_and_again_ends_it(tmp_path: Path, rank: int, step:
     assert noted(out, "end") == ["done"]
 
 
+@pytest.mark.long
 def test_kills_are_not_taken_for_crashes_but_counted(tmp_path: Path) -> None:
     out = tmp_path / "out"
     path = written(tmp_path, recipe(out, train={"steps": 9000}, faults={"same_crash": 1, "restarts": 1}))

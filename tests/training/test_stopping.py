@@ -104,7 +104,8 @@ TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 @pytest.mark.parametrize(
     ("place", "count", "step", "rank", "number"),
     [
-        ("load", 1, 0, 1, TERM), ("step", 2, 2, 0, USR1), ("evaluate", 2, 4, 2, TERM), ("save", 1, 5, 1, TERM),
+        ("load", 1, 0, 1, TERM), ("step", 2, 2, 0, USR1), ("save", 1, 5, 1, TERM),
+        pytest.param("evaluate", 2, 4, 2, TERM, marks=pytest.mark.long),
         pytest.param("evaluate", 12, 12, 0, TERM, marks=pytest.mark.long),
     ],
 )  # fmt: skip
@@ -143,6 +144,7 @@ def test_every_strategy_stops(tmp_path: Path, strategy: str, ranks: int, keys: d
     same_end(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_signal_while_the_others_are_waited_for(tmp_path: Path) -> None:
     """A rank whose peers do not come is in torch's own code, and has nothing to save."""
     path = written(tmp_path, plain(tmp_path / "out"))
