@@ -179,12 +179,12 @@ def test_an_error_in_the_background_is_every_ranks_at_the_same_step(tmp_path: Pa
 
 def one_rank_is_silent(out: Path) -> str:
     with start("cpu") as runtime:
-        mine = saver(out, timeout=3.0)
+        mine = saver(out, timeout=2.0)
         write = commit.write_pieces
 
         def late(*arguments: Any) -> Any:
             if runtime.rank == 1:
-                time.sleep(8)
+                time.sleep(5)
             return write(*arguments)
 
         with patched(commit, "write_pieces", late):

@@ -82,7 +82,7 @@ def test_every_schedule_of_one_stage_each(tmp_path: Path, model: str) -> None:
 MATRIX = [pytest.param(name, SEVERAL, marks=pytest.mark.long) for name in MODELS]
 
 
-@pytest.mark.parametrize(("model", "layouts"), [("vit", SEVERAL[1:2]), *MATRIX])
+@pytest.mark.parametrize(("model", "layouts"), MATRIX)
 def test_several_stages_on_each_rank(tmp_path: Path, model: str, layouts: list[tuple[int, dict[str, Any]]]) -> None:
     check(tmp_path, model, layouts, micro_batch=3)
 

@@ -135,6 +135,7 @@ def test_accelerate_launch_with_a_setting_that_is_refused(tmp_path: Path) -> Non
     assert done.returncode != 0 and len(said) == 1 and "FSDP_OFFLOAD_PARAMS=true" in said[0]
 
 
+@pytest.mark.long
 def test_one_rank_without_a_launcher(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(tmp_path / "out", train={"steps": 2})))

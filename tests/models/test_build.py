@@ -51,7 +51,11 @@ def materialised(plan) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.module)
+SLOW = {"inception_resnet_v2", "mobilenetv5", "naflexvit", "nasnet", "pnasnet", "senet", "sequencer", "vgg"}
+MODULES = [pytest.param(entry, id=entry.module, marks=[pytest.mark.long] * (entry.module in SLOW)) for entry in ZOO]
+
+
+@pytest.mark.parametrize("entry", MODULES)
 def test_every_module_of_timm_is_built_bit_for_bit(entry):
     callers = torch.get_rng_state()
     plan = blueprint(Model(entry.name, options=entry.options), 10)

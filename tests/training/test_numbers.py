@@ -65,7 +65,8 @@ def check(tmp_path: Path, layout: str, kind: str, model: str = "vit", **sections
     if kind == "image" and model == "vit":
         (rank, ids), *more = told["not_finite"].items()
         # Of the first data-parallel rank: where its pipeline has the last stage.
-        assert not more and ids == found[0][0] and int(rank) == {"pipeline": 1, "pipeline-fsdp": 2}.get(layout, 0)
+        # The batch goes over the end of an epoch, and may have it twice.
+        assert not more and set(ids) == set(found[0][0]) and int(rank) == {"pipeline": 1, "pipeline-fsdp": 2}.get(layout, 0)
 
 
 @pytest.mark.parametrize("layout", some("ddp zero2 pipeline", "fsdp", "hybrid", "zero1", "zero3", "pipeline-fsdp", "zbv"))
