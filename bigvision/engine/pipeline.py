@@ -125,7 +125,8 @@ class PipelineEngine(FSDPEngine):
             mine = slice(begin, begin + count * size)
             arguments = () if images is None else (images[mine],)
             target = targets[mine] if self.plan.stages - 1 in self.stages else None
-            schedule.step(*arguments, target=target, return_outputs=False)
+            with _unwrapped():
+                schedule.step(*arguments, target=target, return_outputs=False)
             begin += count * size
             for parameter, grad in before.items():
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
@@ -215,3 +216,17 @@ class PipelineEngine(FSDPEngine):
         peers = sorted({near for number in self.stages for near in (number - 1, number + 1)} - set(self.stages))
         others = ", ".join(f"stage {peer} on rank {self._peer(peer)}" for peer in peers if 0 <= peer < self.plan.stages)
         return f"stage {mine} on rank {self.runtime.rank}, beside {others}"
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Let an error within a stage be itself: torch puts it behind one that tells the shapes of what the stage was given."""
+    try:
+        yield
+    except RuntimeError as error:
+        own: BaseException = error
+        while own.__cause__ is not None and "ailed to run" in str(own):
+            own = own.__cause__
+        if own is error:
+            raise
+        raise own from None

@@ -189,9 +189,9 @@ def _place_named(engine: Engine) -> Iterator[None]:
     except RankFailure:
         raise
     except RuntimeError as error:
-        if not engine.place:
-            raise
-        raise RuntimeError(f"{engine.place}: {error}") from error
+        if engine.place:
+            error.args = (f"{engine.place}: {error}",)
+        raise
 
 
 def _due(step: int, every: int | None, epoch_ended: bool) -> bool:

@@ -113,7 +113,9 @@ def test_the_next_start_goes_on(
     assert ended(train_starved, ranks, path, ranks - 1, {first: 6}, where) == [Exit.FAULT] * ranks
     assert noted(out, "micro_batch") == [6] and noted(out, "crash") == [first] and noted(out, "rank") == [ranks - 1]
     (error,) = noted(out, "error")
-    assert error.startswith("OutOfMemoryError: CUDA out of memory") and "train.micro_batch 6 instead of 12" in error
+    place = f"stage 1 on rank {ranks - 1}, beside stage 0 on rank" if parallel["strategy"] == "pipeline" else "CUDA"
+    assert error.startswith(f"OutOfMemoryError: {place}") and "CUDA out of memory" in error
+    assert "train.micro_batch 6 instead of 12" in error
     assert ended(train_starved, ranks, path, ranks - 1, {first: 6}, where) == [Exit.DONE] * ranks
     assert noted(out, "step") == [0, 3 if first >= 3 else 0]
     assert losses(out) == pytest.approx(undisturbed, rel=1e-5)
