@@ -225,7 +225,7 @@ def _unwrapped() -> Iterator[None]:
         yield
     except RuntimeError as error:
         own: BaseException = error
-        while own.__cause__ is not None and "ailed to run" in str(own):
+        while own.__cause__ is not None and "failed to run" in str(own).lower():
             own = own.__cause__
         if own is error:
             raise

@@ -34,7 +34,7 @@ def outcome(attempt: Path, done: bool, codes: dict[int, int], interrupted: bool,
     if done:
         result = json.loads((attempt / RESULT).read_text(encoding="utf-8"))
         return Result(result["step"], Path(result["checkpoint"]), result["metrics"], read_history(out))
-    said = left(attempt)
+    said = last_words(attempt)
     for one in said:
         if one["kind"] == "mistake":
             raise UserError(one["words"])
@@ -49,7 +49,7 @@ def outcome(attempt: Path, done: bool, codes: dict[int, int], interrupted: bool,
     raise _fault(said, codes)
 
 
-def left(attempt: Path) -> list[dict[str, Any]]:
+def last_words(attempt: Path) -> list[dict[str, Any]]:
     """What the ranks of a start have said at their end, the first one first."""
     said = [json.loads(path.read_text(encoding="utf-8")) for path in attempt.glob("rank-*.json")]
     return sorted(said, key=lambda one: one["time"])

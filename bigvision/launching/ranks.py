@@ -25,7 +25,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from bigvision.errors import Exit
 from bigvision.launching import rank
-from bigvision.launching.outcome import left, outcome
+from bigvision.launching.outcome import last_words, outcome
 from bigvision.signals import SAVE
 from bigvision.training import Result
 
@@ -188,12 +188,15 @@ class _Agent(LocalElasticAgent):
             raise SignalException("asked to stop", self.asked)
         result = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
         if FINAL & {failure.exitcode for failure in result.failures.values()}:
-            self._worker_group.spec.max_restarts -= self._remaining_restarts  # the attempt stays what it is
-            self._remaining_restarts = 0
-        elif result.failures and any(said["again"] for said in left(self.folder / str(self.attempt))):
-            self._worker_group.spec.max_restarts += 1  # as before
-            self._remaining_restarts += 1
+            self._allow(0)
+        elif result.failures and any(said["again"] for said in last_words(self.folder / str(self.attempt))):
+            self._allow(self._remaining_restarts + 1)
         return result
+
+    def _allow(self, restarts: int) -> None:
+        """From now on; those that were are counted as before."""
+        self._worker_group.spec.max_restarts = self.attempt + restarts
+        self._remaining_restarts = restarts
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
         if self.asked is not None:

@@ -34,7 +34,7 @@ def mended(config: Config, blueprint: Blueprint, runtime: Runtime, starts: Start
             raise
         starts.smaller, advice = smaller(config, blueprint, runtime)
         error.args = (f"{one_line(error)}: {advice}",)
-        error.again = starts.smaller is not None  # type: ignore[attr-defined]
+        error.again = starts.smaller is not None  # type: ignore[attr-defined]  # for whoever can start the ranks again
         raise
 
 

@@ -82,13 +82,14 @@ def test_other_optimizers_and_clipping(tmp_path: Path, optim: dict[str, Any]) ->
         same_losses(reference, run_ranks(run, ranks, plain)[0])
 
 
-@pytest.mark.long
+@LONG
 def test_layer_decay(tmp_path: Path) -> None:
     decayed = {"layer_decay": 0.75}
     reference = run_ranks(run, 1, recipe(tmp_path / "reference", optim=decayed))[0]
     assert reference != pytest.approx(run_ranks(run, 1, recipe(tmp_path / "without"))[0], rel=1e-3)
-    plain = recipe(tmp_path / "fsdp-3", optim=decayed, parallel=parallel("fsdp", 1))
-    same_losses(reference, run_ranks(run, 3, plain)[0])
+    for strategy, ranks in (("ddp", 2), ("fsdp", 3)):
+        plain = recipe(tmp_path / f"{strategy}-{ranks}", optim=decayed, parallel=parallel(strategy, 1))
+        same_losses(reference, run_ranks(run, ranks, plain)[0])
     assert max(line["lr"] for line in lines(tmp_path / "fsdp-3") if "loss" in line) == 1e-3
 
 

@@ -64,10 +64,10 @@ SEVERAL = [
     (2, {"schedule": "dualpipev"}),
 ]
 FOUR_SEVERAL = [(4, {"schedule": name}) for name in ("interleaved", "zbv", "dualpipev")]
-MATRIX = [pytest.param(name, ONE_EACH if name == "vit" else ONE_EACH[1:3], marks=pytest.mark.long) for name in MODELS]
+MODELS_ONE_EACH = [pytest.param(name, ONE_EACH if name == "vit" else ONE_EACH[1:3], marks=pytest.mark.long) for name in MODELS]
 
 
-@pytest.mark.parametrize(("model", "layouts"), [("vit", ONE_EACH[3:]), *MATRIX])
+@pytest.mark.parametrize(("model", "layouts"), [("vit", ONE_EACH[3:]), *MODELS_ONE_EACH])
 def test_losses_equal_those_of_one_process(tmp_path: Path, model: str, layouts: list[tuple[int, dict[str, Any]]]) -> None:
     """24 samples in micro-batches of 5: the last one is short."""
     check(tmp_path, model, layouts, micro_batch=5)
@@ -79,12 +79,10 @@ def test_every_schedule_of_one_stage_each(tmp_path: Path, model: str) -> None:
     check(tmp_path, model, ONE_EACH, micro_batch=3)
 
 
-MATRIX = [pytest.param(name, SEVERAL, marks=pytest.mark.long) for name in MODELS]
-
-
-@pytest.mark.parametrize(("model", "layouts"), MATRIX)
-def test_several_stages_on_each_rank(tmp_path: Path, model: str, layouts: list[tuple[int, dict[str, Any]]]) -> None:
-    check(tmp_path, model, layouts, micro_batch=3)
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS)
+def test_several_stages_on_each_rank(tmp_path: Path, model: str) -> None:
+    check(tmp_path, model, SEVERAL, micro_batch=3)
 
 
 @pytest.mark.long
@@ -98,17 +96,16 @@ def test_several_stages_on_each_of_four_ranks(tmp_path: Path) -> None:
         same_losses(reference, run_ranks(run, ranks, made | {"model": made["model"] | {"options": deeper}})[0])
 
 
-SHARDED, COPIED = (4, {"stages": 2}), (4, {"stages": 2, "schedule": "zbv", "replicas": 2})
-MATRIX = [
-    pytest.param(name, COPIED if name == "vit" else SHARDED, marks=pytest.mark.long)
-    for name in ("vit", "convnext", "swin", "coat")
-]
-
-
-@pytest.mark.parametrize(("model", "layout"), [("vit", SHARDED), *MATRIX])
-def test_sharded_and_copied_stages(tmp_path: Path, model: str, layout: tuple[int, dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("model", "schedule"),
+    [
+        ("vit", "interleaved"),  # two pieces on a rank
+        *(pytest.param(name, "1f1b", marks=pytest.mark.long) for name in ("convnext", "swin", "coat")),
+    ],
+)
+def test_sharded_stages(tmp_path: Path, model: str, schedule: str) -> None:
     """Two stages, each on two ranks: 12 samples to each pipeline."""
-    check(tmp_path, model, [layout], micro_batch=3)
+    check(tmp_path, model, [(4, {"stages": 2, "schedule": schedule})], micro_batch=3)
 
 
 @pytest.mark.long
