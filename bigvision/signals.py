@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Of schedulers, of Slurm's ``--signal=USR1@120``, and of a terminal."""
 SAVE = signal.SIGUSR2
 PATIENCE = 2.0
-"""Seconds that a handler has to end the process in an orderly way."""
+"""Seconds that the main thread has to end the process in an orderly way."""
 
 
 class Signals:
@@ -60,6 +61,8 @@ class Signals:
         elif not self.stop:
             self.stop = signal.Signals(number).name
             if self.alone:
+                # An import that tries something and passes over all errors passes over this one, too.
+                _thread.start_new_thread(_insist, ())
                 raise SystemExit(_leave(self.stop))
 
 
@@ -104,8 +107,15 @@ def _watch(inlet: int) -> None:
         if number[0] in STOP:
             time.sleep(PATIENCE)
             if SIGNALS.alone:
-                os._exit(_leave(signal.Signals(number[0]).name))
+                os._exit(Exit.STOPPED if SIGNALS.stop else _leave(signal.Signals(number[0]).name))
     os.close(inlet)
+
+
+def _insist() -> None:
+    """End the process, unless it has ended, has begun to listen anew or its rank has met the others meanwhile."""
+    time.sleep(PATIENCE)
+    if SIGNALS.alone and SIGNALS.stop:
+        os._exit(Exit.STOPPED)
 
 
 def _leave(name: str) -> int:
