@@ -32,8 +32,11 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)  ## train on two ranks, by default recipes/digits.yaml: make train ARGS="--train.epochs 2" RANKS=4
 	$(TORCHRUN) launch/train.py $(ARGS)
 
+# Two at a time, then those that need the machine to themselves. ARGS may leave none (pytest's 5) for one of the two.
 test: $(STAMP)  ## run the tests, without the long matrices
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	@$(BIN)/python -m pytest -m "not long and not alone" -n 2 --dist loadfile $(ARGS); first=$$?; \
+	$(BIN)/python -m pytest -m "not long and alone" $(ARGS); second=$$?; \
+	case $$first$$second in 00 | 05 | 50) ;; *) exit 1 ;; esac
 
 test-all: $(STAMP)  ## run every test
 	$(BIN)/python -m pytest $(ARGS)
