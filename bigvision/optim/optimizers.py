@@ -34,7 +34,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, on_cpu: b
     from timm.optim import AdafactorBigVision, Lamb, Lion, Muon
 
     if config.name == "lion":
-        # torch 2.11 has no form of that step for sharded tensors.
+        # torch 2.11 cannot step sharded tensors together; 2.12 and 2.13 were not tried.
         return Lion(groups, lr=config.lr, betas=config.betas, foreach=torch.__version__ >= "2.14")
     if config.name == "lamb":
         # timm scales only the steps of decayed tensors: without decay it would be Adam.
