@@ -51,13 +51,14 @@ format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## measure the training step beside its peers, on one rank and on two, checkpoints, and the loader
+bench: $(STAMP)  ## measure the training step beside its peers, on one rank and on two, checkpoints, the loader, and imports
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
 	$(TORCHRUN) -m benchmarks.step_time $(ARGS)
 	$(TORCHRUN) -m benchmarks.zero_time $(ARGS)
 	$(TORCHRUN) -m benchmarks.pipeline_time $(ARGS)
 	$(TORCHRUN) -m benchmarks.checkpoint_time $(ARGS)
 	$(BIN)/python -m benchmarks.data_time $(ARGS)
+	$(BIN)/python -m benchmarks.import_time
 
 clean:  ## remove .venv and caches; checkpoints stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -135,14 +135,23 @@ def run_slowly(plain: dict[str, Any], seconds: float) -> list[float]:
 class Ended:
     """What is left of a run in which one rank did not get on."""
 
+    folder: Path
     codes: list[int | None]
     """None: it has not ended."""
-    said: list[str]
-    errors: list[str]
-    """The last line that begins with "error: ", of each rank."""
     after: float
     """Seconds from the act to the end of the last of the others."""
     processes: list[BaseProcess]
+
+    @property
+    def said(self) -> list[str]:
+        """By each rank, so far: the one that did not get on may end after the others."""
+        files = (self.folder / f"said-{rank}" for rank in range(len(self.processes)))
+        return [path.read_text() if path.exists() else "" for path in files]
+
+    @property
+    def errors(self) -> list[str]:
+        """The last line that begins with "error: ", of each rank."""
+        return [next((line for line in reversed(text.splitlines()) if line.startswith("error: ")), "") for text in self.said]
 
 
 def run_and_hang(folder: Path, plain: dict[str, Any], place: str, act: Callable[[], None], victim: int, ranks: int) -> Ended:
@@ -156,9 +165,7 @@ def run_and_hang(folder: Path, plain: dict[str, Any], place: str, act: Callable[
     end = time.time()
     mark = folder / "mark"
     after = end - float(mark.read_text()) if mark.exists() else -1.0
-    said = [path.read_text() if path.exists() else "" for path in (folder / f"said-{rank}" for rank in range(ranks))]
-    errors = [next((line for line in reversed(text.splitlines()) if line.startswith("error: ")), "") for text in said]
-    return Ended([process.exitcode for process in processes], said, errors, after, processes)
+    return Ended(folder, [process.exitcode for process in processes], after, processes)
 
 
 def clean_up(processes: list[BaseProcess]) -> None:

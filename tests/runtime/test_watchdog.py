@@ -162,7 +162,7 @@ def test_an_error_on_one_rank_is_told_by_all(victim: int, tmp_path: Path) -> Non
         first = f"rank {victim} failed: ValueError: planted in one rank"
         for rank in {0, 1, 2} - {victim}:
             assert ended.errors[rank].startswith(f"error: rank {rank}: RankFailure: {first}; here: "), ended.errors[rank]
-        assert f"error: rank {victim}: ValueError: planted in one rank" in (tmp_path / f"said-{victim}").read_text()
+        assert f"error: rank {victim}: ValueError: planted in one rank" in ended.said[victim]
     finally:
         clean_up(ended.processes)
 
