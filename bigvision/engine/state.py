@@ -1,0 +1,248 @@
+"""The state of a model in memory: storage, first values, running statistics, and fragments of all of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.optim import Optimizer
+
+from bigvision.fragments import Fragment
+from bigvision.models import Blueprint
+from bigvision.runtime import Runtime, all_or_none
+
+RUNNING = ("running_mean", "running_var")
+BUCKET = 16 * 2**20
+"""Numbers exchanged at a time."""
+
+Located = tuple[Tensor, int, tuple[int, int]]
+"""(this rank's values of a tensor as a 1-D view, their start in the whole tensor, (which copy, number of copies))."""
+
+
+# Storage and first values.
+
+
+def allocate(
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None = None, place: Callable[[nn.Parameter], None] | None = None
+) -> None:  # fmt: skip
+    """Give every parameter and buffer contiguous storage on *device*, without values; tied parameters stay tied.
+
+    Args:
+        dtype: of the parameters; None keeps their own. Buffers keep their own.
+        place: called with each parameter as soon as it has storage.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, old in owner._parameters.items():
+            if old is None:
+                continue
+            if old not in made:
+                empty = torch.empty_like(old, device=device, dtype=dtype, memory_format=torch.contiguous_format)
+                made[old] = nn.Parameter(empty, old.requires_grad)
+                vars(made[old]).update(vars(old))
+                if place is not None:
+                    place(made[old])
+            owner._parameters[name] = made[old]
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = torch.empty_like(buffer, device=device, memory_format=torch.contiguous_format)
+
+
+def make_contiguous(module: nn.Module) -> bool:
+    """Lay out every parameter and buffer of *module*, on meta, row by row; return whether any was laid out in channels_last.
+
+    Fragments are runs of row-major tensors, and ``fully_shard`` takes no others.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    found = any(t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+    if any(not tensor.is_contiguous() for tensor in tensors):
+        allocate(module, torch.device("meta"))
+    return found
+
+
+def fill(
+    blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts: list[nn.Module], device: torch.device,
+    restored: bool = False,
+) -> None:  # fmt: skip
+    """Give this rank's runs their first values, and make the plain attributes. Called on every rank.
+
+    What lies in a weights file as it is, is read run by run; of what is drawn or computed, one whole tensor is held at a
+    time. Buffers that are not saved are in no fragment and are filled whole.
+
+    Args:
+        restored: the fragments are about to be read from a checkpoint, so that only what no checkpoint has is computed.
+
+    Raises:
+        UserError: on every rank, when a weights file could not be read on any.
+    """
+    all_or_none(lambda: _fill(blueprint, seed, fragments, parts, restored))
+    for part in parts:
+        blueprint.fill_attributes(part, device)
+
+
+def _fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts: list[nn.Module], restored: bool) -> None:
+    missing: dict[str, list[Fragment]] = {}
+    for fragment in fragments:
+        if fragment.values.numel() or not math.prod(fragment.shape):
+            missing.setdefault(fragment.name, []).append(fragment)
+    saved = {run.values.data_ptr() for runs in missing.values() for run in runs}
+    left: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, buffer in part.named_buffers():
+            if buffer.data_ptr() not in saved:
+                left.setdefault(name, []).append(buffer)
+    if restored:
+        missing = {}
+    with torch.no_grad():
+        for name in blueprint.runs():
+            for run in missing.pop(name, ()):
+                blueprint.read(name, run.start, run.values)
+            for buffer in left.pop(name, ()):
+                blueprint.read(name, 0, buffer.view(-1))
+        for name, tensor in blueprint.tensors(seed, {*missing, *left}):
+            for run in missing.pop(name, ()):
+                assert run.shape == tuple(tensor.shape), f"{name}: {run.shape} against {tuple(tensor.shape)}"
+                run.values.copy_(tensor.reshape(-1)[run.start : run.start + run.values.numel()])
+            for buffer in left.pop(name, ()):
+                buffer.copy_(tensor)
+    assert not missing and not left, f"without values: {[*missing, *left]}"
+
+
+# Running statistics.
+
+
+class Statistics:
+    """Running statistics (BatchNorm's) of this rank's part of the model, and how they were before the step.
+
+    A forward pass moves them before anyone knows whether its numbers are finite. They are made views of one flat tensor for
+    each type, so that keeping, restoring, checking and averaging them is one operation, whatever their number.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self.frozen = [norm for part in parts for norm in part.modules() if is_frozen(norm)]
+        still = set(self.frozen)
+        moving = [module for part in parts for module in part.modules() if module not in still]
+        self.running = _flattened(moving, RUNNING)
+        self.live = [flat for flat in (self.running, _flattened(moving, ("num_batches_tracked",))) if flat is not None]
+        self.kept = [flat.clone() for flat in self.live]
+
+    def keep(self) -> None:
+        """Remember them as they are now."""
+        for kept, live in zip(self.kept, self.live):
+            kept.copy_(live)
+
+    def restore(self, skipped: Tensor) -> None:
+        """Make them what they were when they were last kept where *skipped*, bool and 0-D on the device, is true."""
+        for kept, live in zip(self.kept, self.live):
+            torch.where(skipped, kept, live, out=live)
+
+    def largest(self) -> Tensor | None:
+        """The largest magnitude of all, 0-D on the device; not finite where any is not. None where there are none.
+
+        A variance may overflow where outputs, which are divided by it, do not.
+        """
+        return torch.linalg.vector_norm(self.running, ord=math.inf) if self.running is not None else None
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether *module* is a BatchNorm whose weights are all frozen: it then normalises by its statistics and keeps them."""
+    weights = list(module.parameters(recurse=False)) if isinstance(module, BatchNorm) else []
+    return bool(weights) and not any(weight.requires_grad for weight in weights)
+
+
+def _flattened(modules: list[nn.Module], names: tuple[str, ...]) -> Tensor | None:
+    """Make the buffers *names* of *modules* views of one tensor, and return it."""
+    found = {(id(m), name): (m, name) for m in modules for name in names if m._buffers.get(name) is not None}
+    if not found:
+        return None
+    buffers: list[Any] = [module._buffers[name] for module, name in found.values()]
+    kinds = {buffer.dtype for buffer in buffers}
+    flat = torch.cat([buffer.reshape(-1).to(max(kinds, key=lambda kind: kind.itemsize)) for buffer in buffers])
+    for (module, name), buffer, values in zip(found.values(), buffers, flat.split([buffer.numel() for buffer in buffers])):
+        module._buffers[name] = values.view(buffer.shape)
+    return flat
+
+
+def average(tensors: Iterable[Tensor], runtime: Runtime) -> None:
+    """Replace each tensor by its mean over the data-parallel ranks, exchanging many at a time."""
+    if runtime.data_ranks == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = torch.cat([one.detach().reshape(-1).float() for one in bucket])
+        dist.all_reduce(flat, group=runtime.data_group)
+        flat /= runtime.data_ranks
+        with torch.no_grad():
+            for one, values in zip(bucket, flat.split([one.numel() for one in bucket])):
+                one.copy_(values.view_as(one))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(one.numel() for one in bucket) >= BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
+# Fragments of what a torch optimizer steps.
+
+
+def model_fragments(tensors: Mapping[str, Tensor], locate: Callable[[Tensor], Located]) -> Iterator[Fragment]:
+    """This rank's runs of the parameters and buffers *tensors*; of those on meta it holds nothing."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            yield _nothing("model", name, tuple(tensor.shape), tensor.dtype)
+        else:
+            values, start, copy = locate(tensor)
+            yield Fragment("model", name, tuple(tensor.shape), start, values.detach(), copy)
+
+
+def optimizer_fragments(
+    optimizer: Optimizer, shapes: Mapping[str, tuple[int, ...]], place: Mapping[str, tuple[int, tuple[int, int]]],
+    absent: Mapping[str, torch.dtype],
+) -> Iterator[Fragment]:  # fmt: skip
+    """This rank's runs of the optimizer's state.
+
+    Args:
+        shapes: of the whole trainable parameters of the model, by name.
+        place: (start, copy) of the run of each parameter that this rank holds.
+        absent: the state of a parameter of another pipeline stage: its keys and types.
+    """
+    held: set[str] = set()
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"]):
+            held.add(name)
+            for key, value in optimizer.state[parameter].items():
+                if not isinstance(value, Tensor) or key == "step":
+                    continue
+                local = local_tensor(value)
+                if local.numel() == local_tensor(parameter).numel():
+                    (start, copy), shape = place[name], shapes[name]
+                else:  # factored moments (Adafactor's), which only whole copies have
+                    start, copy, shape = 0, place[name][1], tuple(value.shape)
+                yield Fragment("optimizer", f"{name}/{key}", shape, start, local.view(-1), copy)
+    for name, shape in shapes.items():
+        if name not in held:
+            yield from (_nothing("optimizer", f"{name}/{key}", shape, dtype) for key, dtype in absent.items())
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of *tensor* that this rank holds, as a plain tensor over the same storage."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():  # under grad mode each call costs a node of the graph, a fiftyfold
+        return tensor.to_local()
+
+
+def _nothing(group: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Fragment:
+    return Fragment(group, name, shape, 0, torch.empty(0, dtype=dtype), (0, 1))
