@@ -16,6 +16,7 @@ LEVELS = (
     {"errors", "seeds"},
     {"config", "fragments", "signals", "tensorfile"},
     {"runtime", "models", "data", "tasks", "optim"},
+    {"pipeline"},
     {"engine", "checkpoint"},
     {"monitor"},
     {"training", "planning"},
@@ -125,6 +126,8 @@ def test_every_file_keeps_the_rules() -> None:
     [
         ("bigvision/engine/fsdp.py", "from bigvision.checkpoint import reader", "engine may not import checkpoint"),
         ("bigvision/checkpoint/reader.py", "from bigvision import engine", "checkpoint may not import engine"),
+        ("bigvision/pipeline/stages.py", "from bigvision.engine import base", "pipeline may not import engine"),
+        ("bigvision/models/blocks.py", "from bigvision.pipeline import cutting", "models may not import pipeline"),
         ("bigvision/data/loader.py", "from ..training import loop", "data may not import training"),
         ("bigvision/data/loader.py", "from .. import models", "data may not import models"),
         ("bigvision/data/__init__.py", "from ..cli import main", "data may not import cli"),

@@ -15,9 +15,9 @@ from bigvision.data.batch import Batch
 from bigvision.engine.batches import micro_batch
 from bigvision.engine.fsdp import FSDPEngine
 from bigvision.engine.precision import COMPUTE_DTYPES, autocast
-from bigvision.engine.schedules import Placement, make_schedule
 from bigvision.fragments import Fragment
-from bigvision.models import Blocks, Blueprint, Fits, Stage, plan_stages
+from bigvision.models import Blocks, Blueprint
+from bigvision.pipeline import Fits, Placement, Stage, make_schedule, plan_stages
 from bigvision.runtime import Runtime
 from bigvision.seeds import seed_from
 from bigvision.tasks import Task

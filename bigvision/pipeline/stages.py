@@ -14,10 +14,9 @@ from torch import Tensor, fx, nn
 from bigvision.errors import UserError
 from bigvision.models.attributes import named_tensors
 from bigvision.models.blocks import Block, Blocks
-from bigvision.models.costs import Cost, node_costs
-from bigvision.models.cutting import SAMPLES, CannotCut, Flow, Runner, Spec
-from bigvision.models.partition import Fits, choose_cuts
 from bigvision.models.tracing import TraceFailed, has_parts, model_name, size, trace
+from bigvision.pipeline.balance import Cost, Fits, choose_cuts, node_costs
+from bigvision.pipeline.cutting import SAMPLES, CannotCut, Flow, Runner, Spec
 
 EVEN = 1.05
 """When the largest stage's work is more than the mean times this, the blocks at the cuts are looked into."""

@@ -1,4 +1,4 @@
-"""A model whole and in stages, in one process. ``python -m tests.models.staged`` writes docs/stages.md."""
+"""A model whole and in stages, in one process. ``python -m tests.pipeline.staged`` writes docs/stages.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError
-from bigvision.models import Stage, blueprint, find_blocks, plan_stages
+from bigvision.models import blueprint, find_blocks
+from bigvision.pipeline import Stage, plan_stages
 from tests.models.zoo import ZOO, Entry
 
 PAGE = Path(__file__).parents[2] / "docs" / "stages.md"

@@ -13,9 +13,10 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from bigvision.errors import UserError
-from bigvision.models import StagePlan, find_blocks, plan_stages
-from tests.models.staged import backward, compare, run, total
+from bigvision.models import find_blocks
+from bigvision.pipeline import StagePlan, plan_stages
 from tests.models.zoo import ZOO, Entry
+from tests.pipeline.staged import backward, compare, run, total
 
 QUICK = {"vision_transformer", "resnet"}
 REFUSED = {"twins": "cannot be traced", "gemma4_vit": "cannot be traced", "vgg": "has 1 blocks: use fewer stages"}
@@ -66,8 +67,8 @@ def test_large_models_are_cut_evenly(name: str) -> None:
 
 def equal_counts(model: nn.Module, blocks: Any, stages: int = 4) -> float:
     """The imbalance of a cut into stages of equally many blocks."""
-    from bigvision.models.costs import node_costs
-    from bigvision.models.cutting import Flow
+    from bigvision.pipeline.balance import node_costs
+    from bigvision.pipeline.cutting import Flow
 
     size: Any = resolve_model_data_config(model)["input_size"]
     flow = Flow(blocks.graph, size)

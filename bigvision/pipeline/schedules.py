@@ -12,7 +12,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import stage_backward_weight
 
 from bigvision.config import ONE_STAGE, SPLIT_BACKWARD, ParallelConfig
-from bigvision.models import Stage
+from bigvision.pipeline.stages import Stage
 from bigvision.runtime import Runtime
 
 SCHEDULES = {
