@@ -1,8 +1,9 @@
-"""What went wrong, said to the user."""
+"""Errors that the user sees, and how they are worded."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -23,7 +24,7 @@ class Exit(IntEnum):
 
 
 class UserError(Exception):
-    """A mistake in what was asked for: one line with the key, the value and the mend. Ends the program with exit code 2."""
+    """A mistake in what was asked for: one line with the key, the value and the fix. Ends the program with exit code 2."""
 
 
 class Stopped(Exception):
@@ -48,3 +49,35 @@ def either(names: Sequence[str]) -> str:
 def one_line(error: BaseException) -> str:
     """What *error* says, on one line; the name of its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "bad_alloc")
+"""What torch, cuBLAS, cuDNN and the C++ library say without memory; torch's CPU allocator has no exception of its own."""
+DEVICE_FAULT = re.compile(
+    r"CUDA (driver )?error: (?!out of memory|\w+ALLOC)|NCCL|nccl[A-Z]|device-side assert|_STATUS_EXECUTION_FAILED"
+)
+"""What torch says after a fault of the device, of a kernel or between devices."""
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether *error* comes from a lack of memory in this process, on the device or on the host.
+
+    The earliest error in the chain of causes decides: after a fault of the device allocations fail too, and after a failed
+    allocation so may the collectives that the rank leaves.
+    """
+    verdict, seen = False, set[int]()
+    while error is not None and id(error) not in seen:  # an error that is raised again may be among its own causes
+        seen.add(id(error))
+        verdict = _blames_memory(error, verdict)
+        error = error.__cause__ or error.__context__
+    return verdict
+
+
+def _blames_memory(error: BaseException, otherwise: bool) -> bool:
+    """Whether *error* by itself reports a lack of memory; *otherwise* where it is about something else."""
+    text = str(error)
+    if not isinstance(error, (RuntimeError, MemoryError)):
+        return otherwise
+    if "DataLoader worker" in text or DEVICE_FAULT.search(text):
+        return False  # a smaller micro-batch helps neither data workers nor a broken device
+    return True if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY) else otherwise

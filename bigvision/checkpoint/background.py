@@ -8,19 +8,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from bigvision.checkpoint.commit import Writer, commit
 from bigvision.checkpoint.memory import Arena
 from bigvision.checkpoint.pieces import Plan, plan
 from bigvision.checkpoint.retention import Retention
+from bigvision.errors import lacks_memory
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, gather_json
 
 
 class Saver:
-    """Saves a run's checkpoints, one at a time: a step waits only for a copy of what this rank has to write.
+    """Saves a run's checkpoints, one at a time; training waits only until this rank has copied what it writes.
 
     Every rank has one and calls all of its methods.
     """
@@ -32,14 +32,14 @@ class Saver:
         """Args:
         background: False writes before training goes on, and holds no copy.
         timeout: seconds that a rank waits for the others' answers while a checkpoint is written.
-        say: told when there is no memory for the copy.
+        say: called with one line when there is no memory for the copy.
         """
         self.out, self.shard_size, self.retention, self.say = out, shard_size, retention, say
         self.writer: Writer = writer
         self.arena = Arena() if background else None
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
-        # Lines of its own: what is said in the background must not meet what training says at the same time.
+        # A group of its own: collectives of the background thread must not meet those of training.
         self.group: Any = None
         if dist.get_world_size() > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
@@ -59,21 +59,22 @@ class Saver:
             self.thread = threading.Thread(target=self._commit, args=(step, copy, documents), name="checkpoint")
             self.thread.start()
 
-    def poll(self, *requests: bool) -> list[bool]:
-        """Exchange *requests* between the ranks, and learn of an error in the background. Called between two steps.
+    @property
+    def failed(self) -> bool:
+        """Whether a save of this rank has failed in the background. Does not communicate."""
+        return self.failure is not None
 
-        Returns, for each request, whether any rank made it.
+    def raise_failure(self) -> None:
+        """Raise what any rank's save in the background failed with. Called by all ranks, once any of them has `failed`.
 
         Raises:
-            RankFailure: a save in the background failed; the same on every rank.
+            RankFailure: names the first rank that failed and its error; the same on every rank.
         """
-        flags = torch.tensor([*requests, self.failure is not None], dtype=torch.int32)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        if flags[-1]:
-            self._join()  # where it is not as far, it comes to the same end
-            failure, self.failure = self.failure, None
-            raise RankFailure(next(text for text in gather_json(failure and str(failure)) if text)) from failure
-        return [bool(flag) for flag in flags[:-1]]
+        self._join()  # a rank whose save is still under way comes to the same end
+        failure, self.failure = self.failure, None
+        for text in gather_json(failure and str(failure)):
+            if text:
+                raise RankFailure(text) from failure
 
     @property
     def done(self) -> bool:
@@ -92,7 +93,7 @@ class Saver:
             raise failure
 
     def close(self) -> None:
-        """Wait until nothing is being saved; whether it succeeded is no longer asked."""
+        """Wait until nothing is being saved; a failure is no longer reported."""
         self._join()
 
     def _join(self) -> None:
@@ -106,7 +107,9 @@ class Saver:
         try:
             return Plan(content.layouts, self.arena.copy(content.pieces))
         except (MemoryError, RuntimeError) as error:
-            # Which ranks write in the background and which do not makes no difference to the others.
+            if not lacks_memory(error):
+                raise
+            # The other ranks need not know: this one takes part in the same collectives, before training goes on.
             self.arena = None
             self.say(f"no memory for a copy of the state ({error}): checkpoints are written before training goes on")
             return None

@@ -1,4 +1,4 @@
-"""A device without memory: the next start goes on with half the micro-batch on all ranks."""
+"""A device that runs out of memory: the next start continues with half the micro-batch on all ranks."""
 
 from __future__ import annotations
 
@@ -6,31 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from bigvision.config import Config
 from bigvision.engine import check_sizes, micro_batch
-from bigvision.errors import UserError, one_line
+from bigvision.errors import UserError, lacks_memory, one_line
 from bigvision.models import Blueprint
 from bigvision.runtime import RankFailure, Runtime
 from bigvision.training.starts import Starts
 
-SIGNS = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
-"""Found in what torch, CUDA's libraries and the C++ library say; torch's CPU allocator has no exception of its own."""
-
 
 @contextmanager
-def mended(config: Config, blueprint: Blueprint, runtime: Runtime, starts: Starts) -> Iterator[None]:
-    """Let an error of this rank for want of memory say what will help, and the next start do it.
+def retry_with_smaller_batch(config: Config, blueprint: Blueprint, runtime: Runtime, starts: Starts) -> Iterator[None]:
+    """When this rank runs out of memory, add to its error what helps, and make the next start use a smaller micro-batch.
 
-    A rank that has no memory in the middle of a pass leaves the others inside collectives, where nothing can be agreed: so all
-    end, and what they agree on is in the file of starts.
+    A rank that runs out of memory in the middle of a pass leaves the others inside collectives, where nothing can be agreed.
+    So all ranks end, and the next start reads the micro-batch from the restart log.
     """
     try:
         yield
     except Exception as error:
-        if not lacks_memory(error):
+        if isinstance(error, RankFailure) or not lacks_memory(error):  # a RankFailure repeats another rank's error
             raise
         starts.smaller, advice = smaller(config, blueprint, runtime)
         error.args = (f"{one_line(error)}: {advice}",)
@@ -38,23 +34,8 @@ def mended(config: Config, blueprint: Blueprint, runtime: Runtime, starts: Start
         raise
 
 
-def lacks_memory(error: BaseException | None) -> bool:
-    """Whether *error*, or what is behind it, says that this process has no memory."""
-    if isinstance(error, RankFailure):
-        return False  # repeats what another rank said
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # what is raised again may come after itself
-        seen.add(id(error))
-        says = isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or says:
-            # A smaller micro-batch leaves data workers as they are.
-            return "DataLoader worker" not in str(error)
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def smaller(config: Config, blueprint: Blueprint, runtime: Runtime) -> tuple[int | None, str]:
-    """Half the micro-batch, or the largest below that fits; None where that is not allowed. And what the user should know."""
+    """Half the micro-batch, or the largest below it that the run allows (None: there is none); and advice for the user."""
     size = micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
     half = -(-size // 2)
     less = "use parallel.recompute blocks, a strategy that shards more, or more ranks"

@@ -53,10 +53,11 @@ class Saving:
         late = plan.minutes is not None and self.runtime.is_main and time.monotonic() - self.since >= 60 * plan.minutes
         asked, SIGNALS.save = SIGNALS.save, False
         # Clocks differ and a signal reaches one rank: all have to come to the same step.
-        save, stop = self.saver.poll(asked or late, bool(SIGNALS.stop))
-        self.requested |= save
-        if stop and not self.stopped_by:
-            self.stopped_by = next(name for name in gather_json(SIGNALS.stop) if name)
+        ranks = gather_json([asked or late, SIGNALS.stop, self.saver.failed])
+        if any(failed for _, _, failed in ranks):
+            self.saver.raise_failure()
+        self.requested |= any(save for save, _, _ in ranks)
+        self.stopped_by = self.stopped_by or next((name for _, name, _ in ranks if name), "")
         return bool(self.stopped_by)
 
     def due(self, epoch_ended: bool) -> bool:

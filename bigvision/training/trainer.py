@@ -20,7 +20,7 @@ from bigvision.training.build import Build, build, with_model
 from bigvision.training.callbacks import Callback, Callbacks, Event
 from bigvision.training.data import Feed, with_data
 from bigvision.training.evaluate import evaluate
-from bigvision.training.memory import mended
+from bigvision.training.memory import retry_with_smaller_batch
 from bigvision.training.numbers import Numbers
 from bigvision.training.saving import Saving
 
@@ -67,7 +67,7 @@ def train(
         told = Callbacks(callbacks, runtime)
         with watch.naming():
             run = build(config, runtime, monitor.say, stack, given, model)
-            with mended(run.config, run.blueprint, runtime, run.starts), _place_named(run.engine):
+            with retry_with_smaller_batch(run.config, run.blueprint, runtime, run.starts), _place_named(run.engine):
                 loop = Loop(run, runtime, monitor, watch, told, stack)
                 loop.run_steps()
                 folder = loop.finish()

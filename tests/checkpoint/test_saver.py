@@ -20,7 +20,7 @@ from bigvision.checkpoint import Lock, Retention, Saver, commit, memory, pieces,
 from bigvision.checkpoint.manifest import CHUNK
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
-from bigvision.runtime import RankFailure, start
+from bigvision.runtime import RankFailure, gather_json, start
 from tests.checkpoint.test_format import DOCUMENTS, digests, load_on_rank, make_fragments, save_on_rank, whole_tensors
 from tests.distributed import run_ranks, start_ranks
 
@@ -147,7 +147,8 @@ def fail_in_background(out: Path, bad_rank: int) -> tuple[str, float]:
             begin, steps = time.monotonic(), 0
             try:
                 while time.monotonic() < begin + 60:
-                    mine.poll()
+                    if any(gather_json(mine.failed)):
+                        mine.raise_failure()
                     steps += 1
             except RankFailure as error:
                 said = str(error)
@@ -222,15 +223,76 @@ def test_without_memory_for_a_copy_a_rank_writes_before_it_goes_on(tmp_path: Pat
     assert all(run_ranks(load_on_rank, 2, tmp_path, "rows"))
 
 
-def requests(rank_that_asks: int) -> list[bool]:
+def only_one_rank_failed() -> str:
+    """As after a timeout that one rank alone ran into."""
     with start("cpu") as runtime:
         mine = saver(Path("/nowhere"))
-        return mine.poll(runtime.rank == rank_that_asks, False)
+        mine.raise_failure()  # nobody failed: nothing is raised
+        if runtime.rank == 1:
+            mine.failure = OSError("the disk is gone")
+        try:
+            mine.raise_failure()
+        except RankFailure as error:
+            assert not mine.failed
+            return str(error)
+    return "nothing"
 
 
-def test_what_one_rank_asks_for_all_do() -> None:
-    assert run_ranks(requests, 3, 2) == [[True, False]] * 3
-    assert run_ranks(requests, 1, 0) == [[True, False]]
+def test_the_failure_of_one_rank_is_raised_on_all() -> None:
+    assert run_ranks(only_one_rank_failed, 3) == ["the disk is gone"] * 3
+
+
+def piece(number: int, offset: int, length: int) -> pieces.Piece:
+    values = torch.arange(offset, offset + length, dtype=torch.int64).to(torch.uint8)
+    return pieces.Piece(f"file-{number}", offset, length, (values[: length // 3], values[length // 3 :]))
+
+
+def test_a_copy_uses_few_slabs_of_one_size_and_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, with ordinary memory in the place of pinned memory."""
+    asked: list[tuple[int, bool]] = []
+    empty = torch.empty
+
+    def allocate(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        asked.append((size, pin_memory))
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(memory, "SLAB", 256 << 10)
+    monkeypatch.setattr(memory, "MOST_PINNED", 3)
+    monkeypatch.setattr(memory, "on_cuda", lambda pieces: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "empty", allocate)
+    sizes = [100_000, 70, 65_536, 3, 65_537, 131_000, 1, 90_001, 131_072, 131_072, 5, 250_000, 64_000, 200_000]
+    wanted = [piece(number, 1000 * number + 7, size) for number, size in enumerate(sizes)]
+    arena = memory.Arena()
+    for _ in range(3):  # later copies change neither the bytes nor the slabs
+        copied = arena.copy(wanted)
+        for before, after in zip(wanted, copied, strict=True):
+            assert (after.file, after.offset, after.length) == (before.file, before.offset, before.length)
+            assert torch.equal(torch.cat(before.parts), after.parts[0])
+            aligns = before.length >= memory.LEAST_ALIGNED
+            assert not aligns or (after.parts[0].data_ptr() - after.offset) % memory.ALIGN == 0
+    assert asked == [(256 << 10, True)] * 3 + [(256 << 10, False)] * (len(asked) - 3)
+    assert len(asked) == len(arena.slabs) <= 2 * -(-sum(sizes) // (256 << 10))
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUDA error: an illegal memory access was encountered"])
+def test_where_no_more_can_be_pinned_ordinary_memory_serves(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    plain = memory.slab
+
+    def refuse(pinned: bool) -> torch.Tensor:
+        if pinned:
+            raise RuntimeError(words)
+        return plain(pinned)
+
+    monkeypatch.setattr(memory, "on_cuda", lambda pieces: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(memory, "slab", refuse)
+    arena, wanted = memory.Arena(), [piece(0, 5, 70_000)]
+    if "out of memory" in words:
+        assert torch.equal(arena.copy(wanted)[0].parts[0], torch.cat(wanted[0].parts)) and arena.most_pinned == 0
+    else:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            arena.copy(wanted)
 
 
 # File systems.
@@ -259,9 +321,11 @@ def save_otherwise(out: Path, how: str, options: dict[str, Any]) -> list[str]:
 
     with start("cpu") as runtime:
         mine = saver(out, **options)
-        with patched(writer, "open_existing", open_existing), patched(os, "pwrite", pwrite):
+        size = 9 << 20 if how == "two slabs" else memory.SLAB
+        with patched(writer, "open_existing", open_existing), patched(os, "pwrite", pwrite), patched(memory, "SLAB", size):
             mine.save(3, large_fragments(runtime.rank, runtime.world_size), dict(DOCUMENTS))
             mine.wait()
+        assert how != "two slabs" or (mine.arena is not None and len(mine.arena.slabs) == 2)
     return sorted(set(opened))
 
 
@@ -278,7 +342,7 @@ def large_fragments(rank: int, ranks: int) -> list[Fragment]:
 
 
 WAYS: list[tuple[str, dict[str, Any]]] = [("as it is", {"background": False}), ("as it is", {"writer": "owner"})]
-WAYS += [("refuses", {}), ("cannot", {}), ("short", {}), ("short", {"background": False})]
+WAYS += [("two slabs", {}), ("refuses", {}), ("cannot", {}), ("short", {}), ("short", {"background": False})]
 
 
 def test_the_bytes_are_the_same_whatever_the_file_system_can(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from bigvision.errors import Exit
+from bigvision.errors import Exit, lacks_memory
 from tests.distributed import run_ranks
 from tests.launch.commands import TORCHRUN, start
 from tests.recipes import losses, recipe, run
@@ -196,12 +196,49 @@ def test_the_largest_micro_batch_that_fits_a_schedule(tmp_path: Path) -> None:
     assert ended(train, 2, path) == [Exit.DONE] * 2 and micro_batches(out, 8) == (3, 3)
 
 
-def test_memory_of_another_kind() -> None:
-    from bigvision.training.memory import lacks_memory
+SEARCH = "\nSearch for `cudaError' in https://docs.nvidia.com for more information.\nCUDA kernel errors might be asynchronous."
+LACKS = [
+    torch.OutOfMemoryError(ERROR),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    RuntimeError("CUDA error: out of memory" + SEARCH),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("std::bad_alloc"),
+]
+FAULTS = [
+    ValueError("out of memory"),
+    RuntimeError("DataLoader worker (pid 7) is killed: out of memory"),
+    RuntimeError("CUDA error: an illegal memory access was encountered" + SEARCH),
+    RuntimeError("CUDA error: device-side assert triggered" + SEARCH),
+    RuntimeError("CUDA error: uncorrectable ECC error encountered" + SEARCH),
+    RuntimeError("CUDA error: unspecified launch failure" + SEARCH),
+    RuntimeError("CUDA error: too many resources requested for launch" + SEARCH),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+        "Last error:\nCuda failure 2 'out of memory'"
+    ),
+    RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+]
 
-    assert lacks_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"))
-    assert lacks_memory(MemoryError()) and not lacks_memory(ValueError("out of memory"))
-    assert not lacks_memory(RuntimeError("DataLoader worker (pid 7) is killed: out of memory"))
+
+def chain(first: BaseException, then: BaseException) -> BaseException:
+    """*then*, raised while *first* was handled."""
+    then.__context__ = first
+    return then
+
+
+def test_what_is_a_lack_of_memory() -> None:
+    assert [str(error) for error in LACKS if not lacks_memory(error)] == []
+    assert [str(error) for error in FAULTS if lacks_memory(error)] == []
+    memory, access, nccl = LACKS[0], FAULTS[2], FAULTS[-2]
+    assert lacks_memory(chain(memory, KeyError("whatever came after it")))
+    assert not lacks_memory(chain(access, torch.OutOfMemoryError(ERROR))), "after a fault allocations fail too"
+    assert lacks_memory(chain(torch.OutOfMemoryError(ERROR), nccl)), "a rank without memory leaves its collectives"
     first, second = ValueError(), KeyError()
     first.__context__, second.__context__ = second, first
     assert not lacks_memory(first), "and comes to an end"
