@@ -36,7 +36,7 @@ def check(config: Config) -> None:
     for key in ("task.label_smoothing", "model.drop_path"):
         if not get(config, key) < 1:
             raise UserError(f"{key}: {get(config, key)} must be below 1")
-    limits = [f"limits.{name}" for name in ("start", "step", "evaluate", "save")]
+    limits = [f"limits.{name}" for name in ("start", "step", "evaluate", "save", "grace")]
     for key in ("train.epochs", "checkpoint.minutes", "checkpoint.timeout", "faults.spike", *limits):
         value = get(config, key)
         if value is not None and not 0 < value < math.inf:

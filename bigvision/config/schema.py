@@ -192,7 +192,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """Seconds without progress on some rank after which all ranks write their stacks and end; null: for ever."""
+    """Seconds without progress on some rank after which all ranks write their stacks and end; null: for ever.
+
+    `grace` is another limit: it counts from a fault on."""
 
     start: float | None = 1800.0
     """From the start of a rank to its first step: all ranks have come, the model is built and restored."""
@@ -202,6 +204,8 @@ class LimitsConfig:
     """One batch of an evaluation."""
     save: float | None = 1800.0
     """One checkpoint, where training waits for it."""
+    grace: float | None = 10.0
+    """From the fault of a rank, its own error or the end of its process, to the end of all others, also where they block."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What ranks tell each other beside the collectives: where each is, and what went wrong first."""
+"""What ranks report to each other beside the collectives: how far each has come, and the first fault."""
 
 from __future__ import annotations
 
@@ -48,11 +48,13 @@ class Heartbeats:
         self.identity, self.pulse, self.say = identity, pulse, say
         self.heard: dict[int, Heard] = {}
         self.fault: dict[str, Any] | None = None
-        """The first thing that went wrong on any rank: "rank" (who says it), "text", "end" (whether all have to)."""
+        """The first fault on any rank: "rank" (who reported it), "text", "end" (whether a limit ran out: all end at once)."""
         self.answered = time.monotonic()
         """When the store last did."""
         self.reached = False
         """Whether it ever did."""
+        self.refused = False
+        """Whether the store's port refuses connections: on a host that can be reached, the process that served it has ended."""
         self.curious = False
         self.news = threading.Event()
         """Set when there is a fault."""
@@ -109,8 +111,12 @@ class Heartbeats:
             self._wake.set()
             time.sleep(min(0.01, self.pulse))
 
+    def wake(self) -> None:
+        """Begin a round now, without waiting for it."""
+        self._wake.set()
+
     def close(self) -> None:
-        """Say farewell, if the store still takes it."""
+        """Publish the last state, if the store still takes it."""
         self._closing = True
         self._wake.set()
         self._thread.join(1.0)
@@ -136,7 +142,12 @@ class Heartbeats:
     def _connect(self) -> Any:
         address, port = self.identity.address, self.identity.port
         # TCPStore fills the screen when nobody listens.
-        socket.create_connection((address, port), timeout=max(1.0, self.pulse)).close()
+        try:
+            socket.create_connection((address, port), timeout=max(1.0, self.pulse)).close()
+        except OSError as error:
+            self.refused = isinstance(error, ConnectionRefusedError)
+            raise
+        self.refused = False
         return dist.TCPStore(address, port, None, False, CONNECT, wait_for_workers=False)
 
     def _exchange(self, store: Any) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
+import faulthandler
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from bigvision.errors import UserError
+from bigvision.errors import Stopped, UserError
 from bigvision.runtime.environment import Identity, announced
 from bigvision.runtime.identity import identify
 from bigvision.runtime.rendezvous import meet
+
+ABORTING = 5.0
+"""Seconds that NCCL gets to abort its communicators after a fault, and the process to end after that."""
 
 
 @dataclass(frozen=True)
@@ -74,30 +82,94 @@ class Runtime:
         return self.rank == 0
 
 
+@dataclass
+class _Joined:
+    """The ranks that this process has joined, shared by all that call `start` until the last of them leaves."""
+
+    identity: Identity
+    device: torch.device
+    users: int = 0
+    failed: bool = False
+    """Whether a fault has ended the work of one of them."""
+    meshes: dict[tuple[int, int], tuple[DeviceMesh, dist.ProcessGroup | None]] = field(default_factory=dict)
+    """For each (stages, replicas): the mesh, and the data-parallel ranks of this rank's stage."""
+    end: ExitStack = field(default_factory=ExitStack)
+
+
+_joined: _Joined | None = None
+
+
+def current_identity() -> Identity:
+    """This process among the ranks that it has joined; else what the launcher's environment tells (see `identify`)."""
+    return _joined.identity if _joined is not None else identify(os.environ)
+
+
 @contextmanager
 def start(
     device: str = "auto", replicas: int = 1, stages: int | None = 1, timeout: timedelta = timedelta(minutes=30)
 ) -> Iterator[Runtime]:
     """Join the other ranks, and leave them at the end.
 
+    Where this process has joined them already, the process group is shared, and the last one that leaves ends it. After a fault
+    NCCL's communicators are aborted: to destroy them would be to wait for ranks that do not come.
+
     Args:
         device: "auto", "cpu" or "cuda".
         replicas: full copies of the model; the mesh is (stages, replicas, ranks / stages / replicas).
         stages: ranks in a pipeline; None is all of them.
-        timeout: how long a rank waits for the others in one collective.
+        timeout: how long a rank waits for the others in one collective, in all groups that have no timeout of their own.
 
     Raises:
-        UserError: half-set environment, more ranks than devices, ranks that stages or replicas do not divide.
+        UserError: half-set environment, more ranks than devices, ranks that stages or replicas do not divide, another device
+            than the one on which this process has joined the ranks.
     """
-    identity = identify(os.environ)
-    with announced(identity), _join(identity, device, replicas, stages, timeout) as runtime:
+    global _joined
+    joined, runtime = _join(device, replicas, stages, timeout)
+    try:
         yield runtime
+    except (UserError, Stopped):
+        raise  # the same on every rank
+    except BaseException:
+        joined.failed = True
+        raise
+    finally:
+        joined.users -= 1
+        if not joined.users:
+            _joined = None
+            joined.end.close()
 
 
-@contextmanager
-def _join(identity: Identity, device: str, replicas: int, stages: int | None, timeout: timedelta) -> Iterator[Runtime]:
-    chosen = choose_device(device, identity)
-    stages = stages or identity.world_size
+def _join(device: str, replicas: int, stages: int | None, timeout: timedelta) -> tuple[_Joined, Runtime]:
+    global _joined
+    identity = current_identity()
+    with ExitStack() as stack:
+        if _joined is None:
+            stack.enter_context(announced(identity))
+        chosen = choose_device(device, identity)
+        stages = stages or identity.world_size
+        _check_layout(identity, stages, replicas)
+        joined = _joined or _Joined(identity, chosen)
+        if chosen != joined.device:
+            raise UserError(
+                f"parallel.device: {chosen.type}, but this process has joined the ranks on {joined.device.type}, for another "
+                f"Engine or run: use {joined.device.type} for both, or close that one first"
+            )
+        if _joined is None:
+            if chosen.type == "cuda":
+                torch.cuda.set_device(chosen)
+                # Convolution algorithms picked by timing differ from run to run, and with them the bits of a resumed run.
+                torch.backends.cudnn.benchmark = False
+            stack.enter_context(_default_timeouts(timeout))
+            if not dist.is_initialized():  # Ray's workers have one
+                stack.enter_context(_process_group(joined, timeout))
+        mesh, data_group = _mesh(joined, stages, replicas)
+        if _joined is None:
+            joined.end, _joined = stack.pop_all(), joined
+    joined.users += 1
+    return joined, Runtime(identity, chosen, mesh, data_group)
+
+
+def _check_layout(identity: Identity, stages: int, replicas: int) -> None:
     if identity.world_size % stages:
         raise UserError(
             f"parallel.stages: {stages} does not divide the {identity.world_size} ranks: start a multiple of {stages} ranks"
@@ -105,22 +177,17 @@ def _join(identity: Identity, device: str, replicas: int, stages: int | None, ti
     if identity.world_size // stages % replicas:
         ranks = f"{identity.world_size} ranks" if stages == 1 else f"{identity.world_size // stages} ranks of a stage"
         raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks}")
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-        # Convolution algorithms picked by timing differ from run to run, and with them the bits of a resumed run.
-        torch.backends.cudnn.benchmark = False
-    owned = not dist.is_initialized()
-    if owned:
-        _init_process_group(identity, chosen, timeout)
-    try:
-        shares = identity.world_size // stages
+
+
+def _mesh(joined: _Joined, stages: int, replicas: int) -> tuple[DeviceMesh, dist.ProcessGroup | None]:
+    """Return the mesh of a layout, and the data-parallel ranks of this rank's stage: None is all ranks."""
+    if (stages, replicas) not in joined.meshes:
+        kind, shares = joined.device.type, joined.identity.world_size // stages
         shape = (stages, replicas, shares // replicas)
-        mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=("stage", "replicate", "shard"))
-        alike = init_device_mesh(chosen.type, (stages, shares), mesh_dim_names=("stage", "data")) if stages > 1 else None
-        yield Runtime(identity, chosen, mesh, alike["data"].get_group() if alike is not None else None)
-    finally:
-        if owned:
-            dist.destroy_process_group()
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("stage", "replicate", "shard"))
+        alike = init_device_mesh(kind, (stages, shares), mesh_dim_names=("stage", "data")) if stages > 1 else None
+        joined.meshes[stages, replicas] = mesh, alike["data"].get_group() if alike is not None else None
+    return joined.meshes[stages, replicas]
 
 
 def choose_device(device: str, identity: Identity) -> torch.device:
@@ -142,15 +209,69 @@ def choose_device(device: str, identity: Identity) -> torch.device:
     return torch.device("cuda", identity.local_rank)
 
 
-def _init_process_group(identity: Identity, device: torch.device, timeout: timedelta) -> None:
-    # Metadata (errors, checksums) travels over gloo also where tensors travel over NCCL.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    bound = device if device.type == "cuda" else None
+@contextmanager
+def _process_group(joined: _Joined, timeout: timedelta) -> Iterator[None]:
+    """Make the process group of all ranks, and end it."""
+    identity, on_cuda = joined.identity, joined.device.type == "cuda"
     dist.init_process_group(
-        backend,
+        # Metadata (errors, checksums) travels over gloo also where tensors travel over NCCL.
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
         store=meet(identity, timeout),
         rank=identity.rank,
         world_size=identity.world_size,
         timeout=timeout,
-        device_id=bound,
+        device_id=joined.device if on_cuda else None,
     )
+    try:
+        yield
+    except BaseException:
+        joined.failed = True
+        raise
+    finally:
+        if joined.failed and uses_nccl():
+            _abort_groups()
+        else:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _default_timeouts(timeout: timedelta) -> Iterator[None]:
+    """Give *timeout* to each group that is made in here without one: those of meshes and of DeepSpeed.
+
+    torch's own default for NCCL is 10 minutes, which would run out before a longer `limits.step` names the missing rank.
+    Neither `init_device_mesh` nor `deepspeed.initialize` takes a timeout for its groups.
+    """
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    for name in names:
+        setattr(distributed_c10d, name, timeout)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(distributed_c10d, name, value)
+
+
+def uses_nccl() -> bool:
+    """Whether a process group of this process talks over NCCL."""
+    return any("nccl" in str(config) for config in list(distributed_c10d._world.pg_backend_config.values()))
+
+
+def nccl_trace() -> bytes:
+    """Return the last collectives that torch's flight recorder has seen over NCCL, as JSON; empty without NCCL."""
+    dump: Any = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    return dump() if dump is not None and uses_nccl() else b""
+
+
+def _abort_groups() -> None:
+    """Abort all process groups, but wait for it no longer than `ABORTING`: ncclCommAbort may hang as what it ends does."""
+    thread = threading.Thread(target=_abort, name="abort", daemon=True)
+    thread.start()
+    thread.join(ABORTING)
+    # The destructors of groups wait again, when the interpreter ends. The code is that of a fault, 1.
+    atexit.register(faulthandler.dump_traceback_later, ABORTING, exit=True, file=2)
+
+
+def _abort() -> None:
+    with suppress(Exception):  # the process ends either way
+        distributed_c10d._abort_process_group()

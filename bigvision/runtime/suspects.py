@@ -1,4 +1,4 @@
-"""Who holds a run up: from what the ranks last said of themselves to words."""
+"""Diagnosis of a run that does not get on: from what the ranks last reported of themselves to words."""
 
 from __future__ import annotations
 
@@ -15,27 +15,19 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from bigvision.runtime.guard import GONE, process_state, start_time
 from bigvision.runtime.heartbeats import Heartbeats, launcher_holds_store
 
-_GONE = "is gone"
-STATES = {
-    "T": "is stopped by a signal",
-    "t": "is held by a debugger",
-    "D": "waits for a disk or a network file system",
-    "Z": _GONE,
-    "X": _GONE,
-}
-"""What /proc says of a process that does not answer."""
 
-
-def whereabouts() -> dict[str, Any]:
-    """Which process this is, for others to look at it."""
+def this_process() -> dict[str, Any]:
+    """What identifies this process to the other ranks. Ranks with the same ``sight`` can look at it in /proc."""
     try:
         sight = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         sight = ""
     # Hosts may have one name, as two containers of an image do.
-    return {"host": socket.gethostname(), "node": os.environ.get("GROUP_RANK", ""), "pid": os.getpid(), "sight": sight}
+    node, pid = os.environ.get("GROUP_RANK", ""), os.getpid()
+    return {"host": socket.gethostname(), "node": node, "pid": pid, "born": start_time(pid), "sight": sight}
 
 
 def details(thread: int) -> dict[str, Any]:
@@ -60,17 +52,17 @@ def details(thread: int) -> dict[str, Any]:
     return {"begun": begun, "waits": waits, "where": where}
 
 
-def accuse(beats: Heartbeats, mine: dict[str, Any]) -> str:
-    """Who is slow or missing, in words.
+def diagnose(beats: Heartbeats, mine: dict[str, Any]) -> str:
+    """Return which ranks are slow or missing, in words.
 
     Args:
-        mine: what this rank says of itself, with :func:`details`.
+        mine: what this rank reports of itself, with :func:`details`.
     """
     if beats.mute:
         return _without_store(beats, mine)
     missing = [rank for rank in range(beats.identity.world_size) if rank != mine["rank"] and rank not in beats.heard]
     said = [f"{_ranks(missing)} {_have(missing)} not come"] if missing else []
-    if absent := absentees(beats, mine):
+    if absent := missing_ranks(beats, mine):
         said.append(absent)
     if said:
         return "; ".join(said)
@@ -84,22 +76,49 @@ def accuse(beats: Heartbeats, mine: dict[str, Any]) -> str:
     return "no rank stands out: " + "; ".join(f"{_ranks(ranks)} in {place}" for place, ranks in alike.items())
 
 
-def absentees(beats: Heartbeats, mine: dict[str, Any]) -> str:
-    """The ranks that are gone or of which nothing is heard, in words; empty where there are none."""
+def missing_ranks(beats: Heartbeats, mine: dict[str, Any]) -> str:
+    """Return the ranks that are gone or do not answer, in words; empty where there are none."""
     found = []
     for rank, heard in sorted(beats.heard.items()):
         said = heard.said
         if said["left"]:
             continue
         state = _state(said, mine)
-        if state == _GONE or beats.silent(rank):
-            ago = "" if state == _GONE else f"silent for {time.monotonic() - heard.at:.1f} s or more, "
+        if state == GONE or beats.silent(rank):
+            ago = "" if state == GONE else f"silent for {time.monotonic() - heard.at:.1f} s or more, "
             found.append(f"rank {rank} {state or 'does not answer'} ({_process(said)}, {ago}last in {describe(said)})")
     return "; ".join(found)
 
 
+def ended_ranks(beats: Heartbeats, mine: dict[str, Any]) -> dict[int, str]:
+    """Return the ranks whose processes have certainly ended without leaving the run, each with a sentence that says so.
+
+    Certain are a process of this host that is gone from /proc, and rank 0 where it serves the store and its port refuses
+    connections. A rank that merely does not answer, stopped or behind a slow link, is not among them.
+    """
+    found = {rank: gone_words(rank, heard.said) for rank, heard in beats.heard.items() if _has_ended(heard.said, mine)}
+    if beats.refused and beats.reached and not launcher_holds_store() and 0 not in found and mine["rank"] != 0:
+        main = beats.heard.get(0)
+        if main is None or not main.said["left"]:
+            process = f" ({_process(main.said)}, last in {describe(main.said)})" if main else ""
+            address = f"{beats.identity.address}:{beats.identity.port}"
+            found[0] = f"rank 0{process} is gone: the store at {address}, which it served, refuses connections"
+    return dict(sorted(found.items()))
+
+
+def local_peers(beats: Heartbeats, mine: dict[str, Any]) -> list[tuple[int, str, str]]:
+    """Return (pid, start time, the sentence for its end) for each rank of this host that has not left the run."""
+    heard = {rank: heard.said for rank, heard in beats.heard.items() if not heard.said["left"] and _in_sight(heard.said, mine)}
+    return [(said["pid"], said["born"], gone_words(rank, said)) for rank, said in sorted(heard.items())]
+
+
+def gone_words(rank: int, said: dict[str, Any]) -> str:
+    """Return the sentence that reports the end of a rank's process."""
+    return f"rank {rank} {GONE} ({_process(said)}, last in {describe(said)})"
+
+
 def store_lost(beats: Heartbeats, mine: dict[str, Any]) -> str:
-    """Who took the store along, in words; empty while it answers."""
+    """Return which rank's end took the store along, in words; empty while it answers."""
     return _without_store(beats, mine) if beats.mute else ""
 
 
@@ -148,13 +167,15 @@ def describe(said: dict[str, Any]) -> str:
 
 def _state(said: dict[str, Any], mine: dict[str, Any]) -> str:
     """What is wrong with a process of this host; empty where that cannot be seen."""
-    if not mine["sight"] or said["sight"] != mine["sight"]:
-        return ""
-    try:
-        text = Path(f"/proc/{said['pid']}/stat").read_text()
-    except OSError:
-        return _GONE
-    return STATES.get(text.rpartition(")")[2].split()[0], "")
+    return process_state(said["pid"], said["born"]) if _in_sight(said, mine) else ""
+
+
+def _in_sight(said: dict[str, Any], mine: dict[str, Any]) -> bool:
+    return bool(mine["sight"]) and said["sight"] == mine["sight"]
+
+
+def _has_ended(said: dict[str, Any], mine: dict[str, Any]) -> bool:
+    return not said["left"] and _state(said, mine) == GONE
 
 
 def _host(said: dict[str, Any]) -> tuple[str, str]:

@@ -102,8 +102,8 @@ def train(folder: Path, place: str, act: Callable[[], None], victim: int) -> Non
     if act is die_out_of_sight:
         from bigvision.runtime import watchdog
 
-        seen = watchdog.whereabouts
-        watchdog.whereabouts = lambda: seen() | {"sight": ""}
+        seen = watchdog.this_process
+        watchdog.this_process = lambda: seen() | {"sight": ""}
     if rank == victim:
         at(place, act, folder / "mark")
     sys.exit(main(["train", str(folder / "recipe.yaml")]))

@@ -1,0 +1,158 @@
+"""Ends a rank that is lost and cannot end itself, because native code holds its interpreter.
+
+A program of its own (``python guard.py ...``), started by the watchdog beside a rank on CUDA: while native code holds the
+interpreter lock, no thread of the rank runs Python. It imports the standard library alone, so it starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+GONE = "is gone"
+STATES = {
+    "T": "is stopped by a signal",
+    "t": "is held by a debugger",
+    "D": "waits for a disk or a network file system",
+    "Z": GONE,
+    "X": GONE,
+}
+"""What the state letters of /proc mean for a process that does not answer."""
+
+
+def process_state(pid: int, born: str = "") -> str:
+    """Return one of the words of `STATES` for a process of this host, or "" where nothing is wrong with it.
+
+    Args:
+        born: its start time as `start_time` returns it. A process that has the number of another one is not taken for it.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return GONE
+    return GONE if born and fields[19] != born else STATES.get(fields[0], "")
+
+
+def start_time(pid: int) -> str:
+    """Return when a process of this host started, as /proc counts it; "" where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+class Guard:
+    """Starts the program beside this rank, and reports to it."""
+
+    def __init__(self, rank: int, pulse: float, grace: float) -> None:
+        """Args:
+        pulse: seconds between two reports.
+        grace: seconds after a fault from which on a rank without reports is ended.
+        """
+        self._before = _end_at_hangup()
+        end_signal = signal.SIGKILL if self._before is None else signal.SIGHUP
+        arguments = [str(rank), str(int(end_signal)), str(pulse), str(grace)]
+        command = [sys.executable, "-I", "-S", __file__, *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        assert self._process.stdin is not None
+        self._pipe = self._process.stdin.fileno()
+        os.set_blocking(self._pipe, False)
+
+    def report(self, fault: str, peers: list[tuple[int, str, str]], left: bool) -> None:
+        """Pass on what the program has to know.
+
+        Args:
+            fault: the fault of another rank, if one is known.
+            peers: (pid, start time, the sentence that reports its end) of each rank of this host that has not left.
+            left: whether this rank needs the others no more: then it is not ended.
+        """
+        report = {"fault": "", "peers": []} if left else {"fault": fault, "peers": peers}
+        with suppress(OSError):  # it has ended, or has not read for long
+            os.write(self._pipe, (json.dumps(report) + "\n").encode())
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+        if self._before is not None:
+            _set_handler(signal.SIGHUP, self._before)
+
+
+def needed() -> bool:
+    """Whether this rank may wait in a driver that holds the interpreter; gloo never does."""
+    import torch
+
+    return sys.platform == "linux" and torch.cuda.is_available()
+
+
+def _end_at_hangup() -> int | None:
+    """Make SIGHUP end this process with exit code 1 without a turn of the interpreter, where it has no handler.
+
+    The C function ``_exit`` takes an int, as a handler does: it exits with the signal's number, which is 1.
+
+    Returns:
+        The handler before, or None where SIGHUP has a handler already.
+    """
+    if signal.SIGHUP != 1 or signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
+        return None
+    return _set_handler(signal.SIGHUP, ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p).value or 0)
+
+
+def _set_handler(number: int, handler: int) -> int:
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    return library.signal(number, handler) or 0
+
+
+def main(rank: int, end_signal: int, pulse: float, grace: float) -> None:
+    """Watch the parent process, *rank*, until it ends.
+
+    Each line of standard input is the rank's latest report, in JSON: ``fault``, the fault of another rank that it knows of,
+    and ``peers``, a list of ``[pid, start time, words]`` for the ranks of this host that have not left the run.
+
+    Args:
+        end_signal: the signal that ends the rank.
+        pulse: seconds between two reports.
+        grace: seconds after a fault from which on a rank that no longer reports is ended.
+    """
+    rank_pid = os.getppid()
+    report: dict[str, Any] = {"fault": "", "peers": []}
+    reported, fault_since, buffer = time.monotonic(), 0.0, b""
+    while os.getppid() == rank_pid:
+        if select.select([0], [], [], pulse)[0]:
+            data = os.read(0, 1 << 16)
+            if not data:
+                return  # the rank has left
+            *lines, buffer = (buffer + data).split(b"\n")
+            if lines:
+                report, reported = json.loads(lines[-1]), time.monotonic()
+        gone = [words for pid, born, words in report["peers"] if process_state(pid, born) == GONE]
+        fault = report["fault"] or "; ".join(gone)
+        if not fault:
+            fault_since = 0.0
+            continue
+        now = time.monotonic()
+        fault_since = fault_since or now
+        if now - max(fault_since, reported) > grace:
+            reason = "native code held the interpreter of this rank, which was ended (limits.grace)"
+            os.write(2, f"error: rank {rank}: {fault}; {reason}\n".encode(errors="replace"))
+            os.kill(rank_pid, end_signal)
+            time.sleep(1.0)
+            if os.getppid() == rank_pid:
+                os.kill(rank_pid, signal.SIGKILL)
+            return
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))
