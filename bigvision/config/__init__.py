@@ -1,5 +1,6 @@
 """The run configuration: dataclasses, filled from a YAML recipe, then from flags. Nothing in a recipe names code."""
 
+from bigvision.config.checks import WHOLE
 from bigvision.config.ds_file import DsFile, read_ds_file
 from bigvision.config.resolve import Overrides, describe, load_config, resolve
 from bigvision.config.schema import (
@@ -22,6 +23,7 @@ from bigvision.config.values import parse_size
 __all__ = [
     "ONE_STAGE",
     "SPLIT_BACKWARD",
+    "WHOLE",
     "CheckpointConfig",
     "Config",
     "DataConfig",

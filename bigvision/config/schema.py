@@ -125,8 +125,15 @@ class ParallelConfig:
     DeepSeek-AI 2025). interleaved, zbv and dualpipev have several pieces of the model on a rank."""
     microbatches: int | None = None
     """pipeline: micro-batches of one step; null takes what train.micro_batch gives, else at most four per stage."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """What is computed in; master weights, gradient reduction and optimizer state stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16", "amp_bf16"] = "bf16"
+    """What is computed in; master weights, gradient reduction and optimizer state stay fp32. bf16, fp16: weights are cast once
+    in each pass, and what blocks add up stays fp32. amp_bf16: torch.autocast decides for each operation."""
+    reshard: Literal["forward", "never"] = "forward"
+    """fsdp: free gathered parameters after each block's forward pass, or keep them until the backward pass."""
+    scatter: Literal["each", "last"] = "each"
+    """fsdp: reduce and scatter gradients after each micro-batch, or after a step's last (less traffic, whole gradients)."""
+    channels_last: Literal["auto", "always", "never"] = "auto"
+    """Compute convolutions in channels_last. auto: on CUDA, where convolutions are most of the model and none is grouped."""
     recompute: Literal["none", "blocks"] = "none"
     """blocks: keep only each block's input and compute its activations again in the backward pass."""
     compile: bool = False

@@ -47,19 +47,28 @@ class Batch:
         return [Batch(*part, mix=mix) for part, mix in zip(parts, mixes)]
 
     def inputs(
-        self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, room: Tensor | None = None
+        self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, buffer: Tensor | None = None,
+        channels_last: bool = False,
     ) -> Tensor:  # fmt: skip
-        """What the model gets: the images normalised, and mixed; float32 (B, C, H, W), perhaps in *room*.
+        """What the model gets: the images normalised, and mixed; float32 (B, C, H, W), perhaps in *buffer*.
 
         Images that are floating-point numbers already are taken as they are.
+
+        Args:
+            buffer: a float32 tensor that nobody needs any more, for the result if it has its shape and layout.
+            channels_last: how the result lies in memory.
         """
-        if self.images.is_floating_point():
-            if room is None or room.shape != self.images.shape:
-                room = torch.empty(self.images.shape, device=self.images.device)
-            images = room.copy_(self.images)
-        else:
-            images = normalize(self.images, mean, std, room=room)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        if buffer is None or buffer.shape != self.images.shape or not buffer.is_contiguous(memory_format=layout):
+            buffer = torch.empty(self.images.shape, device=self.images.device, memory_format=layout)
+        images = buffer.copy_(self.images) if self.images.is_floating_point() else normalize(self.images, mean, std, buffer)
         return images if self.mix is None else self.mix.images(images)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        found: list[Tensor] = []
+        self._map(lambda tensor: found.append(tensor) or tensor)
+        return found
 
     def targets(self) -> Tensor:
         """What the task's loss gets: the labels, or of mixed samples what :meth:`Mix.targets` says."""
@@ -71,26 +80,21 @@ class Batch:
 
 
 def normalize(
-    images: Tensor,
-    mean: Sequence[float] | Tensor,
-    std: Sequence[float] | Tensor,
-    dtype: torch.dtype = torch.float32,
-    room: Tensor | None = None,
-) -> Tensor:
-    """Return ``(images / 255 - mean) / std`` per channel.
+    images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, buffer: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Return ``(images / 255 - mean) / std`` per channel, float32.
 
     Args:
         images: uint8 (B, C, H, W) on any device.
         mean, std: one value per channel, for images scaled to 0..1 (timm's ``mean`` and ``std``); as tensors they
             are best on the images' device already.
-        dtype: of the result (B, C, H, W). The arithmetic is fp32 whatever it is.
-        room: a float32 tensor that nobody needs any more, for the result if it has its shape.
+        buffer: a float32 tensor of the images' shape that nobody needs any more, for the result.
     """
     offset, scale = (torch.as_tensor(value, device=images.device).mul(255).view(-1, 1, 1) for value in (mean, std))
-    if room is None or room.shape != images.shape:
-        room = torch.empty(images.shape, device=images.device)
+    if buffer is None:
+        buffer = torch.empty(images.shape, device=images.device)
     # On a CPU one image after the other, whose numbers stay in its cache from one operation to the next.
-    parts = zip(room, images) if room.device.type == "cpu" else [(room, images)]
+    parts = zip(buffer, images) if buffer.device.type == "cpu" else [(buffer, images)]
     for part, image in parts:
         part.copy_(image).sub_(offset).div_(scale)
-    return room.to(dtype)
+    return buffer

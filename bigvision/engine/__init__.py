@@ -1,23 +1,26 @@
-"""The unified engine: one file per strategy."""
+"""The engine: a model under a strategy, its steps and its state.
+
+In come a model on meta (`Blueprint`), its blocks and batches; out come step results, metrics and fragments. Read
+``engine.py`` first (the step from above), then ``step.py`` (the update) and ``parallelize.py`` (how a model is spread).
+``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage, statistics and fragments.
+"""
 
 from __future__ import annotations
 
 from bigvision.config import Config
 from bigvision.engine.base import Engine, Metrics, StepResult
 from bigvision.engine.batches import check_ranks, micro_batch
-from bigvision.engine.ddp import DDPEngine
-from bigvision.engine.fsdp import FSDPEngine
+from bigvision.engine.engine import TrainingEngine
 from bigvision.engine.pipeline import PipelineEngine
 from bigvision.engine.zero import ZeroEngine
-from bigvision.engine.zero_import import check_cpu_adam
-from bigvision.engine.zero_settings import check_batches
+from bigvision.engine.zero_settings import check_batches, check_cpu_adam
 from bigvision.models import Blocks, Blueprint
 from bigvision.runtime import Runtime
 from bigvision.tasks import Task
 
 STRATEGIES = {
-    "ddp": DDPEngine,
-    "fsdp": FSDPEngine,
+    "ddp": TrainingEngine,
+    "fsdp": TrainingEngine,
     "zero1": ZeroEngine,
     "zero2": ZeroEngine,
     "zero3": ZeroEngine,
@@ -42,9 +45,16 @@ def check_sizes(config: Config, runtime: Runtime) -> None:
     check_batches(config, runtime.data_ranks, micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks))
 
 
-def build_engine(config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int) -> Engine:
-    """The engine of ``parallel.strategy``; *steps* are the optimizer steps of the whole run."""
-    return STRATEGIES[config.parallel.strategy](config, blueprint, blocks, task, runtime, steps)
+def build_engine(
+    config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool = False
+) -> Engine:  # fmt: skip
+    """The engine of ``parallel.strategy``.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        restored: a checkpoint will be read into its fragments, so that first values are not computed.
+    """
+    return STRATEGIES[config.parallel.strategy](config, blueprint, blocks, task, runtime, steps, restored)
 
 
 __all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "build_engine", "check_engine", "check_sizes", "micro_batch"]

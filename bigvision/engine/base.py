@@ -57,6 +57,8 @@ class StepResult:
     offenders: Callable[[], list[int]] = list
     seconds: Callable[[], float] = float
     """How long this rank worked before it needed the others; 0 for strategies that communicate from the first layer on."""
+    passed_over: bool = False
+    """Whether the batch was only counted."""
 
     @property
     def numbers(self) -> tuple[float, float]:
@@ -72,7 +74,7 @@ class StepResult:
 
     @property
     def overflowed(self) -> bool:
-        """Whether the step was skipped because fp16's loss scale, which has fallen since, was too large: expected now and then."""
+        """Whether the step was skipped because fp16's loss scale was too large, and has fallen since: to be expected."""
         return bool(self.record.read()[3])
 
     @property
@@ -189,4 +191,4 @@ class Engine(ABC):
 def nothing_done(lr: float, samples: int, step: int, consumed: int) -> StepResult:
     """The result of a batch that was not trained on."""
     numbers = torch.tensor([math.nan, math.nan, 1.0, 0.0, *(0.0 for _ in REQUESTS)], dtype=torch.float64)
-    return StepResult(numbers[0], numbers[1], lr, samples, step, consumed, Record(numbers))
+    return StepResult(numbers[0], numbers[1], lr, samples, step, consumed, Record(numbers), passed_over=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from bigvision.config import SPLIT_BACKWARD, Config
 from bigvision.data.batch import Batch
 from bigvision.engine.batches import micro_batch
-from bigvision.engine.fsdp import FSDPEngine
-from bigvision.engine.precision import COMPUTE_DTYPES, autocast
-from bigvision.fragments import Fragment
+from bigvision.engine.engine import TrainingEngine
+from bigvision.engine.parallelize import replicate, shard, wrap_blocks
+from bigvision.engine.step import NativeStep
 from bigvision.models import Blocks, Blueprint
 from bigvision.pipeline import Fits, Placement, Stage, make_schedule, plan_stages
 from bigvision.runtime import Runtime
@@ -26,7 +26,7 @@ STATE_BYTES = 16
 """Of a parameter in training: fp32 weight, gradient and two moments."""
 
 
-class PipelineEngine(FSDPEngine):
+class PipelineEngine(TrainingEngine):
     """Stages of a traced model under the schedules of ``torch.distributed.pipelining``.
 
     With more ranks than stages each stage is sharded (FSDP2) or copied over the ranks that share it. What crosses a cut
@@ -34,15 +34,19 @@ class PipelineEngine(FSDPEngine):
     forward pass are a function of (seed, step, data-parallel rank, stage, micro-batch), whatever the schedule.
     """
 
-    def __init__(self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int) -> None:
+    def __init__(
+        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int,
+        restored: bool = False,
+    ) -> None:  # fmt: skip
         self.placement = Placement.of(config.parallel, runtime)
         # Before blocks are wrapped: their forwards are still timm's.
         shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
         fits = self._room(config, runtime) if runtime.device.type == "cuda" else None
         self.plan = plan_stages(blueprint.module, blocks, shape, self.placement.stages, runtime.device, fits)
-        super().__init__(config, blueprint, [block for stage in self.plan.blocks for block in stage], task, runtime, steps)
+        super().__init__(config, blueprint, blocks, task, runtime, steps, restored)
         self.eval_batch = config.train.global_batch // runtime.data_ranks // self.micro_batch * self.micro_batch
         self.notes = [
+            *self.notes,
             f"stages, for a micro-batch of {self.micro_batch} images:",
             *self.plan.table(self.micro_batch).split("\n"),
         ]
@@ -63,26 +67,29 @@ class PipelineEngine(FSDPEngine):
 
     # What is where.
 
-    def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
-        numbers = self.placement.numbers(self.runtime.stage)
-        stages = self.plan.build(self.module, numbers)
-        self.stages: dict[int, Stage] = dict(zip(numbers, stages))
-        self.parts = list(stages)
-        self.group = self.runtime.mesh["stage"].get_group()
+    def _build(self, blueprint: Blueprint, blocks: Sequence[nn.Module]) -> None:
+        config, runtime, parallel = self.config, self.runtime, self.config.parallel
+        numbers = self.placement.numbers(runtime.stage)
+        self.stages: dict[int, Stage] = dict(zip(numbers, self.plan.build(self.module, numbers)))
+        self.parts = list(self.stages.values())
+        self.group = runtime.mesh["stage"].get_group()
         self.schedules: dict[tuple[int, int], Any] = {}
         self.passes: dict[int, int] = {}
-        compute = COMPUTE_DTYPES[self.config.parallel.precision]
+        pieces = [block.module for number in numbers for block in self.plan.blocks[number]]
+        sharded = runtime.mesh["shard"].size() > 1
+        self.computing.apply(self.parts, [piece for piece in pieces if piece in set(blocks)], not sharded, runtime.device)
+        wrap_blocks(pieces, parallel.recompute == "blocks", parallel.compile)
         for number, stage in self.stages.items():
             stage.around = lambda number=number: self._surroundings(number)
-            stage.apart = self.config.parallel.schedule in SPLIT_BACKWARD
-            stage.travels_as = None if compute == torch.float32 or number == self.plan.stages - 1 else compute
-        super()._build(blueprint, blocks)
-
-    def _shard(self, blocks: list[nn.Module]) -> None:
-        if self.runtime.mesh["shard"].size() > 1:
-            super()._shard(blocks)
+            stage.apart = parallel.schedule in SPLIT_BACKWARD
+            last = number == self.plan.stages - 1
+            stage.travels_as = None if self.computing.dtype == torch.float32 or last else self.computing.dtype
+        if sharded:
+            spread = shard(self.module, self.parts, pieces, config, self.computing.dtype, runtime)
         else:
-            self.whole_names = set(self._held())
+            spread = replicate(self.module, self.parts, runtime)
+        spread.tensors = self._tensors
+        self.stepper = NativeStep(spread, blueprint, config, runtime, self.restoring)
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {name: tensor.to("meta") for name, tensor in self.module.state_dict().items()}
@@ -92,28 +99,12 @@ class PipelineEngine(FSDPEngine):
                     found[name] = tensor
         return found
 
-    def _run(self, tensor: Tensor, is_parameter: bool) -> tuple[Tensor, int, tuple[int, int]]:
-        if tensor.is_meta:  # another stage's
-            return torch.empty(0, dtype=tensor.dtype, device=self.runtime.device), 0, (0, 1)
-        return super()._run(tensor, is_parameter)
-
-    def _optimizer_fragments(self) -> Iterator[Fragment]:
-        held = self._held()
-        states = set()
-        for fragment in super()._optimizer_fragments():
-            states.add((fragment.name.rpartition("/")[2], fragment.values.dtype))
-            yield fragment
-        for name, parameter in self.module.named_parameters():
-            if name not in held and parameter.requires_grad:
-                for key, dtype in states:  # of the parameter's shape: only such optimizers are allowed
-                    nothing = torch.empty(0, dtype=dtype, device=self.runtime.device)
-                    yield Fragment("optimizer", f"{name}/{key}", tuple(parameter.shape), 0, nothing, (0, 1))
-
     # The passes.
 
     def _passes(self, batch: Batch, factor: float) -> Tensor:
         self.passes = dict.fromkeys(self.stages, 0)
-        self.loss_factor = factor * self.scale.value
+        self.loss_factor = factor * self.stepper.scale.factor
+        held = self.stepper.spread.held()
         whole, rest = divmod(len(batch), self.micro_batch)
         images = self._inputs(batch) if 0 in self.stages else None
         targets, begin = batch.targets(), 0
@@ -130,7 +121,7 @@ class PipelineEngine(FSDPEngine):
             begin += count * size
             for parameter, grad in before.items():
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        for parameter in self._held().values():
+        for parameter in held.values():
             # Where torch takes backward passes apart they lie as the kernels made them; fused optimizers read both alike.
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
                 parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
@@ -138,7 +129,8 @@ class PipelineEngine(FSDPEngine):
 
     def _taken_aside(self) -> dict[nn.Parameter, Tensor]:
         """The gradients so far: a schedule that runs for the first time forgets those of sharded stages."""
-        found = {parameter: parameter.grad for parameter in self._held().values() if parameter.grad is not None}
+        held = self.stepper.spread.held()
+        found = {parameter: parameter.grad for parameter in held.values() if parameter.grad is not None}
         for parameter in found:
             parameter.grad = None
         return found
@@ -158,7 +150,7 @@ class PipelineEngine(FSDPEngine):
 
     def _empty(self, number: int, samples: int, training: bool, device: torch.device | str = "meta") -> tuple[Tensor, ...]:
         """Tensors as those that leave stage *number* for so many samples."""
-        compute = COMPUTE_DTYPES[self.config.parallel.precision]
+        compute = self.computing.dtype
         return tuple(
             torch.empty(
                 spec.sizes(samples), dtype=compute if spec.dtype.is_floating_point else spec.dtype, device=device,
@@ -173,7 +165,7 @@ class PipelineEngine(FSDPEngine):
             place = ("dropout", self.config.seed, self.step, self.runtime.data_rank, number, self.passes[number])
             torch.manual_seed(seed_from(*place))
             self.passes[number] += 1
-        with autocast(self.config.parallel.precision, self.runtime.device):
+        with torch.autocast(self.runtime.device.type, self.computing.dtype) if self.computing.autocast else nullcontext():
             yield
 
     def _measure(self, batch: Batch) -> Tensor:

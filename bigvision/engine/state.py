@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,8 @@ Located = tuple[Tensor, int, tuple[int, int]]
 
 
 def allocate(
-    module: nn.Module, device: torch.device, dtype: torch.dtype | None = None, place: Callable[[nn.Parameter], None] | None = None
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None = None,
+    place: Callable[[nn.Parameter], None] = lambda parameter: None,
 ) -> None:  # fmt: skip
     """Give every parameter and buffer contiguous storage on *device*, without values; tied parameters stay tied.
 
@@ -45,8 +45,7 @@ def allocate(
                 empty = torch.empty_like(old, device=device, dtype=dtype, memory_format=torch.contiguous_format)
                 made[old] = nn.Parameter(empty, old.requires_grad)
                 vars(made[old]).update(vars(old))
-                if place is not None:
-                    place(made[old])
+                place(made[old])
             owner._parameters[name] = made[old]
         for name, buffer in owner._buffers.items():
             if buffer is not None:
@@ -128,7 +127,7 @@ class Statistics:
         still = set(self.frozen)
         moving = [module for part in parts for module in part.modules() if module not in still]
         self.running = _flattened(moving, RUNNING)
-        self.live = [flat for flat in (self.running, _flattened(moving, ("num_batches_tracked",))) if flat is not None]
+        self.live = [*self.running, *_flattened(moving, ("num_batches_tracked",))]
         self.kept = [flat.clone() for flat in self.live]
 
     def keep(self) -> None:
@@ -146,7 +145,9 @@ class Statistics:
 
         A variance may overflow where outputs, which are divided by it, do not.
         """
-        return torch.linalg.vector_norm(self.running, ord=math.inf) if self.running is not None else None
+        if not self.running:
+            return None
+        return torch.stack([torch.linalg.vector_norm(flat, ord=math.inf).float() for flat in self.running]).max()
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -155,17 +156,19 @@ def is_frozen(module: nn.Module) -> bool:
     return bool(weights) and not any(weight.requires_grad for weight in weights)
 
 
-def _flattened(modules: list[nn.Module], names: tuple[str, ...]) -> Tensor | None:
-    """Make the buffers *names* of *modules* views of one tensor, and return it."""
-    found = {(id(m), name): (m, name) for m in modules for name in names if m._buffers.get(name) is not None}
-    if not found:
-        return None
-    buffers: list[Any] = [module._buffers[name] for module, name in found.values()]
-    kinds = {buffer.dtype for buffer in buffers}
-    flat = torch.cat([buffer.reshape(-1).to(max(kinds, key=lambda kind: kind.itemsize)) for buffer in buffers])
-    for (module, name), buffer, values in zip(found.values(), buffers, flat.split([buffer.numel() for buffer in buffers])):
-        module._buffers[name] = values.view(buffer.shape)
-    return flat
+def _flattened(modules: list[nn.Module], names: tuple[str, ...]) -> list[Tensor]:
+    """Make the buffers *names* of *modules* views of one tensor for each type, and return these."""
+    kinds: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = {}
+    for module in modules:
+        for name in names:
+            if (buffer := module._buffers.get(name)) is not None:
+                kinds.setdefault(buffer.dtype, []).append((module, name, buffer))
+    for found in kinds.values():
+        flat = torch.cat([buffer.reshape(-1) for *_, buffer in found])
+        for (module, name, buffer), values in zip(found, flat.split([buffer.numel() for *_, buffer in found])):
+            module._buffers[name] = values.view(buffer.shape)
+        kinds[flat.dtype] = [flat]  # type: ignore[list-item]
+    return [flat for (flat,) in kinds.values()]  # type: ignore[misc]
 
 
 def average(tensors: Iterable[Tensor], runtime: Runtime) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,18 +13,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from bigvision.data.batch import Batch
-from bigvision.engine.data_parallel import DataParallelEngine
+from bigvision.config import Config
+from bigvision.engine.base import REQUESTS
+from bigvision.engine.engine import TrainingEngine
+from bigvision.engine.parallelize import wrap_blocks
 from bigvision.engine.precision import COMPUTE_DTYPES
-from bigvision.engine.prepare import fill, materialize, norms_in_fp32
-from bigvision.engine.zero_import import forget_models, load_deepspeed
-from bigvision.engine.zero_settings import deepspeed_settings
+from bigvision.engine.state import Statistics, allocate, fill
+from bigvision.engine.zero_settings import deepspeed_settings, forget_models, load_deepspeed
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
 from bigvision.optim import build_optimizer, parameter_groups
+from bigvision.runtime import Runtime
 
 
-class ZeroEngine(DataParallelEngine):
+class ZeroEngine(TrainingEngine):
     """ZeRO stages 1 to 3 (Rajbhandari et al. 2020) and ZeRO-Offload (Ren et al. 2021) through ``deepspeed.initialize``.
 
     DeepSpeed holds, gathers and reduces tensors, clips and steps; the parameter groups, the learning rate, the number of
@@ -31,17 +34,30 @@ class ZeroEngine(DataParallelEngine):
     """
 
     def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
-        deepspeed = load_deepspeed(self.runtime.device)
         parallel = self.config.parallel
+        # Autocast, if any, inside the model: DeepSpeed switches off one under which it is entered.
+        self.computing.apply(self.parts, blocks, True, self.runtime.device)
+        wrap_blocks(blocks, parallel.recompute == "blocks", parallel.compile)
+        self.stepper = ZeroStep(self.module, blocks, blueprint, self.config, self.runtime, self.restoring)
+        self.forward = self.stepper.forward
+
+
+class ZeroStep:
+    """DeepSpeed's step, and what this rank holds of its state. It waits for the device once or twice a step."""
+
+    def __init__(
+        self, module: nn.Module, blocks: list[nn.Module], blueprint: Blueprint, config: Config, runtime: Runtime, restored: bool
+    ) -> None:  # fmt: skip
+        self.module, self.config, self.runtime = module, config, runtime
+        deepspeed = load_deepspeed(runtime.device)
+        parallel = config.parallel
         self.weights_sharded = parallel.strategy == "zero3"
         dtype = COMPUTE_DTYPES[parallel.precision]
         largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
-        total = sum(p.numel() for p in self.module.parameters())
-        settings = deepspeed_settings(self.config, self.runtime.world_size, self.runtime.device, total, largest)
-        if dtype != torch.float32:
-            norms_in_fp32(self.module)
+        total = sum(p.numel() for p in module.parameters())
+        settings = deepspeed_settings(config, runtime.world_size, runtime.device, total, largest)
         # Now, while every parameter has its shape.
-        groups = parameter_groups(self.module, self.config.optim.weight_decay, self.config.optim.layer_decay)
+        groups = parameter_groups(module, config.optim.weight_decay, config.optim.layer_decay)
         if self.weights_sharded:
             # Each parameter is sharded as soon as it is allocated, so that no rank ever holds two whole ones.
             initializer = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
@@ -50,73 +66,82 @@ class ZeroEngine(DataParallelEngine):
                 initializer._convert_to_deepspeed_param(parameter)
                 parameter.partition()  # type: ignore[attr-defined]
 
-            materialize(self.module, self.runtime.device, dtype, shard)
+            allocate(module, runtime.device, dtype, shard)
         else:
-            materialize(self.module, self.runtime.device, dtype, lambda parameter: None)
-        named = dict(self.module.named_parameters())
+            allocate(module, runtime.device, dtype)
+        named = dict(module.named_parameters())
         for group in groups:
             group["params"] = [named[name] for name in group["names"]]
-        self.inner: Any = build_optimizer(groups, self.config.optim, on_cpu=parallel.offload != "none")
+        self.inner: Any = build_optimizer(groups, config.optim, on_cpu=parallel.offload != "none")
         with _nothing_sent(deepspeed.DeepSpeedEngine):
             wrapped: Any = deepspeed.initialize(
-                model=self.module, optimizer=self.inner, config=settings, dist_init_required=False
-            )
+                model=module, optimizer=self.inner, config=settings, dist_init_required=False
+            )  # fmt: skip
         self.deepspeed, self.sharded = wrapped[:2]
-        self.forward = self.deepspeed
         if scaler := self._scaler():
             # How often a step may be skipped at the least scale is decided as in every other format.
             scaler.raise_error_at_min_scale = False
-        self.names = {id(p): name for name, p in self.module.named_parameters()}
+        self.names = {id(p): name for name, p in module.named_parameters()}
+        # DeepSpeed keeps fp32 values of what it trains only: of what is frozen, each rank keeps a share in host memory.
+        self.frozen = {name: torch.empty(self._share(p)[1]) for name, p in named.items() if not p.requires_grad}
         self._allocate_state()
-        fill(blueprint, self.config.seed, self._model_fragments(), self.parts, self.runtime.device)
-        self.refresh()
+        fill(blueprint, config.seed, self.model_fragments(), [module], runtime.device, restored)
+        self.statistics = Statistics([module])
+        self.finite = torch.ones((), dtype=torch.bool, device=runtime.device)
+        if not restored:
+            self.refresh()
 
     # The step.
 
-    def _set_rate(self, lr: float) -> None:
+    def forward(self, images: Tensor) -> Any:
+        with saved_tensors_hooks(_pack, _unpack) if self.weights_sharded else nullcontext():
+            return self.deepspeed(images)
+
+    def around(self, last: bool) -> AbstractContextManager[object]:
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor, factor: float) -> None:
+        # DeepSpeed skips a step by its gradients alone; with this factor whatever is not finite makes them so too.
+        whole = torch.isfinite(loss.detach())
+        if (largest := self.statistics.largest()) is not None:
+            whole &= torch.isfinite(largest)
+        self.finite = self.finite & whole
+        self.deepspeed.backward(loss * torch.where(whole, factor, math.nan), scale_wrt_gas=False)
+
+    def update(self, loss_sum: Tensor, samples: int, lr: float, requests: frozenset[str]) -> Tensor:
         for group in self.inner.param_groups:
             group["lr"] = lr * group["lr_scale"]
-
-    def _pass(self, part: Batch, factor: float, last: bool) -> Tensor:
-        self.deepspeed.set_gradient_accumulation_boundary(last)
-        with saved_tensors_hooks(_pack, _unpack) if self.weights_sharded else nullcontext():
-            outputs = self._outputs(part)
-        loss = self._checked_loss(outputs, part.targets())
-        # DeepSpeed skips a step by its gradients alone; with this factor whatever is not finite makes them so too.
-        whole = torch.isfinite(loss.detach()) & self.statistics.finite()
-        self.deepspeed.backward(loss * torch.where(whole, factor, math.nan), scale_wrt_gas=False)
-        return loss.detach()
-
-    def _update(self, loss_sum: Tensor) -> tuple[Tensor, Tensor, bool]:
-        self.deepspeed.step()
-        dist.all_reduce(loss_sum)
-        grad_norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float64, device=loss_sum.device)
-        return loss_sum, grad_norm, not self.deepspeed.was_step_applied()
-
-    def _scale_may_fall(self) -> bool:
         scaler = self._scaler()
-        return scaler is not None and scaler.cur_scale > scaler.min_scale
-
-    def close(self) -> None:
-        """Undo the hooks that hold the model and the optimizer for as long as the process lives.
-
-        Some cannot be undone: what they hold is emptied.
-        """
-        self.deepspeed.destroy()
-        self.deepspeed.optimizer = None
-        vars(self.sharded).clear()
-        self.inner.state.clear()
-        self.inner.param_groups.clear()
-        for parameter in self.module.parameters():
-            parameter.data, parameter.grad = parameter.data.new_empty(0), None
-            vars(parameter).pop("ds_tensor", None)
-        forget_models()
+        before = copy.copy(vars(scaler)) if scaler is not None else {}
+        may_fall = scaler is not None and scaler.cur_scale > scaler.min_scale
+        self.deepspeed.step()
+        totals = torch.zeros(2 + len(REQUESTS), dtype=torch.float64, device=loss_sum.device)
+        totals[0], totals[1] = loss_sum, ~self.finite
+        self.finite = torch.ones_like(self.finite)
+        for place, name in enumerate(REQUESTS, start=2):
+            if name in requests:
+                totals[place].fill_(1.0)
+        dist.all_reduce(totals)
+        norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float64, device=loss_sum.device)
+        skipped, overflowed = not self.deepspeed.was_step_applied(), False
+        if skipped:
+            self.statistics.restore(torch.ones_like(self.finite))
+            spoiled = bool(totals[1])
+            overflowed = may_fall and not spoiled
+            if spoiled and scaler is not None:  # no overflow: the loss does not depend on the scale, which stays as it was
+                vars(scaler).update(before)
+        flags = torch.tensor([skipped, overflowed], dtype=torch.float64, device=loss_sum.device)
+        return torch.cat([(totals[0] / samples)[None], norm[None], flags, totals[2:]])
 
     # The state.
 
-    def _model_fragments(self) -> Iterator[Fragment]:
+    def model_fragments(self) -> Iterator[Fragment]:
         for name, tensor in self.module.state_dict(keep_vars=True).items():
-            if isinstance(tensor, nn.Parameter):
+            if name in self.frozen or (isinstance(tensor, nn.Parameter) and not tensor.requires_grad):
+                values = self.frozen[self.names[id(tensor)]]
+                yield Fragment("model", name, whole_shape(tensor), self._share(tensor)[0], values, (0, 1))
+            elif isinstance(tensor, nn.Parameter):
                 values, start = self._run(tensor, None)
                 yield Fragment("model", name, whole_shape(tensor), start, values, (0, 1))
             else:
@@ -124,7 +149,6 @@ class ZeroEngine(DataParallelEngine):
                 yield Fragment("model", name, tuple(tensor.shape), 0, tensor.view(-1), copy)
 
     def copies(self) -> Iterator[Fragment]:
-        yield from super().copies()
         # What computes is a whole copy on each rank, brought up to date from the masters after each step.
         copy = (self.runtime.rank, self.runtime.world_size)
         whole = self.sharded.persistent_parameters if self.weights_sharded else list(self.module.parameters())
@@ -133,11 +157,18 @@ class ZeroEngine(DataParallelEngine):
                 name = self.names[id(parameter)]
                 yield Fragment("computing", name, whole_shape(parameter), 0, parameter.detach().view(-1), copy)
 
-    def _optimizer_fragments(self) -> Iterator[Fragment]:
+    def optimizer_fragments(self) -> Iterator[Fragment]:
         for parameter in self.module.parameters():
-            for key in self._state_keys():
+            for key in self._state_keys() if parameter.requires_grad else ():
                 values, start = self._run(parameter, key)
                 yield Fragment("optimizer", f"{self.names[id(parameter)]}/{key}", whole_shape(parameter), start, values, (0, 1))
+
+    def _share(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """(start, length) of this rank's share of a parameter: as ZeRO-3 cuts it."""
+        numel = math.prod(whole_shape(parameter))
+        size = -(-numel // self.runtime.world_size)
+        start = min(size * self.runtime.rank, numel)
+        return start, min(size, numel - start)
 
     def _run(self, parameter: nn.Parameter, key: str | None) -> tuple[Tensor, int]:
         """This rank's fp32 values of a parameter (*key* None) or of its optimizer state, and their start in the whole."""
@@ -180,6 +211,7 @@ class ZeroEngine(DataParallelEngine):
 
     def refresh(self) -> None:
         """Bring the parameters that the model computes with up to date with the fp32 ones."""
+        self._refresh_frozen()
         if not self.weights_sharded:
             self.sharded.update_lp_params()
             return
@@ -188,6 +220,20 @@ class ZeroEngine(DataParallelEngine):
             self.sharded._reassign_or_swap_out_partitioned_parameters(group)
         if kept_whole := self.sharded.persistent_parameters:
             kept_whole[0].all_gather(kept_whole)
+
+    def _refresh_frozen(self) -> None:
+        for parameter in (p for p in self.module.parameters() if not p.requires_grad):
+            share = self.frozen[self.names[id(parameter)]]
+            if self.weights_sharded:
+                held: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+                held.data.view(-1)[: share.numel()].copy_(share)
+                continue
+            numel, ranks = parameter.numel(), self.runtime.world_size
+            mine = parameter.new_zeros(-(-numel // ranks))
+            mine[: share.numel()].copy_(share)
+            whole = [torch.empty_like(mine) for _ in range(ranks)]
+            dist.all_gather(whole, mine)
+            parameter.data.copy_(torch.cat(whole)[:numel].view_as(parameter))
 
     def _is_cpu_adam(self) -> bool:
         return hasattr(self.inner, "ds_opt_adam")
@@ -201,9 +247,6 @@ class ZeroEngine(DataParallelEngine):
         state, scaler = self.inner.state[self._flats()[0]], self._scaler()
         stable = scaler.cur_iter - scaler.last_overflow_iter - 1 if scaler else 0
         return {
-            "step": self.step,
-            "skipped": self.skipped,
-            "samples": self.samples,
             "optimizer_steps": int(state["step"]) if "step" in state else None,
             "loss_scale": scaler.cur_scale if scaler else None,
             # DeepSpeed doubles the scale at the step after this many, and counts on.
@@ -211,8 +254,7 @@ class ZeroEngine(DataParallelEngine):
             "deepspeed": {"stable_steps": stable, "hysteresis": scaler.cur_hysteresis} if scaler else None,
         }
 
-    def restored(self, scalars: dict[str, Any]) -> None:
-        super().restored(scalars)
+    def restored(self, scalars: dict[str, Any], step: int, samples: int) -> None:
         steps, scaler = scalars["optimizer_steps"], self._scaler()
         for flat in self._flats():
             state = self.inner.state[flat]
@@ -225,9 +267,8 @@ class ZeroEngine(DataParallelEngine):
             own = scalars.get("deepspeed") or {"stable_steps": scalars["good_steps"] + 1, "hysteresis": scaler.delayed_shift}
             scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = scalars["loss_scale"], own["stable_steps"], -1
             scaler.cur_hysteresis = own["hysteresis"]
-        self.deepspeed.global_steps = self.deepspeed.micro_steps = self.step
-        self.deepspeed.global_samples = self.samples
-        self.refresh()
+        self.deepspeed.global_steps = self.deepspeed.micro_steps = step
+        self.deepspeed.global_samples = samples
 
     def _repeat_powers(self, steps: int) -> None:
         """CPU Adam multiplies up the powers of its decay rates step by step; computed at once they differ in the last bit."""
@@ -237,6 +278,21 @@ class ZeroEngine(DataParallelEngine):
             self.inner.ds_opt_adam.adam_update(
                 self.inner.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *one
             )  # fmt: skip
+
+    def close(self) -> None:
+        """Undo the hooks that hold the model and the optimizer for as long as the process lives.
+
+        Some cannot be undone: what they hold is emptied.
+        """
+        self.deepspeed.destroy()
+        self.deepspeed.optimizer = None
+        vars(self.sharded).clear()
+        self.inner.state.clear()
+        self.inner.param_groups.clear()
+        for parameter in self.module.parameters():
+            parameter.data, parameter.grad = parameter.data.new_empty(0), None
+            vars(parameter).pop("ds_tensor", None)
+        forget_models()
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,30 +46,30 @@ class Monitor:
         self._restart_clock()
 
     def after_step(
-        self, step: int, samples: int, result: StepResult, bad: int = 0, own: Callable[[], Own] = lambda: Own(None, 0.0)
+        self, result: StepResult, bad: int = 0, waited: float | None = None
     ) -> dict[str, Any] | None:  # fmt: skip
-        """Take note of an optimizer step; each ``monitor.every`` steps, and at the last, write it down and return the line.
+        """Log an optimizer step; each ``monitor.every`` steps, and at the last, write it down and return the line.
 
         Args:
             bad: training samples that could not be read so far.
-            own: measures what this rank spent by itself in the steps since it was last asked; it may wait for the device.
+            waited: seconds that this rank waited for each batch of the steps since the last line.
         """
         self.seen, self.taken = self.seen + result.samples, self.taken + 1
-        if step % self.config.monitor.every and step != self.steps:
+        if not self.due(result.step):
             return None
-        mine = own()
+        mine = Own(waited, result.seconds())
+        loss, grad_norm = result.numbers
         gathered = gather_json([_peak_memory(self.runtime.device), mine.data, mine.work])
         elapsed = time.perf_counter() - self.since
         slow, said = self.stragglers.take([Own(*rest) for _, *rest in gathered], self.taken, elapsed / self.taken)
         for text in said:
             self.say(text)
-        # Reading the loss waits for the device, and with it for the steps that are timed.
         line = {
-            "step": step,
-            "samples": samples,
-            "loss": float(result.loss),
+            "step": result.step,
+            "samples": result.consumed,
+            "loss": loss,
             "lr": result.lr,
-            "grad_norm": float(result.grad_norm),
+            "grad_norm": grad_norm,
             "images_per_second": round(self.seen / (time.perf_counter() - self.since), 2),
             "peak_memory": max(peak for peak, *_ in gathered),
         }
@@ -79,9 +78,13 @@ class Monitor:
         line |= {name: value for name, value in more.items() if value}
         self._write(line)
         if self.progress:
-            self.progress.update(step, line["loss"], line["images_per_second"])
+            self.progress.update(result.step, line["loss"], line["images_per_second"])
         self._restart_clock()
         return line
+
+    def due(self, step: int) -> bool:
+        """Whether a step is written down."""
+        return step % self.config.monitor.every == 0 or step == self.steps
 
     def after_evaluation(self, step: int, samples: int, metrics: dict[str, float]) -> None:
         """Write the metrics of an evaluation down."""

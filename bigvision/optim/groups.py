@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bigvision.errors import UserError
 
 
 def parameter_groups(
-    module: nn.Module, weight_decay: float, layer_decay: float | None = None, held: Mapping[str, nn.Parameter] | None = None
+    module: nn.Module, weight_decay: float, layer_decay: float | None = None, held: Mapping[str, Tensor] | None = None
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters by what their layer's rate is multiplied with, "lr_scale", and by "weight_decay".
 
@@ -46,7 +46,8 @@ def parameter_groups(
             group = groups.setdefault(key, empty)
             group["params"].append(parameter)
             group["names"].append(name)
-    return [groups[key] for key in sorted(groups)]
+    nothing = {"params": [], "names": [], "lr_scale": 1.0, "weight_decay": 0.0}  # a stage whose parameters are all frozen
+    return [groups[key] for key in sorted(groups)] or [nothing]
 
 
 def layer_scales(module: nn.Module, decay: float) -> dict[str, float]:

@@ -29,8 +29,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, on_cpu: b
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     if config.name == "sgd":
         momentum = config.momentum
-        # Not fused: that step has no form for sharded tensors.
-        return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, foreach=True)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
     from timm.optim import AdafactorBigVision, Lamb, Lion, Muon
 
     if config.name == "lion":
@@ -64,6 +63,15 @@ def allocate_state(optimizer: Optimizer) -> None:
                 value.zero_()
     for counter in step_counters(optimizer):
         counter.zero_()
+
+
+def state_layout(config: OptimConfig) -> dict[str, torch.dtype]:
+    """The tensors that ``optim.name`` keeps of each parameter, for one of the parameter's shape: names and types."""
+    group = {"params": [torch.zeros(1, 1)], "names": ["one"], "lr_scale": 1.0, "weight_decay": 0.0}
+    optimizer = build_optimizer([group], config)
+    allocate_state(optimizer)
+    (state,) = optimizer.state.values() or ({},)
+    return {key: value.dtype for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
 
 
 def step_counters(optimizer: Optimizer) -> list[Tensor]:

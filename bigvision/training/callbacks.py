@@ -48,8 +48,13 @@ class Callbacks:
         except Exception as error:
             self.failure = error
 
+    @property
+    def failed(self) -> bool:
+        """Whether a function has raised on this rank. Does not communicate."""
+        return self.failure is not None
+
     def check(self) -> None:
-        """End the run on all ranks where a function has raised. Called after each step and at the end.
+        """End the run on all ranks where a function has raised. Called on all ranks when one asks, and at the end.
 
         Raises:
             Exception: the function's own, on rank 0; a `UserError` with the same words everywhere.

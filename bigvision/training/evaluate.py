@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bigvision import checkpoint
 from bigvision.config import Config
-from bigvision.engine import Engine
+from bigvision.engine import Engine, Metrics
 from bigvision.models import Blueprint
 from bigvision.runtime import Runtime, Watchdog, collective_timeout, identify, start
 from bigvision.training.build import build_model, restore_model, without_weights
@@ -18,24 +18,30 @@ from bigvision.training.data import Data, Validation, open_data
 
 def evaluate(
     config: Config, engine: Engine, data: Data, blueprint: Blueprint, runtime: Runtime, watch: Watchdog,
-    stop: Callable[[], bool] = lambda: False,
+    wishes: Callable[[], frozenset[str]] = frozenset, stop: Callable[[set[str]], bool] = lambda requests: False,
 ) -> dict[str, float] | None:  # fmt: skip
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
 
     Args:
-        stop: asked before each batch, on every rank; where it says True the evaluation is broken off, and returns None.
+        wishes: what this rank asks the others for, before each batch.
+        stop: called with what any rank asked for with the batch before the last; where it returns True the evaluation is
+            broken off, and None is returned.
     """
     watch.beat("evaluate", engine.step)
     engine.synchronize()
+    before: Metrics | None = None
     batches = Validation(config, data, blueprint, runtime, engine.eval_batch)
     try:
         total = None
         for batch in batches:
             watch.fed()
-            if stop():
-                return None
+            engine.requests = wishes()
             metrics = engine.eval_step(batch)
             total = metrics if total is None else total + metrics
+            # Of the batch before, whose numbers arrive while this one runs.
+            if before is not None and stop(before.requests):
+                return None
+            before = metrics
             watch.beat("evaluate", engine.step)
         unreadable = batches.finish()
     finally:

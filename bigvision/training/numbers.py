@@ -56,47 +56,59 @@ class Numbers:
         if self.config.faults.rollback and not from_main(checkpoint.steps_in(Path(self.config.out))):
             saving.save(metrics)
 
-    def step(self, batch: Batch) -> StepResult:
-        """Train on *batch*, or pass over it.
+    def take(self, batch: Batch) -> StepResult:
+        """Launch a step on *batch*, or skip it because it made a spike before."""
+        engine, size = self.engine, self.config.train.global_batch
+        # Of a run that went on with another global batch, all that overlap.
+        if any(engine.samples < at + samples and at < engine.samples + size for at, samples in self.passed_over):
+            self.monitor.say(f"step {engine.step + 1}: its batch made a spike before and is passed over")
+            return engine.pass_over(batch)
+        return engine.train_step(batch)
+
+    def look(self, result: StepResult) -> None:
+        """Read the numbers of a step; waits for it. Called in the order of the steps.
 
         Raises:
             BadNumbers: too many steps in a row were skipped; the same on every rank.
-            Corruption: copies differ.
         """
-        engine, faults = self.engine, self.config.faults
-        begin, size = engine.samples, self.config.train.global_batch
-        # Of a run that went on with another global batch, all that overlap.
-        if any(begin < at + samples and at < begin + size for at, samples in self.passed_over):
-            self.monitor.say(f"step {engine.step + 1}: its batch made a spike before and is passed over")
-            return engine.pass_over(batch)
-        result = engine.train_step(batch)
+        if result.passed_over:
+            return
         if result.skipped:
             self._not_finite(result)
-            return result
+            return
         self.in_a_row = 0
-        if self.spikes and (spike := self.spikes.look(float(result.loss))):
+        if self.spikes and (spike := self.spikes.look(result.numbers[0])):
             words = f"loss {spike.loss:.4g}, {spike.deviations:.1f} standard deviations above the mean {spike.mean:.4g}"
-            self.monitor.event(engine.step, engine.samples, {"spike": asdict(spike)}, f"step {engine.step}: a spike: {words}")
-            if faults.rollback:
-                self.back_from = (engine.step, begin, spike)
-        if faults.digest_every is not None and engine.step % faults.digest_every == 0:
-            check_copies(engine)
-        return result
+            self.monitor.event(result.step, result.consumed, {"spike": asdict(spike)}, f"step {result.step}: a spike: {words}")
+            if self.config.faults.rollback:
+                self.back_from = (result.step, result.consumed - result.samples, spike)
+
+    def digest(self, result: StepResult) -> None:
+        """Compare what ranks hold alike where that is due after the last step.
+
+        Raises:
+            Corruption: copies differ.
+        """
+        every = self.config.faults.digest_every
+        if every is not None and result.step % every == 0 and not result.skipped:
+            check_copies(self.engine)
 
     def _not_finite(self, result: StepResult) -> None:
         if result.overflowed:
             return
         self.in_a_row += 1
-        culprits = {rank: ids for rank, ids in enumerate(gather_json(list(result.culprits))) if ids}
-        what = f"the loss is not finite on {_listed(culprits)}"
-        if not culprits:
+        found = {rank: ids for rank, ids in enumerate(gather_json(list(result.culprits))) if ids}
+        what = f"the loss is not finite on {_listed(found)}"
+        if not found:
             what = "the gradient or a running statistic is not finite, though every loss is"
-        step = self.engine.step
-        self.monitor.event(step, self.engine.samples, {"not_finite": culprits}, f"step {step}: skipped, {what}")
+        step = result.step
+        self.monitor.event(step, result.consumed, {"not_finite": found}, f"step {step}: skipped, {what}")
         if self.in_a_row > (most := self.config.faults.nonfinite):
+            advice = "look at these samples, or lower optim.lr"
+            if self.config.parallel.precision == "fp16" and not found:
+                advice = "fp16 overflows even at loss scale 1: use parallel.precision bf16 or fp32"
             raise BadNumbers(
-                f"step {step}: {what}; {self.in_a_row} steps in a row were skipped, faults.nonfinite allows {most}: look at "
-                "these samples, or lower optim.lr"
+                f"step {step}: {what}; {self.in_a_row} steps in a row were skipped, faults.nonfinite allows {most}: {advice}"
             )
 
     def roll_back(self, saving: Saving, batches: Feed) -> dict[str, float]:

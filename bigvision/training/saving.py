@@ -38,36 +38,47 @@ class Saving:
         )
         self.saved: int | None = None
         self.untold: list[int] = []
+        self.asking = False
+        """Whether this rank has asked for a save that not all have heard of."""
         self.requested = False
         self.stopped_by = ""
         """The signal that asked any rank to stop, once all ranks know of it."""
         self.since = time.monotonic()
 
-    def stop(self) -> bool:
-        """Whether any rank was asked to stop; the same on every rank. Called where all come to the same place.
-
-        Raises:
-            RankFailure: a save in the background failed.
-        """
+    def wishes(self) -> frozenset[str]:
+        """What this rank asks the others for at this moment: engine requests. Clocks differ, and a signal reaches one rank."""
         plan = self.config.checkpoint
         late = plan.minutes is not None and self.runtime.is_main and time.monotonic() - self.since >= 60 * plan.minutes
-        asked, SIGNALS.save = SIGNALS.save, False
-        # Clocks differ and a signal reaches one rank: all have to come to the same step.
-        ranks = gather_json([asked or late, SIGNALS.stop, self.saver.failed])
-        if any(failed for _, _, failed in ranks):
-            self.saver.raise_failure()
-        self.requested |= any(save for save, _, _ in ranks)
-        self.stopped_by = self.stopped_by or next((name for _, name, _ in ranks if name), "")
-        return bool(self.stopped_by)
+        if SIGNALS.save or late:
+            self.asking, SIGNALS.save = True, False
+        names = {"save": self.asking, "stop": bool(SIGNALS.stop), "failure": self.saver.failed}
+        return frozenset(name for name, wish in names.items() if wish)
 
-    def due(self, epoch_ended: bool) -> bool:
-        """Whether the step just taken is to be saved; the same on every rank. Called after each step.
+    def hear(self, requests: set[str]) -> None:
+        """Take note of what any rank asked for with a step or evaluation; every rank calls it with the same.
 
         Raises:
             RankFailure: a save in the background failed.
         """
+        if "failure" in requests:
+            self.saver.raise_failure()
+        if "save" in requests:
+            self.requested, self.asking = True, False
+        if "stop" in requests and not self.stopped_by:
+            self.stopped_by = next(name for name in gather_json(SIGNALS.stop) if name)
+
+    def ask(self) -> None:
+        """Exchange requests now: where no step or evaluation carries them.
+
+        Raises:
+            RankFailure: a save in the background failed.
+        """
+        self.hear({name for names in gather_json(sorted(self.wishes())) for name in names})
+
+    def due(self, epoch_ended: bool) -> bool:
+        """Whether the step just taken is to be saved; the same on every rank."""
         plan, step = self.config.checkpoint, self.engine.step
-        asked = self.stop() or self.requested
+        asked = self.requested or bool(self.stopped_by)
         if plan.every is not None:
             return asked or step % plan.every == 0
         return asked or (epoch_ended and plan.minutes is None)

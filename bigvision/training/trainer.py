@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bigvision.config import Config
-from bigvision.engine import Engine
+from bigvision.data import Batch
+from bigvision.engine import Engine, StepResult
 from bigvision.errors import Stopped
 from bigvision.models import GivenModel
-from bigvision.monitor import Monitor, Own
+from bigvision.monitor import Monitor
 from bigvision.runtime import RankFailure, Runtime, Watchdog, collective_timeout, start
 from bigvision.signals import listening, while_alone
 from bigvision.training.build import Build, build, with_model
@@ -103,38 +105,88 @@ class Loop:
         stack.callback(self.saving.close)
         monitor.begin(engine.step, run.steps, run.metrics)
         self.numbers.begin(self.saving, run.metrics)
+        self.launched: deque[tuple[StepResult, float | None]] = deque()
+        """Steps whose numbers were not read, each with the seconds that its batch was waited for."""
         self.owed = run.evaluation_owed
         """Whether the evaluation of the last step was broken off by a signal to stop."""
 
     def run_steps(self) -> None:
-        """Train to the last step, or until a signal asks to stop."""
+        """Train to the last step, or until a signal asks to stop.
+
+        A step is read while the next one runs, so a request or a spike is known one step later; before an evaluation, a
+        checkpoint or a digest everything is read.
+        """
         engine, saving = self.engine, self.saving
-        if not saving.stop() and self.owed:  # the signal may have come while the run was built
+        saving.ask()  # a signal may have come while the run was built
+        if not saving.stopped_by and self.owed:
             self.measure()
         while engine.step < self.steps and not saving.stopped_by:
             self.watch.beat("step", engine.step + 1)
             batch = next(self.batches)
             self.watch.fed()
-            result = self.numbers.step(batch)
-            if self.numbers.back_from:
-                self.watch.beat("save", engine.step)
-                self.metrics = self.numbers.roll_back(saving, self.batches)
+            self._launch(batch)
+            step, epoch_ended = engine.step, self._epoch_ended()
+            evaluates = step == self.steps or _due(step, self.config.train.eval_every, epoch_ended)
+            saves = step == self.steps or saving.due(epoch_ended)
+            digests = self.config.faults.digest_every is not None and step % self.config.faults.digest_every == 0
+            last = self.launched[-1][0]
+            if not self._read(0 if evaluates or saves or digests else 1):
+                continue  # rolled back
+            if digests:
+                self.numbers.digest(last)
+            if (saving.requested or saving.stopped_by) and not self._read(0):
                 continue
-            bad = self.run.data.bad.count("train")
-            if line := self.monitor.after_step(engine.step, engine.samples, result, bad, self._own):
-                self.told.tell(Event("step", engine.step, line))
-            last, epoch_ended = engine.step == self.steps, self._epoch_ended()
-            if last or _due(engine.step, self.config.train.eval_every, epoch_ended):
+            if evaluates:
                 self.measure()
-            if saving.due(epoch_ended) or last:
+            if saves or saving.requested or saving.stopped_by:
                 self.save()
             saving.tell(self.told)
+
+    def _launch(self, batch: Batch) -> None:
+        """Take a step whose numbers are read later."""
+        self.engine.requests = self._wishes()
+        result = self.numbers.take(batch)
+        if result.passed_over:
+            self.saving.ask()
+        waited = self.batches.waited() if self.monitor.due(result.step) else None
+        self.launched.append((result, waited))
+
+    def _read(self, ahead: int) -> bool:
+        """Read the steps that were launched, but for the last *ahead*; False where that led back to an earlier checkpoint."""
+        while len(self.launched) > ahead:
+            result, waited = self.launched.popleft()
+            self.numbers.look(result)
+            if self.numbers.back_from:
+                self.launched.clear()  # they are undone
+                self.watch.beat("save", self.engine.step)
+                self.metrics = self.numbers.roll_back(self.saving, self.batches)
+                return False
+            bad = self.run.data.bad.count("train")
+            if line := self.monitor.after_step(result, bad, waited):
+                self.told.tell(Event("step", result.step, line))
+            self._hear(result.requests)
+        return True
+
+    def _wishes(self) -> frozenset[str]:
+        return self.saving.wishes() | ({"failure"} if self.told.failed else set())
+
+    def _hear(self, requests: set[str]) -> None:
+        if "failure" in requests:
             self.told.check()
+        self.saving.hear(requests)
+
+    def _stop(self, requests: set[str]) -> bool:
+        self._hear(requests)
+        return bool(self.saving.stopped_by)
 
     def measure(self) -> None:
         """Evaluate, unless a signal asks to stop."""
         run = self.run
-        found = evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving.stop)
+        found = None
+        if not self.saving.stopped_by:
+            found = evaluate(
+                self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self._wishes, self._stop
+            )  # fmt: skip
         self.owed = found is None
         if found is not None:
             self.metrics = found
@@ -163,9 +215,6 @@ class Loop:
         self.told.tell(Event("end", self.engine.step, self.metrics, folder))
         self.told.check()
         return folder
-
-    def _own(self) -> Own:
-        return Own(self.batches.waited(), self.engine.alone())
 
     def _epoch_ended(self) -> bool:
         """Whether the last step took the last sample of an epoch. Batches run on across epochs, so none is short."""

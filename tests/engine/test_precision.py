@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from bigvision.config import Config, load_config
 from bigvision.data import Batch
 from bigvision.engine import Engine
-from bigvision.engine.data_parallel import DataParallelEngine
+from bigvision.engine.engine import TrainingEngine
 from bigvision.engine.precision import LossScale
 from bigvision.runtime import Runtime, start
 from bigvision.training.build import build_model
@@ -53,7 +53,7 @@ def random_batch(runtime: Runtime, size: int = 4) -> Batch:
 def overflow(plain: dict[str, Any]) -> None:
     with start("cpu") as runtime:
         engine, _ = engine_on_rank(plain, runtime)
-        assert isinstance(engine, DataParallelEngine)
+        assert isinstance(engine, TrainingEngine)
         batch = random_batch(runtime)
         engine.scale.value = 2.0**8
         assert not engine.train_step(batch).skipped

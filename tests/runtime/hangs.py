@@ -66,14 +66,14 @@ def at(place: str, act: Callable[[], None], mark: Path) -> None:
     """Have this process do *act* when it comes to *place*; *mark* then has the time."""
     from bigvision.checkpoint import background
     from bigvision.data import loader
-    from bigvision.engine.data_parallel import DataParallelEngine
+    from bigvision.engine.engine import TrainingEngine
     from bigvision.training import build
 
     homes: dict[str, tuple[Any, str, int]] = {
         "start": (build, "build_engine", 1),
-        "step": (DataParallelEngine, "train_step", 3),
+        "step": (TrainingEngine, "train_step", 3),
         "data": (loader.Batches, "__next__", 3),
-        "evaluate": (DataParallelEngine, "eval_step", 2),
+        "evaluate": (TrainingEngine, "eval_step", 2),
         "save": (background.Saver, "save", 1),
         "commit": (background, "commit", 1),
     }
@@ -117,17 +117,17 @@ def train_unless(folder: Path, absent: int) -> None:
 
 def run_slowly(plain: dict[str, Any], seconds: float) -> list[float]:
     """:func:`tests.recipes.run`, with a first step that takes so long on rank 0."""
-    from bigvision.engine.data_parallel import DataParallelEngine
+    from bigvision.engine.engine import TrainingEngine
     from tests.recipes import run
 
-    train_step = DataParallelEngine.train_step
+    train_step = TrainingEngine.train_step
 
     def slow(self: Any, batch: Any) -> Any:
         if self.step == 0 and os.environ["RANK"] == "0":
             time.sleep(seconds)
         return train_step(self, batch)
 
-    with mock.patch.object(DataParallelEngine, "train_step", slow):
+    with mock.patch.object(TrainingEngine, "train_step", slow):
         return run(plain)
 
 

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
-from bigvision.engine.base import StepResult
-from bigvision.engine.data_parallel import DataParallelEngine
+from bigvision.engine.engine import TrainingEngine
 from bigvision.tasks import Classify
 from bigvision.training.numbers import BadNumbers
 from tests.recipes import run
@@ -31,7 +28,7 @@ def planted(kind: str, steps: list[int], rank: int | None = 0, index: int = 2) -
             "gradient": the other way round. "spike": the loss is ten times as large.
         index: of the sample in its rank's batch.
     """
-    train_step, inputs, loss = DataParallelEngine.train_step, DataParallelEngine._inputs, Classify.loss
+    train_step, inputs, loss = TrainingEngine.train_step, TrainingEngine._inputs, Classify.loss
     ids: list[int] = []
 
     def step(self: Any, batch: Any) -> Any:
@@ -58,8 +55,8 @@ def planted(kind: str, steps: list[int], rank: int | None = 0, index: int = 2) -
         return found * 10 if HERE["kind"] == "spike" else found
 
     with (
-        patch.object(DataParallelEngine, "train_step", step),
-        patch.object(DataParallelEngine, "_inputs", spoiled),
+        patch.object(TrainingEngine, "train_step", step),
+        patch.object(TrainingEngine, "_inputs", spoiled),
         patch.object(Classify, "loss", spoiled_loss),
     ):
         yield ids
@@ -77,16 +74,14 @@ def run_planted(plain: dict[str, Any], kind: str, steps: list[int], rank: int | 
 
 def run_without(plain: dict[str, Any], steps: list[int]) -> None:
     """Train as a run that never sees the batches *steps*."""
-    train_step = DataParallelEngine.train_step
+    train_step = TrainingEngine.train_step
 
     def passing(self: Any, batch: Any) -> Any:
         if self.step not in steps:
             return train_step(self, batch)
-        samples = len(batch) * self.runtime.data_ranks
-        self.step, self.samples, self.skipped = self.step + 1, self.samples + samples, self.skipped + 1
-        return StepResult(torch.tensor(math.nan), torch.tensor(math.nan), 0.0, True, samples)
+        return self.pass_over(batch)
 
-    with patch.object(DataParallelEngine, "train_step", passing):
+    with patch.object(TrainingEngine, "train_step", passing):
         run(plain)
 
 

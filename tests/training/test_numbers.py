@@ -10,9 +10,9 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from bigvision.engine.native import NativeEngine
 from safetensors.torch import load_file
 
-from bigvision.engine.native import NativeEngine
 from bigvision.engine.zero import ZeroEngine
 from tests.distributed import run_ranks
 from tests.recipes import lines, losses, recipe

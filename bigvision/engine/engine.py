@@ -1,0 +1,300 @@
+"""The engine of all strategies: micro-batches forward and backward, then an update; and evaluation, state, counters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bigvision.config import Config
+from bigvision.data.batch import Batch
+from bigvision.engine.base import REQUESTS, Engine, Metrics, Record, StepResult, nothing_done
+from bigvision.engine.batches import micro_batch
+from bigvision.engine.parallelize import choose_computing, overlap, rehearsal, replicate, shard, wrap_blocks
+from bigvision.engine.precision import no_autocast
+from bigvision.engine.state import Statistics, average, make_contiguous
+from bigvision.engine.step import NativeStep
+from bigvision.errors import UserError
+from bigvision.fragments import Fragment
+from bigvision.models import Block, Blueprint
+from bigvision.optim import learning_rate
+from bigvision.runtime import Runtime
+from bigvision.seeds import seed_from
+from bigvision.tasks import Task
+
+
+class Update(Protocol):
+    """What the engine needs of `NativeStep` and of ZeRO's step."""
+
+    statistics: Statistics
+
+    def around(self, last: bool) -> Any: ...
+    def backward(self, loss: Tensor, factor: float) -> None: ...
+    def update(self, loss_sum: Tensor, samples: int, lr: float, requests: frozenset[str]) -> Tensor: ...
+    def model_fragments(self) -> Iterator[Fragment]: ...
+    def optimizer_fragments(self) -> Iterator[Fragment]: ...
+    def copies(self) -> Iterator[Fragment]: ...
+    def scalars(self) -> dict[str, Any]: ...
+    def restored(self, scalars: dict[str, Any], step: int, samples: int) -> None: ...
+    def refresh(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class TrainingEngine(Engine):
+    """Trains a timm model. A strategy gives it `parts` to run, `forward` to call and an `Update`."""
+
+    module: nn.Module
+    """The whole model; on meta, but for what this rank holds."""
+    parts: list[nn.Module]
+    """What this rank runs of it: the module itself, or stages."""
+    forward: Any
+    """What is called in a step: the module, or what a strategy wrapped around it."""
+    stepper: Any
+    """An `Update`."""
+    local_first = False
+
+    def __init__(
+        self, config: Config, blueprint: Blueprint, blocks: Sequence[Block], task: Task, runtime: Runtime, steps: int,
+        restored: bool = False,
+    ) -> None:  # fmt: skip
+        """Place and initialise the model.
+
+        Args:
+            blueprint: the model on meta and where its first values come from.
+            steps: optimizer steps of the whole run, for the schedule.
+            restored: a checkpoint will be read over the first values.
+
+        Raises:
+            UserError: there is nothing to train.
+        """
+        self.config, self.task, self.runtime, self.steps, self.restoring = config, task, runtime, steps, restored
+        self.micro_batch = micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
+        self.eval_batch = self.micro_batch
+        self.checks: list[tuple[Tensor, Tensor]] = []
+        self.input_shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
+        self.mean = torch.tensor(blueprint.mean, device=runtime.device)
+        self.std = torch.tensor(blueprint.std, device=runtime.device)
+        self._buffer: Tensor | None = None
+        self._copying = torch.cuda.Stream(runtime.device) if runtime.device.type == "cuda" else None
+        self._skipped, self._pending = 0, None
+        self._moments: tuple[Any, Any] = (0.0, 0.0)
+        if config.parallel.precision == "fp32":
+            # Convolutions would else round their inputs to 10 bits on CUDA, and the strategies differ in the third digit.
+            torch.backends.cudnn.allow_tf32 = False
+        self.module = blueprint.module
+        if not any(parameter.requires_grad for parameter in self.module.parameters()):
+            raise UserError(f"model.name: all parameters of {config.model.name} are frozen: leave some with requires_grad=True")
+        channels_last = make_contiguous(self.module)
+        self.computing = choose_computing(config, blueprint, blocks, runtime.device, channels_last)
+        self.notes = [self.computing.note] if self.computing.note else []
+        self.parts = [self.module]
+        self.module.train()
+        self._build(blueprint, [block.module for block in blocks])
+        self._set_mode(training=True)
+
+    def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
+        """Spread the model, still on meta, over the ranks, make the optimizer and give both their first values."""
+        config, runtime, parallel = self.config, self.runtime, self.config.parallel
+        sharded = parallel.strategy == "fsdp" and runtime.world_size > 1
+        self.computing.apply(self.parts, blocks, not sharded, runtime.device)
+        wrap_blocks(blocks, parallel.recompute == "blocks", parallel.compile)
+        if sharded:
+            spread = shard(self.module, self.parts, blocks, config, self.computing.dtype, runtime)
+        else:
+            spread = replicate(self.module, self.parts, runtime)
+        self.stepper = NativeStep(spread, blueprint, config, runtime, self.restoring)
+        if not sharded:
+            self._set_mode(training=True)  # frozen norms
+            overlap(spread, self._rehearse, runtime)
+        self.forward, self.local_first = spread.forward, spread.local_first
+
+    def _rehearse(self, model: Any) -> None:
+        size = self.micro_batch if self.config.parallel.compile is True else min(2, self.micro_batch)
+        layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
+        every = torch.ones((), dtype=torch.bool, device=self.runtime.device)
+        statistics = self.stepper.statistics
+        rehearsal(
+            lambda: model(torch.zeros(size, *self.input_shape, device=self.runtime.device).contiguous(memory_format=layout)),
+            statistics.keep, lambda: statistics.restore(every),
+        )  # fmt: skip
+
+    # The step.
+
+    def train_step(self, batch: Batch) -> StepResult:
+        self._set_mode(training=True)
+        torch.manual_seed(seed_from("dropout", self.config.seed, self.step, self.runtime.data_rank))
+        self.stepper.statistics.keep()
+        self.checks = checks = []
+        began = self._moment()
+        samples = len(batch) * self.runtime.data_ranks
+        # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their number.
+        with no_autocast(self.runtime.device):
+            loss_sum = self._passes(self._on_device(batch), self.runtime.data_ranks / samples)
+        # The rate follows the count of applied steps. The record of the step before arrived while this one was launched.
+        lr = self._rate()
+        numbers = self.stepper.update(loss_sum, samples, lr, self.requests)
+        self.step, self.samples, self.statistics_differ = self.step + 1, self.samples + samples, True
+        local, ids = self._local, batch.ids
+        result = StepResult(
+            numbers[0], numbers[1], lr, samples, self.step, self.samples, Record(numbers),
+            lambda: offenders(checks, ids), lambda: _seconds(began, local),
+        )  # fmt: skip
+        self._pending = result
+        return result
+
+    def pass_over(self, batch: Batch) -> StepResult:
+        lr, samples = self._rate(), len(batch) * self.runtime.data_ranks
+        self._skipped += 1
+        self.step, self.samples = self.step + 1, self.samples + samples
+        return nothing_done(lr, samples, self.step, self.samples)
+
+    @property
+    def skipped(self) -> int:
+        if self._pending is not None:
+            self._skipped += self._pending.skipped
+            self._pending = None
+        return self._skipped
+
+    def _rate(self) -> float:
+        """The learning rate; a skipped step leaves its own to the next one."""
+        return learning_rate(self.config.optim, self.step - self.skipped, self.steps)
+
+    def _passes(self, batch: Batch, factor: float) -> Tensor:
+        """Run all micro-batches of *batch*, with gradients times *factor*; return the sum of its losses, float64 and 0-D."""
+        parts = batch.split(self.micro_batch)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        self._local = None
+        for number, part in enumerate(parts, start=1):
+            with self.stepper.around(number == len(parts)):
+                outputs = self._outputs(part)
+                if self.local_first:
+                    self._local = self._moment()  # the last backward pass is the first to exchange anything
+                loss = self._checked_loss(outputs, part.targets())
+                self.stepper.backward(loss, factor)
+            loss_sum += loss.detach()
+        return loss_sum
+
+    def _checked_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the task's losses; which outputs are finite is kept, in case that it is not."""
+        loss = self.task.loss(outputs, targets)
+        self.checks.append((loss.detach(), torch.isfinite(outputs.detach()).flatten(1).all(1)))
+        return loss
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """*batch* on the device; the copy runs beside the step before."""
+        if self._copying is None:
+            return batch.to(self.runtime.device)
+        with torch.cuda.stream(self._copying):
+            batch = batch.to(self.runtime.device)
+        current = torch.cuda.current_stream()
+        current.wait_stream(self._copying)
+        for tensor in batch.tensors():
+            tensor.record_stream(current)
+        return batch
+
+    def _inputs(self, batch: Batch) -> Tensor:
+        """The images as the model gets them, until the next batch's."""
+        images = batch.inputs(self.mean, self.std, self._buffer, self.computing.channels_last)
+        if self.runtime.device.type == "cpu" and batch.mix is None:
+            # Reused across steps: a fresh allocation would page-fault on first touch, which takes longer than the arithmetic.
+            self._buffer = images
+        return images
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        return self.forward(self._inputs(batch))
+
+    def _moment(self) -> Any:
+        """Now, for a device's own work: seconds, or an event in its stream."""
+        if self.runtime.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _set_mode(self, training: bool) -> None:
+        for part in self.parts:
+            if part.training != training:
+                part.train(training)
+        for norm in self.stepper.statistics.frozen:
+            norm.training = False
+
+    # Evaluation.
+
+    def eval_step(self, batch: Batch) -> Metrics:
+        self._set_mode(training=False)
+        with torch.no_grad(), no_autocast(self.runtime.device):
+            measured = self._measure(self._on_device(batch))
+            totals = torch.cat([measured, measured.new_zeros(len(REQUESTS))])
+            for place, name in enumerate(REQUESTS, start=len(measured)):
+                if name in self.requests:
+                    totals[place].fill_(1.0)
+            dist.all_reduce(totals)
+        count = len(self.task.metrics)
+        return Metrics(self.task.metrics, totals[:count], totals[count], Record(totals[count + 1 :]))
+
+    def _measure(self, batch: Batch) -> Tensor:
+        """The sums of the task's metrics over this rank's samples and their number, float64 (metrics + 1,)."""
+        return self._measured(self._outputs(batch), batch)
+
+    def _measured(self, outputs: Tensor, batch: Batch) -> Tensor:
+        sums = self.task.measure(outputs, batch.labels, batch.valid)
+        return torch.cat([sums, batch.valid.sum(dtype=torch.float64)[None]])
+
+    # The state.
+
+    def synchronize(self) -> None:
+        # Once only: the mean of equal numbers may differ from them in its last bit.
+        if not self.statistics_differ:
+            return
+        # Each rank's batches moved its own running statistics; their mean is what one rank would keep on average.
+        average(self.stepper.statistics.running, self.runtime)
+        self.statistics_differ = False
+
+    def fragments(self) -> Iterator[Fragment]:
+        yield from self.stepper.model_fragments()
+        yield from self.stepper.optimizer_fragments()
+
+    def copies(self) -> Iterator[Fragment]:
+        yield from super().copies()
+        yield from self.stepper.copies()
+
+    def scalars(self) -> dict[str, Any]:
+        counters = {"step": self.step, "skipped": self.skipped, "samples": self.samples}
+        return counters | self.stepper.scalars()
+
+    def restored(self, scalars: dict[str, Any]) -> None:
+        self.step, self.samples, self._pending = scalars["step"], scalars["samples"], None
+        self._skipped = scalars.get("skipped", 0)  # older checkpoints have none
+        self.statistics_differ = False
+        self.stepper.restored(scalars, self.step, self.samples)
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.stepper.refresh()
+
+    def close(self) -> None:
+        self.stepper.close()
+
+
+def offenders(checks: list[tuple[Tensor, Tensor]], ids: Tensor) -> list[int]:
+    """Of the samples *ids* of a step, those whose loss is not finite, or all of their micro-batch (`StepResult.culprits`).
+
+    Args:
+        checks: of each micro-batch its loss, and which samples' outputs are finite.
+    """
+    found: list[int] = []
+    for loss, finite in checks:
+        part, ids = ids[: len(finite)], ids[len(finite) :]
+        if not torch.isfinite(loss):
+            found += part[~finite.to(part.device)].tolist() or part.tolist()
+    return found
+
+
+def _seconds(began: Any, local: Any) -> float:
+    if local is None:
+        return 0.0
+    return local - began if isinstance(began, float) else began.elapsed_time(local) / 1000

@@ -1,0 +1,296 @@
+"""How a model is spread over the ranks: from a model on meta to one that every rank holds its part of.
+
+The decisions stand in the order in which they must happen: number format, recompute, compile, shard. A strategy is a function
+that returns data, a `Spread`; the step (step.py) is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from bigvision.config import Config
+from bigvision.engine.precision import COMPUTE_DTYPES, autocast_inside, compute_in, why_not
+from bigvision.engine.state import Located, local_tensor
+from bigvision.errors import UserError
+from bigvision.models import Block, Blueprint
+from bigvision.runtime import Runtime
+
+
+@dataclass
+class Spread:
+    """A model spread over the ranks, as the native step needs it."""
+
+    module: nn.Module
+    """The whole model; on meta, but for what this rank holds."""
+    parts: list[nn.Module]
+    """What this rank runs of it: the module itself, or pipeline stages."""
+    tensors: Callable[[], Mapping[str, Tensor]]
+    """What is saved of the whole model, by name; on meta where this rank holds nothing of it."""
+    locate: Callable[[Tensor], Located]
+    """Where this rank's values of a parameter or buffer lie in the whole tensor."""
+    equal_gradients: Callable[[Tensor], int]
+    """Number of ranks that hold the same values of a gradient."""
+    forward: Callable[[Tensor], Any]
+    """What is called in a step: the module, or what is wrapped around it."""
+    unreduced: frozenset[str] = frozenset()
+    """Names of the parameters whose gradients the backward pass does not average over the ranks."""
+    around: Callable[[bool], AbstractContextManager[object]] = lambda last: nullcontext()
+    """Surrounds each micro-batch; given whether it is the step's last."""
+    local_first: bool = False
+    """Whether a rank works for itself until the last backward pass."""
+
+    def held(self) -> dict[str, nn.Parameter]:
+        """The parameters of which this rank holds at least a shard, each tied one once, by the whole model's names."""
+        # A stage may meet a tied one under another name first.
+        here = {name: tensor for part in self.parts for name, tensor in part.named_parameters(remove_duplicate=False)}
+        return {name: here[name] for name, _ in self.module.named_parameters() if name in here}
+
+
+# The number format.
+
+
+@dataclass(frozen=True)
+class Computing:
+    """In which format and layout a model computes."""
+
+    dtype: torch.dtype
+    autocast: bool = False
+    residual: bool = True
+    """Whether blocks get their input in fp32."""
+    channels_last: bool = False
+    note: str | None = None
+
+    def apply(self, parts: Sequence[nn.Module], blocks: Sequence[nn.Module], cast_weights: bool, device: torch.device) -> None:
+        """Make *parts* compute so, in place."""
+        if self.dtype == torch.float32 or self.autocast:
+            compute_in(parts, (), None, self.channels_last, norms=self.autocast)
+            for part in parts if self.autocast else ():
+                autocast_inside(part, self.dtype, device)
+        else:
+            compute_in(parts, blocks if self.residual else (), self.dtype, self.channels_last, cast_weights)
+
+
+def choose_computing(
+    config: Config, blueprint: Blueprint, blocks: Sequence[Block], device: torch.device, given_layout: bool
+) -> Computing:
+    """Decide how the model of *blueprint*, on meta, computes. Nothing is computed.
+
+    Args:
+        given_layout: the caller's own model came in channels_last.
+    """
+    precision, asked = config.parallel.precision, config.parallel.channels_last
+    layout = asked == "always" or (
+        asked == "auto" and (given_layout or (device.type == "cuda" and likes_channels_last(blueprint.module)))
+    )
+    dtype = COMPUTE_DTYPES[precision]
+    if precision in ("fp32", "amp_bf16"):
+        return Computing(dtype, autocast=precision == "amp_bf16", channels_last=layout)
+    shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
+    modules = [block.module for block in blocks]
+    if why_not(blueprint.module, modules, shape, dtype) is None:
+        return Computing(dtype, channels_last=layout)
+    if (reason := why_not(blueprint.module, (), shape, dtype)) is None:
+        return Computing(dtype, residual=False, channels_last=layout)
+    note = f"{config.model.name} computes under autocast: its own forward mixes number formats ({reason})"
+    return Computing(dtype, autocast=True, channels_last=layout, note=note)
+
+
+def likes_channels_last(module: nn.Module) -> bool:
+    """Whether convolutions are most of *module*, and none of them slow in channels_last.
+
+    Measured by timm in training: ResNet-50 gains 47 %, ConvNeXt 0 to 4 %, while grouped convolutions (RegNetY) lose 68 %.
+    Depthwise convolutions are not grouped in this sense.
+    """
+    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    grouped = any(1 < conv.groups < conv.in_channels for conv in convolutions)
+    # The convolutions of a ConvNeXt are small beside its linear layers, and take their inputs in this layout all the same.
+    spatial = sum(conv.kernel_size != (1, 1) for conv in convolutions)
+    return spatial >= 4 and not grouped
+
+
+# Recompute and compile.
+
+
+def wrap_blocks(blocks: Iterable[nn.Module], recompute: bool, compile: bool) -> None:
+    """Recompute and compile each block, in this order and in place.
+
+    Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside
+    of what is compiled.
+
+    Raises:
+        UserError: both for blocks with BatchNorm.
+    """
+    for block in blocks:
+        norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
+        if recompute and compile and norms:
+            raise UserError("parallel.recompute: blocks and parallel.compile: true exclude each other for BatchNorm: drop one")
+        if recompute:
+            options = {"context_fn": functools.partial(_pass_contexts, norms)} if norms else {}
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
+        if compile:
+            # Blocks of different widths share one code: dynamic shapes would make one slow kernel for all of them.
+            block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def _pass_contexts(norms: list[BatchNorm]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the first pass and around the second one."""
+    return nullcontext(), _statistics_held(norms)
+
+
+@contextmanager
+def _statistics_held(norms: list[BatchNorm]) -> Iterator[None]:
+    """Undo what a second pass does to the running statistics, which the first one has moved already."""
+    buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before):
+            # Not a change for autograd: the backward pass holds on to the buffers and does not use their values.
+            buffer.data.copy_(value)
+
+
+# One function per strategy.
+
+
+def replicate(module: nn.Module, parts: list[nn.Module], runtime: Runtime) -> Spread:
+    """A whole copy of *parts* on every data-parallel rank; gradients are averaged after the backward passes.
+
+    :func:`overlap` averages them during the last one instead.
+    """
+    copies = (runtime.data_rank, runtime.data_ranks)
+    spread = Spread(
+        module, parts, lambda: module.state_dict(keep_vars=True), lambda tensor: (tensor.view(-1), 0, copies),
+        lambda gradient: runtime.data_ranks, module,
+    )  # fmt: skip
+    spread.unreduced = frozenset(spread.held()) if runtime.data_ranks > 1 else frozenset()
+    return spread
+
+
+def overlap(spread: Spread, rehearse: Callable[[Callable[[Tensor], Any]], None], runtime: Runtime) -> None:
+    """Average gradients of a replicated model while the last backward pass runs: DistributedDataParallel (Li et al. 2020).
+
+    Args:
+        rehearse: runs a forward and backward pass that leaves nothing behind but gradients.
+    """
+    spread.local_first = True
+    if runtime.world_size == 1:
+        return
+    module = spread.module
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    # Gradients of expanded tokens: a copy of a few values.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    rehearse(module)
+    unused = any(p.grad is None for p in module.parameters() if p.requires_grad)
+    module.zero_grad(set_to_none=True)
+    wrapped = DistributedDataParallel(
+        module, broadcast_buffers=False, init_sync=False, find_unused_parameters=unused, gradient_as_bucket_view=True
+    )
+    # After its first backward pass DDP rebuilds its buckets, once, in the order in which gradients came. Without
+    # this one a resumed run would sum its first step in another order than the run that it continues.
+    rehearse(wrapped)
+    module.zero_grad(set_to_none=True)
+    spread.forward, spread.unreduced = wrapped, frozenset()
+    spread.around = lambda last: nullcontext() if last else wrapped.no_sync()
+
+
+def shard(
+    module: nn.Module, parts: list[nn.Module], blocks: Sequence[nn.Module], config: Config, dtype: torch.dtype, runtime: Runtime
+) -> Spread:  # fmt: skip
+    """FSDP2: ``fully_shard`` on each block and on each part (Zhao et al. 2023), over a (replicate, shard) mesh.
+
+    Scalars, which cannot be sharded, and BatchNorm's weights, which must stay fp32 beside fp32 running statistics, are
+    kept whole on every rank; they are few and small. One rank alone shards nothing: see :func:`replicate`.
+    """
+    spread = replicate(module, parts, runtime)
+    parallel = config.parallel
+    norms = [m for part in parts for m in part.modules() if isinstance(m, BatchNorm)]
+    whole = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
+    whole |= {parameter for parameter in spread.held().values() if parameter.ndim == 0}
+    names = {name for name, parameter in spread.held().items() if parameter in whole}
+    mesh = runtime.mesh["replicate", "shard"] if parallel.replicas > 1 else runtime.mesh["shard"]
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )  # fmt: skip
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
+    if parallel.reshard == "never":
+        options["reshard_after_forward"] = False
+    roots: list[Any] = []
+    for part in parts:
+        inside = set(part.modules())
+        units: list[Any] = []
+        for block in (block for block in blocks if block in inside):
+            block.register_forward_hook(_copied_if_view)
+            units.append(fully_shard(block, **options))
+        roots.append(fully_shard(part, **options))
+        if runtime.pipeline_ranks == 1:
+            # Explicit, since the implicit order is known after the first pass only; in a pipeline passes alternate.
+            for before, after in itertools.pairwise(units):
+                before.set_modules_to_forward_prefetch([after])
+                after.set_modules_to_backward_prefetch([before])
+
+    def around(last: bool) -> AbstractContextManager[object]:
+        # Gradients are scattered after every micro-batch, so that none is ever kept whole, unless that is asked for; the
+        # exchange between replicas waits for the last in any case.
+        for root in roots:
+            assert isinstance(root, FSDPModule)
+            root.set_requires_all_reduce(last)
+            if parallel.scatter == "last":
+                root.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def locate(tensor: Tensor) -> Located:
+        if not isinstance(tensor, DTensor):
+            return tensor.view(-1), 0, (runtime.data_rank, runtime.data_ranks)
+        values = local_tensor(tensor)
+        # fully_shard cuts dimension 0 as torch.chunk does: all but the last shards that are not empty are equal.
+        rows, (shard, shards) = tensor.shape[0], runtime.shard
+        chunk = -(-rows // shards)
+        start_row = min(rows, chunk * shard)
+        assert values.shape[0] == min(chunk, rows - start_row), (tuple(tensor.shape), tuple(values.shape))
+        return values.view(-1), start_row * (tensor.numel() // rows if rows else 0), runtime.replica
+
+    spread.locate, spread.around = locate, around
+    spread.equal_gradients = lambda gradient: parallel.replicas if isinstance(gradient, DTensor) else runtime.data_ranks
+    spread.unreduced = frozenset(names)
+    return spread
+
+
+def settle_shards(spread: Spread) -> None:
+    """Let FSDP pad its shards now, once they have storage: it would replace them in the first forward pass."""
+    for part in spread.parts:
+        if isinstance(part, FSDPModule):
+            part._get_fsdp_state()._lazy_init()
+
+
+def _copied_if_view(block: nn.Module, inputs: object, output: object) -> object:
+    """Copy an output that is a view: an in-place operation on it would drop the hook that gathers the block's parameters."""
+    if isinstance(output, Tensor) and output._is_view():
+        return output.clone()
+    if isinstance(output, (tuple, list)):
+        return type(output)(_copied_if_view(block, inputs, part) for part in output)
+    return output
+
+
+def rehearsal(forward: Callable[[], Any], keep: Callable[[], None], restore: Callable[[], None]) -> None:
+    """A forward and backward pass in training mode, in which branches may run that evaluation does not have."""
+    keep()
+    with torch.random.fork_rng():
+        outputs = [leaf for leaf in tree_leaves(forward()) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        torch.stack([output.float().sum() for output in outputs]).sum().backward()
+    restore()

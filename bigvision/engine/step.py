@@ -1,0 +1,184 @@
+"""The native step, of ddp, fsdp and pipelines: gradients of this rank's tensors, one decision for all ranks, an update.
+
+Nothing here waits for the device. Whether to apply the update is decided there: torch's fused optimizers take ``found_inf``
+and ``grad_scale`` as tensors, and running statistics are put back by a ``where``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bigvision.config import WHOLE, Config
+from bigvision.engine.base import REQUESTS
+from bigvision.engine.parallelize import Spread, settle_shards
+from bigvision.engine.precision import LossScale
+from bigvision.engine.state import (
+    Statistics,
+    allocate,
+    average,
+    fill,
+    local_tensor,
+    model_fragments,
+    optimizer_fragments,
+)
+from bigvision.fragments import Fragment
+from bigvision.models import Blueprint
+from bigvision.optim import allocate_state, build_optimizer, parameter_groups, state_layout, step_counters
+from bigvision.runtime import Runtime
+
+
+class NativeStep:
+    """Steps the tensors that a `Spread` gives to this rank with an optimizer of torch's or timm's."""
+
+    def __init__(self, spread: Spread, blueprint: Blueprint, config: Config, runtime: Runtime, restored: bool) -> None:
+        """Give the model, still on meta, storage and first values, and make the optimizer.
+
+        Args:
+            restored: a checkpoint will be read over the first values, which therefore are not computed.
+        """
+        self.spread, self.config, self.runtime = spread, config, runtime
+        self.scale = LossScale(config.parallel.precision, runtime.device)
+        for part in spread.parts:
+            allocate(part, runtime.device)
+        settle_shards(spread)
+        held = spread.held()
+        # Sharded tensors cost a fused step five times the host time of plain ones; an optimizer that takes norms of whole
+        # tensors needs them all the same.
+        whole = config.optim.name in WHOLE
+        stepped = {name: p if whole or local_tensor(p) is p else local_tensor(p).detach() for name, p in held.items()}
+        self.local = [(tensor, held[name]) for name, tensor in stepped.items() if tensor is not held[name]]
+        optim = config.optim
+        groups = parameter_groups(spread.module, optim.weight_decay, optim.layer_decay, stepped)
+        self.optimizer: Optimizer = build_optimizer(groups, optim)
+        self.fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        """Whether the optimizer decides on the device whether to step; the others cost one wait a step."""
+        allocate_state(self.optimizer)
+        self.shapes = {name: tuple(p.shape) for name, p in spread.module.named_parameters() if p.requires_grad}
+        absent = self.shapes.keys() - held.keys()
+        self.absent = state_layout(optim) if absent else {}
+        fill(blueprint, config.seed, self.model_fragments(), spread.parts, runtime.device, restored)
+        self.statistics = Statistics(spread.parts)
+
+    # The step.
+
+    def around(self, last: bool) -> AbstractContextManager[object]:
+        """Surrounds the passes of one micro-batch."""
+        return self.spread.around(last)
+
+    def backward(self, loss: Tensor, factor: float) -> None:
+        """Add the gradient of *loss* times *factor*."""
+        (loss * (self.scale.factor * factor)).backward()
+
+    @torch.no_grad()
+    def update(self, loss_sum: Tensor, samples: int, lr: float, requests: frozenset[str]) -> Tensor:
+        """Take the optimizer's step, unless a loss, a gradient or a running statistic is not finite on some rank.
+
+        Args:
+            loss_sum: of this rank's samples, float64 and 0-D.
+            samples: of the global batch.
+            requests: what this rank asks the others for.
+
+        Returns:
+            The numbers of a `Record`, on the device.
+        """
+        unreduced = (p.grad for name, p in self.spread.held().items() if name in self.spread.unreduced)
+        average([gradient for gradient in unreduced if gradient is not None], self.runtime)
+        for tensor, parameter in self.local:
+            tensor.grad = None if parameter.grad is None else local_tensor(parameter.grad)
+        totals = torch.zeros(3 + len(REQUESTS), dtype=torch.float64, device=self.runtime.device)
+        totals[0] = loss_sum
+        totals[1] = self._squared_norm()
+        if (largest := self.statistics.largest()) is not None:
+            totals[2] = largest * 0.0  # not a number where it is not finite
+        for place, name in enumerate(REQUESTS, start=3):
+            if name in requests:
+                totals[place].fill_(1.0)
+        dist.all_reduce(totals)  # the one collective beyond the strategy's own
+        skipped = ~torch.isfinite(totals[:3]).all()
+        norm = totals[1].sqrt() / self.scale.scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self._step(skipped, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        for _, parameter in self.local:
+            parameter.grad = None
+        self.statistics.restore(skipped)
+        overflowed = self.scale.update(skipped, torch.isfinite(totals[0] + totals[2]))
+        numbers = torch.stack([totals[0] / samples, norm, skipped.double(), overflowed.double()])
+        return torch.cat([numbers, totals[3:]])
+
+    def _step(self, skipped: Tensor, norm: Tensor) -> None:
+        """Step with gradients scaled to the largest allowed norm (Pascanu et al. 2013) and freed of the loss scale."""
+        factor = None
+        if self.config.optim.clip is not None:
+            factor = (self.config.optim.clip / (norm + 1e-6)).clamp(max=1.0) / self.scale.scale
+        elif self.scale.dynamic:
+            factor = self.scale.scale.reciprocal()
+        if self.fused:
+            optimizer: Any = self.optimizer
+            optimizer.found_inf = skipped.float()
+            optimizer.grad_scale = None if factor is None else factor.reciprocal().float()
+            optimizer.step()
+        elif not bool(skipped):  # waits for the device
+            if factor is not None:
+                torch._foreach_mul_([local_tensor(gradient) for gradient in self._gradients()], factor.float())
+            self.optimizer.step()
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _squared_norm(self) -> Tensor:
+        """A part of the gradient's squared norm, float64 and 0-D; summed over all ranks it is the whole."""
+        alike: dict[int, list[Tensor]] = {}
+        for parameter in self.spread.held().values():
+            if parameter.grad is not None:
+                alike.setdefault(self.spread.equal_gradients(parameter.grad), []).append(local_tensor(parameter.grad))
+        parts = [squared_norm(gradients, self.runtime.device) / ranks for ranks, gradients in alike.items()]
+        return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+
+    # The state.
+
+    def model_fragments(self) -> Iterator[Fragment]:
+        return model_fragments(self.spread.tensors(), self.spread.locate)
+
+    def optimizer_fragments(self) -> Iterator[Fragment]:
+        place = {name: self.spread.locate(parameter)[1:] for name, parameter in self.spread.held().items()}
+        return optimizer_fragments(self.optimizer, self.shapes, place, self.absent)
+
+    def copies(self) -> Iterator[Fragment]:
+        """What ranks hold alike beside the fragments."""
+        return iter(())
+
+    def scalars(self) -> dict[str, Any]:
+        # Parameters that never had a gradient are still at 0.
+        steps = max((int(counter) for counter in step_counters(self.optimizer)), default=None)
+        return {"optimizer_steps": steps} | self.scale.state()
+
+    def restored(self, scalars: dict[str, Any], step: int, samples: int) -> None:
+        self.scale.restore(scalars)
+        for counter in step_counters(self.optimizer):
+            counter.fill_(scalars["optimizer_steps"] or 0)
+
+    def refresh(self) -> None:
+        """Nothing derives from the fragments: weights are cast where they are read."""
+
+    def close(self) -> None:
+        """Nothing outlives the step."""
+
+
+def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of the squares of all elements, float64 and 0-D."""
+    pieces = [tensor.reshape(-1) for tensor in tensors]
+    if device.type == "cpu":
+        # There the norm adds up one by one in fp32, which over ten million elements costs four digits.
+        pieces = [part for piece in pieces for part in piece.split(1 << 16)]
+    if not pieces:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(pieces)).double().square().sum()
