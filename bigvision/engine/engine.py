@@ -129,6 +129,7 @@ class TrainingEngine(Engine):
         torch.manual_seed(seed_from("dropout", self.config.seed, self.step, self.runtime.data_rank))
         self.stepper.statistics.keep()
         self.checks = checks = []
+        self._local: Any = None
         began = self._moment()
         samples = len(batch) * self.runtime.data_ranks
         # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their number.
@@ -167,7 +168,6 @@ class TrainingEngine(Engine):
         """Run all micro-batches of *batch*, with gradients times *factor*; return the sum of its losses, float64 and 0-D."""
         parts = batch.split(self.micro_batch)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        self._local = None
         for number, part in enumerate(parts, start=1):
             with self.stepper.around(number == len(parts)):
                 outputs = self._outputs(part)

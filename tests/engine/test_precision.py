@@ -55,11 +55,11 @@ def overflow(plain: dict[str, Any]) -> None:
         engine, _ = engine_on_rank(plain, runtime)
         assert isinstance(engine, TrainingEngine)
         batch = random_batch(runtime)
-        engine.scale.value = 2.0**8
+        engine.stepper.scale.scale.fill_(2.0**8)
         assert not engine.train_step(batch).skipped
         before = [fragment.values.clone() for fragment in engine.fragments()]
         steps, scale = engine.scalars()["optimizer_steps"], 2.0**60
-        engine.scale.value = scale
+        engine.stepper.scale.scale.fill_(scale)
         result = engine.train_step(batch)
         assert result.skipped and not torch.isfinite(result.grad_norm)
         assert all(torch.equal(a, f.values) for a, f in zip(before, engine.fragments()))
@@ -67,7 +67,7 @@ def overflow(plain: dict[str, Any]) -> None:
             "step": 2, "skipped": 1, "samples": 2 * 4 * runtime.world_size, "optimizer_steps": steps,
             "loss_scale": scale / 2, "good_steps": 0,
         }  # fmt: skip
-        engine.scale.value = 2.0**8
+        engine.stepper.scale.scale.fill_(2.0**8)
         result = engine.train_step(batch)
         assert not result.skipped and torch.isfinite(result.loss)
         assert not all(torch.equal(a, f.values) for a, f in zip(before, engine.fragments()))
@@ -87,15 +87,21 @@ def test_fp16_clips_the_unscaled_gradient(tmp_path: Path) -> None:
 
 
 def test_loss_scale_grows_and_shrinks() -> None:
-    scale = LossScale("fp16")
+    scale, yes, no = LossScale("fp16", torch.device("cpu")), torch.tensor(True), torch.tensor(False)
     for _ in range(LossScale.growth_interval):
-        scale.update(False)
-    assert scale.value == 2.0**17 and scale.good_steps == 0
-    scale.update(True)
-    assert scale.value == 2.0**16
-    fixed = LossScale("bf16")
-    fixed.update(False)
-    assert fixed.value == 1.0 and not fixed.dynamic
+        assert not scale.update(no, yes)
+    assert scale.state() == {"loss_scale": 2.0**17, "good_steps": 0}
+    scale.update(no, yes)
+    assert scale.update(yes, yes)
+    assert scale.state() == {"loss_scale": 2.0**16, "good_steps": 0}
+    scale.update(no, yes)
+    assert not scale.update(yes, no), "a loss that is not finite is no overflow"
+    assert scale.state() == {"loss_scale": 2.0**16, "good_steps": 1}
+    scale.scale.fill_(1.0)
+    assert not scale.update(yes, yes), "at the least scale it is no overflow to be expected"
+    assert scale.state()["loss_scale"] == 1.0
+    fixed = LossScale("bf16", torch.device("cpu"))
+    assert not fixed.update(yes, yes) and fixed.factor == 1.0
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])

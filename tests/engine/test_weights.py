@@ -216,7 +216,7 @@ M_MMAP_THRESHOLD = -3
 def peak_while_filling(plain: dict[str, Any]) -> dict[str, int]:
     """Bytes resident at most, mapped files included, over what is resident before the first value is there."""
     from bigvision.config import load_config
-    from bigvision.engine import native
+    from bigvision.engine import step as native
     from bigvision.runtime import start
     from bigvision.training.build import build_model
 

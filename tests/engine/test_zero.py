@@ -182,7 +182,7 @@ def seen_settings(plain: dict[str, Any]) -> list[Any]:
 
     with start("cpu") as runtime:
         engine, _, _ = build_model(load_config(plain), 10, runtime, steps=9, say=print)
-        zero = engine.deepspeed._config.zero_config  # type: ignore[attr-defined]
+        zero = engine.stepper.deepspeed._config.zero_config  # type: ignore[attr-defined]
         return [zero.reduce_bucket_size, zero.prefetch_bucket_size, zero.param_persistence_threshold, zero.max_live_parameters]
 
 

@@ -57,10 +57,10 @@ def measure(plain: dict[str, Any], warm: bool) -> None:
         engine, _, _ = build_model(config, 10, runtime, 9, say=print)
         found: dict[str, Any] = {}
         engine.train_step(batch)
-        nothing += engine.room.untyped_storage().nbytes()  # the images that the next ones take the place of: no state
+        nothing += engine._buffer.untyped_storage().nbytes()  # the images that the next ones take the place of: no state
 
         # The moment at which all gradients of a step are there: DeepSpeed's stage 1 frees those of other ranks soon after.
-        owner, name = (engine.deepspeed, "allreduce_gradients") if hasattr(engine, "deepspeed") else (engine, "_update")
+        owner, name = (engine.stepper.deepspeed, "allreduce_gradients") if strategy.startswith("zero") else (engine.stepper, "update")
         after_backward = getattr(owner, name)
 
         def watched(*args: Any, **more: Any) -> Any:
@@ -80,11 +80,11 @@ def measure(plain: dict[str, Any], warm: bool) -> None:
         found["peak"] = resident("VmHWM") - empty
         found["at_rest"] = held(engine.module) - nothing
         whole = {f.name: math.prod(f.shape) for f in engine.fragments() if f.group == "model"}
-        inner = engine.inner if hasattr(engine, "inner") else engine.optimizer
+        inner = engine.stepper.inner if strategy.startswith("zero") else engine.stepper.optimizer
         found["groups"] = [sum(whole[name] for name in group["names"]) for group in inner.param_groups]
         found["parameters"] = list(whole.values())
         if strategy in ("zero1", "zero2"):
-            found["mine"] = sum(p.numel() for group in engine.sharded.params_in_partition for p in group)
+            found["mine"] = sum(p.numel() for group in engine.stepper.sharded.params_in_partition for p in group)
 
         if strategy == "ddp":
             saved: dict[int, int] = {}
