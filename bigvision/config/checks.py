@@ -92,8 +92,8 @@ def check_pipeline(parallel: ParallelConfig) -> None:
         )
     if count is not None and count != 2 and parallel.schedule in SPLIT_BACKWARD:
         raise UserError(f"parallel.stages_per_rank: {count}, but parallel.schedule: {parallel.schedule} needs 2")
-    if parallel.compile and parallel.schedule in SPLIT_BACKWARD:
+    if parallel.compile is True and parallel.schedule in SPLIT_BACKWARD:
         raise UserError(
             f"parallel.compile: true, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
-            "which compiled code does not allow: use false, or the schedule interleaved"
+            "which compiled code does not allow: use auto or false, or the schedule interleaved"
         )

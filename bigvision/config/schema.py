@@ -136,8 +136,8 @@ class ParallelConfig:
     """Compute convolutions in channels_last. auto: on CUDA, where convolutions are most of the model and none is grouped."""
     recompute: Literal["none", "blocks"] = "none"
     """blocks: keep only each block's input and compute its activations again in the backward pass."""
-    compile: bool = False
-    """Compile each block with torch.compile."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile each block with torch.compile. auto: on CUDA, where blocks repeat and nothing forbids it."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """zero1, zero2, zero3: keep the optimizer state in CPU memory and take its step there; all: the parameters too (zero3)."""
     deepspeed: str | None = None

@@ -62,7 +62,8 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
 
 def kind_name(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
+        choices = typing.get_args(kind)
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if typing.get_origin(kind) in (Union, types.UnionType):
         return " or ".join(kind_name(option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bigvision.config import Config
 from bigvision.engine.base import Engine, Metrics, StepResult
 from bigvision.engine.batches import check_ranks, micro_batch
+from bigvision.engine.compile import check_compile
 from bigvision.engine.engine import TrainingEngine
 from bigvision.engine.pipeline import PipelineEngine
 from bigvision.engine.zero import ZeroEngine
@@ -35,6 +36,7 @@ def check_engine(config: Config, runtime: Runtime) -> None:
         UserError: batch sizes that do not fit the ranks or the DeepSpeed file, no compiler for what has to be compiled.
     """
     check_sizes(config, runtime)
+    check_compile(config, runtime.device)
     if config.parallel.offload != "none" and config.optim.name == "adamw":
         check_cpu_adam(runtime.device)
 

@@ -101,7 +101,7 @@ class TrainingEngine(Engine):
         config, runtime, parallel = self.config, self.runtime, self.config.parallel
         sharded = parallel.strategy == "fsdp" and runtime.world_size > 1
         self.computing.apply(self.parts, blocks, not sharded, runtime.device)
-        wrap_blocks(blocks, parallel.recompute == "blocks", parallel.compile)
+        wrap_blocks(blocks, config, runtime.device)
         if sharded:
             spread = shard(self.module, self.parts, blocks, config, self.computing.dtype, runtime)
         else:
@@ -113,7 +113,7 @@ class TrainingEngine(Engine):
         self.forward, self.local_first = spread.forward, spread.local_first
 
     def _rehearse(self, model: Any) -> None:
-        size = self.micro_batch if self.config.parallel.compile is True else min(2, self.micro_batch)
+        size = min(2, self.micro_batch)
         layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
         every = torch.ones((), dtype=torch.bool, device=self.runtime.device)
         statistics = self.stepper.statistics

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from bigvision.config import Config
+from bigvision.engine.compile import compile_blocks, decide
 from bigvision.engine.precision import COMPUTE_DTYPES, autocast_inside, compute_in, why_not
 from bigvision.engine.state import Located, local_tensor
 from bigvision.errors import UserError
@@ -126,8 +127,8 @@ def likes_channels_last(module: nn.Module) -> bool:
 # Recompute and compile.
 
 
-def wrap_blocks(blocks: Iterable[nn.Module], recompute: bool, compile: bool) -> None:
-    """Recompute and compile each block, in this order and in place.
+def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.device) -> None:
+    """Recompute and compile each block where *config* says so, in this order and in place.
 
     Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside
     of what is compiled.
@@ -135,16 +136,15 @@ def wrap_blocks(blocks: Iterable[nn.Module], recompute: bool, compile: bool) -> 
     Raises:
         UserError: both for blocks with BatchNorm.
     """
-    for block in blocks:
+    compiled = decide(config, blocks, device)
+    for block in blocks if config.parallel.recompute == "blocks" else ():
         norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
-        if recompute and compile and norms:
+        if compiled and norms:
             raise UserError("parallel.recompute: blocks and parallel.compile: true exclude each other for BatchNorm: drop one")
-        if recompute:
-            options = {"context_fn": functools.partial(_pass_contexts, norms)} if norms else {}
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
-        if compile:
-            # Blocks of different widths share one code: dynamic shapes would make one slow kernel for all of them.
-            block.forward = torch.compile(block.forward, dynamic=False)
+        options = {"context_fn": functools.partial(_pass_contexts, norms)} if norms else {}
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
+    if compiled:
+        compile_blocks(blocks, device)
 
 
 def _pass_contexts(norms: list[BatchNorm]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -290,7 +290,8 @@ def _copied_if_view(block: nn.Module, inputs: object, output: object) -> object:
 def rehearsal(forward: Callable[[], Any], keep: Callable[[], None], restore: Callable[[], None]) -> None:
     """A forward and backward pass in training mode, in which branches may run that evaluation does not have."""
     keep()
-    with torch.random.fork_rng():
+    # Not compiled: a batch of another size would be a graph of its own.
+    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
         outputs = [leaf for leaf in tree_leaves(forward()) if isinstance(leaf, Tensor) and leaf.requires_grad]
         torch.stack([output.float().sum() for output in outputs]).sum().backward()
     restore()

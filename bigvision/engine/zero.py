@@ -34,10 +34,9 @@ class ZeroEngine(TrainingEngine):
     """
 
     def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
-        parallel = self.config.parallel
         # Autocast, if any, inside the model: DeepSpeed switches off one under which it is entered.
         self.computing.apply(self.parts, blocks, True, self.runtime.device)
-        wrap_blocks(blocks, parallel.recompute == "blocks", parallel.compile)
+        wrap_blocks(blocks, self.config, self.runtime.device)
         self.stepper = ZeroStep(self.module, blocks, blueprint, self.config, self.runtime, self.restoring)
         self.forward = self.stepper.forward
 
