@@ -168,6 +168,8 @@ class TrainConfig:
     """Samples in one forward and backward pass on one rank; null takes the rank's whole part of the global batch."""
     eval_every: int | None = None
     """Steps between evaluations; null evaluates at each epoch's end. The last step is always evaluated."""
+    deterministic: bool = False
+    """Operations that repeat bit for bit alone, which may be slower; one that has no such form ends the run."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError
 from bigvision.launching.keywords import Recipe, configured
 from bigvision.models import GivenModel, check_model
-from bigvision.runtime import all_or_none, start
+from bigvision.runtime import all_or_none, deterministic, operations_named, start
 from bigvision.training.build import build_model, with_model
 from bigvision.training.saving import progress_of
 
@@ -80,6 +80,7 @@ class Engine:
     def _build(self, model: Any) -> None:
         parallel, steps = self.config.parallel, self.config.train.steps
         assert steps is not None
+        self._stack.enter_context(deterministic(self.config.train.deterministic, parallel.device))
         self.runtime = self._stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks))
         all_or_none(lambda: check_engine(self.config, self.runtime))
         all_or_none(lambda: check_model(self.config.model, model))
@@ -127,7 +128,8 @@ class Engine:
             The loss and gradient norm over all ranks, as 0-D tensors on the device.
 
         Raises:
-            UserError: another number of samples than ``train.global_batch`` says.
+            UserError: another number of samples than ``train.global_batch`` says; or ``train.deterministic`` and an operation
+                without a deterministic form.
         """
         batch = _batch(images, labels)
         expected = self.config.train.global_batch
@@ -136,12 +138,14 @@ class Engine:
                 f"train.global_batch: {expected}, but {self.runtime.data_ranks} data-parallel ranks got {len(batch)} samples "
                 f"each: give global_batch={len(batch) * self.runtime.data_ranks}, and batches that are all of one size"
             )
-        return self.engine.train_step(batch)
+        with operations_named():
+            return self.engine.train_step(batch)
 
     def eval_step(self, images: Tensor | Batch, labels: Tensor | None = None) -> Metrics:
         """Measure this rank's samples, as many on each rank. Add up what is returned, and ask it for its ``means()``."""
         self.engine.synchronize()
-        return self.engine.eval_step(_batch(images, labels))
+        with operations_named():
+            return self.engine.eval_step(_batch(images, labels))
 
     def save(self, out: str | Path | None = None, metrics: dict[str, float] | None = None) -> Path:
         """Save a checkpoint in the folder *out* (the configuration's by default), and return its step folder.

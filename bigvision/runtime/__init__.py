@@ -1,6 +1,7 @@
 """Who am I: launcher environments, process groups, device and mesh."""
 
 from bigvision.runtime.collectives import RankFailure, all_or_none, from_main, gather_json
+from bigvision.runtime.determinism import deterministic, operations_named
 from bigvision.runtime.environment import Identity
 from bigvision.runtime.identity import identify
 from bigvision.runtime.process import Runtime, choose_device, start
@@ -14,8 +15,10 @@ __all__ = [
     "all_or_none",
     "choose_device",
     "collective_timeout",
+    "deterministic",
     "from_main",
     "gather_json",
     "identify",
+    "operations_named",
     "start",
 ]

@@ -16,7 +16,7 @@ from bigvision.engine import Engine, StepResult
 from bigvision.errors import Stopped
 from bigvision.models import GivenModel
 from bigvision.monitor import Monitor
-from bigvision.runtime import RankFailure, Runtime, Watchdog, collective_timeout, start
+from bigvision.runtime import RankFailure, Runtime, Watchdog, collective_timeout, deterministic, start
 from bigvision.signals import listening, while_alone
 from bigvision.training.build import Build, build, with_model
 from bigvision.training.callbacks import Callback, Callbacks, Event
@@ -60,6 +60,8 @@ def train(
     parallel = config.parallel
     with ExitStack() as stack:
         stack.enter_context(listening())
+        # Before CUDA and the process group start, and around what names other ranks' errors.
+        stack.enter_context(deterministic(config.train.deterministic, parallel.device))
         watch = stack.enter_context(Watchdog(config.limits, Path(config.out) / "stacks"))
         with while_alone():
             timeout = collective_timeout(config.limits)
