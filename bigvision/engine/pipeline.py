@@ -17,13 +17,10 @@ from bigvision.engine.engine import TrainingEngine
 from bigvision.engine.parallelize import replicate, shard, wrap_blocks
 from bigvision.engine.step import NativeStep
 from bigvision.models import Blocks, Blueprint
-from bigvision.pipeline import Fits, Placement, Stage, make_schedule, plan_stages
+from bigvision.pipeline import Placement, Stage, StageMemory, make_schedule, plan_stages
 from bigvision.runtime import Runtime
 from bigvision.seeds import seed_from
 from bigvision.tasks import Task
-
-STATE_BYTES = 16
-"""Of a parameter in training: fp32 weight, gradient and two moments."""
 
 
 class PipelineEngine(TrainingEngine):
@@ -41,8 +38,8 @@ class PipelineEngine(TrainingEngine):
         self.placement = Placement.of(config.parallel, runtime)
         # Before blocks are wrapped: their forwards are still timm's.
         shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
-        fits = self._room(config, runtime) if runtime.device.type == "cuda" else None
-        self.plan = plan_stages(blueprint.module, blocks, shape, self.placement.stages, runtime.device, fits)
+        memory = StageMemory.of(config, runtime, self.placement, micro_batch(config, runtime.data_ranks, self.placement.ranks))
+        self.plan = plan_stages(blueprint.module, blocks, shape, self.placement.stages, runtime.device, memory)
         super().__init__(config, blueprint, blocks, task, runtime, steps, restored)
         self.eval_batch = config.train.global_batch // runtime.data_ranks // self.micro_batch * self.micro_batch
         self.notes = [
@@ -50,20 +47,6 @@ class PipelineEngine(TrainingEngine):
             f"stages, for a micro-batch of {self.micro_batch} images:",
             *self.plan.table(self.micro_batch).split("\n"),
         ]
-
-    def _room(self, config: Config, runtime: Runtime) -> Fits:
-        """Whether a stage's device holds its weights, gradients and moments, and the activations that its schedule keeps."""
-        room = 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory / self.placement.per_rank
-        size = micro_batch(config, runtime.data_ranks, self.placement.ranks)
-        count = -(-config.train.global_batch // runtime.data_ranks // size)
-
-        def fits(stage: int, parameters: int, activations: float) -> bool:
-            kept = count if config.parallel.schedule == "gpipe" else min(count, self.placement.stages - stage)
-            if config.parallel.recompute != "none":
-                activations = 0.0
-            return STATE_BYTES * parameters / runtime.mesh["shard"].size() + activations * size * kept <= room
-
-        return fits
 
     # What is where.
 

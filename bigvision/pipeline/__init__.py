@@ -1,11 +1,11 @@
 """Pipeline stages: a traced model is cut between blocks, and each stage runs under a schedule of torch's.
 
-Read in this order: ``stages`` (the plan and what a stage is), ``balance`` (where to cut), ``cutting`` (what crosses a cut),
-``schedules`` (which rank has which stage, and when it runs).
+Read in this order: ``stages`` (what a stage is, and the plan), ``balance`` (where to cut), ``cutting`` (what crosses a cut),
+``schedules`` (which rank has which stage, and when it runs), ``memory`` (what a stage needs of its device).
 """
 
-from bigvision.pipeline.balance import Fits
+from bigvision.pipeline.memory import StageMemory
 from bigvision.pipeline.schedules import Placement, make_schedule
 from bigvision.pipeline.stages import Stage, StagePlan, plan_stages
 
-__all__ = ["Fits", "Placement", "Stage", "StagePlan", "make_schedule", "plan_stages"]
+__all__ = ["Placement", "Stage", "StageMemory", "StagePlan", "make_schedule", "plan_stages"]

@@ -44,9 +44,10 @@ class Spec:
         """Its shape for *samples* images."""
         return tuple(n * samples // SAMPLES[0] if follows else n for n, follows in zip(self.shape, self.per_sample))
 
-    def nbytes(self, samples: int) -> int:
-        """Its bytes for *samples* images."""
-        return torch.Size(self.sizes(samples)).numel() * self.dtype.itemsize
+    def nbytes(self, samples: int, compute: torch.dtype) -> int:
+        """Its bytes for *samples* images; floating-point values travel in the type *compute*."""
+        dtype = compute if self.dtype.is_floating_point else self.dtype
+        return torch.Size(self.sizes(samples)).numel() * dtype.itemsize
 
 
 Leaf = tuple[str, int]
@@ -55,6 +56,12 @@ Leaf = tuple[str, int]
 
 class Runner(fx.Interpreter):
     """Runs a graph; modules get lists and dicts of their own, which they may change."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self.env = {}  # else the last output would keep its activations until the next run
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return super().call_module(target, _plain(args), _plain(kwargs))

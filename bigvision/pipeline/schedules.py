@@ -1,18 +1,17 @@
-"""Which stage is on which rank, and the schedules of ``torch.distributed.pipelining`` by name."""
+"""Which rank has which stage, and the schedules of ``torch.distributed.pipelining`` by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import stage_backward_weight
 
 from bigvision.config import ONE_STAGE, SPLIT_BACKWARD, ParallelConfig
-from bigvision.pipeline.stages import Stage
 from bigvision.runtime import Runtime
 
 SCHEDULES = {
@@ -50,6 +49,12 @@ class Placement:
         return self.ranks - 1 - place if self.back and turn % 2 else place
 
 
+def torch_schedule(name: str, placement: Placement, count: int) -> str:
+    """The schedule that runs for the schedule *name*: with fewer micro-batches than stages 1f1b is gpipe, and torch has only
+    that."""
+    return "gpipe" if name == "1f1b" and count < placement.stages else name
+
+
 class _Stage(PipelineStage):
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
         if backward_type != "weight":
@@ -61,7 +66,7 @@ class _Stage(PipelineStage):
 
 def make_schedule(
     name: str,
-    stages: dict[int, Stage],
+    stages: Mapping[int, nn.Module],
     values: list[tuple[Tensor, ...]],
     placement: Placement,
     count: int,
@@ -78,6 +83,5 @@ def make_schedule(
         device = next(stage.parameters()).device
         made.append(_Stage(stage, number, total, device, values[number], values[number + 1], group=group))
         made[-1].stage_index_to_group_rank = {number: placement.rank_of(number) for number in range(total)}
-    # With fewer micro-batches than stages these two are the same, and torch has only the first.
-    kind = SCHEDULES["gpipe" if name == "1f1b" and count < total else name]
+    kind = SCHEDULES[torch_schedule(name, placement, count)]
     return kind(made[0] if name in ONE_STAGE else made, count, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from bigvision.errors import UserError
 from bigvision.models.attributes import named_tensors
 from bigvision.models.blocks import Block, Blocks
 from bigvision.models.tracing import TraceFailed, has_parts, model_name, size, trace
-from bigvision.pipeline.balance import Cost, Fits, choose_cuts, node_costs
+from bigvision.pipeline.balance import Cost, Prices, choose_cuts, node_costs
 from bigvision.pipeline.cutting import SAMPLES, CannotCut, Flow, Runner, Spec
+from bigvision.pipeline.memory import Load, StageMemory
 
 EVEN = 1.05
-"""When the largest stage's work is more than the mean times this, the blocks at the cuts are looked into."""
+"""When the largest stage's work is more than this times the mean, the blocks at the cuts are opened."""
 
 
 class Stage(nn.Module):
@@ -107,13 +109,17 @@ class StagePlan:
     sends: dict[bool, list[tuple[Spec, ...]]]
     """The tensors that leave each stage; the model's output leaves the last."""
     blocks: list[list[Block]]
-    """Each stage's; one that is cut in two gives its pieces."""
+    """Each stage's; of a block that is cut in two, its parts."""
     costs: list[Cost]
     """Of each stage, for one image."""
+    loads: list[Load]
+    """What each stage needs of memory."""
     parameters: list[int]
     """Their number on each stage."""
     owners: dict[str, list[int]]
     """The stages that hold each parameter and buffer: one, but for buffers that several read and none changes."""
+    memory: StageMemory | None
+    """How the stages use memory, where that is known."""
 
     @property
     def stages(self) -> int:
@@ -138,14 +144,14 @@ class StagePlan:
     def table(self, samples: int) -> str:
         """The stages as text; FLOPs, activations and traffic are of the forward pass of *samples* images."""
         top = max(cost.work for cost in self.costs)
-        rows = [("stage", "blocks", "parameters", "GFLOPs", "activations", "sends", "of the slowest")]
-        for number, cost in enumerate(self.costs):
-            sent = sum(spec.nbytes(samples) for spec in self.sends[True][number])
+        rows = [("stage", "blocks", "parameters", "GFLOPs", "activations", "sends", "memory", "of the slowest")]
+        for number, (cost, load) in enumerate(zip(self.costs, self.loads)):
+            needed = self.memory.needed(number, load) / 2**20 if self.memory else 0.0
             rows.append(
                 (
                     str(number), str(len(self.blocks[number])), f"{self.parameters[number] / 1e6:.2f} M",
-                    f"{cost.flops * samples / 1e9:.2f}", f"{cost.activations * samples / 2**20:.1f} MiB",
-                    f"{sent / 2**20:.2f} MiB", f"{cost.work / top:.0%}",
+                    f"{cost.flops * samples / 1e9:.2f}", f"{load.activations * samples / 2**20:.1f} MiB",
+                    f"{load.sent * samples / 2**20:.2f} MiB", f"{needed:.0f} MiB", f"{cost.work / top:.0%}",
                 )
             )  # fmt: skip
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -158,109 +164,106 @@ def plan_stages(
     image_shape: tuple[int, int, int],
     stages: int,
     device: torch.device | None = None,
-    fits: Fits | None = None,
+    memory: StageMemory | None = None,
 ) -> StagePlan:
     """Cut *model*, on meta, into *stages* of equal work. Nothing is computed and the model is left as it is.
 
     Args:
         image_shape: (channels, height, width).
         device: where it will run; CPU by default.
-        fits: what a stage's device can hold; everything by default.
+        memory: how the stages will use memory and how much they have; by default nothing is limited.
 
     Raises:
         UserError: the model cannot be traced or cut, has too few blocks or shares parameters too widely.
     """
     name = model_name(model)
-    mend = "use parallel.strategy fsdp or zero3, which cut nothing"
+    advice = "use parallel.strategy fsdp or zero3, which cut nothing"
     if blocks.graph is None:
-        raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {blocks.reason}: {mend}")
+        raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {blocks.reason}: {advice}")
     if stages > len(blocks):
         raise UserError(f"parallel.stages: {stages} stages, but {name} has {len(blocks)} blocks: use fewer stages")
     device = device or torch.device("cpu")
     try:
-        best = candidate = _candidate(model, list(blocks), blocks.max_share, (), image_shape, stages, device, fits)
-        while _imbalance(best.stage_costs()) > EVEN and candidate.astride:
-            pieces = [part for piece in candidate.blocks for part in candidate.parts(piece)]
-            inside = [*candidate.inside, *candidate.astride]
+        best = candidate = _candidate(model, list(blocks), blocks.max_share, (), image_shape, stages, device, memory)
+        while best.imbalance > EVEN and candidate.open_next:
+            inside = [*candidate.inside, *candidate.open_next]
             try:
-                candidate = _candidate(model, pieces, blocks.max_share, inside, image_shape, stages, device, fits)
-            except (CannotCut, TraceFailed):  # what cannot be looked into stays in one piece
+                candidate = _candidate(
+                    model, candidate.opened(), blocks.max_share, inside, image_shape, stages, device, memory
+                )  # fmt: skip
+            except (CannotCut, TraceFailed):  # a block that cannot be traced inside stays whole
                 break
-            best = min(best, candidate, key=lambda candidate: _imbalance(candidate.stage_costs()))
-        # Of a copy: a module that keeps what it computes would keep what the trace puts in its place.
+            best = min(best, candidate, key=lambda candidate: candidate.imbalance)
+        # Of a copy: a module that keeps what it computes would keep the trace's proxies.
         evaluation = Flow(trace(copy.deepcopy(model).eval(), blocks.max_share, best.inside), image_shape)
         for flow in (best.flow, evaluation):
             flow.lay_out(device)
-        return _plan(model, best, evaluation)
+        return _plan(model, best, evaluation, memory)
     except (CannotCut, TraceFailed) as error:
-        raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {error}: {mend}") from error
+        raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {error}: {advice}") from error
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A cut of the trace for training, and in which blocks an even one would lie."""
+    """A cut of the trace for training."""
 
     blocks: list[Block]
     inside: Sequence[str]
-    """What was looked into."""
+    """The blocks that were opened."""
     flow: Flow
-    costs: dict[str, Cost]
+    prices: Prices
     cuts: list[int]
-    astride: set[str]
+    open_next: set[str]
+    """The blocks, of those that have parts, in the middle of which stages of equal work would meet."""
 
-    def stage_of(self, node: fx.Node) -> int:
-        return sum(self.flow.position.get(node.name, 0) >= cut for cut in self.cuts)
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where each stage begins and ends."""
+        return list(pairwise([0, *self.cuts, len(self.flow.nodes)]))
 
-    def stage_costs(self) -> list[Cost]:
-        summed = [Cost()] * (len(self.cuts) + 1)
-        for node in self.flow.nodes:
-            summed[self.stage_of(node)] += self.costs[node.name]
-        return summed
+    @property
+    def imbalance(self) -> float:
+        return _imbalance([self.prices.cost(*bounds) for bounds in self.bounds])
 
-    def parts(self, block: Block) -> list[Block]:
-        """What takes the place of a block: itself, or, when it is looked into, its parts that have parameters."""
-        if block.path not in self.astride:
-            return [block]
-        inner = [(f"{block.path}.{name}", part) for name, part in block.module.named_children() if size(part)]
-        return [Block(path, part, size(part)) for path, part in inner]
+    def opened(self) -> list[Block]:
+        """The blocks, with those of `open_next` replaced by their parts that have parameters."""
+        found = []
+        for block in self.blocks:
+            parts = {block.path: block.module}
+            if block.path in self.open_next:
+                parts = {f"{block.path}.{name}": part for name, part in block.module.named_children()}
+            found += [Block(path, part, size(part)) for path, part in parts.items() if size(part)]
+        return found
 
 
 def _candidate(
     model: nn.Module, blocks: list[Block], max_share: float, inside: Sequence[str], image_shape: tuple[int, int, int],
-    stages: int, device: torch.device, fits: Fits | None,
+    stages: int, device: torch.device, memory: StageMemory | None,
 ) -> _Candidate:  # fmt: skip
     """The best cut between *blocks*."""
     flow = Flow(trace(copy.deepcopy(model).train(), max_share, inside), image_shape)
-    costs = node_costs(flow.graph, image_shape, device)
-    cuts = choose_cuts(model, flow, blocks, costs, stages, fits)
-    return _Candidate(blocks, inside, flow, costs, cuts, _astride(flow, blocks, costs, stages))
+    compute = memory.compute if memory else torch.float32
+    recomputed = [block.path for block in blocks] if memory and memory.recompute else []
+    prices = Prices(model, flow, node_costs(flow.graph, image_shape, device, compute, recomputed), compute)
+    cuts = choose_cuts(model, flow, blocks, prices, stages, memory)
+    openable = {block.path for block in blocks if has_parts(block.module)}
+    ends = list(accumulate(cost.work for cost in prices.costs))
+    open_next = set()
+    for node, end, cost in zip(flow.nodes, ends, prices.costs):
+        astride = any(end - cost.work < ends[-1] * number / stages < end for number in range(1, stages))
+        if astride and node.op == "call_module" and str(node.target) in openable:
+            open_next.add(str(node.target))
+    return _Candidate(blocks, inside, flow, prices, cuts, open_next)
 
 
-def _astride(flow: Flow, blocks: list[Block], costs: dict[str, Cost], stages: int) -> set[str]:
-    """The blocks, of those that have parts, during which another n-th of the whole work is done."""
-    known = {block.path for block in blocks if has_parts(block.module)}
-    total = sum(cost.work for cost in costs.values())
-    found, done = set(), 0.0
-    for node in flow.nodes:
-        before, done = done, done + costs[node.name].work
-        passed = any(before < total * number / stages < done for number in range(1, stages))
-        if passed and node.op == "call_module" and str(node.target) in known:
-            found.add(str(node.target))
-    return found
-
-
-def _plan(model: nn.Module, best: _Candidate, evaluation: Flow) -> StagePlan:
-    stages = len(best.cuts) + 1
+def _plan(model: nn.Module, best: _Candidate, evaluation: Flow, memory: StageMemory | None) -> StagePlan:
     flows = {True: best.flow, False: evaluation}
-    mine: list[list[Block]] = [[] for _ in range(stages)]
     known = {block.path: block for block in best.blocks}
-    for node in best.flow.nodes:
-        if node.op == "call_module" and str(node.target) in known:
-            mine[best.stage_of(node)].append(known[str(node.target)])
-    places = {True: best.cuts, False: _same_cuts(best.flow, evaluation, best.cuts)}
-    graphs = {mode: flow.split(places[mode]) for mode, flow in flows.items()}
+    targets = [[str(node.target) for node in best.flow.nodes[a:b] if node.op == "call_module"] for a, b in best.bounds]
+    cuts = {True: best.cuts, False: _same_cuts(best.flow, evaluation, best.cuts)}
+    graphs = {mode: flow.split(cuts[mode]) for mode, flow in flows.items()}
     sends = {
-        mode: [tuple(map(flow.spec, leaves)) for leaves in [*flow.crossing(places[mode]), flow.results()]]
+        mode: [tuple(map(flow.spec, leaves)) for leaves in [*flow.crossing(cuts[mode]), flow.results()]]
         for mode, flow in flows.items()
     }
     for mode, flow in flows.items():
@@ -268,8 +271,16 @@ def _plan(model: nn.Module, best: _Candidate, evaluation: Flow) -> StagePlan:
             _copy_changed_inputs(flow, graph, received)
     owners = _owners(model, graphs)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    parameters = [sum(n for name, n in sizes.items() if owners[name][0] == number) for number in range(stages)]
-    return StagePlan(graphs, sends, mine, best.stage_costs(), parameters, owners)
+    return StagePlan(
+        graphs,
+        sends,
+        blocks=[[known[target] for target in called if target in known] for called in targets],
+        costs=[best.prices.cost(*bounds) for bounds in best.bounds],
+        loads=[best.prices.load(*bounds) for bounds in best.bounds],
+        parameters=[sum(n for name, n in sizes.items() if owners[name][0] == i) for i in range(len(best.bounds))],
+        owners=owners,
+        memory=memory,
+    )
 
 
 def _imbalance(costs: list[Cost]) -> float:
