@@ -1,8 +1,8 @@
 """timm's adaptation of weights to a model (renaming, resampling, channels, classifier), with the values left in the file.
 
-The adaptation runs on meta tensors and is recorded, as constructors are. A tensor that it passes on, whole or cut along
-its first dimension, is then a run of the file and can be read run by run; one that it computes is computed when it is
-asked for.
+The adaptation runs on meta tensors and is recorded, as constructors are (exact_init). A tensor that it passes on, whole or
+cut along its first dimension, is then a run of the file and can be read run by run; one that it computes is computed when
+it is asked for.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from timm.models import _builder, clean_state_dict
 from torch import Tensor, nn
 
 from bigvision.errors import UserError
-from bigvision.models.attributes import named_tensors
-from bigvision.models.recorder import recording
-from bigvision.models.replay import ReplayDiffers, replay
-from bigvision.models.tape import NotRecordable, Tape, View
+from bigvision.models.exact_init import NotRecordable, Recording, ReplayDiffers, View, named_tensors
+from bigvision.models.exact_init.record import record
+from bigvision.models.exact_init.replay import replay
 from bigvision.models.weights_file import WeightsFile
 
 Loading = dict[str, Any]
@@ -61,15 +60,15 @@ class Adapted:
         """
         self._file = file
         self._windows: dict[str, tuple[str, int]] = {}  # the tensor in the file and the first element
-        self._views: dict[str, View] = {}  # what is computed, on `_tape`
+        self._views: dict[str, View] = {}  # what is computed, in `_recording`
         self._held: dict[str, Tensor] = {}
-        self._tape: Tape | None = None
+        self._recording: Recording | None = None
         try:
             self._record(module, loading)
         except UserError:
             raise
         except Exception as error:
-            self._windows, self._views, self._tape = {}, {}, None
+            self._windows, self._views, self._recording = {}, {}, None
             try:
                 self.likes = self._held = _mapped(file, module, loading)
             except Exception as plain_error:
@@ -121,7 +120,7 @@ class Adapted:
                 computed.setdefault(self._views[source].storage, []).append(name)
             else:
                 yield name, self._finished(name, self._held[source])
-        values = replay(self._tape, seed, list(computed)) if self._tape is not None else iter(())
+        values = replay(self._recording, seed, list(computed)) if self._recording is not None else iter(())
         while computed:
             try:
                 storage, content = next(values)
@@ -142,14 +141,14 @@ class Adapted:
         file, stored = self._file, {}
         metas = {name: torch.empty(place.shape, dtype=file.dtype(name), device="meta") for name, place in file.places.items()}
         owned = set()
-        with recording() as recorder:
+        with record() as recorder:
             for name, tensor in named_tensors(module):
                 if recorder.view(tensor) is None:  # filters look at the model's shapes; values it has none yet
                     owned.add(recorder.source(tensor, partial(_no_value, name)).storage)
             for name, meta in metas.items():
                 stored[recorder.source(meta, partial(file.whole, name)).storage] = name
             self.likes = _load(module, loading, metas)
-        self._tape = recorder.tape
+        self._recording = recorder.recording
         for name, like in self.likes.items():
             if like.device.type == "cpu":
                 self._held[name] = like  # computed from values that Python looked at
@@ -157,10 +156,10 @@ class Adapted:
             if (view := recorder.view(like)) is None:
                 raise NotRecordable(f"{name} is of unknown origin")
             recorder.check_filled(view)
-            reads = {storage for step in self._tape.slice(view.storage) for storage in self._tape.ops[step].reads}
-            if view.storage in self._tape.unset or not owned.isdisjoint(reads | {view.storage}):
+            reads = {storage for step in self._recording.slice(view.storage) for storage in self._recording.ops[step].reads}
+            if view.storage in self._recording.unset or not owned.isdisjoint(reads | {view.storage}):
                 raise NotRecordable(f"{name} is left without a value")
-            unchanged = view.storage in stored and len(self._tape.writers[view.storage]) == 1
+            unchanged = view.storage in stored and len(self._recording.writers[view.storage]) == 1
             if unchanged and like.is_contiguous() and like.dtype == file.dtype(stored[view.storage]):
                 self._windows[name] = (stored[view.storage], view.offset)
             else:

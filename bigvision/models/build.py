@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Callable, Iterator, Set
-from functools import partial
 from typing import Any
 
-import numpy
 import timm
 import timm.data
 import torch
@@ -18,14 +15,11 @@ from torch import Tensor, nn
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError
 from bigvision.models import weights
-from bigvision.models.adapt import Adapted, capture
+from bigvision.models.adapt import Adapted, Loading, capture
 from bigvision.models.arguments import accepted, blame
-from bigvision.models.attributes import fill, named_tensors, plain_attributes, to_meta
 from bigvision.models.check import check_model
+from bigvision.models.exact_init import FirstValues, construct, named_tensors
 from bigvision.models.given import GivenModel, built, call_arguments, failed, on_meta, outputs_of
-from bigvision.models.recorder import Recorder, recording
-from bigvision.models.replay import ReplayDiffers, replay
-from bigvision.models.tape import NotRecordable, Tape, View
 
 
 class Blueprint:
@@ -59,17 +53,14 @@ class Blueprint:
     """Of the caller's own model; None where that cannot be known before it runs, and of timm's."""
 
     def __init__(self, config: ModelConfig, num_classes: int, model: GivenModel | None = None) -> None:
-        self.notes = []
-        self._given_module = model if isinstance(model, nn.Module) else None
-        self._create: Callable[..., Any] = partial(timm.create_model, config.name) if model is None else model
-        with capture() as loading:
-            if self._given_module is not None:
-                self.module, self._attributes = on_meta(self._given_module)
-                self.arguments, self._tape, self._finals = {}, None, {}
-            else:
-                made = _construct(config, num_classes, self.notes, model)
-                self.module, self.arguments, self._tape, self._finals, self._attributes = made
-        self.recorded = self._tape is not None
+        loading: Loading = {}
+        if isinstance(model, nn.Module):
+            self.module, attributes = on_meta(model)
+            self.arguments, self._first = {}, FirstValues(lambda: model, attributes)
+        else:
+            self.module, self.arguments, self._first = _construct(config, num_classes, model, loading)
+        self._names = {name for name, _ in named_tensors(self.module)}
+        self.recorded, self.notes = self._first.recording is not None, self._first.notes
         self._given: Adapted | None = None
         if config.weights is not None or config.pretrained:
             self._given, notes = weights.read(config, self.module, loading)
@@ -114,57 +105,28 @@ class Blueprint:
     def tensors(self, seed: int, names: Set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(name, value)`` once for every parameter and buffer, persistent or not, in no particular order.
 
-        Those not in *names*, where it is given, are passed over at least cost.
-
+        Only *names*, where given, are read, drawn and computed: nothing is drawn for names that need no random numbers.
         Values are finished CPU tensors of the module's dtypes; tied names share memory, unless they come from a weights
         file. Drop each before asking for the next. The caller's random state is not touched.
 
         Raises:
             UserError: the weights file ends early or cannot be read.
         """
-        done = _others(self.module, names)
+        left = self._names if names is None else self._names & names
         if self._given is not None:
-            for name, value in self._given.tensors(seed, names):
-                done.add(name)
+            for name, value in self._given.tensors(seed, left):
+                left = left - {name}
                 yield name, value
                 del value
-        if self._tape is None:
-            yield from self._built(seed, done)
-            return
-        wanted = [storage for storage, views in self._finals.items() if any(name not in done for name, _ in views)]
-        values = replay(self._tape, seed, wanted)
-        while True:
-            try:
-                storage, content = next(values)
-            except StopIteration:
-                return
-            except ReplayDiffers as error:
-                self.notes.append(f"built the rest normally: {error}")
-                break
-            for name, view in self._finals[storage]:
-                if name not in done:
-                    done.add(name)
-                    yield name, view.on(content)
-            del content
-        yield from self._built(seed, done)
-
-    def _built(self, seed: int, done: set[str]) -> Iterator[tuple[str, Tensor]]:
-        twin = self._given_module
-        if twin is None:
-            with torch.random.fork_rng(devices=[]), capture(), torch.device("cpu"):
-                torch.manual_seed(seed)
-                twin = self._create(**self.arguments)
-        for name, tensor in named_tensors(twin):
-            if name not in done:
-                yield name, tensor.detach()
+        yield from self._first.tensors(seed, left)
 
     def fill_attributes(self, module: nn.Module, device: torch.device | str) -> None:
         """Give plain tensor attributes of `module` (tensors that are neither parameters nor buffers) their values on `device`.
 
         Call it after ``module.to_empty(device=...)``. Almost no timm model has any. Submodules that `module` lacks (another
-        pipeline stage's) are passed over.
+        pipeline stage's) are skipped.
         """
-        fill(module, self._attributes, self._tape, device)
+        self._first.set_attributes(module, device)
 
 
 def blueprint(config: ModelConfig, num_classes: int, model: GivenModel | None = None) -> Blueprint:
@@ -176,85 +138,29 @@ def blueprint(config: ModelConfig, num_classes: int, model: GivenModel | None = 
     return Blueprint(config, num_classes, model)
 
 
-def _construct(config: ModelConfig, num_classes: int, notes: list[str], function: Callable[..., nn.Module] | None):
-    """The module on meta, the arguments it was made with, its tape (None: not recordable), final views and attributes."""
-    before, torch_state = _random_state(), torch.get_rng_state()
-    recorder: Recorder | None = None
+def _construct(
+    config: ModelConfig, num_classes: int, function: Callable[..., nn.Module] | None, loading: Loading
+) -> tuple[nn.Module, dict[str, Any], FirstValues]:
+    """The module on meta, the arguments it was made with, and its first values; *loading* gets what timm would load."""
 
-    def create(arguments: dict[str, Any]) -> nn.Module:
-        return timm.create_model(config.name, **arguments) if function is None else built(config, function(**arguments))
+    def build(arguments: dict[str, Any]) -> nn.Module:
+        with capture() as caught:
+            made = timm.create_model(config.name, **arguments) if function is None else built(config, function(**arguments))
+        loading.update(caught)
+        return made
 
-    def accept(build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
+    def choose(build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
         if function is None:
             return accepted(config, num_classes, build)
         arguments = call_arguments(config, num_classes, function)
         return build(arguments), arguments
 
-    def build(arguments: dict[str, Any]) -> nn.Module:
-        nonlocal recorder
-        with recording() as recorder:
-            return create(arguments)
-
     try:
-        module, arguments = accept(build)
-        assert recorder is not None
-        if _random_state() != before:
-            torch.set_rng_state(torch_state)
-            raise NotRecordable("it draws random numbers from outside torch's recorded operations")
-        finals = _finals(recorder, module)
-        attributes = plain_attributes(module, recorder, set(finals))
-        tape: Tape | None = recorder.tape
-        for name in sorted(name for storage, views in finals.items() if storage in tape.unset for name, _ in views):
-            notes.append(f"{'timm' if function is None else config.name} leaves {name} without a value: it starts as zeros")
+        return construct(build, choose, config.name)
     except UserError:
         raise
     except Exception as error:
-        # Whatever the recording could not follow, a normal build can: unless it is the arguments that do not work.
-        def plainly(arguments: dict[str, Any]) -> nn.Module:
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-                torch.manual_seed(0)  # of what is kept of this build, plain attributes, all ranks must have the same
-                return create(arguments)
-
-        try:
-            module, arguments = accept(plainly)
-        except UserError:
-            raise
-        except Exception as plain_error:
-            cause = blame(config, num_classes, plain_error) if function is None else failed(config, plain_error)
-            raise cause from plain_error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        notes.append(f"{config.name} was built normally, at the memory of the whole model, not recorded: {reason}")
-        tape, finals = None, {}
-        attributes = plain_attributes(module, None, {t.untyped_storage()._cdata for _, t in named_tensors(module)})
-    to_meta(module, attributes)
-    return module, arguments, tape, finals, attributes
-
-
-def _finals(recorder: Recorder, module: nn.Module) -> dict[int, list[tuple[str, View]]]:
-    """The names in each storage."""
-    finals: dict[int, list[tuple[str, View]]] = {}
-    for name, tensor in named_tensors(module):
-        if tensor.device.type != "meta":
-            with recorder:
-                tensor = recorder.constant(tensor.detach())
-        view = recorder.view(tensor)
-        if view is None:
-            raise NotRecordable(f"{name} is of unknown origin")
-        recorder.check_filled(view)
-        finals.setdefault(view.storage, []).append((name, view))
-    return finals
-
-
-def _others(module: nn.Module, names: Set[str] | None) -> set[str]:
-    """The tensors of *module* that are not among *names*."""
-    return set() if names is None else {name for name, _ in named_tensors(module)} - names
-
-
-def _random_state() -> tuple:
-    """Where Python's, NumPy's and torch's global generators stand."""
-    drawn: Any = numpy.random.get_state(legacy=False)
-    mine = {key: value.tobytes() if isinstance(value, numpy.ndarray) else value for key, value in drawn["state"].items()}
-    return random.getstate(), mine, torch.get_rng_state().tolist()
+        raise (blame(config, num_classes, error) if function is None else failed(config, error)) from error
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError, nearest, one_line
-from bigvision.models.attributes import Attribute, named_tensors, plain_attributes
-from bigvision.models.tape import NotRecordable
+from bigvision.models.exact_init import Attribute, NotRecordable, named_tensors, plain_attributes
 
 GivenModel = nn.Module | Callable[..., nn.Module]
 """A module, whose values are the first ones, or a function (or class) that builds one."""

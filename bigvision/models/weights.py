@@ -7,7 +7,7 @@ from torch import nn
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError
 from bigvision.models.adapt import Adapted, Loading
-from bigvision.models.attributes import named_tensors
+from bigvision.models.exact_init import named_tensors
 from bigvision.models.hub import timm_file
 from bigvision.models.weights_file import WeightsFile
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from bigvision.errors import UserError
-from bigvision.models.attributes import named_tensors
 from bigvision.models.blocks import Block, Blocks
+from bigvision.models.exact_init import named_tensors
 from bigvision.models.tracing import TraceFailed, has_parts, model_name, size, trace
 from bigvision.pipeline.balance import Cost, Prices, choose_cuts, node_costs
 from bigvision.pipeline.cutting import SAMPLES, CannotCut, Flow, Runner, Spec

@@ -15,7 +15,7 @@ from torch import Tensor
 from bigvision.errors import UserError
 from bigvision.models import adapt, blueprint
 from bigvision.models.adapt import Adapted, capture
-from bigvision.models.replay import ReplayDiffers
+from bigvision.models.exact_init.replay import ReplayDiffers
 from bigvision.models.weights_file import WeightsFile
 from tests.models.configs import Model
 from tests.models.zoo import ZOO

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bigvision.models import blueprint
-from bigvision.models.attributes import named_tensors
+from bigvision.models.exact_init import named_tensors
 from tests.models.configs import TINY, Model
 from tests.models.zoo import ZOO
 
@@ -236,11 +236,11 @@ def test_plain_tensor_attributes_are_filled(odd, habit):
 
 
 def test_nothing_is_left_behind_by_a_constructor_that_raises(odd):
-    from bigvision.models.recorder import recording
+    from bigvision.models.exact_init.record import record
 
     sampler = nn.init._no_grad_trunc_normal_
     with pytest.raises(ZeroDivisionError):
-        with recording():
+        with record():
             _ = 1 / 0
     assert nn.init._no_grad_trunc_normal_ is sampler
     assert not torch.empty(1).is_meta and torch.empty(1).device.type == "cpu"

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from bigvision.models import blueprint
-from bigvision.models.recorder import recording
-from bigvision.models.replay import replay
+from bigvision.models.exact_init.record import record
+from bigvision.models.exact_init.replay import replay
 from tests.models.configs import Model
 
 
@@ -55,13 +55,13 @@ def test_peak_is_about_one_tensor(name):
 
 
 def test_intermediates_are_freed_after_their_last_use():
-    with recording() as recorder:
+    with record() as recorder:
         value = torch.randn(1000)
         for _ in range(9):
             value = value * 2 + value
     wanted = recorder.view(value)
     with LiveBytes() as memory:
-        ((_, storage),) = replay(recorder.tape, 3, [wanted.storage])
+        ((_, storage),) = replay(recorder.recording, 3, [wanted.storage])
     assert memory.peak < 5 * 4000 + 6 * 5056 + 1000, "a few values and generator states, not 19 values"
     torch.manual_seed(3)
     expected = torch.randn(1000)

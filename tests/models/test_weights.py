@@ -89,13 +89,13 @@ def test_a_file_of_another_model_is_refused(vit, tmp_path, change, message):
 
 
 def test_a_normal_build_takes_the_file_too(file, monkeypatch):
-    from bigvision.models import build
-    from bigvision.models.tape import NotRecordable
+    from bigvision.models.exact_init import first_values
+    from bigvision.models.exact_init.recording import NotRecordable
 
     def refuse(recorder, module):
         raise NotRecordable("for this test")
 
-    monkeypatch.setattr(build, "_finals", refuse)
+    monkeypatch.setattr(first_values, "_views", refuse)
     plan = blueprint(model(weights=file), 4)
     assert not plan.recorded and "for this test" in plan.note and "fresh" in plan.note
     monkeypatch.undo()

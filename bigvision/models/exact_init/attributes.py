@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigvision.models.recorder import Recorder
-from bigvision.models.replay import value_now
-from bigvision.models.tape import NotRecordable, Tape, View
+from bigvision.models.exact_init.record import Recorder
+from bigvision.models.exact_init.recording import NotRecordable, Recording, View
+from bigvision.models.exact_init.replay import value_now
 
 Attribute = tuple[str, tuple[Any, ...], View | Tensor]
 """A tensor that is neither parameter nor buffer: its module's path, the attribute and the keys to it, its value."""
@@ -40,7 +40,7 @@ def plain_attributes(module: nn.Module, recorder: Recorder | None, known: set[in
             if (view.storage if view is not None else tensor.untyped_storage()._cdata) in known:
                 continue  # an alias (torch's RNNs keep a list of their parameters), kept up to date by its module
             if view is not None and recorder is not None:
-                value_now(recorder.tape, view)
+                value_now(recorder.recording, view)
             elif tensor.device.type == "meta":
                 raise NotRecordable(f"attribute {keys[0]} of {path or 'the model'} is of unknown origin")
             found.append((path, keys, view if view is not None else tensor))
@@ -59,7 +59,9 @@ def _put(tree: Any, keys: tuple[Any, ...], value: Tensor) -> Any:
     return tree
 
 
-def fill(module: nn.Module, attributes: list[Attribute], tape: Tape | None, device: torch.device | str) -> None:
+def set_attributes(
+    module: nn.Module, attributes: list[Attribute], recording: Recording | None, device: torch.device | str
+) -> None:
     """Give the `attributes` that `module` has their values on `device`; those of submodules it lacks are passed over."""
     for path, keys, value in attributes:
         try:
@@ -67,8 +69,8 @@ def fill(module: nn.Module, attributes: list[Attribute], tape: Tape | None, devi
         except AttributeError:
             continue
         if isinstance(value, View):
-            assert tape is not None
-            value = value_now(tape, value)
+            assert recording is not None
+            value = value_now(recording, value)
         _put(holder, keys, value.to(device))
 
 

@@ -1,7 +1,7 @@
 """A recorded constructor performed on the CPU, one storage at a time.
 
 For each storage that is wanted, the operations that make up its final value are performed in their order and nothing
-else (`Tape.slice`), then the storage is handed out and forgotten. Random operations draw from one stream in the order
+else (`Recording.slice`), then the storage is handed out and forgotten. Random operations draw from one stream in the order
 in which the constructor drew, so the numbers are those of a normal build; an operation whose values nobody wants only
 moves the stream on.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from bigvision.models.tape import EMPTY, NotRecordable, Op, Tape, View
+from bigvision.models.exact_init.recording import EMPTY, NotRecordable, Op, Recording, View
 
 
 class ReplayDiffers(Exception):
@@ -37,31 +37,34 @@ class _Stream:
         torch.set_rng_state(self._callers)
 
 
-def value_now(tape: Tape, view: View) -> Tensor:
-    """The value that `view` has at the end of the tape so far. Raises `NotRecordable` when it depends on random numbers."""
-    steps = tape.slice(view.storage)
-    if any(tape.ops[step].random for step in steps):
+def value_now(recording: Recording, view: View) -> Tensor:
+    """The value that `view` has after all operations recorded so far.
+
+    Raises `NotRecordable` when it depends on random numbers.
+    """
+    steps = recording.slice(view.storage)
+    if any(recording.ops[step].random for step in steps):
         raise NotRecordable("Python code depends on a random value")
-    if view.storage in tape.unset:
+    if view.storage in recording.unset:
         raise NotRecordable("Python code depends on memory that was never given a value")
-    return view.on(_perform(tape, steps, view.storage))
+    return view.on(_perform(recording, steps, view.storage))
 
 
-def replay(tape: Tape, seed: int, wanted: Iterable[int]) -> Iterator[tuple[int, torch.UntypedStorage]]:
+def replay(recording: Recording, seed: int, wanted: Iterable[int]) -> Iterator[tuple[int, torch.UntypedStorage]]:
     """Yield ``(storage number, real storage)`` for each wanted storage once, as after ``torch.manual_seed(seed)``.
 
     The generator of the caller is left alone. Raises `ReplayDiffers` before yielding anything inexact.
     """
-    slices = {storage: tape.slice(storage) for storage in wanted}
-    draws = {storage: [step for step in steps if tape.ops[step].random] for storage, steps in slices.items()}
+    slices = {storage: recording.slice(storage) for storage in wanted}
+    draws = {storage: [step for step in steps if recording.ops[step].random] for storage, steps in slices.items()}
     users = Counter(step for steps in draws.values() for step in steps)
-    order = [index for index, op in enumerate(tape.ops) if op.random]
+    order = [index for index, op in enumerate(recording.ops) if op.random]
     place = {step: position for position, step in enumerate(order)}
     first: dict[int, int] = {}  # storages whose draws follow each other, by their first draw: performed as they come
     last: dict[int, list[int]] = {}  # the others, by their last draw: performed from saved generator states
     for storage, steps in draws.items():
         if not steps:
-            yield storage, _perform(tape, slices[storage], storage)
+            yield storage, _perform(recording, slices[storage], storage)
         elif all(users[step] == 1 for step in steps) and place[steps[-1]] - place[steps[0]] == len(steps) - 1:
             first[steps[0]] = storage
         else:
@@ -75,7 +78,7 @@ def replay(tape: Tape, seed: int, wanted: Iterable[int]) -> Iterator[tuple[int, 
         step = order[position]
         if (storage := first.get(step)) is not None:
             with stream:
-                value = _perform(tape, slices[storage], storage)
+                value = _perform(recording, slices[storage], storage)
             yield storage, value
             del value
             position += len(draws[storage])
@@ -83,11 +86,11 @@ def replay(tape: Tape, seed: int, wanted: Iterable[int]) -> Iterator[tuple[int, 
         if users[step]:
             saved[step] = stream.state
         with stream:
-            _advance(tape, step)
+            _advance(recording, step)
         for storage in last.get(step, ()):
             after = stream.state
             with stream:
-                value = _perform(tape, slices[storage], storage, saved)
+                value = _perform(recording, slices[storage], storage, saved)
             stream.state = after
             yield storage, value
             del value
@@ -98,31 +101,33 @@ def replay(tape: Tape, seed: int, wanted: Iterable[int]) -> Iterator[tuple[int, 
         position += 1
 
 
-def _perform(tape: Tape, steps: list[int], target: int, states: dict[int, Tensor] | None = None) -> torch.UntypedStorage:
+def _perform(
+    recording: Recording, steps: list[int], target: int, states: dict[int, Tensor] | None = None
+) -> torch.UntypedStorage:
     """Perform `steps` and return the storage `target`; everything else is freed after its last use."""
-    last_use = {storage: step for step in steps for storage in tape.ops[step].reads | tape.ops[step].writes}
+    last_use = {storage: step for step in steps for storage in recording.ops[step].reads | recording.ops[step].writes}
     storages: dict[int, torch.UntypedStorage] = {}
     for step in steps:
-        op = tape.ops[step]
+        op = recording.ops[step]
         if states is not None and op.random:
             torch.set_rng_state(states[step])
-        _execute(tape, op, storages)
+        _execute(recording, op, storages)
         for storage in op.reads | op.writes:
             if storage != target and last_use[storage] == step:
                 storages.pop(storage, None)
     return storages[target]
 
 
-def _advance(tape: Tape, step: int) -> None:
+def _advance(recording: Recording, step: int) -> None:
     """Draw what operation `step` draws, and drop it."""
-    _execute(tape, tape.ops[step], {})
+    _execute(recording, recording.ops[step], {})
 
 
-def _execute(tape: Tape, op: Op, storages: dict[int, torch.UntypedStorage]) -> None:
+def _execute(recording: Recording, op: Op, storages: dict[int, torch.UntypedStorage]) -> None:
     if op.func in EMPTY:
         (view,) = op.outputs
         assert view is not None
-        storages[view.storage] = _allocate(tape, view.storage)
+        storages[view.storage] = _allocate(recording, view.storage)
         return
 
     scratch: set[int] = set()
@@ -132,7 +137,7 @@ def _execute(tape: Tape, op: Op, storages: dict[int, torch.UntypedStorage]) -> N
             if view.storage in op.reads:
                 raise ReplayDiffers(f"{op.func} reads storage {view.storage} before it is made")
             # Only to be overwritten, or looked at for its shape and dropped.
-            storages[view.storage] = _allocate(tape, view.storage)
+            storages[view.storage] = _allocate(recording, view.storage)
             scratch.update({view.storage} - op.writes)
         return view.on(storages[view.storage])
 
@@ -150,7 +155,7 @@ def _execute(tape: Tape, op: Op, storages: dict[int, torch.UntypedStorage]) -> N
             continue
         storage = result.untyped_storage()
         if (
-            storage.nbytes() != tape.nbytes[view.storage]
+            storage.nbytes() != recording.nbytes[view.storage]
             or (result.dtype, result.shape, result.stride()) != (view.dtype, view.size, view.stride)
             or (result.storage_offset(), result.is_conj(), result.is_neg()) != (view.offset, view.conj, view.neg)
         ):
@@ -158,7 +163,7 @@ def _execute(tape: Tape, op: Op, storages: dict[int, torch.UntypedStorage]) -> N
         storages[view.storage] = storage
 
 
-def _allocate(tape: Tape, storage: int) -> torch.UntypedStorage:
+def _allocate(recording: Recording, storage: int) -> torch.UntypedStorage:
     # What a normal build leaves to chance starts as zeros, so that all ranks have the same.
-    make = torch.zeros if storage in tape.unset else torch.empty
-    return make(tape.nbytes[storage], dtype=torch.uint8, device="cpu").untyped_storage()
+    make = torch.zeros if storage in recording.unset else torch.empty
+    return make(recording.nbytes[storage], dtype=torch.uint8, device="cpu").untyped_storage()

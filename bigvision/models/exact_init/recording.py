@@ -1,8 +1,8 @@
-"""What a constructor does to tensors, written down so that it can be done again one storage at a time.
+"""A recording: the tensor operations of a constructor, kept so that they can be performed again one storage at a time.
 
 Tensors are named by their storage: each argument of an operation is kept as (storage, dtype, size, stride, offset), so
-views need no operation of their own and it does not matter how many Python objects alias a storage. `recorder.py` writes
-the tape while a constructor runs, `replay.py` performs it on the CPU.
+views need no operation of their own, and it does not matter how many Python objects alias a storage. `record.py` writes
+a recording while a constructor runs on meta, `replay.py` performs it on the CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EMPTY |= {aten.new_empty.default, aten.new_empty_strided.default}
 
 
 class NotRecordable(Exception):
-    """The constructor did something that a tape cannot repeat exactly; the message says what."""
+    """The constructor did something that cannot be repeated exactly; the message says what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Op:
 
 
 @dataclass
-class Tape:
+class Recording:
     """Operations in order, and for each storage its size in bytes and the operations that write it."""
 
     ops: list[Op] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A constructor run with every new tensor on the meta device, and what it does to them written on a tape."""
+"""Runs a constructor with every new tensor on the meta device and records what it does to them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from bigvision.models.replay import value_now
-from bigvision.models.tape import EMPTY, NotRecordable, Op, Tape, View
+from bigvision.models.exact_init.recording import EMPTY, NotRecordable, Op, Recording, View
+from bigvision.models.exact_init.replay import value_now
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ class _PassForCpu(TorchFunctionMode):
 
 
 @contextmanager
-def recording() -> Iterator[Recorder]:
+def record() -> Iterator[Recorder]:
     """Record what the body does to tensors. Whatever the body raises, no mode or patch is left behind."""
     recorder = Recorder()
     plain: Any = getattr(nn.init, WHOLE_SAMPLER, None)
@@ -71,7 +71,7 @@ def recording() -> Iterator[Recorder]:
 
 
 class Recorder(TorchDispatchMode):
-    """Puts every new tensor on the meta device and records on `tape` what is done to it.
+    """Puts every new tensor on the meta device and records what is done to it.
 
     Python that looks at values (``.item()``, ``bool``, ``tolist``, ``torch.unique``) gets the real ones as long as no
     random number went into them. Raises `NotRecordable` where a replay would not be exact.
@@ -79,13 +79,13 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tape = Tape()
+        self.recording = Recording()
         self._names: dict[int, int] = {}
         self._alive: list[torch.UntypedStorage] = []  # an address names a storage only while the storage lives
         self._blank: dict[int, Tensor | None] = {}  # storages not filled yet: which elements are (None: none)
 
     def view(self, tensor: Tensor) -> View | None:
-        """`tensor` in terms of the tape, None when the tape does not know its storage."""
+        """`tensor` in terms of the recording, None for a storage that is not in it."""
         name = self._names.get(storage_key(tensor))
         if name is None:
             return None
@@ -93,11 +93,11 @@ class Recorder(TorchDispatchMode):
         return View(name, tensor.dtype, size, stride, int(tensor.storage_offset()), tensor.is_conj(), tensor.is_neg())
 
     def check_filled(self, view: View) -> None:
-        """Note it when `view` holds elements that nothing has given a value."""
+        """Remember when `view` has elements that nothing has given a value."""
         if view.storage in self._blank:
             filled = self._blank[view.storage]
             if filled is None or not view.bytes_of(filled).all():
-                self.tape.unset.add(view.storage)
+                self.recording.unset.add(view.storage)
 
     def constant(self, value: Tensor) -> Tensor:
         """A meta tensor that stands for the real `value`."""
@@ -105,26 +105,26 @@ class Recorder(TorchDispatchMode):
         view = self._adopt(meta)
         kept = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu").copy_(value)
         made = frozenset([view.storage])
-        self.tape.append(Op(None, (kept,), {}, (view,), frozenset(), made, made, False))
+        self.recording.append(Op(None, (kept,), {}, (view,), frozenset(), made, made, False))
         return meta
 
     def source(self, meta: Tensor, read: Callable[[], Tensor]) -> View:
         """Let the new *meta* stand for what *read* returns each time that its value is wanted, laid out as *meta* is."""
         view = self._adopt(meta)
         made = frozenset([view.storage])
-        self.tape.append(Op(read, (), {}, (view,), frozenset(), made, made, False))
+        self.recording.append(Op(read, (), {}, (view,), frozenset(), made, made, False))
         return view
 
     def sampled(self, sampler: Callable[..., Tensor], view: View, args: tuple) -> None:
         """Record a call that fills `view` from random numbers and looks at nothing else."""
         written = frozenset([view.storage])
-        replaced = written if view.covers(self.tape.nbytes[view.storage]) else frozenset()
-        self.tape.append(Op(sampler, (view, *args), {}, (None,), frozenset(), written, replaced, True))
+        replaced = written if view.covers(self.recording.nbytes[view.storage]) else frozenset()
+        self.recording.append(Op(sampler, (view, *args), {}, (None,), frozenset(), written, replaced, True))
         self._fill(view, True)
 
     def _adopt(self, tensor: Tensor) -> View:
         storage = tensor.untyped_storage()
-        self._names[storage._cdata] = self.tape.new_storage(storage.nbytes())
+        self._names[storage._cdata] = self.recording.new_storage(storage.nbytes())
         self._alive.append(storage)
         view = self.view(tensor)
         assert view is not None
@@ -152,7 +152,7 @@ class Recorder(TorchDispatchMode):
         if foreign:
             # 0-d CPU tensors take part in type promotion like the others, so they must be recorded as what they are.
             args, kwargs = tree_map_only(Tensor, lambda t: self.constant(t) if t.device.type == "cpu" else t, (args, kwargs))
-        if not _returns_tensors(func) or _leaves_tape(func, kwargs):
+        if not _returns_tensors(func) or _leaves_recording(func, kwargs):
             return func(*self._real(args), **self._real(kwargs))
         if torch.device("cpu") == kwargs.get("device") or not tensors:
             kwargs["device"] = torch.device("meta")
@@ -168,7 +168,7 @@ class Recorder(TorchDispatchMode):
 
     def _real(self, tree: Any) -> Any:
         """`tree` with recorded tensors replaced by their values now."""
-        return tree_map_only(Tensor, lambda t: t if t.device.type == "cpu" else value_now(self.tape, self._known(t)), tree)
+        return tree_map_only(Tensor, lambda t: t if t.device.type == "cpu" else value_now(self.recording, self._known(t)), tree)
 
     def _known(self, tensor: Tensor) -> View:
         view = self.view(tensor)
@@ -194,7 +194,7 @@ class Recorder(TorchDispatchMode):
             blank_reads.append(view)
         targets = [view for tensor in changed if (view := self.view(tensor)) is not None]
         for tensor, view in zip(changed, targets):
-            if tensor.untyped_storage().nbytes() != self.tape.nbytes[view.storage]:
+            if tensor.untyped_storage().nbytes() != self.recording.nbytes[view.storage]:
                 raise NotRecordable(f"{func} resizes a tensor")
         results = tree_flatten(result)[0]
         outputs = tuple(
@@ -207,11 +207,11 @@ class Recorder(TorchDispatchMode):
             raise NotRecordable(f"{func} draws numbers from the values of a tensor")
         for view in blank_reads:
             self.check_filled(view)
-        whole = {view.storage for view in targets if overwrites and view.covers(self.tape.nbytes[view.storage])}
+        whole = {view.storage for view in targets if overwrites and view.covers(self.recording.nbytes[view.storage])}
         views = lambda tree: tree_map_only(Tensor, self.view, tree)  # noqa: E731
         writes = frozenset(made | {view.storage for view in targets})
         op = Op(func, views(args), views(kwargs), outputs, frozenset(reads), writes, frozenset(made | (whole - reads)), random)
-        self.tape.append(op)
+        self.recording.append(op)
         if func in EMPTY:
             self._blank.update(dict.fromkeys(made))
         for view in targets:
@@ -219,7 +219,7 @@ class Recorder(TorchDispatchMode):
 
     def _fill(self, view: View, overwrites: bool) -> None:
         """Remember which elements of a storage made empty have values by now."""
-        name, nbytes = view.storage, self.tape.nbytes[view.storage]
+        name, nbytes = view.storage, self.recording.nbytes[view.storage]
         if name not in self._blank or not overwrites:
             return
         if view.covers(nbytes):
@@ -246,7 +246,7 @@ def _returns_tensors(func) -> bool:
     return all("Tensor" in kind for kind in kinds)
 
 
-def _leaves_tape(func, kwargs) -> bool:
+def _leaves_recording(func, kwargs) -> bool:
     """A copy to the CPU: recorded tensors are taken to be there already, so Python wants to see the values (``tolist``)."""
     return func is aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
 
