@@ -95,9 +95,11 @@ def _fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts:
         for name, buffer in part.named_buffers():
             if buffer.data_ptr() not in saved:
                 left.setdefault(name, []).append(buffer)
-    if restored:
-        missing = {}
     with torch.no_grad():
+        for run in [run for runs in missing.values() for run in runs] if restored else ():
+            # A value that no restore reaches must show, not pass for a weight.
+            run.values.fill_(math.nan if run.values.is_floating_point() else 0)
+        missing = {} if restored else missing
         for name in blueprint.runs():
             for run in missing.pop(name, ()):
                 blueprint.read(name, run.start, run.values)

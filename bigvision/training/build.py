@@ -106,7 +106,8 @@ def build(
             f"train.{'epochs' if config.train.steps is None else 'steps'}: the run would end at step {steps}, "
             f"but {found.folder} is at step {found.progress['step']}: train for longer, or choose another --out"
         )
-    engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say, data.train.channels, model)
+    resumes = found is not None
+    engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say, data.train.channels, model, resumes)
     stack.callback(engine.close)
     starts.engine = engine
     data.bad.keep_in(out / bad.NAME, runtime, resumed=found is not None)
@@ -133,12 +134,13 @@ def build(
 
 def build_model(
     config: Config, num_classes: int, runtime: Runtime, steps: int, say: Callable[[str], None], channels: int = 3,
-    model: GivenModel | None = None,
+    model: GivenModel | None = None, restored: bool = False,
 ) -> tuple[Engine, Blueprint, dict[str, Any]]:  # fmt: skip
     """Build the sharded model with its first values; returns the engine, the blueprint and the model card.
 
     Args:
         model: the caller's own, or a function that builds it, in the place of timm's.
+        restored: the caller restores a checkpoint right afterwards: only what no checkpoint contains gets first values.
 
     Raises:
         UserError: the model, its options, its weights and the number of classes do not fit together.
@@ -172,7 +174,7 @@ def build_model(
         return plan, blocks, card
 
     plan, blocks, card = all_or_none(plan_model)
-    engine = build_engine(config, plan, blocks, build_task(config.task), runtime, steps)
+    engine = build_engine(config, plan, blocks, build_task(config.task), runtime, steps, restored)
     for note in engine.notes:
         say(note)
     return engine, plan, card

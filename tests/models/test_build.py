@@ -265,3 +265,36 @@ def test_the_caller_may_draw_between_two_tensors():
     for name, value in plan.tensors(SEED):
         torch.rand(3)
         assert torch.equal(value, undisturbed[name])
+
+
+def test_only_what_is_asked_for_is_performed(monkeypatch):
+    """Nothing is drawn for a table; for a tensor that is drawn, what was drawn before it, and its value is the same."""
+    from bigvision.models.exact_init import replay as module
+
+    performed, inner = [], module._execute
+
+    def counted(recording, op, storages):
+        performed.append(op.random)
+        inner(recording, op, storages)
+
+    plan = blueprint(Model("swin_tiny_patch4_window7_224", image_size=64, options={"depths": (1, 1, 2, 1)}), 10)
+    monkeypatch.setattr(module, "_execute", counted)
+    everything = dict(plan.tensors(SEED))
+    draws = sum(performed)
+    performed.clear()
+    tables = {name for name in everything if name.endswith("relative_position_index")}
+    assert tables and dict(plan.tensors(SEED, tables)).keys() == tables
+    assert performed and not any(performed)
+    for name, fewest, most in (("patch_embed.proj.weight", 1, 3), ("layers.3.blocks.0.mlp.fc2.weight", draws // 2, draws)):
+        performed.clear()
+        (found,) = plan.tensors(SEED, {name})
+        assert found[0] == name and torch.equal(found[1], everything[name])
+        assert fewest <= sum(performed) <= most
+    performed.clear()
+    assert not list(plan.tensors(SEED, set())) and not performed
+
+
+def test_a_model_that_is_not_recorded_is_not_built_for_nothing(odd, monkeypatch):
+    plan = odd("random_value")
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: pytest.fail("it was built"))
+    assert not list(plan.tensors(SEED, set()))
