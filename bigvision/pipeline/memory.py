@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from bigvision.config import ONE_STAGE, Config, OptimConfig
 from bigvision.optim import allocate_state, build_optimizer, parameter_groups
+from bigvision.pipeline.costs import Cost
 from bigvision.pipeline.schedules import SCHEDULES, Placement, torch_schedule
 from bigvision.runtime import Runtime
 
@@ -20,23 +20,6 @@ USABLE = 0.9
 """Of a device's memory; the rest is for the context, libraries' workspaces and fragmentation."""
 MASTER = 4
 """Bytes of an fp32 value: master weights, gradients."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """A run of nodes as memory sees it; bytes are for one image."""
-
-    parameters: int = 0
-    trained: int = 0
-    """How many of the parameters are trained."""
-    activations: float = 0.0
-    """What the forward pass keeps for the backward pass."""
-    recomputed: float = 0.0
-    """What the largest recomputed block makes again in the backward pass."""
-    received: float = 0.0
-    """The tensors that arrive from the stage before."""
-    sent: float = 0.0
-    """The tensors that leave for the next stage."""
 
 
 @dataclass(frozen=True)
@@ -74,30 +57,26 @@ class StageMemory:
             runtime.mesh["shard"].size(), moment_bytes(config.optim), compute, parallel.recompute != "none", capacity,
         )  # fmt: skip
 
-    def needed(self, stage: int, load: Load) -> float:
-        """The bytes that a stage of *load* occupies when it occupies the most."""
+    def needed(self, stage: int, cost: Cost) -> float:
+        """The bytes that a stage of *cost* occupies when it occupies the most."""
         kept, weight = self.kept[stage], self.compute.itemsize
-        state = (MASTER * load.parameters + (MASTER + self.moments) * load.trained) / self.shards
+        state = (MASTER * cost.parameters + (MASTER + self.moments) * cost.trained) / self.shards
         if self.shards > 1:
             # torch gathers a stage's weights once in a step and scatters its gradients after the last micro-batch.
-            state += weight * load.parameters + MASTER * load.trained
+            state += weight * cost.parameters + MASTER * cost.trained
         elif weight < MASTER:
             # Each backward pass holds on to the weights that its forward pass cast; recomputed blocks cast them again.
-            state += weight * load.parameters * (1 if self.recompute else kept)
+            state += weight * cost.parameters * (1 if self.recompute else kept)
         # torch allocates the buffers of all micro-batches at once, and keeps what was sent until its gradient arrives.
-        crossing = self.count * (load.received + load.sent) + kept * load.sent
-        return state + self.micro_batch * (kept * load.activations + load.recomputed + crossing)
+        crossing = self.count * (cost.received + cost.sent) + kept * cost.sent
+        return state + self.micro_batch * (kept * cost.activations + cost.recomputed + crossing)
 
-    def limits(self, even: Load) -> list[float]:
-        """The bytes that each stage may occupy: its device is divided as stages of the load *even* would divide it."""
-        if self.capacity is None:
-            return [float("inf")] * self.placement.stages
+    def limits(self, even: Cost) -> list[float]:
+        """The bytes that each stage may occupy: its device is divided as stages of the cost *even* would divide it."""
+        assert self.capacity is not None
         needs = [self.needed(stage, even) for stage in range(self.placement.stages)]
-        ranks = [self.placement.rank_of(stage) for stage in range(self.placement.stages)]
-        return [
-            self.capacity * need / sum(other for other, there in zip(needs, ranks) if there == rank)
-            for need, rank in zip(needs, ranks)
-        ]  # fmt: skip
+        mates = [self.placement.numbers(self.placement.rank_of(stage)) for stage in range(self.placement.stages)]
+        return [self.capacity * need / sum(needs[mate] for mate in there) for need, there in zip(needs, mates)]
 
 
 def micro_batches_kept(name: str, placement: Placement, count: int) -> list[int]:
@@ -113,7 +92,7 @@ def micro_batches_kept(name: str, placement: Placement, count: int) -> list[int]
     for actions in SCHEDULES[schedule](stages, count).pipeline_order.values():
         most: Counter[int] = Counter()
         now: Counter[int] = Counter()
-        for action in _passes(actions):
+        for action in (one for each in actions if each is not None for one in each.sub_actions or (each,)):
             # A backward pass for inputs alone keeps what the one for weights needs.
             now[action.stage_index] += {"F": 1, "B": -1, "W": -1}.get(action.computation_type.value, 0)
             if now.total() > most.total():
@@ -121,12 +100,6 @@ def micro_batches_kept(name: str, placement: Placement, count: int) -> list[int]
         for stage in most:
             kept[stage] = most[stage]
     return kept
-
-
-def _passes(actions: Iterable[Any]) -> Iterable[Any]:
-    for action in actions:
-        if action is not None:
-            yield from action.sub_actions or (action,)
 
 
 def moment_bytes(config: OptimConfig) -> int:

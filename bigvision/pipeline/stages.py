@@ -16,9 +16,10 @@ from bigvision.errors import UserError
 from bigvision.models.blocks import Block, Blocks
 from bigvision.models.exact_init import named_tensors
 from bigvision.models.tracing import TraceFailed, has_parts, model_name, size, trace
-from bigvision.pipeline.balance import Cost, Prices, choose_cuts, node_costs
+from bigvision.pipeline.balance import Prices, choose_cuts
+from bigvision.pipeline.costs import Cost, node_costs
 from bigvision.pipeline.cutting import SAMPLES, CannotCut, Flow, Runner, Spec
-from bigvision.pipeline.memory import Load, StageMemory
+from bigvision.pipeline.memory import StageMemory
 
 EVEN = 1.05
 """When the largest stage's work is more than this times the mean, the blocks at the cuts are opened."""
@@ -111,11 +112,7 @@ class StagePlan:
     blocks: list[list[Block]]
     """Each stage's; of a block that is cut in two, its parts."""
     costs: list[Cost]
-    """Of each stage, for one image."""
-    loads: list[Load]
-    """What each stage needs of memory."""
-    parameters: list[int]
-    """Their number on each stage."""
+    """Of each stage."""
     owners: dict[str, list[int]]
     """The stages that hold each parameter and buffer: one, but for buffers that several read and none changes."""
     memory: StageMemory | None
@@ -145,13 +142,13 @@ class StagePlan:
         """The stages as text; FLOPs, activations and traffic are of the forward pass of *samples* images."""
         top = max(cost.work for cost in self.costs)
         rows = [("stage", "blocks", "parameters", "GFLOPs", "activations", "sends", "memory", "of the slowest")]
-        for number, (cost, load) in enumerate(zip(self.costs, self.loads)):
-            needed = self.memory.needed(number, load) / 2**20 if self.memory else 0.0
+        for number, cost in enumerate(self.costs):
+            needed = self.memory.needed(number, cost) / 2**20 if self.memory else 0.0
             rows.append(
                 (
-                    str(number), str(len(self.blocks[number])), f"{self.parameters[number] / 1e6:.2f} M",
-                    f"{cost.flops * samples / 1e9:.2f}", f"{load.activations * samples / 2**20:.1f} MiB",
-                    f"{load.sent * samples / 2**20:.2f} MiB", f"{needed:.0f} MiB", f"{cost.work / top:.0%}",
+                    str(number), str(len(self.blocks[number])), f"{cost.parameters / 1e6:.2f} M",
+                    f"{cost.flops * samples / 1e9:.2f}", f"{cost.activations * samples / 2**20:.1f} MiB",
+                    f"{cost.sent * samples / 2**20:.2f} MiB", f"{needed:.0f} MiB", f"{cost.work / top:.0%}",
                 )
             )  # fmt: skip
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -159,13 +156,9 @@ class StagePlan:
 
 
 def plan_stages(
-    model: nn.Module,
-    blocks: Blocks,
-    image_shape: tuple[int, int, int],
-    stages: int,
-    device: torch.device | None = None,
+    model: nn.Module, blocks: Blocks, image_shape: tuple[int, int, int], stages: int, device: torch.device | None = None,
     memory: StageMemory | None = None,
-) -> StagePlan:
+) -> StagePlan:  # fmt: skip
     """Cut *model*, on meta, into *stages* of equal work. Nothing is computed and the model is left as it is.
 
     Args:
@@ -183,17 +176,22 @@ def plan_stages(
     if stages > len(blocks):
         raise UserError(f"parallel.stages: {stages} stages, but {name} has {len(blocks)} blocks: use fewer stages")
     device = device or torch.device("cpu")
+
+    def cut_between(pieces: list[Block], inside: Sequence[str]) -> _Candidate:
+        flow = Flow(trace(copy.deepcopy(model).train(), blocks.max_share, inside), image_shape)
+        compute = memory.compute if memory else torch.float32
+        recomputed = [piece.path for piece in pieces] if memory and memory.recompute else []
+        prices = Prices(model, flow, node_costs(flow.graph, image_shape, device, compute, recomputed), compute)
+        return _Candidate(pieces, inside, flow, prices, choose_cuts(model, flow, pieces, prices, stages, memory))
+
     try:
-        best = candidate = _candidate(model, list(blocks), blocks.max_share, (), image_shape, stages, device, memory)
-        while best.imbalance > EVEN and candidate.open_next:
-            inside = [*candidate.inside, *candidate.open_next]
+        best = candidate = cut_between(list(blocks), ())
+        while _imbalance(best.costs) > EVEN and (uneven := candidate.uneven()):
             try:
-                candidate = _candidate(
-                    model, candidate.opened(), blocks.max_share, inside, image_shape, stages, device, memory
-                )  # fmt: skip
+                candidate = cut_between(candidate.opened(uneven), [*candidate.inside, *uneven])
             except (CannotCut, TraceFailed):  # a block that cannot be traced inside stays whole
                 break
-            best = min(best, candidate, key=lambda candidate: candidate.imbalance)
+            best = min(best, candidate, key=lambda candidate: _imbalance(candidate.costs))
         # Of a copy: a module that keeps what it computes would keep the trace's proxies.
         evaluation = Flow(trace(copy.deepcopy(model).eval(), blocks.max_share, best.inside), image_shape)
         for flow in (best.flow, evaluation):
@@ -213,8 +211,6 @@ class _Candidate:
     flow: Flow
     prices: Prices
     cuts: list[int]
-    open_next: set[str]
-    """The blocks, of those that have parts, in the middle of which stages of equal work would meet."""
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
@@ -222,38 +218,29 @@ class _Candidate:
         return list(pairwise([0, *self.cuts, len(self.flow.nodes)]))
 
     @property
-    def imbalance(self) -> float:
-        return _imbalance([self.prices.cost(*bounds) for bounds in self.bounds])
+    def costs(self) -> list[Cost]:
+        return [self.prices.stage(*bounds) for bounds in self.bounds]
 
-    def opened(self) -> list[Block]:
-        """The blocks, with those of `open_next` replaced by their parts that have parameters."""
+    def uneven(self) -> set[str]:
+        """The blocks, of those that have parts, in the middle of which stages of equal work would meet."""
+        openable = {block.path for block in self.blocks if has_parts(block.module)}
+        ends, stages = list(accumulate(cost.work for cost in self.prices.costs)), len(self.cuts) + 1
+        meetings = [ends[-1] * number / stages for number in range(1, stages)]
+        found = set()
+        for node, end, cost in zip(self.flow.nodes, ends, self.prices.costs):
+            if str(node.target) in openable and any(end - cost.work < meeting < end for meeting in meetings):
+                found.add(str(node.target))
+        return found
+
+    def opened(self, paths: set[str]) -> list[Block]:
+        """The blocks, with those at *paths* replaced by their parts that have parameters."""
         found = []
         for block in self.blocks:
             parts = {block.path: block.module}
-            if block.path in self.open_next:
+            if block.path in paths:
                 parts = {f"{block.path}.{name}": part for name, part in block.module.named_children()}
             found += [Block(path, part, size(part)) for path, part in parts.items() if size(part)]
         return found
-
-
-def _candidate(
-    model: nn.Module, blocks: list[Block], max_share: float, inside: Sequence[str], image_shape: tuple[int, int, int],
-    stages: int, device: torch.device, memory: StageMemory | None,
-) -> _Candidate:  # fmt: skip
-    """The best cut between *blocks*."""
-    flow = Flow(trace(copy.deepcopy(model).train(), max_share, inside), image_shape)
-    compute = memory.compute if memory else torch.float32
-    recomputed = [block.path for block in blocks] if memory and memory.recompute else []
-    prices = Prices(model, flow, node_costs(flow.graph, image_shape, device, compute, recomputed), compute)
-    cuts = choose_cuts(model, flow, blocks, prices, stages, memory)
-    openable = {block.path for block in blocks if has_parts(block.module)}
-    ends = list(accumulate(cost.work for cost in prices.costs))
-    open_next = set()
-    for node, end, cost in zip(flow.nodes, ends, prices.costs):
-        astride = any(end - cost.work < ends[-1] * number / stages < end for number in range(1, stages))
-        if astride and node.op == "call_module" and str(node.target) in openable:
-            open_next.add(str(node.target))
-    return _Candidate(blocks, inside, flow, prices, cuts, open_next)
 
 
 def _plan(model: nn.Module, best: _Candidate, evaluation: Flow, memory: StageMemory | None) -> StagePlan:
@@ -269,18 +256,8 @@ def _plan(model: nn.Module, best: _Candidate, evaluation: Flow, memory: StageMem
     for mode, flow in flows.items():
         for graph, received in zip(graphs[mode][1:], sends[mode]):
             _copy_changed_inputs(flow, graph, received)
-    owners = _owners(model, graphs)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return StagePlan(
-        graphs,
-        sends,
-        blocks=[[known[target] for target in called if target in known] for called in targets],
-        costs=[best.prices.cost(*bounds) for bounds in best.bounds],
-        loads=[best.prices.load(*bounds) for bounds in best.bounds],
-        parameters=[sum(n for name, n in sizes.items() if owners[name][0] == i) for i in range(len(best.bounds))],
-        owners=owners,
-        memory=memory,
-    )
+    blocks = [[known[target] for target in called if target in known] for called in targets]
+    return StagePlan(graphs, sends, blocks, best.costs, _owners(model, graphs), memory)
 
 
 def _imbalance(costs: list[Cost]) -> float:

@@ -17,9 +17,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from bigvision.config import OptimConfig
 from bigvision.errors import UserError
 from bigvision.models import find_blocks, trace
+from bigvision.models.tracing import size as size_of
 from bigvision.pipeline import Placement, StageMemory, plan_stages
-from bigvision.pipeline.balance import node_costs
-from bigvision.pipeline.memory import Load, micro_batches_kept, moment_bytes
+from bigvision.pipeline.costs import Cost, node_costs
+from bigvision.pipeline.memory import micro_batches_kept, moment_bytes
 from tests.distributed import run_ranks
 from tests.engine.test_pipeline import pipeline
 from tests.recipes import run
@@ -85,7 +86,7 @@ def saved_in_a_run(plain: dict[str, Any]) -> tuple[int, float]:
         Stage.forward, StagePlan.build = forward, build  # type: ignore[method-assign]
     [(plan, numbers)] = plans
     memory = plan.memory
-    return meter.most, sum(memory.micro_batch * memory.kept[i] * plan.loads[i].activations for i in numbers)
+    return meter.most, sum(memory.micro_batch * memory.kept[i] * plan.costs[i].activations for i in numbers)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_micro_batches_kept() -> None:
 
 
 MIB = 2**20
-LOAD = Load(parameters=MIB, trained=MIB // 2, activations=100.0, recomputed=30.0, received=5.0, sent=7.0)
+LOAD = Cost(parameters=MIB, trained=MIB // 2, activations=100.0, recomputed=30.0, received=5.0, sent=7.0)
 
 
 def memory(capacity: float | None = None, stages: int = 2, **changes: Any) -> StageMemory:
@@ -200,11 +201,12 @@ def test_what_does_not_fit_a_device_is_cut_elsewhere() -> None:
     blocks, size = find_blocks(model, 64), (3, 64, 64)
     free = memory(micro_batch=60)
     even = plan_stages(model, blocks, size, 2, memory=free)
-    needs = [free.needed(stage, even.loads[stage]) for stage in (0, 1)]
+    needs = [free.needed(stage, even.costs[stage]) for stage in (0, 1)]
     assert needs[0] > 1.4 * needs[1], "the first stage keeps two micro-batches, the second one"
     limit = 0.9 * needs[0]
     uneven = plan_stages(model, blocks, size, 2, memory=replace(free, capacity=limit))
-    assert uneven.parameters[0] < even.parameters[0] and sum(uneven.parameters) == sum(even.parameters)
-    assert max(free.needed(stage, uneven.loads[stage]) for stage in (0, 1)) <= limit
+    assert uneven.costs[0].parameters < even.costs[0].parameters
+    assert sum(uneven.costs, Cost()).parameters == size_of(model) == sum(even.costs, Cost()).parameters
+    assert max(free.needed(stage, uneven.costs[stage]) for stage in (0, 1)) <= limit
     with pytest.raises(UserError, match=r"fits the devices' memory .*stage 0 needs 2\.\d+ times"):
         plan_stages(model, blocks, size, 2, memory=replace(free, capacity=needs[0] / 2.2))
