@@ -128,7 +128,7 @@ def main(rank: int, end_signal: int, pulse: float, grace: float) -> None:
     """
     rank_pid = os.getppid()
     report: dict[str, Any] = {"fault": "", "peers": []}
-    reported, fault_since, buffer = time.monotonic(), 0.0, b""
+    reported, fault, fault_since, buffer = time.monotonic(), "", 0.0, b""
     while os.getppid() == rank_pid:
         if select.select([0], [], [], pulse)[0]:
             data = os.read(0, 1 << 16)
@@ -138,13 +138,12 @@ def main(rank: int, end_signal: int, pulse: float, grace: float) -> None:
             if lines:
                 report, reported = json.loads(lines[-1]), time.monotonic()
         gone = [words for pid, born, words in report["peers"] if process_state(pid, born) == GONE]
-        fault = report["fault"] or "; ".join(gone)
-        if not fault:
-            fault_since = 0.0
-            continue
+        found = report["fault"] or "; ".join(gone)
+        if not (fault and found):
+            # The first fault counts: the ranks that it ends are gone after it.
+            fault, fault_since = found, time.monotonic()
         now = time.monotonic()
-        fault_since = fault_since or now
-        if now - max(fault_since, reported) > grace:
+        if fault and now - max(fault_since, reported) > grace:
             reason = "native code held the interpreter of this rank, which was ended (limits.grace)"
             os.write(2, f"error: rank {rank}: {fault}; {reason}\n".encode(errors="replace"))
             os.kill(rank_pid, end_signal)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -259,7 +260,7 @@ def uses_nccl() -> bool:
 
 def nccl_trace() -> bytes:
     """Return the last collectives that torch's flight recorder has seen over NCCL, as JSON; empty without NCCL."""
-    dump: Any = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    dump: Any = getattr(_distributed_c10d, "_dump_nccl_trace_json", None)
     return dump() if dump is not None and uses_nccl() else b""
 
 

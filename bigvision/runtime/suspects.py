@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from bigvision.runtime.guard import GONE, process_state, start_time
-from bigvision.runtime.heartbeats import Heartbeats, launcher_holds_store
+from bigvision.runtime.heartbeats import Heard, Heartbeats, launcher_holds_store
 
 
 def this_process() -> dict[str, Any]:
@@ -96,25 +96,28 @@ def ended_ranks(beats: Heartbeats, mine: dict[str, Any]) -> dict[int, str]:
     Certain are a process of this host that is gone from /proc, and rank 0 where it serves the store and its port refuses
     connections. A rank that merely does not answer, stopped or behind a slow link, is not among them.
     """
-    found = {rank: gone_words(rank, heard.said) for rank, heard in beats.heard.items() if _has_ended(heard.said, mine)}
+    # list(): the heartbeats' thread adds to it meanwhile.
+    heard = list(beats.heard.items())
+    found = {rank: gone_words(rank, last, beats.patience) for rank, last in heard if _has_ended(last.said, mine)}
     if beats.refused and beats.reached and not launcher_holds_store() and 0 not in found and mine["rank"] != 0:
         main = beats.heard.get(0)
         if main is None or not main.said["left"]:
-            process = f" ({_process(main.said)}, last in {describe(main.said)})" if main else ""
+            words = gone_words(0, main, beats.patience) if main else f"rank 0 {GONE}"
             address = f"{beats.identity.address}:{beats.identity.port}"
-            found[0] = f"rank 0{process} is gone: the store at {address}, which it served, refuses connections"
+            found[0] = f"{words}: the store at {address}, which it served, refuses connections"
     return dict(sorted(found.items()))
 
 
 def local_peers(beats: Heartbeats, mine: dict[str, Any]) -> list[tuple[int, str, str]]:
     """Return (pid, start time, the sentence for its end) for each rank of this host that has not left the run."""
-    heard = {rank: heard.said for rank, heard in beats.heard.items() if not heard.said["left"] and _in_sight(heard.said, mine)}
-    return [(said["pid"], said["born"], gone_words(rank, said)) for rank, said in sorted(heard.items())]
+    heard = [(rank, last) for rank, last in list(beats.heard.items()) if _in_sight(last.said, mine) and not last.said["left"]]
+    return [(last.said["pid"], last.said["born"], gone_words(rank, last, 0.0)) for rank, last in heard]
 
 
-def gone_words(rank: int, said: dict[str, Any]) -> str:
-    """Return the sentence that reports the end of a rank's process."""
-    return f"rank {rank} {GONE} ({_process(said)}, last in {describe(said)})"
+def gone_words(rank: int, last: Heard, fresh: float) -> str:
+    """Return the sentence that reports the end of a rank's process, with its place if that is younger than *fresh* seconds."""
+    place = f", last in {describe(last.said)}" if time.monotonic() - last.at < fresh else ""
+    return f"rank {rank} {GONE} ({_process(last.said)}{place})"
 
 
 def store_lost(beats: Heartbeats, mine: dict[str, Any]) -> str:

@@ -56,14 +56,21 @@ def fail() -> None:
 
 
 def hold_the_interpreter() -> None:
-    """Native code that never lets go of it."""
+    """Native code that never releases the interpreter lock."""
     import ctypes
 
     ctypes.PyDLL(None).sleep(10_000)
 
 
-def at(place: str, act: Callable[[], None], mark: Path) -> None:
-    """Have this process do *act* when it comes to *place*; *mark* then has the time."""
+def wait_in_the_driver() -> None:
+    """Native code that releases the lock and never returns, as NCCL and the driver wait for a rank that is lost."""
+    import ctypes
+
+    ctypes.CDLL(None).sleep(10_000)
+
+
+def at(place: str, act: Callable[[], None], mark: Path, delay: float = 0.0) -> None:
+    """Have this process do *act* when it comes to *place*, and *delay* seconds later; *mark* then has the time."""
     from bigvision.checkpoint import background
     from bigvision.data import loader
     from bigvision.engine.engine import TrainingEngine
@@ -84,6 +91,7 @@ def at(place: str, act: Callable[[], None], mark: Path) -> None:
         nonlocal calls
         calls += 1
         if calls == number:
+            time.sleep(delay)
             mark.write_text(str(time.time()))
             act()
         return before(*args, **kwargs)
@@ -91,8 +99,12 @@ def at(place: str, act: Callable[[], None], mark: Path) -> None:
     setattr(home, name, sabotaged)
 
 
-def train(folder: Path, place: str, act: Callable[[], None], victim: int) -> None:
-    """The command line on this rank; what it says goes to a file."""
+def train(folder: Path, place: str, act: Callable[[], None], victim: int, others: Callable[[], None] | None = None) -> None:
+    """The command line on this rank; its output goes to a file.
+
+    Args:
+        others: what the other ranks do at that place, before *victim* acts, as under CUDA.
+    """
     from bigvision.cli import main
 
     rank = int(os.environ["RANK"])
@@ -105,7 +117,12 @@ def train(folder: Path, place: str, act: Callable[[], None], victim: int) -> Non
         seen = watchdog.this_process
         watchdog.this_process = lambda: seen() | {"sight": ""}
     if rank == victim:
-        at(place, act, folder / "mark")
+        at(place, act, folder / "mark", 2.5 if others is not None else 0.0)
+    elif others is not None:
+        from bigvision.runtime import guard
+
+        guard.needed = lambda: True
+        at(place, others, folder / f"blocked-{rank}", 1.5)  # the ranks know each other by then
     sys.exit(main(["train", str(folder / "recipe.yaml")]))
 
 
@@ -154,10 +171,13 @@ class Ended:
         return [next((line for line in reversed(text.splitlines()) if line.startswith("error: ")), "") for text in self.said]
 
 
-def run_and_hang(folder: Path, plain: dict[str, Any], place: str, act: Callable[[], None], victim: int, ranks: int) -> Ended:
+def run_and_hang(
+    folder: Path, plain: dict[str, Any], place: str, act: Callable[[], None], victim: int, ranks: int,
+    in_others: Callable[[], None] | None = None,
+) -> Ended:  # fmt: skip
     """Train on *ranks* ranks, of which *victim* does *act* at *place*; returns when the others have ended."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(plain))
-    processes = start_ranks(train, ranks, folder, place, act, victim)
+    processes = start_ranks(train, ranks, folder, place, act, victim, in_others)
     others = [process for rank, process in enumerate(processes) if rank != victim]
     deadline = time.monotonic() + PATIENCE
     while (left := [p.sentinel for p in others if p.is_alive()]) and time.monotonic() < deadline:

@@ -167,6 +167,56 @@ def test_an_error_on_one_rank_is_told_by_all(victim: int, tmp_path: Path) -> Non
         clean_up(ended.processes)
 
 
+GRACE = 4.0
+
+
+@pytest.mark.parametrize(
+    ("act", "block", "victim"),
+    [
+        pytest.param(act, block, victim, marks=[] if (act, block, victim) in SHORT else [pytest.mark.long])
+        for SHORT in [{(hangs.fail, hangs.wait_in_the_driver, 1), (hangs.die, hangs.hold_the_interpreter, 0)}]
+        for act in (hangs.fail, hangs.die)
+        for block in (hangs.wait_in_the_driver, hangs.hold_the_interpreter)
+        for victim in (0, 1)
+    ],
+)
+def test_ranks_that_block_end_after_a_fault(
+    act: Callable[[], None], block: Callable[[], None], victim: int, tmp_path: Path
+) -> None:  # fmt: skip
+    """As under NCCL: no exception comes. They do not wait for limits.step, and take the exit code of a fault."""
+    plain = recipe(tmp_path / "out", limits={"grace": GRACE}, train={"steps": 20, "micro_batch": 4})
+    ended = run_and_hang(tmp_path, plain, "step", act, victim, 3, block)
+    try:
+        ended.processes[victim].join(20)
+        assert ended.processes[victim].exitcode == (-9 if act is hangs.die else 1)
+        assert all(ended.codes[rank] == 1 for rank in {0, 1, 2} - {victim}), (ended.codes, ended.said)
+        assert 0 < ended.after < GRACE, ended.after
+        # A rank whose interpreter is held hears of no report; its guard sees the process end.
+        reported = act is hangs.fail and block is hangs.wait_in_the_driver
+        words = r"failed: ValueError: planted in one rank" if reported else r"is gone \(process \d+ on host .*\)"
+        held = "; native code held the interpreter of this rank" if block is hangs.hold_the_interpreter else "; it still waited"
+        for rank in {0, 1, 2} - {victim}:
+            assert re.match(rf"error: rank {rank}: rank {victim} {words}.*{held}", ended.errors[rank]), ended.errors
+        if act is hangs.fail:
+            assert "ValueError: planted in one rank" in ended.errors[victim]
+        assert not (tmp_path / "out" / "stacks").exists(), "nothing hung"
+    finally:
+        clean_up(ended.processes)
+
+
+@pytest.mark.long
+def test_a_store_that_refuses_connections_tells_other_hosts(tmp_path: Path) -> None:
+    """Nobody can look at rank 0, which is killed; a peer on another host than the store's is only silent."""
+    plain = recipe(tmp_path / "out", limits={"grace": GRACE, "step": 30.0}, train={"steps": 20, "micro_batch": 4})
+    ended = run_and_hang(tmp_path, plain, "step", hangs.die_out_of_sight, 0, 3, hangs.wait_in_the_driver)
+    try:
+        assert ended.codes == [-9, 1, 1] and 0 < ended.after < GRACE, (ended.codes, ended.after, ended.said)
+        for rank in (1, 2):
+            assert re.match(rf"error: rank {rank}: rank 0 is gone.*: the store .* refuses connections", ended.errors[rank])
+    finally:
+        clean_up(ended.processes)
+
+
 @pytest.mark.parametrize("absent", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_rank_that_does_not_come_is_named(absent: int, tmp_path: Path) -> None:
     plain = recipe(tmp_path / "out", limits={"start": LIMIT})
