@@ -1,4 +1,4 @@
-"""The store by which the ranks find each other: on the loopback device unless they are told to meet elsewhere."""
+"""The store by which the ranks find each other: it listens on the address at which they meet, and on no other."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import torch.distributed as dist
 
 from bigvision.errors import UserError
 from bigvision.runtime.environment import LOOPBACK, Identity
+
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted: all ranks come at once."""
 
 
 @dataclass
@@ -43,7 +47,8 @@ def meet(identity: Identity, timeout: timedelta) -> dist.Store:
 def make_store(identity: Identity, timeout: timedelta) -> dist.Store:
     """Meet the other ranks: at the launcher's own store where torchrun offers it, else at one that rank 0 serves.
 
-    torch's own listens on every device of the host. This one does only where ranks come from other hosts, and says so.
+    torch's own listens on every device of the host. This one listens on the address of rank 0 alone, and logs that others can
+    reach it where that is not the loopback device.
 
     Raises:
         UserError: rank 0 cannot listen there.
@@ -68,27 +73,52 @@ def make_store(identity: Identity, timeout: timedelta) -> dist.Store:
 
 def _listen(identity: Identity) -> int:
     """A socket for the store, which closes it."""
-    private = private_address(identity)
-    if not private:
+    address = private_address(identity)
+    if not address:
+        address = public_address(identity)
+        where = f"{address or 'every address of this host'} port {identity.port}"
         print(
-            f"warning: the ranks meet at {identity.address} port {identity.port}, which is open to the network: whoever "
+            f"warning: the ranks meet at {identity.address}: the store listens on {where}, which is open to the network: whoever "
             "reaches it can disturb the run (docs/launching.md, Safety)",
             file=sys.stderr,
         )
     try:
-        if private:
-            family = socket.AF_INET6 if ":" in private else socket.AF_INET
-            listener = socket.create_server((private, identity.port), family=family, backlog=2048)
-        elif socket.has_dualstack_ipv6():
-            listener = socket.create_server(
-                ("", identity.port), family=socket.AF_INET6, backlog=2048, dualstack_ipv6=True
-            )  # fmt: skip
-        else:
-            listener = socket.create_server(("", identity.port), backlog=2048)
+        listener = _listening_socket(address, identity.port)
     except OSError as error:
-        place, why = f"{private or 'any address'} port {identity.port}", os.strerror(error.errno or 0)
+        place, why = f"{address or 'any address'} port {identity.port}", os.strerror(error.errno or 0)
         raise UserError(f"environment: rank 0 cannot listen on {place}: {why}: set MASTER_PORT to a free port") from None
     return listener.detach()
+
+
+def _listening_socket(address: str, port: int) -> socket.socket:
+    """A socket that listens at *address*, or at every address of this host where that is empty."""
+    if not address and socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=BACKLOG)
+
+
+def public_address(identity: Identity) -> str:
+    """The address of this host at which ranks of other hosts find rank 0; "" where only every address will do.
+
+    That is so where rank 0 is called by an address that its host does not have, as a Kubernetes service is, or by a name that
+    means the loopback device to itself, as Debian's /etc/hosts has it.
+    """
+    try:
+        found = socket.getaddrinfo(identity.address, identity.port, type=socket.SOCK_STREAM)
+    except OSError:
+        return ""
+    for address in dict.fromkeys(str(place[0]) for *_, place in found):
+        known = ipaddress.ip_address(address.partition("%")[0])
+        if known.is_loopback or known.is_unspecified or known.is_link_local:
+            continue
+        try:
+            # Whether this host has the address: any port of it can be bound then.
+            _listening_socket(address, 0).close()
+        except OSError:
+            continue
+        return address
+    return ""
 
 
 def private_address(identity: Identity) -> str:

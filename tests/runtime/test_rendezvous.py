@@ -6,13 +6,14 @@ import os
 import socket
 from contextlib import closing
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from bigvision.errors import UserError
 from bigvision.runtime import Identity, start
-from bigvision.runtime.rendezvous import make_store, private_address
+from bigvision.runtime.rendezvous import make_store, private_address, public_address
 from tests.distributed import free_port, run_ranks
 
 NOW = timedelta(seconds=30)
@@ -49,7 +50,33 @@ def test_a_store_that_is_open_to_the_network_is_said(capfd: pytest.CaptureFixtur
     store.set("key", "value")
     assert listening(port) & {"0" * 32, "0" * 8}
     said = capfd.readouterr().err
-    assert said.startswith("warning: the ranks meet at ") and f"port {port}, which is open to the network" in said
+    assert said.startswith("warning: the ranks meet at 0.0.0.0: the store listens on every address of this host port ")
+    assert f"port {port}, which is open to the network" in said
+
+
+def resolved(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> str:
+    """The address at which the store of a rank 0 listens whose name means *addresses*."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 1)) for address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+    return public_address(Identity(0, 4, 0, 2, "slurm", "node1", 1))
+
+
+def test_the_address_at_which_other_hosts_find_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    listens = socket.create_server
+    own = {"10.0.0.1", "fd00::1"}
+
+    def create_server(address: tuple[str, int], **kwargs: Any) -> socket.socket:
+        if address[0] not in own:
+            raise OSError(99, "Cannot assign requested address")
+        return listens(("127.0.0.1", 0))
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    assert resolved(monkeypatch, "10.0.0.1") == "10.0.0.1"
+    assert resolved(monkeypatch, "fd00::1", "10.0.0.1") == "fd00::1"
+    assert resolved(monkeypatch, "127.0.1.1", "10.0.0.1") == "10.0.0.1", "a host's own name, in Debian's /etc/hosts"
+    assert resolved(monkeypatch, "127.0.1.1") == "", "all devices: the others know another address"
+    assert resolved(monkeypatch, "10.96.0.7") == "", "all devices: a service's address, which no host has"
+    assert resolved(monkeypatch, "0.0.0.0") == "", "asked for"
 
 
 def test_one_rank_without_a_launcher_opens_nothing() -> None:

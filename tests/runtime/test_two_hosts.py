@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -75,6 +76,12 @@ class Hosts:
         with said.open("wb") as file:
             return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=file)
 
+    def python(self, number: int, code: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start Python code on a host."""
+        command = ["ip", "netns", "exec", self.names[number], sys.executable, "-c", code, *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
     def end(self) -> None:
         for name in self.names:
             ip("netns", "delete", name)
@@ -98,6 +105,49 @@ def runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+SERVE = """
+import sys
+from datetime import timedelta
+from bigvision.runtime import Identity
+from bigvision.runtime.rendezvous import make_store
+
+store = make_store(Identity(0, 2, 0, 1, "slurm", sys.argv[1], int(sys.argv[2])), timedelta(seconds=60))
+store.set("key", "value")
+print(store.get("met").decode(), flush=True)
+"""
+CONNECT = """
+import socket, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+
+address, other, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+store = dist.TCPStore(address, port, 2, False, timedelta(seconds=60))
+assert store.get("key") == b"value"
+try:
+    socket.create_connection((other, port), timeout=5).close()
+except ConnectionRefusedError:
+    store.set("met", "refused")
+else:
+    store.set("met", "open")
+"""
+
+
+@pytest.mark.long
+def test_the_store_listens_where_the_ranks_meet_and_nowhere_else(hosts: Hosts) -> None:
+    """A host with two networks: through the other one nobody reaches the store."""
+    address, other, port = hosts.addresses[0], "10.213.78.1", str(free_port())
+    assert ip("-n", hosts.names[0], "addr", "add", f"{other}/24", "dev", hosts.links[0]).returncode == 0
+    assert ip("-n", hosts.names[1], "route", "add", "10.213.78.0/24", "dev", hosts.links[1]).returncode == 0
+    server, client = hosts.python(0, SERVE, address, port), hosts.python(1, CONNECT, address, other, port)
+    try:
+        said, warning = server.communicate(timeout=PATIENCE)
+        assert said == "refused\n", (said, warning, client.communicate(timeout=10))
+        assert f"the store listens on {address} port {port}, which is open to the network" in warning
+    finally:
+        server.kill()
+        client.kill()
 
 
 @pytest.mark.long
