@@ -34,7 +34,8 @@ class Engine:
             engine.save()
 
     It joins the launcher's ranks, or is the only one. It owns the micro-batches, precision, clipping, optimizer and schedule;
-    data, evaluation and when to save are yours.
+    data, evaluation and when to save are yours. Several engines of a process share its process group, on one device; each has
+    its own strategy, and all ranks make and use them in the same order.
     """
 
     def __init__(
@@ -193,7 +194,7 @@ class Engine:
         return self.step
 
     def close(self) -> None:
-        """Let go of the model, and leave the other ranks where it joined them."""
+        """Release the model. The last engine of a process that closes leaves the other ranks."""
         self._stack.close()
 
     def __enter__(self) -> Engine:
@@ -202,7 +203,8 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:  # fmt: skip
-        self.close()
+        # With the error: after it NCCL's groups are aborted, not destroyed.
+        self._stack.__exit__(kind, error, trace)
 
     def _say(self, text: str) -> None:
         if self.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,33 @@ def test_mistakes(tmp_path: Path) -> None:
             engine.train_step(images, torch.zeros(4))
         assert engine.resume() == 0
     assert not torch.distributed.is_initialized()
+
+
+def in_turn(plain: dict[str, Any], together: bool) -> list[list[float]]:
+    """Two engines with strategies of their own, in one process; *together* or one after the other."""
+    generator = torch.Generator().manual_seed(3)
+    batches = [(torch.rand(4, 3, 32, 32, generator=generator), torch.randint(10, (4,), generator=generator)) for _ in range(3)]
+    keys: dict[str, Any] = {"num_classes": 10, "steps": 3, "global_batch": 4 * int(os.environ["WORLD_SIZE"])}
+    found: list[list[float]] = []
+    with ExitStack() as stack:
+        engines = []
+        for strategy, seed in (("ddp", 1), ("fsdp", 2)):
+            parallel = plain["parallel"] | {"strategy": strategy}
+            engine = stack.enter_context(bigvision.Engine(plain | {"parallel": parallel, "seed": seed}, **keys))
+            if together:
+                engines.append(engine)
+                continue
+            found.append([float(engine.train_step(*batch).loss) for batch in batches])
+            engine.close()
+        if together:
+            pairs = [[float(engine.train_step(*batch).loss) for engine in engines] for batch in batches]
+            found = [list(losses) for losses in zip(*pairs)]
+            engines[0].close()  # the process group stays for the other one
+            engines[1].eval_step(*batches[0])
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_engines_share_the_process_group(ranks: int, tmp_path: Path) -> None:
+    plain = small(tmp_path / "run")
+    assert run_ranks(in_turn, ranks, plain, True) == run_ranks(in_turn, ranks, plain, False)

@@ -1,0 +1,126 @@
+"""The process group: shared in a process, with the run's timeouts, and aborted after a fault."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from bigvision.config import LimitsConfig
+from bigvision.errors import UserError
+from bigvision.runtime import Watchdog, process, start
+from bigvision.runtime.watchdog import NCCL_DEFAULTS
+from tests.distributed import run_ranks, start_ranks
+
+LONG = timedelta(seconds=4321)
+
+
+def share() -> list[object]:
+    """Two users with different meshes, of which the first leaves first."""
+    found: list[object] = []
+    first, second = start("cpu", timeout=LONG), start("cpu", replicas=2)
+    one, two = first.__enter__(), second.__enter__()
+    found += [one.mesh.shape, two.mesh.shape, one.identity == two.identity]
+    found.append({group._get_backend(torch.device("cpu")).options._timeout for group in distributed_c10d._world.pg_map})
+    with start("cpu") as third:
+        found.append(third.mesh is one.mesh)
+    first.__exit__(None, None, None)
+    dist.barrier(two.mesh["replicate"].get_group())
+    second.__exit__(None, None, None)
+    found.append(dist.is_initialized())
+    return found
+
+
+def test_the_process_group_is_shared_and_its_meshes_have_the_timeout_of_the_run() -> None:
+    for found in run_ranks(share, 2):
+        assert found == [(1, 1, 2), (1, 2, 1), True, {LONG}, True, False]
+    assert distributed_c10d.default_pg_timeout == timedelta(minutes=30)
+
+
+def test_another_device_cannot_share_it() -> None:
+    with start("cpu"):
+        assert os.environ["LOCAL_RANK"] == "0"
+        with (
+            mock.patch.object(process, "choose_device", lambda device, identity: torch.device("cuda", 0)),
+            pytest.raises(UserError, match=r"parallel\.device: cuda, but this process has joined the ranks on cpu"),
+            start("cuda"),
+        ):
+            pass
+        with pytest.raises(UserError, match=r"parallel\.stages: 2 does not divide the 1 ranks"), start("cpu", stages=2):
+            pass
+        assert dist.is_initialized(), "as before"
+    assert not dist.is_initialized() and "LOCAL_RANK" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (ValueError("planted"), "abort"),
+        (KeyboardInterrupt(), "abort"),
+        (UserError("alike on all"), "destroy"),
+        (None, "destroy"),
+    ],
+)
+def test_groups_are_aborted_after_a_fault(error: BaseException | None, ends: str) -> None:
+    """NCCL as gloo, which aborts too. A user's mistake is the same on all ranks, which leave together."""
+    called = []
+    with (
+        mock.patch.object(process, "uses_nccl", lambda: True),
+        mock.patch.object(process.atexit, "register"),
+        mock.patch.object(process.distributed_c10d, "_abort_process_group", lambda: called.append("abort")),
+        mock.patch.object(process.dist, "destroy_process_group", lambda: called.append("destroy")),
+    ):
+        try:
+            with start("cpu"):
+                if error is not None:
+                    raise error
+        except BaseException as raised:
+            assert raised is error
+    assert called == [ends]
+    dist.destroy_process_group()
+
+
+def fail_where_nothing_can_be_aborted(mark: Path) -> None:
+    """As where ncclCommAbort hangs, and then the destructors of the groups."""
+    import atexit
+
+    process.ABORTING = 1.0
+    process.uses_nccl = lambda: True
+    process.distributed_c10d._abort_process_group = lambda: time.sleep(1000)
+    atexit.register(time.sleep, 1000)  # called after what is registered later
+    with start("cpu"):
+        mark.write_text(str(time.time()))
+        raise ValueError("planted")
+
+
+def test_a_hanging_abort_does_not_hold_the_process(tmp_path: Path) -> None:
+    [rank] = start_ranks(fail_where_nothing_can_be_aborted, 1, tmp_path / "mark")
+    rank.join(60)
+    assert rank.exitcode == 1 and time.time() - float((tmp_path / "mark").read_text()) < 10
+
+
+def test_torchs_own_watchdog_speaks_after_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its variables are set where the user has not set them, under any of their names, and are taken back."""
+    for name, (older, _) in NCCL_DEFAULTS.items():
+        for each in (name, *older):
+            monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
+    limits = LimitsConfig(step=3000.0, grace=50.0)
+    with Watchdog(limits):
+        assert float(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > 2 * 3000
+        # torch waits 4 times as long after an asynchronous error, before it ends the process.
+        assert 4 * float(os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) / 1000 > 50
+        assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3" and os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+        assert "TORCH_FR_BUFFER_SIZE" not in os.environ
+    assert not set(NCCL_DEFAULTS) & set(os.environ)
+    known = b"".join(path.read_bytes() for path in Path(torch.__file__).parent.joinpath("lib").glob("libtorch_c*.so"))
+    if b"TORCH_NCCL_BLOCKING_WAIT" in known:  # a build with NCCL
+        for name in NCCL_DEFAULTS:
+            assert name.encode() in known, f"torch {torch.__version__} does not read {name}"
