@@ -14,7 +14,6 @@ import torch.distributed as dist
 from bigvision.errors import UserError
 from bigvision.runtime.environment import LOOPBACK, Identity
 
-
 BACKLOG = 2048
 """Connections that may wait to be accepted: all ranks come at once."""
 
@@ -78,8 +77,8 @@ def _listen(identity: Identity) -> int:
         address = public_address(identity)
         where = f"{address or 'every address of this host'} port {identity.port}"
         print(
-            f"warning: the ranks meet at {identity.address}: the store listens on {where}, which is open to the network: whoever "
-            "reaches it can disturb the run (docs/launching.md, Safety)",
+            f"warning: the ranks meet at {identity.address}: the store listens on {where}, which is open to the network: "
+            "whoever reaches it can disturb the run (docs/launching.md, Safety)",
             file=sys.stderr,
         )
     try:

@@ -55,6 +55,14 @@ def fail() -> None:
     raise ValueError("planted in one rank")
 
 
+def fail_and_block() -> None:
+    """Fail, and then wait for the others while cleaning up, as NCCL does when its communicators are destroyed."""
+    from bigvision.runtime import process
+
+    process.dist.destroy_process_group = sleep_for_ever
+    fail()
+
+
 def hold_the_interpreter() -> None:
     """Native code that never releases the interpreter lock."""
     import ctypes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import json
 import os
 import time
 from datetime import timedelta
@@ -14,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from bigvision.config import LimitsConfig
-from bigvision.errors import UserError
-from bigvision.runtime import Watchdog, process, start
+from bigvision.errors import Exit, UserError
+from bigvision.runtime import Identity, Watchdog, process, start
 from bigvision.runtime.watchdog import NCCL_DEFAULTS
 from tests.distributed import run_ranks, start_ranks
 
@@ -124,3 +126,18 @@ def test_torchs_own_watchdog_speaks_after_ours(monkeypatch: pytest.MonkeyPatch) 
     if b"TORCH_NCCL_BLOCKING_WAIT" in known:  # a build with NCCL
         for name in NCCL_DEFAULTS:
             assert name.encode() in known, f"torch {torch.__version__} does not read {name}"
+
+
+def test_the_trace_of_nccl_is_written_beside_the_stacks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where a limit has run out; torch's flight recorder is asked also where there is no device, and has nothing then."""
+    watch = Watchdog(LimitsConfig(), tmp_path / "stacks")
+    watch.identity, watch.beats = Identity(3, 4, 3, 4, "slurm"), None
+    for code, files in ((Exit.FAULT, set()), (Exit.HUNG, {"rank-3.txt", "nccl-3.json"})):
+        with mock.patch.object(process, "uses_nccl", lambda: True), mock.patch.object(os, "_exit") as ended:
+            watch._end("the words", code)
+        faulthandler.cancel_dump_traceback_later()
+        assert {path.name for path in tmp_path.glob("stacks/*")} == files
+        ended.assert_called_once_with(code)
+    assert "pg_config" in json.loads((tmp_path / "stacks" / "nccl-3.json").read_text())
+    assert process.nccl_trace() == b"", "without NCCL"
+    assert capfd.readouterr().err.count("error: rank 3: the words") == 2

@@ -205,6 +205,20 @@ def test_ranks_that_block_end_after_a_fault(
 
 
 @pytest.mark.long
+def test_a_rank_that_blocks_after_its_own_error_ends_too(tmp_path: Path) -> None:
+    plain = recipe(tmp_path / "out", limits={"grace": GRACE}, train={"steps": 20, "micro_batch": 4})
+    ended = run_and_hang(tmp_path, plain, "step", hangs.fail_and_block, 2, 3, hangs.wait_in_the_driver)
+    try:
+        ended.processes[2].join(2 * GRACE)
+        assert [process.exitcode for process in ended.processes] == [1, 1, 1], ended.said
+        assert "Traceback" in ended.said[2] and "raise ValueError" in ended.said[2]
+        words = "rank 2 failed: ValueError: planted in one rank; it had not cleaned up 4 s later"
+        assert ended.errors[2].startswith(f"error: rank 2: {words}"), ended.errors
+    finally:
+        clean_up(ended.processes)
+
+
+@pytest.mark.long
 def test_a_store_that_refuses_connections_tells_other_hosts(tmp_path: Path) -> None:
     """Nobody can look at rank 0, which is killed; a peer on another host than the store's is only silent."""
     plain = recipe(tmp_path / "out", limits={"grace": GRACE, "step": 30.0}, train={"steps": 20, "micro_batch": 4})
