@@ -82,6 +82,7 @@ def at(place: str, act: Callable[[], None], mark: Path, delay: float = 0.0) -> N
     from bigvision.checkpoint import background
     from bigvision.data import loader
     from bigvision.engine.engine import TrainingEngine
+    from bigvision.monitor import Monitor
     from bigvision.training import build
 
     homes: dict[str, tuple[Any, str, int]] = {
@@ -91,6 +92,7 @@ def at(place: str, act: Callable[[], None], mark: Path, delay: float = 0.0) -> N
         "evaluate": (TrainingEngine, "eval_step", 2),
         "save": (background.Saver, "save", 1),
         "commit": (background, "commit", 1),
+        "end": (Monitor, "farewell", 1),
     }
     home, name, number = homes[place]
     before, calls = getattr(home, name), 0

@@ -204,6 +204,17 @@ def test_ranks_that_block_end_after_a_fault(
         clean_up(ended.processes)
 
 
+def test_ranks_that_leave_in_order_are_no_fault(tmp_path: Path) -> None:
+    """Rank 1 is busy with something of its own when the others, and the store with them, have been gone for long."""
+    plain = recipe(tmp_path / "out", limits={"grace": 1.0}, train={"steps": 3})
+    ended = run_and_hang(tmp_path, plain, "end", hangs.sleep_a_little, 1, 3)
+    try:
+        ended.processes[1].join(30)
+        assert [process.exitcode for process in ended.processes] == [0, 0, 0], ended.said
+    finally:
+        clean_up(ended.processes)
+
+
 @pytest.mark.long
 def test_a_rank_that_blocks_after_its_own_error_ends_too(tmp_path: Path) -> None:
     plain = recipe(tmp_path / "out", limits={"grace": GRACE}, train={"steps": 20, "micro_batch": 4})
