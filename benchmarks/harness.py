@@ -95,6 +95,7 @@ def compare(
     warmup: int = 5,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
+    after_round: Callable[[Report], bool] = lambda report: True,
 ) -> Report:
     """Measure *sides* against the one named *baseline*.
 
@@ -102,6 +103,7 @@ def compare(
         control: a second copy of the baseline, with its own memory; without one the baseline's own callable runs twice.
         calls: timed calls per side and round, after one that is not timed and brings the side's data back into the caches.
         warmup: calls of each side before anything is timed.
+        after_round: called with the report so far; False ends the measurement. Under several ranks all have to answer alike.
     """
     again = f"{baseline} (again)"
     runs = {baseline: sides[baseline], again: control or sides[baseline]}
@@ -112,6 +114,12 @@ def compare(
         for name in names:
             runs[name]()
     times: dict[str, list[float]] = {name: [] for name in names}
+
+    def report() -> Report:
+        slowest = {name: _slowest(values) for name, values in times.items()}
+        lines = [summarize(name, slowest[name], slowest[baseline]) for name in names]
+        return Report(question, baseline, lines, slowest, len(slowest[baseline]), calls, machine(torch.device(device)))
+
     collecting = gc.isenabled()
     try:
         for number in range(rounds):
@@ -119,12 +127,12 @@ def compare(
             gc.disable()  # a collection of garbage would be charged to whichever side it falls on
             for name in turn(names, number):
                 times[name].append(_time(runs[name], calls, torch.device(device), clock))
+            if not after_round(report()):
+                break
     finally:
         if collecting:
             gc.enable()
-    times = {name: _slowest(values) for name, values in times.items()}
-    lines = [summarize(name, times[name], times[baseline]) for name in names]
-    return Report(question, baseline, lines, times, rounds, calls, machine(torch.device(device)))
+    return report()
 
 
 def turn(names: Sequence[str], number: int) -> list[str]:

@@ -57,15 +57,28 @@ def batch(size: int, seed: int = 0, image_size: int = 32, classes: int = 10) -> 
     return images, torch.randint(0, classes, (size,), generator=draw)
 
 
-def hand_written(model: nn.Module, work: Work, device: torch.device) -> Step:
-    """A loop in plain PyTorch, for one rank."""
-    model.to(device)
+def hand_written(
+    model: nn.Module, work: Work, device: torch.device, compiled: Iterable[nn.Module] = (), channels_last: bool = False
+) -> Step:
+    """A loop in plain PyTorch, in `DistributedDataParallel` on several ranks.
+
+    Args:
+        compiled: the submodules that are compiled, each in place.
+        channels_last: put weights and images into that memory format.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(device).to(memory_format=layout)
     normalize, optimizer, rate = _normalizer(model, device), adamw(model, work), _rates(work)
     parameters = list(model.parameters())
+    for module in compiled:
+        module.compile()
+    forward: nn.Module = model
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        forward = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         with _autocast(work, device):
-            outputs = model(normalize(images))
+            outputs = forward(normalize(images.contiguous(memory_format=layout)))
         loss = F.cross_entropy(outputs.float(), labels)
         loss.backward()
         clip_grad_norm_(parameters, work.clip)
@@ -77,12 +90,16 @@ def hand_written(model: nn.Module, work: Work, device: torch.device) -> Step:
     return step
 
 
-def plain_fully_shard(model: nn.Module, units: Iterable[nn.Module], work: Work, device: torch.device) -> Step:
-    """``fully_shard`` on each unit and on the root, over all ranks, and the same loop."""
+def plain_fully_shard(
+    model: nn.Module, units: Iterable[nn.Module], work: Work, device: torch.device, compiled: bool = False
+) -> Step:
+    """``fully_shard`` on each unit and on the root, over all ranks, and the same loop; the units are *compiled* or not."""
     normalize = _normalizer(model, device)
     model.to(device)
     policy = MixedPrecisionPolicy(None if work.precision == "fp32" else torch.bfloat16, torch.float32)
     for unit in units:
+        if compiled:
+            unit.compile()
         fully_shard(unit, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     optimizer, rate = adamw(model, work), _rates(work)
@@ -110,9 +127,11 @@ def plain_deepspeed(model: nn.Module, settings: dict[str, Any], work: Work, devi
     told = {name: value for name, value in settings.items() if name != "timers"}
     wrapped: Any = deepspeed.initialize(model=model, optimizer=adamw(model, work), config=told, dist_init_required=False)
     engine = wrapped[0]
+    # Its weights are in the compute type, and it leaves the inputs as they are.
+    dtype = torch.bfloat16 if work.precision == "bf16" else torch.float32
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(engine(normalize(images)).float(), labels)
+        loss = F.cross_entropy(engine(normalize(images).to(dtype)).float(), labels)
         engine.backward(loss)
         _set_rate(engine.optimizer, rate())
         engine.step()
