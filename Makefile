@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python >= 3.11 and nothing else: they create .venv and install into it.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all lint format bench clean
+.PHONY: help install train test test-all lint format bench gpu clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -59,6 +59,13 @@ bench: $(STAMP)  ## measure the training step beside its peers, on one rank and 
 	$(TORCHRUN) -m benchmarks.checkpoint_time $(ARGS)
 	$(BIN)/python -m benchmarks.data_time $(ARGS)
 	$(BIN)/python -m benchmarks.import_time
+	$(BIN)/python -m benchmarks.optimizer_time
+
+# ARGS goes to the tests. One part of the benchmark alone: .venv/bin/python -m benchmarks.gpu --part resnet_50
+gpu: $(STAMP)  ## on a machine with GPUs: the tests of CUDA (minutes), then training steps beside other loops (half an hour)
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "error: torch sees no CUDA device")'
+	$(BIN)/python -m pytest tests/cuda $(ARGS)
+	$(BIN)/python -m benchmarks.gpu
 
 clean:  ## remove .venv and caches; checkpoints stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -45,7 +45,7 @@ class Model:
     name: str
     batch: int
     tiny: str = "vit_tiny_patch16_224"
-    tiny_options: dict[str, Any] = field(default_factory=lambda: {"patch_size": 8, "depth": 3, "embed_dim": 48, "num_heads": 3})
+    tiny_options: dict[str, Any] = field(default_factory=lambda: {"patch_size": 8, "depth": 6, "embed_dim": 48, "num_heads": 3})
     drop_path: float = 0.0
     block: str = "Block"
     """The class that Accelerate wraps on several ranks."""
@@ -112,7 +112,7 @@ class Bench:
         if side.kind == "bigvision":
             return self.ours(side)
         model = self.fresh()
-        paths = [block.path for block in find_blocks(model)]
+        paths = [block.path for block in find_blocks(model, self.side)]
         units = [model.get_submodule(path) for path in paths]
         if side.kind == "hand-written":
             return hand_written(model, work, self.device, units if side.compiled else (), side.channels_last)
