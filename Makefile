@@ -66,6 +66,7 @@ gpu: $(STAMP)  ## on a machine with GPUs: the tests of CUDA (minutes), then trai
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "error: torch sees no CUDA device")'
 	$(BIN)/python -m pytest tests/cuda $(ARGS)
 	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.optimizer_time --device cuda
 
 clean:  ## remove .venv and caches; checkpoints stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -24,7 +24,7 @@ from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import Step, Work, accelerate_loop, hand_written, plain_deepspeed, plain_fully_shard
-from benchmarks.step_time import fresh
+from benchmarks.step_time import fresh, mean_over_ranks
 from bigvision import config as schema
 from bigvision.config import Config, load_config
 from bigvision.data import Batch
@@ -34,8 +34,8 @@ from bigvision.runtime import Runtime
 from bigvision.training.build import build_model
 
 CLASSES = 10
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bf16 operations per second, by a part of the device's name."""
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 operations per second, by a part of the device's name; the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,17 @@ class Side:
     precision: str = "bf16"
     compiled: bool = False
     channels_last: bool = False
-    deterministic: bool = False
     bound: float | None = None
     """The most that its time over the baseline's should be."""
 
     @property
     def name(self) -> str:
-        words = {
-            "amp_bf16": self.precision == "amp_bf16", "compiled": self.compiled, "channels_last": self.channels_last,
-            "deterministic": self.deterministic,
-        }  # fmt: skip
+        words = {"amp_bf16": self.precision == "amp_bf16", "compiled": self.compiled, "channels_last": self.channels_last}
         return ", ".join([f"{self.kind} {self.strategy}".strip(), *(word for word, holds in words.items() if holds)])
 
     @property
     def missing(self) -> str:
         """Why it cannot be measured here, or nothing."""
-        if self.deterministic and "deterministic" not in get_type_hints(schema.TrainConfig):
-            return "this version has no train.deterministic"
         if self.precision not in get_args(get_type_hints(schema.ParallelConfig)["precision"]):
             return f"this version has no parallel.precision {self.precision}"
         return ""
@@ -100,7 +94,7 @@ class Bench:
         self.batch = batch or (4 if self.dry else model.batch)
         self.side = 32 if self.dry else 224
         self.name, self.options = (model.tiny, model.tiny_options) if self.dry else (model.name, {})
-        draw = torch.Generator().manual_seed(runtime.rank)
+        draw = torch.Generator().manual_seed(runtime.data_rank)
         images = torch.randint(0, 256, (self.batch, 3, self.side, self.side), dtype=torch.uint8, generator=draw)
         labels = torch.randint(0, CLASSES, (self.batch,), generator=draw)
         self.data = images.to(self.device), labels.to(self.device)
@@ -147,8 +141,7 @@ class Bench:
                     "strategy": side.strategy, "precision": side.precision, "compile": side.compiled,
                     "device": self.device.type,
                 },
-                "train": {"global_batch": self.batch * self.runtime.data_ranks}
-                | ({"deterministic": True} if side.deterministic else {}),
+                "train": {"global_batch": self.batch * self.runtime.data_ranks},
             }
         )  # fmt: skip
 
@@ -216,7 +209,7 @@ def start_side(bench: Bench, side: Side) -> tuple[Stopwatch, dict[str, Any]]:
     watch = Stopwatch(bench.build(side), bench)
     bench.finish()
     built = time.perf_counter()
-    loss = float(watch())
+    loss = mean_over_ranks(watch(), bench.runtime)
     bench.finish()
     facts: dict[str, Any] = {
         "build": built - begin,

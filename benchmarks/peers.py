@@ -181,8 +181,8 @@ def _normalizer(model: nn.Module, device: torch.device) -> Callable[[Tensor], Te
 
 
 def adamw(model: nn.Module, work: Work) -> AdamW:
-    timm_model: Any = model
-    groups = param_groups_weight_decay(model, work.weight_decay, no_weight_decay_list=timm_model.no_weight_decay())
+    exempt: Any = getattr(model, "no_weight_decay", set)
+    groups = param_groups_weight_decay(model, work.weight_decay, no_weight_decay_list=exempt())
     return AdamW(groups, lr=work.lr, betas=work.betas, fused=work.fused, foreach=not work.fused)
 
 

@@ -38,9 +38,14 @@ def device() -> str:
     return "cpu" if on_cpu() else "cuda"
 
 
+def parallel(strategy: str = "ddp", precision: str = "fp32", **more: Any) -> dict[str, Any]:
+    """The section `parallel` on the device under test; eager, since compiling takes longer than all else of a small run."""
+    return {"strategy": strategy, "precision": precision, "device": device(), "compile": False, **more}
+
+
 def plain(out: Path, model: str = "vit", **sections: dict[str, Any]) -> dict[str, Any]:
     """:func:`tests.recipes.recipe` on the device under test."""
-    return recipe(out, model, **sections | {"parallel": {"device": device()} | sections.get("parallel", {})})
+    return recipe(out, model, **sections | {"parallel": parallel(**sections.get("parallel", {}))})
 
 
 def installed(strategy: str) -> bool:

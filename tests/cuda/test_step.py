@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.cuda.jobs import job
-from tests.cuda.runs import DATA_PARALLEL, compiler, device, on_cpu, plain, synchronize
+from tests.cuda.runs import DATA_PARALLEL, compiler, on_cpu, parallel, plain, synchronize
 from tests.recipes import MODELS, run
 from tests.training.test_resume import digests
 
@@ -102,7 +102,7 @@ def layouts(folder: Path, strategy: str) -> dict[str, float]:
         seen.clear()
         with bigvision.Engine(
             model=name, num_classes=10, image_size=64, steps=1, global_batch=4, out=str(folder / name),
-            parallel={"strategy": strategy, "device": device(), "precision": "bf16"},
+            parallel=parallel(strategy, "bf16"),
         ) as engine:  # fmt: skip
             engine.train_step(*batch(4, 64))
         found[name] = sum(seen) / len(seen)
@@ -126,15 +126,15 @@ def own_channels_last(folder: Path, strategy: str) -> dict[str, Any]:
 
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=10).to(memory_format=torch.channels_last)
-    parallel = {"strategy": strategy, "device": device(), "precision": "fp32"}
-    with bigvision.Engine(model=model, image_size=64, steps=2, global_batch=4, parallel=parallel) as engine:
+    chosen = parallel(strategy)
+    with bigvision.Engine(model=model, image_size=64, steps=2, global_batch=4, parallel=chosen) as engine:
         saved = load_file(engine.save(folder / "own") / "model.safetensors")
         losses = [float(engine.train_step(*batch(4, 64)).loss) for _ in range(2)]
     expected = {name: tensor for name, tensor in model.state_dict().items() if name in saved}
     differ = [name for name, tensor in expected.items() if not torch.equal(saved[name], tensor)]
     contiguous = timm.create_model("resnet18", num_classes=10)
     contiguous.load_state_dict(model.state_dict())
-    with bigvision.Engine(model=contiguous, image_size=64, steps=2, global_batch=4, parallel=parallel) as engine:
+    with bigvision.Engine(model=contiguous, image_size=64, steps=2, global_batch=4, parallel=chosen) as engine:
         others = [float(engine.train_step(*batch(4, 64)).loss) for _ in range(2)]
     return {"differ": differ, "tensors": len(expected), "losses": losses, "others": others}
 

@@ -89,8 +89,7 @@ def test_several_ranks_have_the_losses_of_one(
 ) -> None:
     apart = difference(results(several, name, precision), results(alone))
     figure(f"{name} {precision} on {LAYOUTS[name][0]} devices: losses differ from the CPU's by at most {apart:.1e}")
-    bound = NEAR[precision]
-    assert apart < (bound["vit"] if isinstance(bound, dict) else bound)
+    assert apart < NEAR[precision]
 
 
 def survivors(folder: Path, name: str) -> dict[str, Any]:
