@@ -230,6 +230,12 @@ def start_side(bench: Bench, side: Side) -> tuple[Stopwatch, dict[str, Any]]:
     return watch, facts
 
 
+def warm_compiler(device: torch.device) -> None:
+    """Compile something small: a process's first compilation also starts what the compiler is made of."""
+    small = torch.ones(64, 64, device=device, requires_grad=True)
+    torch.compile(lambda x: (x.sin() @ x).relu())(small).sum().backward()
+
+
 def allocated(bench: Bench) -> int:
     """Bytes on the device."""
     return 0 if bench.dry else torch.cuda.memory_allocated()

@@ -29,7 +29,7 @@ LIMIT = 600.0 if os.environ.get("BIGVISION_CUDA_TESTS_ON") == "cpu" else 200.0
 """Seconds after which a job is ended."""
 LOG = "output.txt"
 """What a job and its children print, in its folder."""
-AT_ONCE = 4 if (os.cpu_count() or 1) >= 8 else 2
+AT_ONCE = max(2, min(6, (os.cpu_count() or 1) // 2))
 """Jobs that share the device."""
 # Not forked from a process that has imported torch: whether an import has touched CUDA would then matter.
 CONTEXT = multiprocessing.get_context("spawn")
@@ -44,7 +44,7 @@ class Job:
     seconds: float = 20.0
     """About how long it takes on a GPU: long ones start first."""
     alone: bool = False
-    """Whether it measures time or memory, and so has to wait until no other job runs."""
+    """Whether it measures time, and so has to wait until no other job runs."""
 
     @property
     def key(self) -> str:

@@ -256,9 +256,7 @@ def allow(size: float) -> None:
     register_module_forward_pre_hook(before)
 
 
-@pytest.mark.parametrize(
-    "strategy", [pytest.param(s, marks=[job(without_memory, s, alone=True), *marks_of(s)]) for s in ("fsdp", "zero3")]
-)
+@pytest.mark.parametrize("strategy", [pytest.param(s, marks=[job(without_memory, s), *marks_of(s)]) for s in ("fsdp", "zero3")])
 def test_a_lack_of_memory_halves_the_micro_batch(results: Callable[..., Any], strategy: str) -> None:
     found = results(without_memory, strategy)
     assert "out of memory" in found["error"] and "train.micro_batch 32 instead of 64" in found["error"], found

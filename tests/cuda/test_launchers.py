@@ -65,7 +65,7 @@ KINDS = [
     *(
         pytest.param(f"deepspeed+{file}", marks=[job(launched, f"deepspeed+{file}", seconds=40), *marks_of("zero2"), *more])
         for file, more in (
-            ("zero1", []), ("zero2", []), ("zero3", []), ("zero2_bf16", []), ("zero3_fp16", []), ("zero2_offload", [compiler()])
+            ("zero2", []), ("zero3", []), ("zero3_fp16", []), ("zero2_offload", [compiler()])
         )
     ),
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from tests.recipes import MODELS, losses, recipe, run
 NAMES = ("vit", "convnext", "resnet")
 PRECISIONS = ("fp32", "bf16", "fp16")
 NEAR = {"fp32": 1e-4, "bf16": 3e-3, "amp_bf16": 3e-3, "fp16": 3e-4}
-"""By how much a loss may differ from the CPU's fp32 one, relative. A rate that is a tenth too large changes a loss by 1.4e-3."""
+"""By how much a loss may differ from the CPU's fp32 one, relative. A rate that is a tenth too large makes 1.4e-3."""
 STEPS = 20
 
 
