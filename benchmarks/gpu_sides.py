@@ -6,8 +6,10 @@ A side is named by what it is made of: "hand-written, compiled", "bigvision fsdp
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -203,7 +205,8 @@ def start_side(bench: Bench, side: Side) -> tuple[Stopwatch, dict[str, Any]]:
     """Build a side and take its first steps; returns it and what was measured of that."""
     # No side finds what another has compiled.
     torch._dynamo.reset()
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="inductor-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     before = allocated(bench)
     begin = time.perf_counter()
     watch = Stopwatch(bench.build(side), bench)
