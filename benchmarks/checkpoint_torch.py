@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from benchmarks.resources import Act
-from bigvision.engine.native import NativeEngine
+from bigvision.engine.engine import TrainingEngine
 from bigvision.engine.zero import ZeroEngine
 from bigvision.runtime import Runtime
 
@@ -47,17 +47,17 @@ class Side:
     """By name: each reads the files, to nowhere."""
 
 
-def held(engine: NativeEngine | ZeroEngine) -> list[Tensor]:
+def held(engine: TrainingEngine | ZeroEngine) -> list[Tensor]:
     """This rank's fragments, as they are now: a peer's load may put others in the place of the optimizer's."""
     return [fragment.values for fragment in engine.fragments()]
 
 
-def torch_full(runtime: Runtime, engine: NativeEngine) -> Side:
+def torch_full(runtime: Runtime, engine: TrainingEngine) -> Side:
     """The whole state gathered on rank 0, in one file."""
 
     def save(folder: Path) -> None:
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer = get_state_dict(engine.module, engine.optimizer, options=whole)
+        model, optimizer = get_state_dict(engine.module, engine.stepper.optimizer, options=whole)
         if runtime.is_main:
             torch.save({"model": model, "optimizer": optimizer}, folder / "state.pt")
 
@@ -68,39 +68,39 @@ def torch_full(runtime: Runtime, engine: NativeEngine) -> Side:
         )
         sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(engine.module, state["model"], options=sent)
-        set_optimizer_state_dict(engine.module, engine.optimizer, state["optimizer"], options=sent)
+        set_optimizer_state_dict(engine.module, engine.stepper.optimizer, state["optimizer"], options=sent)
 
     return Side("torch.save on rank 0", save, lambda: held(engine), {"torch.load on rank 0": load})
 
 
-def torch_ranks(runtime: Runtime, engine: NativeEngine) -> Side:
+def torch_ranks(runtime: Runtime, engine: TrainingEngine) -> Side:
     """Each rank's shards in a file of its own."""
 
     def save(folder: Path) -> None:
-        state = {"model": engine.module.state_dict(), "optimizer": engine.optimizer.state_dict()}
+        state = {"model": engine.module.state_dict(), "optimizer": engine.stepper.optimizer.state_dict()}
         torch.save(state, folder / f"rank{runtime.rank}.pt")
 
     def load(folder: Path) -> None:
         # Not mapped: the optimizer would take the mapping for its state, and read it at its next step.
         state = torch.load(folder / f"rank{runtime.rank}.pt", weights_only=True)
         engine.module.load_state_dict(state["model"])
-        engine.optimizer.load_state_dict(state["optimizer"])
+        engine.stepper.optimizer.load_state_dict(state["optimizer"])
 
     return Side("torch.save per rank", save, lambda: held(engine), {"torch.load per rank": load})
 
 
-def distributed(runtime: Runtime, engine: NativeEngine) -> Side:
+def distributed(runtime: Runtime, engine: TrainingEngine) -> Side:
     """``torch.distributed.checkpoint`` with its default ``FileSystemWriter``, which brings its files to the disk."""
 
     def state() -> dict[str, Any]:
-        model, optimizer = get_state_dict(engine.module, engine.optimizer)
+        model, optimizer = get_state_dict(engine.module, engine.stepper.optimizer)
         return {"model": model, "optimizer": optimizer}
 
     def load(folder: Path) -> None:
         found = state()
         dcp.load(found, checkpoint_id=folder)
         set_state_dict(
-            engine.module, engine.optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
+            engine.module, engine.stepper.optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
         )  # fmt: skip
 
     return Side(
@@ -111,13 +111,13 @@ def distributed(runtime: Runtime, engine: NativeEngine) -> Side:
     )
 
 
-def distributed_safetensors(runtime: Runtime, engine: NativeEngine) -> Side:
+def distributed_safetensors(runtime: Runtime, engine: TrainingEngine) -> Side:
     """``torch.distributed.checkpoint`` into a safetensors file per rank."""
 
     def state() -> dict[str, Any]:
         model = get_model_state_dict(engine.module)
         flat = StateDictOptions(flatten_optimizer_state_dict=True)
-        optimizer = get_optimizer_state_dict(engine.module, engine.optimizer, options=flat)
+        optimizer = get_optimizer_state_dict(engine.module, engine.stepper.optimizer, options=flat)
         values = {f"model.{name}": value for name, value in model.items()}
         values |= {f"optimizer.{name}": value for name, value in optimizer.items()}
         # Live shards, so that what is loaded into them is loaded.
@@ -133,7 +133,7 @@ def distributed_safetensors(runtime: Runtime, engine: NativeEngine) -> Side:
     return Side(name, save, lambda: held(engine), {name: load})
 
 
-SIDES: dict[str, Callable[[Runtime, NativeEngine], Side]] = {
+SIDES: dict[str, Callable[[Runtime, TrainingEngine], Side]] = {
     "full": torch_full,
     "ranks": torch_ranks,
     "dcp": distributed,

@@ -56,7 +56,7 @@ def measure(asked: argparse.Namespace, runtime: Runtime, schedule: str, count: i
 
     def step() -> None:
         engine._passes(whole, 1.0 / len(whole))
-        engine.optimizer.zero_grad(set_to_none=True)
+        engine.stepper.optimizer.zero_grad(set_to_none=True)
 
     alone = passes_alone(engine, whole, count)
     most = peak_activations(engine, step)
@@ -110,7 +110,7 @@ def passes_alone(engine: PipelineEngine, whole: Batch, count: int) -> Callable[[
                     engine._loss(outputs, targets).backward()
                 else:
                     torch.autograd.backward(outputs, [torch.ones_like(sent) for sent in outputs])
-        engine.optimizer.zero_grad(set_to_none=True)
+        engine.stepper.optimizer.zero_grad(set_to_none=True)
 
     return run
 

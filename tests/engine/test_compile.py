@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from bigvision.engine.prepare import wrap_blocks
 from timm.layers import DropPath
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
@@ -25,7 +26,6 @@ from bigvision.data import Batch
 from bigvision.engine import check_engine
 from bigvision.engine import compile as engine_compile
 from bigvision.engine.compile import compile_blocks, decide, kinds, why_not
-from bigvision.engine.prepare import wrap_blocks
 from bigvision.errors import UserError
 from bigvision.models import find_blocks
 from bigvision.runtime import start

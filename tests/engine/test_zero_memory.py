@@ -60,7 +60,9 @@ def measure(plain: dict[str, Any], warm: bool) -> None:
         nothing += engine._buffer.untyped_storage().nbytes()  # the images that the next ones take the place of: no state
 
         # The moment at which all gradients of a step are there: DeepSpeed's stage 1 frees those of other ranks soon after.
-        owner, name = (engine.stepper.deepspeed, "allreduce_gradients") if strategy.startswith("zero") else (engine.stepper, "update")
+        owner, name = (
+            (engine.stepper.deepspeed, "allreduce_gradients") if strategy.startswith("zero") else (engine.stepper, "update")
+        )
         after_backward = getattr(owner, name)
 
         def watched(*args: Any, **more: Any) -> Any:
@@ -80,7 +82,7 @@ def measure(plain: dict[str, Any], warm: bool) -> None:
         found["peak"] = resident("VmHWM") - empty
         found["at_rest"] = held(engine.module) - nothing
         whole = {f.name: math.prod(f.shape) for f in engine.fragments() if f.group == "model"}
-        inner = engine.stepper.inner if strategy.startswith("zero") else engine.stepper.optimizer
+        inner = engine.stepper.inner if zero else engine.stepper.optimizer
         found["groups"] = [sum(whole[name] for name in group["names"]) for group in inner.param_groups]
         found["parameters"] = list(whole.values())
         if strategy in ("zero1", "zero2"):
