@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from bigvision.engine.prepare import wrap_blocks
 from timm.layers import DropPath
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
@@ -26,6 +25,7 @@ from bigvision.data import Batch
 from bigvision.engine import check_engine
 from bigvision.engine import compile as engine_compile
 from bigvision.engine.compile import compile_blocks, decide, kinds, why_not
+from bigvision.engine.parallelize import wrap_blocks
 from bigvision.errors import UserError
 from bigvision.models import find_blocks
 from bigvision.runtime import start
@@ -74,7 +74,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_equal_blocks_with_different_drop_rates_share_one_graph(graphs: Counting, recompute: bool) -> None:
     model = vit(drop_path=0.2)
-    wrap_blocks(blocks_of(model), recompute, True, CPU)
+    config = load_config({"parallel": {"compile": True, "recompute": "blocks" if recompute else "none"}})
+    wrap_blocks(blocks_of(model), config, CPU)
     for training, size, expected in ((True, 4, 1), (True, 4, 1), (False, 4, 2), (True, 3, 3), (False, 3, 4), (False, 4, 4)):
         model.train(training)
         with torch.set_grad_enabled(training):

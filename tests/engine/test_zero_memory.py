@@ -60,9 +60,8 @@ def measure(plain: dict[str, Any], warm: bool) -> None:
         nothing += engine._buffer.untyped_storage().nbytes()  # the images that the next ones take the place of: no state
 
         # The moment at which all gradients of a step are there: DeepSpeed's stage 1 frees those of other ranks soon after.
-        owner, name = (
-            (engine.stepper.deepspeed, "allreduce_gradients") if strategy.startswith("zero") else (engine.stepper, "update")
-        )
+        zero = strategy.startswith("zero")
+        owner, name = (engine.stepper.deepspeed, "allreduce_gradients") if zero else (engine.stepper, "update")
         after_backward = getattr(owner, name)
 
         def watched(*args: Any, **more: Any) -> Any:

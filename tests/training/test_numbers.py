@@ -10,9 +10,9 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from bigvision.engine.native import NativeEngine
 from safetensors.torch import load_file
 
+from bigvision.engine.engine import TrainingEngine
 from bigvision.engine.zero import ZeroEngine
 from tests.distributed import run_ranks
 from tests.recipes import lines, losses, recipe
@@ -173,13 +173,13 @@ def run_half(plain: dict[str, Any], scale: float, kind: str, steps: list[int]) -
         def built(self: Any, *args: Any) -> None:
             build(self, *args)
             if isinstance(self, ZeroEngine):
-                self._scaler().cur_scale = scale
+                self.stepper._scaler().cur_scale = scale
             else:
-                self.scale.value = scale
+                self.stepper.scale.scale.fill_(scale)
 
         return patch.object(engine, attribute, built)
 
-    with scaled(NativeEngine, "_build"), scaled(ZeroEngine, "_build"):
+    with scaled(TrainingEngine, "_build"), scaled(ZeroEngine, "_build"):
         return run_planted(plain, kind, steps)[1]
 
 

@@ -117,7 +117,7 @@ def test_a_signal_anywhere_saves_and_ends_all_ranks(
     assert ended(train_and_signal, 3, path, place, count, rank, number) == [Exit.STOPPED] * 3
     # Training may be further when a save in the background begins.
     stopped_at = checkpoint.steps_in(out)[0]
-    assert stopped_at == step or (place == "save" and stopped_at >= step)
+    assert step <= stopped_at <= step + 3 or (place == "save" and stopped_at >= step), "within three further steps"
     assert run_checkpoint(["verify", str(out)]) == 0
     assert ended(train, 3, path) == [0, 0, 0]
     same_end(out, whole)
