@@ -167,7 +167,8 @@ def test_an_error_on_one_rank_is_told_by_all(victim: int, tmp_path: Path) -> Non
         clean_up(ended.processes)
 
 
-GRACE = 4.0
+GRACE = 6.0
+"""Half of it is the margin of a busy machine."""
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_a_rank_that_blocks_after_its_own_error_ends_too(tmp_path: Path) -> None
         ended.processes[2].join(2 * GRACE)
         assert [process.exitcode for process in ended.processes] == [1, 1, 1], ended.said
         assert "Traceback" in ended.said[2] and "raise ValueError" in ended.said[2]
-        words = "rank 2 failed: ValueError: planted in one rank; it had not cleaned up 4 s later"
+        words = f"rank 2 failed: ValueError: planted in one rank; it had not cleaned up {GRACE:g} s later"
         assert ended.errors[2].startswith(f"error: rank 2: {words}"), ended.errors
     finally:
         clean_up(ended.processes)
