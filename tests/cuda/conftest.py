@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,11 @@ def _skipped(item: pytest.Item) -> bool:
     return bool(marks)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if (jobs := session.config.stash.get(JOBS, None)) is not None:
         jobs.close()
+        if exitstatus == 0:  # else the runs are there to look at
+            shutil.rmtree(jobs.folder, ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
