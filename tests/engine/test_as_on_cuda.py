@@ -1,0 +1,113 @@
+"""What CUDA does and the CPU hides: autocast's answers, steps that do not wait for the device, and what they exchange."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.distributed import run_ranks
+from tests.recipes import recipe, run
+
+LONG = pytest.mark.long
+
+
+def run_as_on_cuda(plain: dict[str, Any]) -> list[float]:
+    """Train where ``torch.is_autocast_enabled()``, asked for no device, answers for the device that computes."""
+    answer = torch.is_autocast_enabled
+    with patch.object(torch, "is_autocast_enabled", lambda device="cpu": answer(device)):
+        return run(plain)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [
+        ("zero2", "bf16"), ("zero3", "fp16"),
+        *(pytest.param(f"zero{n}", kind, marks=LONG) for n in (1, 2, 3) for kind in ("bf16", "fp16", "amp_bf16")),
+    ],
+)  # fmt: skip
+def test_deepspeed_is_not_entered_under_autocast(tmp_path: Path, strategy: str, precision: str) -> None:
+    """DeepSpeed switches off an autocast under which it is entered, which on CUDA it notices."""
+    short: dict[str, Any] = {"train": {"steps": 3, "micro_batch": 6}}
+    reference = run_ranks(run, 2, recipe(tmp_path / "fsdp", parallel={"strategy": "fsdp", "precision": precision}, **short))[0]
+    plain = recipe(tmp_path / strategy, parallel={"strategy": strategy, "precision": precision}, **short)
+    losses = run_ranks(run_as_on_cuda, 2, plain)[0]
+    assert losses == pytest.approx(reference, rel=2e-2) and all(map(math.isfinite, losses))
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations that wait for a device, and collectives by name and type."""
+
+    WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.sent: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, name = func.name().split("::")
+        name = name.partition(".")[0]
+        if space == "aten" and name in self.WAITS:
+            self.waits[name] += 1
+        if space == "c10d":
+            tensor = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
+            self.sent[name, str(tensor.dtype if tensor is not None else None)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def watch_steps(plain: dict[str, Any], first: int, steps: int) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """Train; return what *steps* steps in a row, from *first* on, wait for and send, with all that is between them."""
+    from bigvision.engine.engine import TrainingEngine
+
+    train_step, watch = TrainingEngine.train_step, Watch()
+
+    def watched(self: Any, batch: Any) -> Any:
+        if self.step == first:
+            watch.__enter__()
+        if self.step == first + steps:
+            watch.__exit__(None, None, None)
+        return train_step(self, batch)
+
+    with patch.object(TrainingEngine, "train_step", watched):
+        run(plain)
+    return dict(watch.waits), dict(watch.sent)
+
+
+TRAFFIC = {"allreduce_", "_allgather_base_", "_reduce_scatter_base_", "allgather_into_tensor_coalesced_", "send", "recv_"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "more"),
+    [
+        ("ddp", 2, {}), ("fsdp", 3, {}), ("fsdp", 4, {"replicas": 2}), ("pipeline", 2, {}),
+        pytest.param("pipeline", 4, {"stages": 2}, marks=LONG), pytest.param("fsdp", 2, {"precision": "fp16"}, marks=LONG),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("model", ["vit", pytest.param("resnet", marks=LONG)])
+def test_a_step_does_not_wait(tmp_path: Path, model: str, strategy: str, ranks: int, more: dict[str, Any]) -> None:
+    train = {"steps": 9, "global_batch": 24, "micro_batch": 6}
+    plain = recipe(
+        tmp_path, model, train=train, parallel={"strategy": strategy, **more},
+        monitor={"progress": False, "every": 1000}, data={"augment": False},  # which draws on the CPU, in this process
+    )  # fmt: skip
+    for waits, sent in run_ranks(watch_steps, ranks, plain, 2, 5):
+        assert waits == {}
+        assert sent.pop(("allreduce_", "torch.float64")) == 5, "one decision for all ranks in each step"
+        labels = sum(sent.pop((name, "torch.int64"), 0) for name in ("broadcast_",))
+        assert labels == (5 if strategy == "pipeline" else 0)
+        assert all(name in TRAFFIC and kind in ("torch.float32", "torch.float16") for name, kind in sent), sent
+
+
+def test_the_watch_sees_a_wait() -> None:
+    with Watch() as watch:
+        bool(torch.ones(1).sum() > 0)
+    assert watch.waits
