@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import AdamW
 
 from benchmarks.harness import Side, compare
+from bigvision.engine.state import local_tensor
 from bigvision.runtime import Runtime, start
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,13 +80,13 @@ def local(count: int, elements: int, runtime: Runtime) -> Side:
         scattered(values(count, elements, runtime), runtime),
     )
     with torch.no_grad():
-        optimizer = step_of([tensor.to_local() for tensor in whole])
+        optimizer = step_of([local_tensor(tensor) for tensor in whole])
     parameters = optimizer.param_groups[0]["params"]
 
     @torch.no_grad()
     def step() -> None:
         for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient.to_local()
+            parameter.grad = local_tensor(gradient)
         optimizer.step()
 
     return step

@@ -11,7 +11,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class Spread:
     """Number of ranks that hold the same values of a gradient."""
     forward: Callable[[Tensor], Any]
     """What is called in a step: the module, or what is wrapped around it."""
-    unreduced: frozenset[str] = frozenset()
+    unreduced: list[str] = field(default_factory=list)
     """Names of the parameters whose gradients the backward pass does not average over the ranks."""
     around: Callable[[bool], AbstractContextManager[object]] = lambda last: nullcontext()
     """Surrounds each micro-batch; given whether it is the step's last."""
@@ -178,7 +178,7 @@ def replicate(module: nn.Module, parts: list[nn.Module], runtime: Runtime) -> Sp
         module, parts, lambda: module.state_dict(keep_vars=True), lambda tensor: (tensor.view(-1), 0, copies),
         lambda gradient: runtime.data_ranks, module,
     )  # fmt: skip
-    spread.unreduced = frozenset(spread.held()) if runtime.data_ranks > 1 else frozenset()
+    spread.unreduced = list(spread.held()) if runtime.data_ranks > 1 else []
     return spread
 
 
@@ -205,7 +205,7 @@ def overlap(spread: Spread, rehearse: Callable[[Callable[[Tensor], Any]], None],
     # this one a resumed run would sum its first step in another order than the run that it continues.
     rehearse(wrapped)
     module.zero_grad(set_to_none=True)
-    spread.forward, spread.unreduced = wrapped, frozenset()
+    spread.forward, spread.unreduced = wrapped, []
     spread.around = lambda last: nullcontext() if last else wrapped.no_sync()
 
 
@@ -222,7 +222,7 @@ def shard(
     norms = [m for part in parts for m in part.modules() if isinstance(m, BatchNorm)]
     whole = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
     whole |= {parameter for parameter in spread.held().values() if parameter.ndim == 0}
-    names = {name for name, parameter in spread.held().items() if parameter in whole}
+    names = [name for name, parameter in spread.held().items() if parameter in whole]
     mesh = runtime.mesh["replicate", "shard"] if parallel.replicas > 1 else runtime.mesh["shard"]
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -267,7 +267,7 @@ def shard(
 
     spread.locate, spread.around = locate, around
     spread.equal_gradients = lambda gradient: parallel.replicas if isinstance(gradient, DTensor) else runtime.data_ranks
-    spread.unreduced = frozenset(names)
+    spread.unreduced = names
     return spread
 
 

@@ -87,7 +87,7 @@ class PipelineEngine(TrainingEngine):
     def _passes(self, batch: Batch, factor: float) -> Tensor:
         self.passes = dict.fromkeys(self.stages, 0)
         self.loss_factor = factor * self.stepper.scale.factor
-        held = self.stepper.spread.held()
+        held = self.stepper.held
         whole, rest = divmod(len(batch), self.micro_batch)
         images = self._inputs(batch) if 0 in self.stages else None
         targets, begin = batch.targets(), 0
@@ -112,7 +112,7 @@ class PipelineEngine(TrainingEngine):
 
     def _taken_aside(self) -> dict[nn.Parameter, Tensor]:
         """The gradients so far: a schedule that runs for the first time forgets those of sharded stages."""
-        held = self.stepper.spread.held()
+        held = self.stepper.held
         found = {parameter: parameter.grad for parameter in held.values() if parameter.grad is not None}
         for parameter in found:
             parameter.grad = None

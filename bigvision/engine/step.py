@@ -48,7 +48,7 @@ class NativeStep:
         for part in spread.parts:
             allocate(part, runtime.device)
         settle_shards(spread)
-        held = spread.held()
+        self.held = held = spread.held()
         # Sharded tensors cost a fused step five times the host time of plain ones; an optimizer that takes norms of whole
         # tensors needs them all the same.
         whole = config.optim.name in WHOLE
@@ -88,7 +88,7 @@ class NativeStep:
         Returns:
             The numbers of a `Record`, on the device.
         """
-        unreduced = (p.grad for name, p in self.spread.held().items() if name in self.spread.unreduced)
+        unreduced = (self.held[name].grad for name in self.spread.unreduced)
         average([gradient for gradient in unreduced if gradient is not None], self.runtime)
         for tensor, parameter in self.local:
             tensor.grad = None if parameter.grad is None else local_tensor(parameter.grad)
@@ -137,7 +137,7 @@ class NativeStep:
     def _squared_norm(self) -> Tensor:
         """A part of the gradient's squared norm, float64 and 0-D; summed over all ranks it is the whole."""
         alike: dict[int, list[Tensor]] = {}
-        for parameter in self.spread.held().values():
+        for parameter in self.held.values():
             if parameter.grad is not None:
                 alike.setdefault(self.spread.equal_gradients(parameter.grad), []).append(local_tensor(parameter.grad))
         parts = [squared_norm(gradients, self.runtime.device) / ranks for ranks, gradients in alike.items()]
@@ -149,7 +149,7 @@ class NativeStep:
         return model_fragments(self.spread.tensors(), self.spread.locate)
 
     def optimizer_fragments(self) -> Iterator[Fragment]:
-        place = {name: self.spread.locate(parameter)[1:] for name, parameter in self.spread.held().items()}
+        place = {name: self.spread.locate(parameter)[1:] for name, parameter in self.held.items()}
         return optimizer_fragments(self.optimizer, self.shapes, place, self.absent)
 
     def copies(self) -> Iterator[Fragment]:

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -63,20 +63,7 @@ def compiler() -> pytest.MarkDecorator:
     return pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler: there is no c++ on PATH")
 
 
-def needs(section: str, key: str) -> pytest.MarkDecorator:
-    """A skip where this version's configuration lacks a key."""
-    return pytest.mark.skipif(not has(section, key), reason=f"this version has no {section} {key}")
-
-
 def synchronize() -> None:
     """Wait for the device."""
     if not on_cpu():
         torch.cuda.synchronize()
-
-
-def has(section: str, key: str, value: Any = None) -> bool:
-    """Whether this version's configuration has a key, and allows a value for it."""
-    from bigvision import config
-
-    kinds = get_type_hints(getattr(config, section))
-    return key in kinds and (value is None or value in get_args(kinds[key]))

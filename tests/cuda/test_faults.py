@@ -19,12 +19,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.cuda.jobs import job, start_process
-from tests.cuda.runs import STRATEGIES, installed, marks_of, needs, on_cpu, plain, synchronize
+from tests.cuda.runs import STRATEGIES, installed, marks_of, on_cpu, plain, synchronize
 from tests.recipes import lines, losses, recipe, run
 from tests.training.test_resume import digests
-
-DETERMINISTIC = needs("TrainConfig", "deterministic")
-
 
 # Killed without a chance to do anything, the run goes on from its last checkpoint.
 
@@ -117,7 +114,6 @@ def repeated(folder: Path, strategy: str, precision: str, deterministic: bool) -
 REPEATED = [("ddp", "fp32"), ("fsdp", "fp32"), ("zero2", "bf16")]
 
 
-@DETERMINISTIC
 @pytest.mark.parametrize(
     ("strategy", "precision"),
     [pytest.param(*case, marks=[job(repeated, *case, True), *marks_of(case[0])]) for case in REPEATED],

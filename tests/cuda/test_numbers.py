@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.cuda.jobs import job
-from tests.cuda.runs import DATA_PARALLEL, STRATEGIES, compiler, has, installed, marks_of, on_cpu, parallel, plain
+from tests.cuda.runs import DATA_PARALLEL, STRATEGIES, compiler, installed, marks_of, on_cpu, parallel, plain
 from tests.recipes import MODELS, losses, recipe, run
 
 NAMES = ("vit", "convnext", "resnet")
@@ -43,7 +43,7 @@ def reference(folder: Path) -> dict[str, list[float]]:
 def cases(folder: Path, strategy: str) -> dict[str, list[float] | str]:
     """The losses of every precision and model under *strategy*; of a case that failed its traceback."""
     found: dict[str, list[float] | str] = {}
-    for precision in (*PRECISIONS, *(["amp_bf16"] if has_amp() and strategy in DATA_PARALLEL else [])):
+    for precision in (*PRECISIONS, *(["amp_bf16"] if strategy in DATA_PARALLEL else [])):
         for model in NAMES:
             out = folder / f"{precision}-{model}"
             try:
@@ -51,10 +51,6 @@ def cases(folder: Path, strategy: str) -> dict[str, list[float] | str]:
             except Exception:
                 found[f"{precision} {model}"] = traceback.format_exc()
     return found
-
-
-def has_amp() -> bool:
-    return has("ParallelConfig", "precision", "amp_bf16")
 
 
 def difference(found: Any, expected: list[float]) -> float:
@@ -78,7 +74,6 @@ def test_losses_are_those_of_the_cpu(
     assert len(set(found)) > 15, "losses that all repeat the first would agree as well"
 
 
-@pytest.mark.skipif(not has_amp(), reason="this version has no parallel.precision amp_bf16")
 @pytest.mark.parametrize("model", NAMES)
 @pytest.mark.parametrize("strategy", [pytest.param(s, marks=job(cases, s, seconds=50)) for s in DATA_PARALLEL])
 @job(reference, seconds=60)
