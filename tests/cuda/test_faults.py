@@ -84,7 +84,6 @@ KILLED = [
             marks=[
                 job(killed, *case, seconds=40),
                 *marks_of(case[1]),
-                *([DETERMINISTIC] if case[3] else []),
             ],
         )
         for case in KILLED
