@@ -152,32 +152,35 @@ class PipelineEngine(TrainingEngine):
             yield
 
     def _measure(self, batch: Batch) -> Tensor:
-        """Forward passes alone: each stage takes all micro-batches, then the next."""
+        """Forward passes alone. In each turn every stage takes the micro-batch that its predecessor had in the turn before.
+
+        What is sent and received in a turn is one group: NCCL would run single transfers one after the other, and two ranks
+        with several stages each would wait for each other.
+        """
         last = self.plan.stages - 1
         totals = torch.zeros(len(self.task.metrics) + 1, dtype=torch.float64, device=self.runtime.device)
-        sending: list[tuple[dist.Work | None, Tensor]] = []
-        kept: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        arrived: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         parts = batch.split(self.micro_batch)
-        for number in sorted(self.stages):
-            for index, part in enumerate(parts):
-                if number == 0:
-                    received = (self._inputs(part),)
-                elif number - 1 in self.stages:
-                    received = kept.pop((number - 1, index))
-                else:
-                    received = self._empty(number - 1, len(part), training=False, device=self.runtime.device)
-                    for tensor in received:
-                        dist.recv(tensor, self._peer(number - 1), self.group)
+        for turn in range(len(parts) + last):
+            transfers: list[dist.P2POp] = []
+            # The last stage first, so that what arrives from a stage of this rank is of the turn before.
+            for number in sorted(self.stages, reverse=True):
+                if not 0 <= (index := turn - number) < len(parts):
+                    continue
+                received = arrived.pop((number, index)) if number else (self._inputs(parts[index]),)
                 outputs = self.stages[number](*received)
                 if number == last:
-                    totals += self._measured(outputs, part)
+                    totals += self._measured(outputs, parts[index])
                 elif number + 1 in self.stages:
-                    kept[number, index] = outputs
+                    arrived[number + 1, index] = outputs
                 else:
-                    to = self._peer(number + 1)
-                    sending += [(dist.isend(tensor, to, self.group), tensor) for tensor in outputs]
-        for work, _ in sending:
-            if work is not None:
+                    transfers += [dist.P2POp(dist.isend, t, self._peer(number + 1), self.group) for t in outputs]
+            for number in sorted(self.stages, reverse=True):
+                if number and number - 1 not in self.stages and 0 <= (index := turn - number + 1) < len(parts):
+                    tensors = self._empty(number - 1, len(parts[index]), training=False, device=self.runtime.device)
+                    arrived[number, index] = tensors
+                    transfers += [dist.P2POp(dist.irecv, t, self._peer(number - 1), self.group) for t in tensors]
+            for work in dist.batch_isend_irecv(transfers) if transfers else ():
                 work.wait()
         return totals
 
