@@ -65,8 +65,8 @@ def _computing(
     kind: type[nn.Module], names: tuple[str, ...], weights: torch.dtype | None, entry: torch.dtype | None,
     dtype: torch.dtype | None, channels_last: bool, buffers: tuple[str, ...],
 ) -> type[nn.Module]:  # fmt: skip
-    """A subclass of *kind* whose parameters *names* read as *weights* and *buffers* as *dtype*, and whose forward gets its
-    first argument as *entry*; where that is *dtype*, all of them.
+    """A subclass of *kind* whose parameters *names* read as *weights* and *buffers* as *dtype*, and which is given its first
+    argument as *entry*; where that is *dtype*, all of them.
 
     A class for each kind, and not a hook for each module, so that torch.compile sees equal blocks as equal.
     """
@@ -91,13 +91,15 @@ def _computing(
     members |= {name: buffer_reader(name) for name in buffers}
     if entry is not None:
 
-        def forward(self: nn.Module, first: Any, *others: Any, **kwargs: Any) -> Any:
-            if entry == dtype:
-                others = tuple(_cast(value, entry) for value in others)
-                kwargs = {name: _cast(value, entry) for name, value in kwargs.items()}
-            return kind.forward(self, _cast(first, entry), *others, **kwargs)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            args = tuple(_cast(value, entry) for value in args)
+            return kind.forward(self, *args, **{name: _cast(value, entry) for name, value in kwargs.items()})
 
-        members["forward"] = forward
+        def call(self: nn.Module, first: Any, *others: Any, **kwargs: Any) -> Any:
+            return kind.__call__(self, _cast(first, entry), *others, **kwargs)
+
+        # A block's input is cast outside of its forward, which may be compiled: the first block's is of another type.
+        members |= {"forward": forward} if entry == dtype else {"__call__": call}
     return type(kind.__name__, (kind,), members)
 
 

@@ -111,3 +111,28 @@ def test_the_watch_sees_a_wait() -> None:
     with Watch() as watch:
         bool(torch.ones(1).sum() > 0)
     assert watch.waits
+
+
+def graphs_of_a_run(plain: dict[str, Any]) -> int:
+    """Train with compiled blocks, whose graphs run as they are; return how many there are."""
+    compiled, graphs = torch.compile, []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    with patch.object(torch, "compile", lambda function, **options: compiled(function, backend=counting, dynamic=False)):
+        run(plain)
+    return len(graphs)
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=LONG)])
+def test_equal_blocks_share_graphs_in_a_run(tmp_path: Path, precision: str) -> None:
+    """Twelve blocks whose drop rates and weights differ: a graph for training, one for its short last micro-batch, two for
+    evaluation (whose last batch is short)."""
+    train = {"steps": 2, "global_batch": 8, "micro_batch": 5}
+    plain = recipe(tmp_path, parallel={"compile": True, "precision": precision}, train=train)
+    plain["model"] = plain["model"] | {"drop_path": 0.2, "options": {"patch_size": 8, "depth": 12, "embed_dim": 24, "num_heads": 3}}
+    (graphs,) = run_ranks(graphs_of_a_run, 1, plain)
+    assert 3 <= graphs <= 4

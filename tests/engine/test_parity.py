@@ -131,3 +131,12 @@ def test_recompute_changes_nothing(tmp_path: Path, model: str) -> None:
             tmp_path / f"{strategy}-{ranks}", model, train=train, parallel=parallel(strategy, 1, recompute="blocks")
         )  # fmt: skip
         same_losses(reference, run_ranks(run, ranks, plain)[0])
+
+
+@pytest.mark.parametrize(
+    "keys", [{"reshard": "never", "scatter": "last"}, pytest.param({"scatter": "last", "replicas": 2}, marks=LONG)]
+)
+def test_when_fsdp_frees_and_scatters_changes_nothing(tmp_path: Path, keys: dict[str, Any]) -> None:
+    reference = run_ranks(run, 1, recipe(tmp_path / "reference"))[0]
+    plain = recipe(tmp_path / "fsdp", parallel={"strategy": "fsdp", **keys})
+    same_losses(reference, run_ranks(run, 4, plain)[0])
