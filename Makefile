@@ -51,7 +51,7 @@ format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## measure the training step beside its peers, on one rank and on two, checkpoints, the loader, and imports
+bench: $(STAMP)  ## measure the training step beside its peers, on one rank and on two, checkpoints, the loader, imports, and compilation
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
 	$(TORCHRUN) -m benchmarks.step_time $(ARGS)
 	$(TORCHRUN) -m benchmarks.zero_time $(ARGS)
@@ -67,6 +67,7 @@ gpu: $(STAMP)  ## on a machine with GPUs: the tests of CUDA (minutes), then trai
 	$(BIN)/python -m pytest tests/cuda $(ARGS)
 	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.optimizer_time --device cuda
+	$(BIN)/python -m benchmarks.compile_time
 
 clean:  ## remove .venv and caches; checkpoints stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -268,7 +268,7 @@ TOP: Mapping[str, Rule] = {
     "dataloader_drop_last": Neutral("DeepSpeed's data loader is not used"),
     "vocabulary_size": Neutral("images have no vocabulary"),
     "activation_checkpointing": Refused("use parallel.recompute: blocks and drop the section"),
-    "compile": Refused("use parallel.compile: true and drop the section", "deepcompile"),
+    "compile": Refused("use parallel.compile: true (or auto) and drop the section", "deepcompile"),
     "flops_profiler": Refused("bigvision measures its steps itself; drop the section", "enabled"),
     "autotuning": Refused("bigvision does not start DeepSpeed's tuner; drop the section", "enabled"),
     "comms_logger": Refused("bigvision does not log DeepSpeed's communication; drop the section", "enabled"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
+import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -127,7 +130,8 @@ def _report_limit(record: logging.LogRecord) -> bool:
 def _keep_cache() -> None:
     """Keep compiled code in the user's cache folder: torch's default, in /tmp, is often lost with a cluster's job.
 
-    Ranks and runs share the folder. torch names entries by their content and renames them into place.
+    Ranks and runs share the folder: torch names entries by their content and renames them into place. The names lack the
+    processor, for which CPU code is compiled (-march=native), so each kind of processor gets a folder of its own.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -135,7 +139,11 @@ def _keep_cache() -> None:
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", "") not in ("", default_cache_dir()):
         return
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigvision" / "compile"
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        info = Path("/proc/cpuinfo")
+        flags = re.search(r"^(flags|Features)\s*:.*", info.read_text() if info.exists() else "", re.M)
+        processor = hashlib.sha256((flags[0] if flags else platform.processor()).encode()).hexdigest()[:8]
+        folder = base / "bigvision" / "compile" / f"{platform.machine()}-{processor}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # a home that is read-only, or none
         return

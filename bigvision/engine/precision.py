@@ -53,6 +53,7 @@ def compute_in(
         innermost = bool(names) and not any(True for child in module.children() for _ in child.parameters())
         normed = any(isinstance(part, BatchNorm) for part in module.modules())
         weights = torch.float32 if norm and (norms or dtype) else dtype if cast_weights else None
+        weights = weights if names else None
         entry = dtype if innermost else torch.float32 if dtype is not None and module in chosen and not normed else None
         layout = channels_last and isinstance(module, nn.Conv2d)
         buffers = tuple(name for name in CAST_BUFFERS if dtype is not None and module._buffers.get(name) is not None)
