@@ -60,6 +60,7 @@ bench: $(STAMP)  ## measure the training step beside its peers, on one rank and 
 	$(BIN)/python -m benchmarks.data_time $(ARGS)
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.optimizer_time
+	$(BIN)/python -m benchmarks.compile_time
 
 # ARGS goes to the tests. One part of the benchmark alone: .venv/bin/python -m benchmarks.gpu --part resnet_50
 gpu: $(STAMP)  ## on a machine with GPUs: the tests of CUDA (minutes), then training steps beside other loops (half an hour)
@@ -67,7 +68,7 @@ gpu: $(STAMP)  ## on a machine with GPUs: the tests of CUDA (minutes), then trai
 	$(BIN)/python -m pytest tests/cuda $(ARGS)
 	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.optimizer_time --device cuda
-	$(BIN)/python -m benchmarks.compile_time
+	$(BIN)/python -m benchmarks.determinism_time --device cuda
 
 clean:  ## remove .venv and caches; checkpoints stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache
