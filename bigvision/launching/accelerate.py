@@ -17,13 +17,15 @@ Overrides = dict[str, tuple[object, str]]
 
 YES, NO = ("true", "1", "yes", "on", "y", "t"), ("false", "0", "no", "off", "n", "f")
 ANY = None
+# FSDP1's strategies, by name and by torch's number, as values of parallel.reshard.
+SHARDING = {"full_shard": "forward", "1": "forward", "shard_grad_op": "never", "2": "never"}
 
 
 class Rule(NamedTuple):
     accepts: Mapping[str, Any] | tuple[str, ...] | None
     """Values that are accepted, in lower case. A mapping gives our value (None: no change)."""
     note: str
-    """Why any value is neutral or, for the values that are not accepted, what the user reads: the reason and the mend."""
+    """Why any value is neutral or, for the values that are not accepted, what the user reads: the reason and the fix."""
     key: str = ""
     """Our key that a mapped value sets."""
 
@@ -78,10 +80,12 @@ RULES: dict[str, Rule] = {
     # FSDP: how the model is sharded.
     "FSDP_VERSION": Rule(("1", "2"), "use fsdp_version: 2. Both give the same shards and numbers; bigvision uses fully_shard"),
     "FSDP_SHARDING_STRATEGY": Rule(
-        ("full_shard", "1"), "bigvision shards everything; use FULL_SHARD, with --parallel.replicas N for hybrid sharding"
+        SHARDING,
+        "bigvision shards everything; use FULL_SHARD or SHARD_GRAD_OP, with --parallel.replicas N for hybrid sharding",
+        "parallel.reshard",
     ),
     "FSDP_RESHARD_AFTER_FORWARD": Rule(
-        (*YES, "full_shard"), "bigvision frees each block after its forward pass; use fsdp_reshard_after_forward: true"
+        SHARDING | dict.fromkeys(YES, "forward") | dict.fromkeys(NO, "never"), "use true or false", "parallel.reshard"
     ),
     "FSDP_AUTO_WRAP_POLICY": Rule(
         ("transformer_based_wrap",), "bigvision shards each block of the model; use TRANSFORMER_BASED_WRAP or drop it"
@@ -100,8 +104,11 @@ RULES: dict[str, Rule] = {
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": Rule(
         NO, "activations are recomputed, not offloaded; use fsdp_activation_checkpointing_offload: false"
     ),
-    "FSDP_BACKWARD_PREFETCH": Rule(("backward_pre", "1"), "fully_shard prefetches so; use BACKWARD_PRE or drop it"),
-    "FSDP_FORWARD_PREFETCH": Rule(NO, "fully_shard has no such switch; use fsdp_forward_prefetch: false"),
+    "FSDP_BACKWARD_PREFETCH": Rule(
+        ("backward_pre", "1"), "bigvision gathers the next block before one has run; use BACKWARD_PRE or drop it"
+    ),
+    # Every launch says false when nothing was asked for.
+    "FSDP_FORWARD_PREFETCH": Rule(YES + NO, "the next block is always gathered while one runs"),
     # FSDP: what does not arise in bigvision.
     "FSDP_STATE_DICT_TYPE": Rule(ANY, "a checkpoint has one form, which does not depend on the sharding"),
     "FSDP_USE_ORIG_PARAMS": Rule(ANY, "parameters always keep their names and shapes"),
@@ -144,13 +151,14 @@ def overrides(environ: Mapping[str, str]) -> Overrides:
     unread = DEEPSPEED if not _is_on(environ, "ACCELERATE_USE_DEEPSPEED") else ()
     families += ["FSDP_"] if _is_on(environ, "ACCELERATE_USE_FSDP") else []
     families += ["PARALLELISM_CONFIG_"] if _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG") else []
-    # In the table's order, so that the broadest mistake is said first; then the names that it does not have.
+    # In the table's order, so that the broadest mistake is reported first; then the names that it does not have.
     order = [*RULES, *sorted(set(environ) - set(RULES))]
 
     asked: Overrides = {"parallel.strategy": ("ddp", "ACCELERATE_USE_FSDP (not set)")}
     settled: set[str] = set()
     if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
         asked, settled = _deepspeed(environ)
+    settled |= _of_another_fsdp_version(environ)
     for name in order:
         text = environ.get(name, "")
         value = text.strip().lower()
@@ -170,6 +178,23 @@ def overrides(environ: Mapping[str, str]) -> Overrides:
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "").strip().lower() in YES
+
+
+def _of_another_fsdp_version(environ: Mapping[str, str]) -> set[str]:
+    """The setting that needs no more reading, since accelerate reads it with another version of FSDP than the launch has.
+
+    FSDP_SHARDING_STRATEGY counts with version 1 and FSDP_RESHARD_AFTER_FORWARD with version 2; the launcher always sets both.
+    """
+    if not _is_on(environ, "ACCELERATE_USE_FSDP"):
+        return set()
+    second = environ.get("FSDP_VERSION", "").strip() == "2"
+    unread = "FSDP_SHARDING_STRATEGY" if second else "FSDP_RESHARD_AFTER_FORWARD"
+    text = environ.get(unread, "")
+    wanted = (RULES[unread].accepts or {}).get(text.strip().lower())  # type: ignore[union-attr]
+    if wanted == "never":
+        version, fix = (2, "fsdp_reshard_after_forward: false") if second else (1, "fsdp_sharding_strategy: SHARD_GRAD_OP")
+        raise UserError(f"{unread}={text} is refused: accelerate does not read it with fsdp_version: {version}; use {fix}")
+    return {unread} if wanted else set()
 
 
 def _deepspeed(environ: Mapping[str, str]) -> tuple[Overrides, set[str]]:

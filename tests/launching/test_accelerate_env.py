@@ -67,6 +67,7 @@ def test_the_fsdp_launch() -> None:
     assert overrides(FSDP) == {
         "parallel.strategy": ("fsdp", "ACCELERATE_USE_FSDP"),
         "parallel.precision": ("fp32", "ACCELERATE_MIXED_PRECISION"),
+        "parallel.reshard": ("forward", "FSDP_RESHARD_AFTER_FORWARD"),
     }
 
 
@@ -85,6 +86,9 @@ def test_a_launch_without_fsdp_is_ddp() -> None:
         ("FSDP_ACTIVATION_CHECKPOINTING", "True", "parallel.recompute", "blocks"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "parallel.compile", True),
         ("ACCELERATE_USE_CPU", "True", "parallel.device", "cpu"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "false", "parallel.reshard", "never"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "FULL_SHARD", "parallel.reshard", "forward"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "SHARD_GRAD_OP", "parallel.reshard", "never"),
     ],
 )
 def test_honoured(name: str, value: str, key: str, ours: object) -> None:
@@ -100,10 +104,10 @@ def test_honoured(name: str, value: str, key: str, ours: object) -> None:
         ("ACCELERATE_USE_CPU", "False"),
         ("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"),
         ("FSDP_BACKWARD_PREFETCH", "BACKWARD_PRE"),
+        ("FSDP_FORWARD_PREFETCH", "true"),
         ("FSDP_IGNORED_MODULES", "None"),
         ("FSDP_SHARDING_STRATEGY", "1"),
         ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"),
-        ("FSDP_VERSION", "1"),
     ],
 )
 def test_neutral(name: str, value: str) -> None:
@@ -128,10 +132,10 @@ def test_neutral(name: str, value: str) -> None:
         ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP"),
         ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP"),
         ("FSDP_BACKWARD_PREFETCH", "BACKWARD_POST"),
-        ("FSDP_FORWARD_PREFETCH", "true"),
+        ("FSDP_BACKWARD_PREFETCH", "NO_PREFETCH"),
         ("FSDP_IGNORED_MODULES", "head.*"),
         ("FSDP_OFFLOAD_PARAMS", "true"),
-        ("FSDP_RESHARD_AFTER_FORWARD", "false"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "NO_SHARD"),
         ("FSDP_SHARDING_STRATEGY", "HYBRID_SHARD"),
         ("FSDP_SHARDING_STRATEGY", "NO_SHARD"),
         ("FSDP_SHARDING_STRATEGY", "SHARD_GRAD_OP"),
@@ -144,6 +148,23 @@ def test_refused_by_name_in_one_line(name: str, value: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(f'{name}={value}')}") as error:
         overrides((DDP if name == "ACCELERATE_USE_FSDP" else FSDP) | {name: value})
     assert "\n" not in str(error.value) and len(str(error.value)) > len(name) + 20
+
+
+def test_each_fsdp_version_has_its_own_name_for_resharding() -> None:
+    """Accelerate reads FSDP_SHARDING_STRATEGY with version 1 alone, FSDP_RESHARD_AFTER_FORWARD with 2; it always sets both."""
+    first, sharding = FSDP | {"FSDP_VERSION": "1"}, "FSDP_SHARDING_STRATEGY"
+    assert overrides(first)["parallel.reshard"] == ("forward", sharding)
+    for value in ("SHARD_GRAD_OP", "2"):
+        asked = overrides(first | {sharding: value})
+        assert asked["parallel.reshard"] == ("never", sharding)
+        assert resolve(overrides=asked)[0].parallel.reshard == "never"
+    by_hand = {"ACCELERATE_USE_FSDP": "true"}
+    assert "parallel.reshard" not in overrides(by_hand), "the recipe's value stays"
+    assert overrides(by_hand | {sharding: "SHARD_GRAD_OP"})["parallel.reshard"][0] == "never", "version 1 by default"
+    with pytest.raises(UserError, match=r"^FSDP_SHARDING_STRATEGY=SHARD_GRAD_OP is .*fsdp_version: 2.*after_forward: false$"):
+        overrides(FSDP | {sharding: "SHARD_GRAD_OP"})
+    with pytest.raises(UserError, match=r"^FSDP_RESHARD_AFTER_FORWARD=false is refused.*fsdp_version: 1.*SHARD_GRAD_OP$"):
+        overrides(first | {"FSDP_RESHARD_AFTER_FORWARD": "false"})
 
 
 def test_the_deepspeed_launch() -> None:
