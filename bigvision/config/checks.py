@@ -67,6 +67,10 @@ def check(config: Config) -> None:
         raise UserError("parallel.offload: all needs parallel.strategy zero3; optimizer works with each ZeRO stage")
     if parallel.strategy not in ("fsdp", "pipeline") and parallel.replicas != 1:
         raise UserError(f"parallel.replicas: {parallel.replicas} needs parallel.strategy fsdp or pipeline")
+    for key in ("reshard", "scatter"):
+        value = getattr(parallel, key)
+        if value != getattr(ParallelConfig, key) and parallel.strategy not in ("fsdp", "pipeline"):
+            raise UserError(f"parallel.{key}: {value} needs parallel.strategy fsdp or pipeline")
     check_pipeline(parallel)
     if config.model.pretrained and config.model.weights:
         raise UserError("model.pretrained: true contradicts model.weights: choose one of the two")
