@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +28,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.optim import AdamW
 
 from benchmarks.resources import Act
 from bigvision.engine.engine import TrainingEngine
+from bigvision.engine.state import local_tensor
 from bigvision.engine.zero import ZeroEngine
+from bigvision.optim import allocate_state
 from bigvision.runtime import Runtime
 
 
@@ -52,12 +56,27 @@ def held(engine: TrainingEngine | ZeroEngine) -> list[Tensor]:
     return [fragment.values for fragment in engine.fragments()]
 
 
+@functools.cache
+def _optimizer(engine: TrainingEngine) -> AdamW:
+    """An optimizer over the module's own parameters, as torch's functions expect it: ours steps their local tensors."""
+    optimizer = AdamW(engine.module.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+    allocate_state(optimizer)
+    return optimizer
+
+
+def _held(engine: TrainingEngine) -> list[Tensor]:
+    """What torch's functions save and load of a rank: the model's fragments, and the state of :func:`_optimizer`."""
+    model = [fragment.values for fragment in engine.stepper.model_fragments()]
+    states = [value for state in _optimizer(engine).state.values() for value in state.values()]
+    return [*model, *(local_tensor(value).view(-1) for value in states if isinstance(value, Tensor) and value.ndim)]
+
+
 def torch_full(runtime: Runtime, engine: TrainingEngine) -> Side:
     """The whole state gathered on rank 0, in one file."""
 
     def save(folder: Path) -> None:
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer = get_state_dict(engine.module, engine.stepper.optimizer, options=whole)
+        model, optimizer = get_state_dict(engine.module, _optimizer(engine), options=whole)
         if runtime.is_main:
             torch.save({"model": model, "optimizer": optimizer}, folder / "state.pt")
 
@@ -68,45 +87,45 @@ def torch_full(runtime: Runtime, engine: TrainingEngine) -> Side:
         )
         sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(engine.module, state["model"], options=sent)
-        set_optimizer_state_dict(engine.module, engine.stepper.optimizer, state["optimizer"], options=sent)
+        set_optimizer_state_dict(engine.module, _optimizer(engine), state["optimizer"], options=sent)
 
-    return Side("torch.save on rank 0", save, lambda: held(engine), {"torch.load on rank 0": load})
+    return Side("torch.save on rank 0", save, lambda: _held(engine), {"torch.load on rank 0": load})
 
 
 def torch_ranks(runtime: Runtime, engine: TrainingEngine) -> Side:
     """Each rank's shards in a file of its own."""
 
     def save(folder: Path) -> None:
-        state = {"model": engine.module.state_dict(), "optimizer": engine.stepper.optimizer.state_dict()}
+        state = {"model": engine.module.state_dict(), "optimizer": _optimizer(engine).state_dict()}
         torch.save(state, folder / f"rank{runtime.rank}.pt")
 
     def load(folder: Path) -> None:
         # Not mapped: the optimizer would take the mapping for its state, and read it at its next step.
         state = torch.load(folder / f"rank{runtime.rank}.pt", weights_only=True)
         engine.module.load_state_dict(state["model"])
-        engine.stepper.optimizer.load_state_dict(state["optimizer"])
+        _optimizer(engine).load_state_dict(state["optimizer"])
 
-    return Side("torch.save per rank", save, lambda: held(engine), {"torch.load per rank": load})
+    return Side("torch.save per rank", save, lambda: _held(engine), {"torch.load per rank": load})
 
 
 def distributed(runtime: Runtime, engine: TrainingEngine) -> Side:
     """``torch.distributed.checkpoint`` with its default ``FileSystemWriter``, which brings its files to the disk."""
 
     def state() -> dict[str, Any]:
-        model, optimizer = get_state_dict(engine.module, engine.stepper.optimizer)
+        model, optimizer = get_state_dict(engine.module, _optimizer(engine))
         return {"model": model, "optimizer": optimizer}
 
     def load(folder: Path) -> None:
         found = state()
         dcp.load(found, checkpoint_id=folder)
         set_state_dict(
-            engine.module, engine.stepper.optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
+            engine.module, _optimizer(engine), model_state_dict=found["model"], optim_state_dict=found["optimizer"]
         )  # fmt: skip
 
     return Side(
         "torch.distributed.checkpoint",
         lambda folder: dcp.save(state(), checkpoint_id=folder),
-        lambda: held(engine),
+        lambda: _held(engine),
         {"torch.distributed.checkpoint": load},
     )
 
@@ -117,7 +136,7 @@ def distributed_safetensors(runtime: Runtime, engine: TrainingEngine) -> Side:
     def state() -> dict[str, Any]:
         model = get_model_state_dict(engine.module)
         flat = StateDictOptions(flatten_optimizer_state_dict=True)
-        optimizer = get_optimizer_state_dict(engine.module, engine.stepper.optimizer, options=flat)
+        optimizer = get_optimizer_state_dict(engine.module, _optimizer(engine), options=flat)
         values = {f"model.{name}": value for name, value in model.items()}
         values |= {f"optimizer.{name}": value for name, value in optimizer.items()}
         # Live shards, so that what is loaded into them is loaded.
@@ -130,7 +149,7 @@ def distributed_safetensors(runtime: Runtime, engine: TrainingEngine) -> Side:
         dcp.load(state(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
     name = "torch.distributed.checkpoint, safetensors"
-    return Side(name, save, lambda: held(engine), {name: load})
+    return Side(name, save, lambda: _held(engine), {name: load})
 
 
 SIDES: dict[str, Callable[[Runtime, TrainingEngine], Side]] = {

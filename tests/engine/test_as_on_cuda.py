@@ -133,6 +133,9 @@ def test_equal_blocks_share_graphs_in_a_run(tmp_path: Path, precision: str) -> N
     evaluation (whose last batch is short)."""
     train = {"steps": 2, "global_batch": 8, "micro_batch": 5}
     plain = recipe(tmp_path, parallel={"compile": True, "precision": precision}, train=train)
-    plain["model"] = plain["model"] | {"drop_path": 0.2, "options": {"patch_size": 8, "depth": 12, "embed_dim": 24, "num_heads": 3}}
+    plain["model"] = plain["model"] | {
+        "drop_path": 0.2,
+        "options": {"patch_size": 8, "depth": 12, "embed_dim": 24, "num_heads": 3},
+    }
     (graphs,) = run_ranks(graphs_of_a_run, 1, plain)
     assert 3 <= graphs <= 4
