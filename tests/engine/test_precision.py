@@ -182,7 +182,7 @@ def test_every_timm_module_trains_in_bf16_without_autocast(entry: Entry) -> None
         assert not parameter.is_floating_point() or parameter.dtype == torch.float32, name
     computing.apply([module], [block.module for block in blocks], cast_weights=True, device=CPU)
     allocate(module, CPU)
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     with torch.no_grad():
         for name, value in plan.tensors(0):
             tensors[name].copy_(value)
