@@ -21,6 +21,8 @@ class ModelConfig:
     """Outputs of the classifier; null takes the number of classes in the data."""
     drop_path: float = 0.0
     """Stochastic depth rate (Huang et al. 2016)."""
+    sync_batchnorm: bool = False
+    """Take BatchNorm's statistics over the micro-batches of all data-parallel ranks, not of each one. Needs CUDA."""
     options: dict[str, Any] = field(default_factory=dict)
     """More keyword arguments for the timm constructor, e.g. '{patch_size: 4, depth: 6}'."""
 

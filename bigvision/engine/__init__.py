@@ -12,6 +12,7 @@ from bigvision.engine.base import Engine, Metrics, StepResult
 from bigvision.engine.batches import check_ranks, micro_batch
 from bigvision.engine.compile import check_compile
 from bigvision.engine.engine import TrainingEngine
+from bigvision.engine.parallelize import check_norms
 from bigvision.engine.pipeline import PipelineEngine
 from bigvision.engine.zero import ZeroEngine
 from bigvision.engine.zero_settings import check_batches, check_cpu_adam
@@ -33,10 +34,12 @@ def check_engine(config: Config, runtime: Runtime) -> None:
     """Find what would fail later, before a model is built.
 
     Raises:
-        UserError: batch sizes that do not fit the ranks or the DeepSpeed file, no compiler for what has to be compiled.
+        UserError: batch sizes that do not fit the ranks or the DeepSpeed file, no compiler for what has to be compiled,
+            SyncBatchNorm without CUDA.
     """
     check_sizes(config, runtime)
     check_compile(config, runtime.device)
+    check_norms(config, runtime.device)
     if config.parallel.offload != "none" and config.optim.name == "adamw":
         check_cpu_adam(runtime.device)
 

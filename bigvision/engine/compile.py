@@ -55,6 +55,8 @@ def why_not(config: Config, blocks: Sequence[nn.Module], device: torch.device) -
         return "the hooks of zero3 would cut each block into many small graphs"
     if parallel.recompute == "blocks" and any(isinstance(m, BatchNorm) for block in blocks for m in block.modules()):
         return "parallel.recompute: blocks excludes it for models with BatchNorm"
+    if any(isinstance(m, nn.SyncBatchNorm) for block in blocks for m in block.modules()):
+        return "SyncBatchNorm exchanges statistics within the blocks"
     if len(blocks) < 2 * count:
         return f"{len(blocks)} blocks of {count} kinds do not repeat enough to be worth {count} graphs"
     return (missing := _missing(device)) and f"it needs {missing}"

@@ -14,7 +14,15 @@ from bigvision.config import Config
 from bigvision.data.batch import Batch
 from bigvision.engine.base import REQUESTS, Engine, Metrics, Record, StepResult, nothing_done
 from bigvision.engine.batches import micro_batch
-from bigvision.engine.parallelize import choose_computing, overlap, rehearsal, replicate, shard, wrap_blocks
+from bigvision.engine.parallelize import (
+    choose_computing,
+    overlap,
+    rehearsal,
+    replicate,
+    shard,
+    synchronize_norms,
+    wrap_blocks,
+)
 from bigvision.engine.precision import no_autocast
 from bigvision.engine.state import Statistics, average, make_contiguous
 from bigvision.engine.step import NativeStep
@@ -92,6 +100,8 @@ class TrainingEngine(Engine):
         self.computing = choose_computing(config, blueprint, blocks, runtime.device, channels_last)
         self.notes = [self.computing.note] if self.computing.note else []
         self.parts = [self.module]
+        if config.model.sync_batchnorm:
+            synchronize_norms(self.module, runtime)
         self.module.train()
         self._build(blueprint, [block.module for block in blocks])
         self._set_mode(training=True)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -122,6 +124,40 @@ def likes_channels_last(module: nn.Module) -> bool:
     # The convolutions of a ConvNeXt are small beside its linear layers, and take their inputs in this layout all the same.
     spatial = sum(conv.kernel_size != (1, 1) for conv in convolutions)
     return spatial >= 4 and not grouped
+
+
+# BatchNorm over several ranks.
+
+SYNCHRONIZED = ("cuda",)
+"""The kinds of devices that torch's SyncBatchNorm knows."""
+
+
+def check_norms(config: Config, device: torch.device) -> None:
+    """Raises `UserError` for ``model.sync_batchnorm: true`` where torch has no such thing. Needs no model."""
+    if config.model.sync_batchnorm and device.type not in SYNCHRONIZED:
+        raise UserError(f"model.sync_batchnorm: true needs CUDA, but this run is on {device.type}: use false")
+
+
+def synchronize_norms(module: nn.Module, runtime: Runtime) -> None:
+    """Let BatchNorm in *module* take its statistics over the data-parallel ranks (of a pipeline: of a stage), in place.
+
+    This is timm's ``convert_sync_batchnorm``, but a module stays the same object and changes its class, so that blocks and
+    stages that were found before still hold it. Do it after `choose_computing`: torch's SyncBatchNorm refuses meta.
+
+    Raises:
+        UserError: a kind of BatchNorm with a forward of its own.
+    """
+    if runtime.data_ranks == 1 or runtime.device.type not in SYNCHRONIZED:  # an evaluation elsewhere exchanges nothing
+        return
+    for path, part in module.named_modules():
+        if not isinstance(part, BatchNorm) or isinstance(part, nn.SyncBatchNorm):
+            continue
+        forward = type(part).forward
+        if forward not in (BatchNorm.forward, BatchNormAct2d.forward):
+            kind = f"{path} is a {type(part).__name__} with a forward of its own"
+            raise UserError(f"model.sync_batchnorm: true, but {kind}, which has no synchronized form: use false")
+        part.__class__ = nn.SyncBatchNorm if forward is BatchNorm.forward else SyncBatchNormAct  # type: ignore[assignment]
+        part.process_group = runtime.data_group  # type: ignore[assignment]
 
 
 # Recompute and compile.
