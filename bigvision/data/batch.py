@@ -88,10 +88,10 @@ def normalize(
         images: uint8 (B, C, H, W) on any device.
         mean, std: one value per channel, for images scaled to 0..1 (timm's ``mean`` and ``std``); as tensors they
             are best on the images' device already.
-        buffer: a float32 tensor of the images' shape that nobody needs any more, for the result.
+        buffer: a float32 tensor that nobody needs any more, for the result if it has its shape.
     """
     offset, scale = (torch.as_tensor(value, device=images.device).mul(255).view(-1, 1, 1) for value in (mean, std))
-    if buffer is None:
+    if buffer is None or buffer.shape != images.shape:
         buffer = torch.empty(images.shape, device=images.device)
     # On a CPU one image after the other, whose numbers stay in its cache from one operation to the next.
     parts = zip(buffer, images) if buffer.device.type == "cpu" else [(buffer, images)]

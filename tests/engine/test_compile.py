@@ -54,7 +54,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Counting
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     config: Any = torch._dynamo.config
     names = ("recompile_limit", "accumulated_recompile_limit", "optimize_ddp")
-    with config.patch({name: getattr(config, name) for name in names}):
+    # Tests before these may have raised the limit of this process.
+    with config.patch({name: getattr(config, name) for name in names} | {"recompile_limit": 8}):
         yield Counting(monkeypatch.setattr)
     torch._dynamo.reset()
 

