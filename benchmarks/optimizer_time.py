@@ -62,15 +62,7 @@ def step_of(parameters: Sequence[Tensor]) -> AdamW:
 
 def plain(count: int, elements: int, runtime: Runtime) -> Side:
     """Plain parameters and gradients."""
-    optimizer, gradients = step_of(values(count, elements, runtime)), values(count, elements, runtime)
-    parameters = optimizer.param_groups[0]["params"]
-
-    def step() -> None:
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
-        optimizer.step()
-
-    return step
+    return as_they_are(values(count, elements, runtime), values(count, elements, runtime))
 
 
 def local(count: int, elements: int, runtime: Runtime) -> Side:
@@ -94,8 +86,11 @@ def local(count: int, elements: int, runtime: Runtime) -> Side:
 
 def sharded(count: int, elements: int, runtime: Runtime) -> Side:
     """Sharded parameters and gradients, stepped as they are."""
-    optimizer = step_of(scattered(values(count, elements, runtime), runtime))
-    gradients = scattered(values(count, elements, runtime), runtime)
+    return as_they_are(*(scattered(values(count, elements, runtime), runtime) for _ in range(2)))
+
+
+def as_they_are(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Side:
+    optimizer = step_of(tensors)
     parameters = optimizer.param_groups[0]["params"]
 
     def step() -> None:

@@ -89,7 +89,6 @@ class TrainingEngine(Engine):
         self._buffer: Tensor | None = None
         self._copying = torch.cuda.Stream(runtime.device) if runtime.device.type == "cuda" else None
         self._skipped, self._pending = 0, None
-        self._moments: tuple[Any, Any] = (0.0, 0.0)
         if config.parallel.precision == "fp32":
             # Convolutions would else round their inputs to 10 bits on CUDA, and the strategies differ in the third digit.
             torch.backends.cudnn.allow_tf32 = False

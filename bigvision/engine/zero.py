@@ -137,7 +137,7 @@ class ZeroStep:
 
     def model_fragments(self) -> Iterator[Fragment]:
         for name, tensor in self.module.state_dict(keep_vars=True).items():
-            if name in self.frozen or (isinstance(tensor, nn.Parameter) and not tensor.requires_grad):
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
                 values = self.frozen[self.names[id(tensor)]]
                 yield Fragment("model", name, whole_shape(tensor), self._share(tensor)[0], values, (0, 1))
             elif isinstance(tensor, nn.Parameter):
