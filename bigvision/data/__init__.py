@@ -1,13 +1,13 @@
 """Sources, decoding, transforms and the loader."""
 
 from bigvision.data.batch import Batch, normalize
-from bigvision.data.custom import MapStyle
 from bigvision.data.loader import Batches, eval_batches, train_batches
 from bigvision.data.mixing import Mixer
 from bigvision.data.position import Stream
 from bigvision.data.reading import BadSample
-from bigvision.data.sample import Sample, Source, Style, UnreadableSample
 from bigvision.data.sources import DATASETS, check_source, open_source
+from bigvision.data.sources.base import Sample, Source, Style, UnreadableSample
+from bigvision.data.sources.custom import MapStyle
 from bigvision.data.transforms import Transform, transform
 
 __all__ = [

@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bigvision.data.sample import UnreadableSample
+from bigvision.data.sources.base import UnreadableSample
 from bigvision.errors import one_line
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")

@@ -16,7 +16,7 @@ from bigvision.data.mixing import Mixer
 from bigvision.data.position import Stream
 from bigvision.data.reading import Answer, BadSample, Reader, Request
 from bigvision.data.rooms import Rooms
-from bigvision.data.sample import Source
+from bigvision.data.sources.base import Source
 from bigvision.data.transforms import Transform
 from bigvision.data.workers import settle, signals_held, worker_context
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigvision.data.custom import MapStyle
+from bigvision.data.sources.custom import MapStyle
 
 MAIN = "__main__"
 

@@ -13,7 +13,7 @@ from bigvision.data.batch import Batch
 from bigvision.data.mixing import Mix, Mixer
 from bigvision.data.position import Place, Stream, generators_kept, seed_everything
 from bigvision.data.rooms import Rooms, rooms_of, shared_memory
-from bigvision.data.sample import Source, UnreadableSample
+from bigvision.data.sources.base import Source, UnreadableSample
 from bigvision.data.transforms import Begun, Steps, Transform
 from bigvision.seeds import seed_from
 

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from bigvision.data.decode import Picture, open_picture
 from bigvision.data.resize import resize_into
-from bigvision.data.sample import Style
+from bigvision.data.sources.base import Style
 from bigvision.errors import UserError
 
 Transform = Callable[["bytes | Tensor | Image.Image"], Tensor]

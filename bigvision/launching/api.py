@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 
 from bigvision import training
-from bigvision.data.custom import MapDataset
-from bigvision.data.sample import Source
+from bigvision.data.sources.base import Source
+from bigvision.data.sources.custom import MapDataset
 from bigvision.errors import UserError
 from bigvision.launching.devices import Devices, Placement, place
 from bigvision.launching.keywords import Objects, Recipe, configured

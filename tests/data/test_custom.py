@@ -12,8 +12,8 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from bigvision.data import MapStyle, UnreadableSample, eval_batches, open_source, transform
-from bigvision.data.custom import as_source
 from bigvision.data.decode import open_picture
+from bigvision.data.sources.custom import as_source
 from bigvision.errors import UserError
 
 RANDOM = np.random.default_rng(0)

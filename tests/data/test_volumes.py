@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bigvision.data import UnreadableSample, open_source, transform, volumes
-from bigvision.data.volumes import Cut, main, parse_cut
+from bigvision.data.sources.volumes import Cut, main, parse_cut
 from bigvision.errors import UserError
 
 SHAPE = (7, 9, 12)

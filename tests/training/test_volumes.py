@@ -24,7 +24,7 @@ def plain(out: Path, data: Path, steps: int, channels: int = 5, **keys: Any) -> 
 
 
 def test_volumes_are_trained_on_evaluated_and_resumed(tmp_path: Path) -> None:
-    from bigvision.data.volumes import write_examples
+    from bigvision.data.sources.volumes import write_examples
 
     write_examples(tmp_path / "data", volumes=6, size=16)
     run_ranks(run, 1, plain(tmp_path / "whole", tmp_path / "data", 4))
@@ -47,7 +47,7 @@ def test_volumes_are_trained_on_evaluated_and_resumed(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit(tmp_path: Path, channels: int, keys: dict[str, Any], said: str) -> None:
-    from bigvision.data.volumes import write_examples
+    from bigvision.data.sources.volumes import write_examples
 
     write_examples(tmp_path / "data", volumes=2, size=8)
     with pytest.raises(AssertionError, match=said):

@@ -1,6 +1,6 @@
 """3-D volumes, a folder per class: each sample is a slice with its neighbours as channels (2.5-D).
 
-``python -m bigvision.data.volumes OUT`` writes some to try it with.
+``python -m bigvision.data.sources.volumes OUT`` writes some to try it with.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 
-from bigvision.data.folder import ImageFolder, Kind, open_image_folder
-from bigvision.data.sample import Sample, Source, Split, Style, UnreadableSample
+from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
+from bigvision.data.sources.folder import ImageFolder, Kind, open_image_folder
 from bigvision.errors import UserError, nearest, one_line
 
 VOLUMES = Kind("volumes", "volume", (".npy", ".nii", ".nii.gz"))
@@ -89,7 +89,7 @@ def open_volumes(
     """Open the folder of class folders in *argument*, ``PATH[?slices=3&axis=2&stride=1&window=LOW,HIGH]``.
 
     Volumes are ``.npy``, ``.nii`` and ``.nii.gz`` files of numbers in three dimensions. Splits are those of
-    :func:`~bigvision.data.folder.open_image_folder`: what is held out are whole volumes. Only headers are read.
+    :func:`~bigvision.data.sources.folder.open_image_folder`: what is held out are whole volumes. Only headers are read.
 
     Args:
         classes: of the training data.

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bigvision.data.columns import Column, Texts
-from bigvision.data.files import choose_files, label_by, part, stamp
-from bigvision.data.held import Subset
-from bigvision.data.sample import Sample, Source, Split, UnreadableSample
-from bigvision.data.tar import samples
+from bigvision.data.sources.base import Sample, Source, Split, UnreadableSample
+from bigvision.data.sources.columns import Column, Texts
+from bigvision.data.sources.files import choose_files, label_by, part, stamp
+from bigvision.data.sources.tar import samples
+from bigvision.data.splits import Subset
 from bigvision.data.watched import each
 from bigvision.errors import UserError
 
@@ -104,7 +104,7 @@ class Shards(Source):
 def open_shards(
     argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None, first: bool = True
 ) -> Source:
-    """Open the tar files *argument* (see :func:`~bigvision.data.files.choose_files`) for *split*.
+    """Open the tar files *argument* (see :func:`~bigvision.data.sources.files.choose_files`) for *split*.
 
     A sample is an image and its label, a ``.cls`` or ``.json`` of the same name, one after the other. Where the samples lie is
     found once and kept beside each shard, in ``NAME.tar.index``; a shard of another size or time is gone through anew.

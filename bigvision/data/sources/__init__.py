@@ -8,13 +8,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigvision.data.arrays import Synthetic, open_arrays, open_digits
-from bigvision.data.custom import MapDataset, as_source
-from bigvision.data.files import read_classes
-from bigvision.data.folder import open_image_folder
-from bigvision.data.mixture import Mixture
-from bigvision.data.sample import Source, Split
-from bigvision.data.torchvision_sets import TORCHVISION, open_torchvision
+from bigvision.data.sources.arrays import Synthetic, open_arrays, open_digits
+from bigvision.data.sources.base import Source, Split
+from bigvision.data.sources.custom import MapDataset, as_source
+from bigvision.data.sources.files import read_classes
+from bigvision.data.sources.folder import open_image_folder
+from bigvision.data.sources.mixture import Mixture
+from bigvision.data.sources.torchvision_sets import TORCHVISION, open_torchvision
 from bigvision.errors import UserError, nearest
 
 FILES = ("imagefolder", "webdataset", "parquet", "arrays", "volumes")
@@ -53,7 +53,7 @@ def open_source(
             one open with it before the others do without.
         shared: whether training and validation both name this dataset. Files without a validation part are split only then.
         classes: of the training data, when opening the validation data: labels will follow them.
-        class_file: has the classes, instead of the data's own order (see :func:`~bigvision.data.files.read_classes`).
+        class_file: has the classes, instead of the data's own order (see :func:`~bigvision.data.sources.files.read_classes`).
 
     Raises:
         UserError: unknown, missing or malformed data, or classes that do not agree; one line that names *key*.
@@ -81,15 +81,15 @@ def _open(
     if name == "imagefolder":
         return open_image_folder(argument, split, key=key, shared=shared, classes=classes)
     if name == "webdataset":
-        from bigvision.data.shards import open_shards
+        from bigvision.data.sources.shards import open_shards
 
         return open_shards(argument, split, key=key, shared=shared, classes=classes, first=first)
     if name == "parquet":
-        from bigvision.data.parquet import open_parquet
+        from bigvision.data.sources.parquet import open_parquet
 
         return open_parquet(argument, split, key=key, shared=shared, classes=classes, first=first)
     if name == "volumes":
-        from bigvision.data.volumes import open_volumes
+        from bigvision.data.sources.volumes import open_volumes
 
         return open_volumes(argument, split, key=key, shared=shared, classes=classes)
     source: Source

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from bigvision.data.position import Part, shares
-from bigvision.data.sample import Sample, Source
+from bigvision.data.sources.base import Sample, Source
 
 
 class Mixture(Source):

@@ -10,10 +10,10 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from bigvision.data.columns import Column, Texts
 from bigvision.data.decode import EXTENSIONS
-from bigvision.data.held import HELD_OUT
-from bigvision.data.sample import Sample, Source, Split, UnreadableSample
+from bigvision.data.sources.base import Sample, Source, Split, UnreadableSample
+from bigvision.data.sources.columns import Column, Texts
+from bigvision.data.splits import HELD_OUT
 from bigvision.errors import UserError
 
 VAL_FOLDERS = ("val", "valid", "validation", "test")

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigvision.data.folder import VAL_FOLDERS
-from bigvision.data.held import HELD_OUT
-from bigvision.data.sample import Split
+from bigvision.data.sources.base import Split
+from bigvision.data.sources.folder import VAL_FOLDERS
+from bigvision.data.splits import HELD_OUT
 from bigvision.errors import UserError
 
 CLASS_FILES = ("classes.txt", "classnames.txt")

@@ -14,11 +14,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from bigvision.data.columns import Column
-from bigvision.data.files import by_name, choose_files, label_by, part, stamp
-from bigvision.data.held import Subset
-from bigvision.data.parquet_columns import Asked, class_names, find_columns, parse_asked
-from bigvision.data.sample import Sample, Source, Split, UnreadableSample
+from bigvision.data.sources.base import Sample, Source, Split, UnreadableSample
+from bigvision.data.sources.columns import Column
+from bigvision.data.sources.files import by_name, choose_files, label_by, part, stamp
+from bigvision.data.sources.parquet_columns import Asked, class_names, find_columns, parse_asked
+from bigvision.data.splits import Subset
 from bigvision.data.watched import each
 from bigvision.errors import UserError, one_line
 
@@ -141,7 +141,7 @@ class _File:
 def open_parquet(
     argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None, first: bool = True
 ) -> Source:  # fmt: skip
-    """Open the Parquet files *argument* (see :func:`~bigvision.data.files.choose_files`) for *split*.
+    """Open the Parquet files *argument* (see :func:`~bigvision.data.sources.files.choose_files`) for *split*.
 
     One column has encoded images, as binary or in a struct's ``bytes``, and one labels, integers or strings: those that
     ``?image=NAME&label=NAME`` at the end of *argument* names, or that :func:`find_columns` finds. The classes' names are

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bigvision.data.arrays import ArraySource
-from bigvision.data.custom import MapStyle
-from bigvision.data.held import hold_out
-from bigvision.data.sample import Source, Split, Style
+from bigvision.data.sources.arrays import ArraySource
+from bigvision.data.sources.base import Source, Split, Style
+from bigvision.data.sources.custom import MapStyle
+from bigvision.data.splits import hold_out
 from bigvision.errors import UserError, one_line
 
 DEFAULT_ROOT = "data"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from bigvision.data.sample import Sample, Source, Split
+from bigvision.data.sources.base import Sample, Source, Split
 
 HELD_OUT = 0.1
 """The share of a dataset without a validation part that is held out for it."""

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigvision.data.files import read_classes
-from bigvision.data.folder import VAL_FOLDERS
-from bigvision.data.held import hold_out
-from bigvision.data.sample import Sample, Source, Split, Style, UnreadableSample
+from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
+from bigvision.data.sources.files import read_classes
+from bigvision.data.sources.folder import VAL_FOLDERS
+from bigvision.data.splits import hold_out
 from bigvision.errors import UserError, one_line
 from bigvision.seeds import seed_from
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bigvision.data.sample import Sample, Source, Style, UnreadableSample
+from bigvision.data.sources.base import Sample, Source, Style, UnreadableSample
 from bigvision.errors import UserError, one_line
 
 BROKEN = (OSError, SyntaxError, Image.DecompressionBombError)
