@@ -12,7 +12,7 @@ import pytest
 from test_shards import check_batches, jpeg, open_below
 
 from bigvision.data import UnreadableSample, open_source, watched
-from bigvision.data import parquet as module
+from bigvision.data.sources import parquet as module
 from bigvision.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
