@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bigvision.data import UnreadableSample, open_source, shards, train_batches, transform, watched
+from bigvision.data import UnreadableSample, open_source, train_batches, transform, watched
+from bigvision.data.sources import shards
 from bigvision.errors import UserError
 
 AUGMENTED = transform("photo", 8, train=True)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bigvision.data import UnreadableSample, open_source, transform, volumes
+from bigvision.data import UnreadableSample, open_source, transform
+from bigvision.data.sources import volumes
 from bigvision.data.sources.volumes import Cut, main, parse_cut
 from bigvision.errors import UserError
 
