@@ -1,5 +1,6 @@
 """The run configuration: dataclasses, filled from a YAML recipe, then from flags. Nothing in a recipe names code."""
 
+from bigvision.config.batches import check_batches, micro_batch
 from bigvision.config.checks import WHOLE
 from bigvision.config.ds_file import DsFile, read_ds_file
 from bigvision.config.resolve import Overrides, describe, load_config, resolve
@@ -37,8 +38,10 @@ __all__ = [
     "ParallelConfig",
     "TaskConfig",
     "TrainConfig",
+    "check_batches",
     "describe",
     "load_config",
+    "micro_batch",
     "parse_size",
     "read_ds_file",
     "resolve",

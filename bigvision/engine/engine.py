@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigvision.config import Config
+from bigvision.config import Config, micro_batch
 from bigvision.data.batch import Batch
 from bigvision.engine.base import REQUESTS, Engine, Metrics, Record, StepResult, nothing_done
-from bigvision.engine.batches import micro_batch
 from bigvision.engine.parallelize import (
     choose_computing,
     overlap,

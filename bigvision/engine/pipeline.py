@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigvision.config import SPLIT_BACKWARD, Config
+from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
 from bigvision.data.batch import Batch
-from bigvision.engine.batches import micro_batch
 from bigvision.engine.engine import TrainingEngine
 from bigvision.engine.parallelize import replicate, shard, wrap_blocks
 from bigvision.engine.step import NativeStep

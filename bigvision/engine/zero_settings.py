@@ -81,35 +81,6 @@ def persistence_threshold(parameters: int) -> int:
     return min(parameters // 1000, 100_000)
 
 
-def check_batches(config: Config, ranks: int, size: int) -> None:
-    """Compare the accumulation that the DeepSpeed file asks for with ours, which depends on the number of ranks.
-
-    Args:
-        size: samples in a micro-batch.
-
-    Raises:
-        UserError: they differ.
-    """
-    if not config.parallel.deepspeed:
-        return
-    file = read_ds_file(config.parallel.deepspeed)
-    asked = file.accumulation
-    total = config.train.global_batch
-    ours = -(-total // ranks // size)
-    if asked is not None and asked != ours:
-        fits = f"train.micro_batch {total // ranks // asked}" if total % (ranks * asked) == 0 else "another value"
-        raise UserError(
-            f"{file.path}: gradient_accumulation_steps: {asked} contradicts train.global_batch: {total}, which "
-            f'in micro-batches of {size} on {ranks} ranks takes {ours}: use {fits}, or write "auto" in the file'
-        )
-    asked_size = file.said.get("train_micro_batch_size_per_gpu")
-    if isinstance(asked_size, int) and asked_size != size:
-        raise UserError(
-            f"{file.path}: train_micro_batch_size_per_gpu: {asked_size} is more than the {size} samples that "
-            f'train.global_batch: {total} leaves to each of {ranks} ranks: write at most {size}, or "auto"'
-        )
-
-
 def _merge(ours: Settings, knobs: Mapping[str, Any]) -> Settings:
     """*ours* with the file's *knobs* over it. DeepSpeed reads some names with and without ``stage3_``."""
     merged = dict(ours)
