@@ -3,6 +3,7 @@
 from bigvision.config.batches import check_batches, micro_batch
 from bigvision.config.checks import WHOLE
 from bigvision.config.ds_file import DsFile, read_ds_file
+from bigvision.config.ds_settings import deepspeed_settings
 from bigvision.config.resolve import Overrides, describe, load_config, resolve
 from bigvision.config.schema import (
     ONE_STAGE,
@@ -39,6 +40,7 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "check_batches",
+    "deepspeed_settings",
     "describe",
     "load_config",
     "micro_batch",

@@ -13,8 +13,7 @@ from bigvision.engine.compile import check_compile
 from bigvision.engine.engine import TrainingEngine
 from bigvision.engine.parallelize import check_norms
 from bigvision.engine.pipeline import PipelineEngine
-from bigvision.engine.zero import ZeroEngine
-from bigvision.engine.zero_settings import check_cpu_adam
+from bigvision.engine.zero import ZeroEngine, check_cpu_adam
 from bigvision.models import Blocks, Blueprint
 from bigvision.runtime import Runtime
 from bigvision.tasks import Task
