@@ -24,10 +24,11 @@ from bigvision.config import load_config
 from bigvision.data import Batch
 from bigvision.engine import check_engine
 from bigvision.engine import compile as engine_compile
-from bigvision.engine.compile import compile_blocks, decide, kinds, why_not
+from bigvision.engine.compile import compile_blocks, decide, why_not
 from bigvision.engine.parallelize import wrap_blocks
 from bigvision.errors import UserError
-from bigvision.models import find_blocks
+from bigvision.models import find_blocks, kinds
+from bigvision.models.rates import RATES
 from bigvision.runtime import start
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks
@@ -148,7 +149,7 @@ def test_compiled_rates(graphs: Counting, make: Callable[[float], nn.Module]) ->
         assert (kept == 0).float().mean().item() == pytest.approx(rate, abs=0.13 if rate % 1 else 0)
         assert torch.equal(block.eval()(x), x)
     blocks[0].train()
-    setattr(blocks[0].noise, engine_compile.RATES[type(blocks[1].noise).__mro__[1]], 1.0)
+    setattr(blocks[0].noise, RATES[type(blocks[1].noise).__mro__[1]], 1.0)
     assert not blocks[0](x[::100]).any(), "a rate that is set later does not count"
     assert graphs.count == 2, "one for training, one for evaluation"
 
