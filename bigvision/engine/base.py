@@ -129,7 +129,7 @@ class Engine(ABC):
     """Whether running statistics are each rank's own, until :meth:`synchronize`."""
     eval_batch: int
     """Samples that :meth:`eval_step` should be given on each rank."""
-    notes: Sequence[str] = ()
+    notes: list[str]
     """What the user should know of how the model is spread."""
     requests: frozenset[str] = frozenset()
     """What this rank asks the others for; sent with the next step or evaluation."""

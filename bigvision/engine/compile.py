@@ -34,14 +34,10 @@ def check_compile(config: Config, device: torch.device) -> None:
         raise UserError(f"parallel.compile: true needs {missing}: install it, or use auto or false")
 
 
-def decide(config: Config, blocks: Sequence[nn.Module], device: torch.device) -> bool:
-    """Whether *blocks* are compiled. Nothing is measured, so the answer is the same at each restart."""
-    value = config.parallel.compile
-    return value if isinstance(value, bool) else why_not(config, blocks, device) is None
-
-
-def why_not(config: Config, blocks: Sequence[nn.Module], device: torch.device) -> str | None:
-    """Why ``parallel.compile: auto`` leaves *blocks* as they are; None where it compiles them."""
+def why_eager(config: Config, blocks: Sequence[nn.Module], device: torch.device) -> str | None:
+    """Why *blocks* are not compiled; None where they are. Nothing is measured, so the answer is the same at each restart."""
+    if isinstance(config.parallel.compile, bool):
+        return None if config.parallel.compile else "parallel.compile: false"
     parallel, count = config.parallel, len(kinds(blocks))
     if device.type != "cuda":
         return "the device is not CUDA"

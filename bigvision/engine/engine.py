@@ -99,7 +99,7 @@ class TrainingEngine(Engine):
         self.notes = [self.computing.note] if self.computing.note else []
         self.parts = [self.module]
         if config.model.sync_batchnorm:
-            synchronize_norms(self.module, runtime)
+            self.notes += synchronize_norms(self.module, runtime)
         self.module.train()
         self._build(blueprint, [block.module for block in blocks])
         self._set_mode(training=True)
@@ -109,7 +109,7 @@ class TrainingEngine(Engine):
         config, runtime, parallel = self.config, self.runtime, self.config.parallel
         sharded = parallel.strategy == "fsdp" and runtime.world_size > 1
         self.computing.apply(self.parts, blocks, not sharded, runtime.device)
-        wrap_blocks(blocks, config, runtime.device)
+        self.notes += wrap_blocks(blocks, config, runtime.device)
         if sharded:
             spread = shard(self.module, self.parts, blocks, config, self.computing.dtype, runtime)
         else:

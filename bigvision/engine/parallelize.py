@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from bigvision.config import Config
-from bigvision.engine.compile import compile_blocks, decide
+from bigvision.engine.compile import compile_blocks, why_eager
 from bigvision.engine.precision import COMPUTE_DTYPES, autocast_inside, compute_in, why_not
 from bigvision.engine.state import Located, local_tensor
 from bigvision.errors import UserError
@@ -138,19 +138,25 @@ def check_norms(config: Config, device: torch.device) -> None:
         raise UserError(f"model.sync_batchnorm: true needs CUDA, but this run is on {device.type}: use false")
 
 
-def synchronize_norms(module: nn.Module, runtime: Runtime) -> None:
+def synchronize_norms(module: nn.Module, runtime: Runtime) -> list[str]:
     """Let BatchNorm in *module* take its statistics over the data-parallel ranks (of a pipeline: of a stage), in place.
 
     This is timm's ``convert_sync_batchnorm``, but a module stays the same object and changes its class, so that blocks and
     stages that were found before still hold it. Do it after `choose_computing`: torch's SyncBatchNorm refuses meta.
 
+    Returns:
+        What the user should know.
+
     Raises:
         UserError: a kind of BatchNorm with a forward of its own.
     """
+    norms = {path: part for path, part in module.named_modules() if isinstance(part, BatchNorm)}
+    if not norms:
+        return ["model.sync_batchnorm: true changes nothing: the model has no BatchNorm"]
     if runtime.data_ranks == 1 or runtime.device.type not in SYNCHRONIZED:  # an evaluation elsewhere exchanges nothing
-        return
-    for path, part in module.named_modules():
-        if not isinstance(part, BatchNorm) or isinstance(part, nn.SyncBatchNorm):
+        return []
+    for path, part in norms.items():
+        if isinstance(part, nn.SyncBatchNorm):
             continue
         forward = type(part).forward
         if forward not in (BatchNorm.forward, BatchNormAct2d.forward):
@@ -158,13 +164,14 @@ def synchronize_norms(module: nn.Module, runtime: Runtime) -> None:
             raise UserError(f"model.sync_batchnorm: true, but {kind}, which has no synchronized form: use false")
         part.__class__ = nn.SyncBatchNorm if forward is BatchNorm.forward else SyncBatchNormAct  # type: ignore[assignment]
         part.process_group = runtime.data_group  # type: ignore[assignment]
+    return []
 
 
 # Recompute and compile.
 
 
-def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.device) -> None:
-    """Recompute and compile each block where *config* says so, in this order and in place.
+def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.device) -> list[str]:
+    """Recompute and compile each block where *config* says so, in this order and in place; return what the user should know.
 
     Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside
     of what is compiled.
@@ -172,20 +179,17 @@ def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.devic
     Raises:
         UserError: both for blocks with BatchNorm.
     """
-    compiled = decide(config, blocks, device)
+    eager = why_eager(config, blocks, device)
     for block in blocks if config.parallel.recompute == "blocks" else ():
         norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
-        if compiled and norms:
+        if eager is None and norms:
             raise UserError("parallel.recompute: blocks and parallel.compile: true exclude each other for BatchNorm: drop one")
-        options = {"context_fn": functools.partial(_pass_contexts, norms)} if norms else {}
+        # Around the first pass and around the second one.
+        options = {"context_fn": lambda norms=norms: (nullcontext(), _statistics_held(norms))} if norms else {}
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
-    if compiled:
+    if eager is None:
         compile_blocks(blocks, device)
-
-
-def _pass_contexts(norms: list[BatchNorm]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around the first pass and around the second one."""
-    return nullcontext(), _statistics_held(norms)
+    return [f"parallel.compile: auto compiles nothing: {eager}"] if eager and config.parallel.compile == "auto" else []
 
 
 @contextmanager

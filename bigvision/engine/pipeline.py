@@ -60,7 +60,7 @@ class PipelineEngine(TrainingEngine):
         pieces = [block.module for number in numbers for block in self.plan.blocks[number]]
         sharded = runtime.mesh["shard"].size() > 1
         self.computing.apply(self.parts, [piece for piece in pieces if piece in set(blocks)], not sharded, runtime.device)
-        wrap_blocks(pieces, config, runtime.device)
+        self.notes += wrap_blocks(pieces, config, runtime.device)
         for number, stage in self.stages.items():
             stage.around = lambda number=number: self._surroundings(number)
             stage.apart = parallel.schedule in SPLIT_BACKWARD

@@ -109,7 +109,9 @@ def test_synchronized_norms_are_norms(name: str) -> None:
     assert module(torch.randn(2, 3, 32, 32)).dtype == torch.bfloat16
 
 
-def test_what_cannot_be_synchronized_is_refused() -> None:
+def test_what_cannot_be_synchronized_is_refused_or_noted() -> None:
+    (note,) = parallelize.synchronize_norms(nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), CUDA)
+    assert note == "model.sync_batchnorm: true changes nothing: the model has no BatchNorm"
     with pytest.raises(UserError, match=r"model.sync_batchnorm: true, but 1 is a SplitBatchNorm2d"):
         parallelize.synchronize_norms(nn.Sequential(nn.Conv2d(3, 4, 1), SplitBatchNorm2d(4)), CUDA)
     config = load_config({"model": {"sync_batchnorm": True}, "parallel": {"device": "cpu"}})
