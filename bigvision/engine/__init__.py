@@ -2,25 +2,26 @@
 
 In come a model on meta (`Blueprint`), its blocks and batches; out come step results, metrics and fragments. Read
 ``engine.py`` first (the step from above), then ``step.py`` (the update) and ``parallelize.py`` (how a model is spread).
-``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage, statistics and fragments.
+``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage, statistics and fragments,
+``results.py`` what steps and evaluations return.
 """
 
 from __future__ import annotations
 
 from bigvision.config import Config, check_batches
-from bigvision.engine.base import Engine, Metrics, StepResult
 from bigvision.engine.compile import check_compile
-from bigvision.engine.engine import TrainingEngine
+from bigvision.engine.engine import Engine
 from bigvision.engine.parallelize import check_norms
 from bigvision.engine.pipeline import PipelineEngine
+from bigvision.engine.results import Metrics, StepResult
 from bigvision.engine.zero import ZeroEngine, check_cpu_adam
 from bigvision.models import Blocks, Blueprint
 from bigvision.runtime import Runtime
 from bigvision.tasks import Task
 
 STRATEGIES = {
-    "ddp": TrainingEngine,
-    "fsdp": TrainingEngine,
+    "ddp": Engine,
+    "fsdp": Engine,
     "zero1": ZeroEngine,
     "zero2": ZeroEngine,
     "zero3": ZeroEngine,
@@ -43,8 +44,8 @@ def check_engine(config: Config, runtime: Runtime) -> None:
 
 
 def build_engine(
-    config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool = False
-) -> Engine:  # fmt: skip
+    config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool
+) -> Engine:
     """The engine of ``parallel.strategy``.
 
     Args:

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from bigvision.config import Config
 from bigvision.engine.compile import compile_blocks, why_eager
 from bigvision.engine.precision import COMPUTE_DTYPES, autocast_inside, compute_in, why_not
-from bigvision.engine.state import Located, local_tensor
+from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
 from bigvision.models import Block, Blueprint
 from bigvision.runtime import Runtime
@@ -54,8 +54,6 @@ class Spread:
     """Names of the parameters whose gradients the backward pass does not average over the ranks."""
     around: Callable[[bool], AbstractContextManager[object]] = lambda last: nullcontext()
     """Surrounds each micro-batch; given whether it is the step's last."""
-    local_first: bool = False
-    """Whether a rank works for itself until the last backward pass."""
 
     def held(self) -> dict[str, nn.Parameter]:
         """The parameters of which this rank holds at least a shard, each tied one once, by the whole model's names."""
@@ -222,16 +220,24 @@ def replicate(module: nn.Module, parts: list[nn.Module], runtime: Runtime) -> Sp
     return spread
 
 
-def overlap(spread: Spread, rehearse: Callable[[Callable[[Tensor], Any]], None], runtime: Runtime) -> None:
+def overlap(spread: Spread, example: Tensor, statistics: Statistics) -> None:
     """Average gradients of a replicated model while the last backward pass runs: DistributedDataParallel (Li et al. 2020).
 
     Args:
-        rehearse: runs a forward and backward pass that leaves nothing behind but gradients.
+        example: a few images, as the model gets them.
+        statistics: of the model; they keep their values.
     """
-    spread.local_first = True
-    if runtime.world_size == 1:
-        return
     module = spread.module
+
+    def rehearse(model: Callable[[Tensor], Any]) -> None:
+        """A forward and backward pass in training mode, in which branches may run that evaluation does not have."""
+        statistics.keep()
+        # Not compiled: a batch of another size would be a graph of its own.
+        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+            outputs = [leaf for leaf in tree_leaves(model(example)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            torch.stack([output.float().sum() for output in outputs]).sum().backward()
+        statistics.restore(torch.ones((), dtype=torch.bool, device=example.device))
+
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # Gradients of expanded tokens: a copy of a few values.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -311,13 +317,6 @@ def shard(
     return spread
 
 
-def settle_shards(spread: Spread) -> None:
-    """Let FSDP pad its shards now, once they have storage: it would replace them in the first forward pass."""
-    for part in spread.parts:
-        if isinstance(part, FSDPModule):
-            part._get_fsdp_state()._lazy_init()
-
-
 def _copied_if_view(block: nn.Module, inputs: object, output: object) -> object:
     """Copy an output that is a view: an in-place operation on it would drop the hook that gathers the block's parameters."""
     if isinstance(output, Tensor) and output._is_view():
@@ -325,13 +324,3 @@ def _copied_if_view(block: nn.Module, inputs: object, output: object) -> object:
     if isinstance(output, (tuple, list)):
         return type(output)(_copied_if_view(block, inputs, part) for part in output)
     return output
-
-
-def rehearsal(forward: Callable[[], Any], keep: Callable[[], None], restore: Callable[[], None]) -> None:
-    """A forward and backward pass in training mode, in which branches may run that evaluation does not have."""
-    keep()
-    # Not compiled: a batch of another size would be a graph of its own.
-    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
-        outputs = [leaf for leaf in tree_leaves(forward()) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        torch.stack([output.float().sum() for output in outputs]).sum().backward()
-    restore()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
 from bigvision.data.batch import Batch
-from bigvision.engine.engine import TrainingEngine
+from bigvision.engine.engine import Engine
 from bigvision.engine.parallelize import replicate, shard, wrap_blocks
 from bigvision.engine.step import NativeStep
 from bigvision.models import Blocks, Blueprint
@@ -22,7 +22,7 @@ from bigvision.seeds import seed_from
 from bigvision.tasks import Task
 
 
-class PipelineEngine(TrainingEngine):
+class PipelineEngine(Engine):
     """Stages of a traced model under the schedules of ``torch.distributed.pipelining``.
 
     With more ranks than stages each stage is sharded (FSDP2) or copied over the ranks that share it. What crosses a cut
@@ -31,8 +31,7 @@ class PipelineEngine(TrainingEngine):
     """
 
     def __init__(
-        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int,
-        restored: bool = False,
+        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool
     ) -> None:  # fmt: skip
         self.placement = Placement.of(config.parallel, runtime)
         # Before blocks are wrapped: their forwards are still timm's.

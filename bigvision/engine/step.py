@@ -11,14 +11,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from bigvision.config import WHOLE, Config
-from bigvision.engine.base import REQUESTS
-from bigvision.engine.parallelize import Spread, settle_shards
+from bigvision.engine.parallelize import Spread
 from bigvision.engine.precision import LossScale
+from bigvision.engine.results import reduce_with
 from bigvision.engine.state import (
     Statistics,
     allocate,
@@ -47,7 +47,9 @@ class NativeStep:
         self.scale = LossScale(config.parallel.precision, runtime.device)
         for part in spread.parts:
             allocate(part, runtime.device)
-        settle_shards(spread)
+            if isinstance(part, FSDPModule):
+                # FSDP pads its shards now, once they have storage: it would replace them in the first forward pass.
+                part._get_fsdp_state()._lazy_init()
         self.held = held = spread.held()
         # Sharded tensors cost a fused step five times the host time of plain ones; an optimizer that takes norms of whole
         # tensors needs them all the same.
@@ -64,7 +66,7 @@ class NativeStep:
         absent = self.shapes.keys() - held.keys()
         self.absent = state_layout(optim) if absent else {}
         fill(blueprint, config.seed, self.model_fragments(), spread.parts, runtime.device, restored)
-        self.statistics = Statistics(spread.parts)
+        self.statistics = Statistics(spread.parts, runtime.device)
 
     # The step.
 
@@ -92,15 +94,9 @@ class NativeStep:
         average([gradient for gradient in unreduced if gradient is not None], self.runtime)
         for tensor, parameter in self.local:
             tensor.grad = None if parameter.grad is None else local_tensor(parameter.grad)
-        totals = torch.zeros(3 + len(REQUESTS), dtype=torch.float64, device=self.runtime.device)
-        totals[0] = loss_sum
-        totals[1] = self._squared_norm()
-        if (largest := self.statistics.largest()) is not None:
-            totals[2] = largest * 0.0  # not a number where it is not finite
-        for place, name in enumerate(REQUESTS, start=3):
-            if name in requests:
-                totals[place].fill_(1.0)
-        dist.all_reduce(totals)  # the one collective beyond the strategy's own
+        # The third is not a number where a running statistic is not finite.
+        numbers = torch.stack([loss_sum, self._squared_norm(), self.statistics.largest() * 0.0])
+        totals = reduce_with(requests, numbers)
         skipped = ~torch.isfinite(totals[:3]).all()
         norm = totals[1].sqrt() / self.scale.scale
         for group in self.optimizer.param_groups:

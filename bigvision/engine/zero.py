@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from bigvision.config import Config, deepspeed_settings
-from bigvision.engine.base import REQUESTS
-from bigvision.engine.engine import TrainingEngine
+from bigvision.engine.engine import Engine
 from bigvision.engine.parallelize import wrap_blocks
 from bigvision.engine.precision import COMPUTE_DTYPES
+from bigvision.engine.results import reduce_with
 from bigvision.engine.state import Statistics, allocate, fill
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
-from bigvision.optim import build_optimizer, parameter_groups
+from bigvision.optim import build_optimizer, parameter_groups, state_layout
 from bigvision.runtime import Runtime
 
 
-class ZeroEngine(TrainingEngine):
+class ZeroEngine(Engine):
     """ZeRO stages 1 to 3 (Rajbhandari et al. 2020) and ZeRO-Offload (Ren et al. 2021) through ``deepspeed.initialize``.
 
     DeepSpeed holds, gathers and reduces tensors, clips and steps; the parameter groups, the learning rate, the number of
@@ -89,9 +89,10 @@ class ZeroStep:
         self.names = {id(p): name for name, p in module.named_parameters()}
         # DeepSpeed keeps fp32 values of what it trains only: of what is frozen, each rank keeps a share in host memory.
         self.frozen = {name: torch.empty(self._share(p)[1]) for name, p in named.items() if not p.requires_grad}
+        self.state_keys = tuple(state_layout(config.optim))
         self._allocate_state()
         fill(blueprint, config.seed, self.model_fragments(), [module], runtime.device, restored)
-        self.statistics = Statistics([module])
+        self.statistics = Statistics([module], runtime.device)
         self.finite = torch.ones((), dtype=torch.bool, device=runtime.device)
         if not restored:
             self.refresh()
@@ -108,9 +109,7 @@ class ZeroStep:
 
     def backward(self, loss: Tensor, factor: float) -> None:
         # DeepSpeed skips a step by its gradients alone; with this factor whatever is not finite makes them so too.
-        whole = torch.isfinite(loss.detach())
-        if (largest := self.statistics.largest()) is not None:
-            whole &= torch.isfinite(largest)
+        whole = torch.isfinite(loss.detach()) & torch.isfinite(self.statistics.largest())
         self.finite = self.finite & whole
         self.deepspeed.backward(loss * torch.where(whole, factor, math.nan), scale_wrt_gas=False)
 
@@ -121,13 +120,8 @@ class ZeroStep:
         before = copy.copy(vars(scaler)) if scaler is not None else {}
         may_fall = scaler is not None and scaler.cur_scale > scaler.min_scale
         self.deepspeed.step()
-        totals = torch.zeros(2 + len(REQUESTS), dtype=torch.float64, device=loss_sum.device)
-        totals[0], totals[1] = loss_sum, ~self.finite
+        totals = reduce_with(requests, torch.stack([loss_sum, (~self.finite).double()]))
         self.finite = torch.ones_like(self.finite)
-        for place, name in enumerate(REQUESTS, start=2):
-            if name in requests:
-                totals[place].fill_(1.0)
-        dist.all_reduce(totals)
         norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float64, device=loss_sum.device)
         skipped, overflowed = not self.deepspeed.was_step_applied(), False
         if skipped:
@@ -143,10 +137,7 @@ class ZeroStep:
 
     def model_fragments(self) -> Iterator[Fragment]:
         for name, tensor in self.module.state_dict(keep_vars=True).items():
-            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-                values = self.frozen[self.names[id(tensor)]]
-                yield Fragment("model", name, whole_shape(tensor), self._share(tensor)[0], values, (0, 1))
-            elif isinstance(tensor, nn.Parameter):
+            if isinstance(tensor, nn.Parameter):
                 values, start = self._run(tensor, None)
                 yield Fragment("model", name, whole_shape(tensor), start, values, (0, 1))
             else:
@@ -164,7 +155,7 @@ class ZeroStep:
 
     def optimizer_fragments(self) -> Iterator[Fragment]:
         for parameter in self.module.parameters():
-            for key in self._state_keys() if parameter.requires_grad else ():
+            for key in self.state_keys if parameter.requires_grad else ():
                 values, start = self._run(parameter, key)
                 yield Fragment("optimizer", f"{self.names[id(parameter)]}/{key}", whole_shape(parameter), start, values, (0, 1))
 
@@ -177,14 +168,15 @@ class ZeroStep:
 
     def _run(self, parameter: nn.Parameter, key: str | None) -> tuple[Tensor, int]:
         """This rank's fp32 values of a parameter (*key* None) or of its optimizer state, and their start in the whole."""
+        start, length = self._share(parameter)
+        if not parameter.requires_grad:
+            return self.frozen[self.names[id(parameter)]], start
         if self.weights_sharded:
-            group, offset, size = self.sharded.grad_position[self.sharded.get_param_id(parameter)]
+            # The last ranks' pieces are padded to the size of the others'.
+            group, offset, _ = self.sharded.grad_position[self.sharded.get_param_id(parameter)]
             flat = self.sharded.fp32_partitioned_groups_flat[group]
             flat = flat if key is None else self.inner.state[flat][key]
-            numel = parameter.ds_numel  # type: ignore[attr-defined]
-            # The last ranks' pieces are padded to the size of the others'.
-            start = min(size * self.runtime.rank, numel)
-            return flat.detach()[offset : offset + min(size, numel - start)], start
+            return flat.detach()[offset : offset + length], start
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return torch.empty(0, device=self.runtime.device), 0
@@ -196,18 +188,11 @@ class ZeroStep:
             return self.sharded.fp32_partitioned_groups_flat
         return [flat for group in self.inner.param_groups for flat in group["params"]]
 
-    def _state_keys(self) -> tuple[str, ...]:
-        if self.config.optim.name == "adamw":
-            return ("exp_avg", "exp_avg_sq")
-        if self.config.optim.name == "lion":
-            return ("exp_avg",)
-        return ("momentum_buffer",) if self.config.optim.momentum else ()
-
     def _allocate_state(self) -> None:
         """Create the state that the optimizer would create at its first step, so that it can be saved and restored before."""
         for flat in self._flats():
             state = self.inner.state[flat]
-            for key in self._state_keys():
+            for key in self.state_keys:
                 state[key] = torch.zeros_like(flat, requires_grad=False)
             if self.config.optim.name == "adamw":
                 state["step"] = 0 if self._is_cpu_adam() else torch.zeros((), device=flat.device)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bigvision import load_config, train
-from bigvision.engine import check_engine, parallelize
-from bigvision.engine.engine import TrainingEngine
+from bigvision.engine import Engine, check_engine, parallelize
 from bigvision.engine.precision import compute_in
 from bigvision.engine.state import Statistics, is_frozen
 from bigvision.errors import UserError
@@ -99,7 +98,7 @@ def test_synchronized_norms_are_norms(name: str) -> None:
     assert all(module.get_submodule(path) is norm and type(norm) is kinds[path] for path, norm in norms.items())
     assert is_frozen(first)
     module.to_empty(device="cpu")
-    statistics = Statistics([module])
+    statistics = Statistics([module], torch.device("cpu"))
     assert statistics.frozen == [first] and sum(map(torch.numel, statistics.running)) == sum(
         2 * norm.num_features for norm in norms.values() if norm is not first
     )
@@ -179,7 +178,7 @@ def in_evaluation() -> nn.Module:
 def looks_for_unused(plain: dict[str, Any], make: Any) -> bool:
     with start("cpu") as runtime:
         engine, _, _ = build_model(load_config(plain), 10, runtime, 4, lambda text: None, model=make())
-        assert isinstance(engine, TrainingEngine) and isinstance(engine.forward, DistributedDataParallel)
+        assert isinstance(engine, Engine) and isinstance(engine.forward, DistributedDataParallel)
         return engine.forward.find_unused_parameters
 
 
