@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from bigvision.engine.parallelize import (
     synchronize_norms,
     wrap_blocks,
 )
-from bigvision.engine.precision import no_autocast
 from bigvision.engine.results import REQUESTS, Metrics, Record, StepResult, reduce_with
 from bigvision.engine.state import RUNNING, average, make_contiguous
 from bigvision.engine.step import NativeStep
@@ -312,3 +312,8 @@ def _seconds(began: Any, local: Any) -> float:
     if local is None:
         return 0.0
     return local - began if isinstance(began, float) else began.elapsed_time(local) / 1000
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switch a caller's autocast off: what is computed in which format is decided here alone."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from bigvision.config import WHOLE, Config
 from bigvision.engine.parallelize import Spread
-from bigvision.engine.precision import LossScale
 from bigvision.engine.results import reduce_with
 from bigvision.engine.state import (
     Statistics,
@@ -178,3 +177,48 @@ def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     if not pieces:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(pieces)).double().square().sum()
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018), on the device; 1 and constant for the other formats."""
+
+    growth_interval = 2000
+
+    def __init__(self, precision: str, device: torch.device) -> None:
+        self.dynamic = precision == "fp16"
+        self.scale = torch.tensor(2.0**16 if self.dynamic else 1.0, device=device)
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def factor(self) -> Tensor | float:
+        """What losses are multiplied with."""
+        return self.scale if self.dynamic else 1.0
+
+    def update(self, skipped: Tensor, finite_loss: Tensor) -> Tensor:
+        """Halve the scale after an overflow; double it after :attr:`growth_interval` steps without one.
+
+        A loss that is not finite is no overflow, since it does not depend on the scale: it leaves the scale as it is.
+
+        Args:
+            skipped, finite_loss: bool, 0-D, on the device.
+
+        Returns:
+            Whether the step overflowed while the scale could still fall, bool and 0-D.
+        """
+        if not self.dynamic:
+            return torch.zeros_like(skipped)
+        overflow = skipped & finite_loss & (self.scale > 1.0)
+        steps = torch.where(overflow, 0, self.steps + ~skipped)
+        grown = steps == self.growth_interval
+        self.scale.copy_(torch.where(overflow, (self.scale / 2).clamp(min=1.0), torch.where(grown, self.scale * 2, self.scale)))
+        self.steps.copy_(torch.where(grown, 0, steps))
+        return overflow
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; waits for the device."""
+        return {"loss_scale": self.scale.item() if self.dynamic else None, "good_steps": int(self.steps)}
+
+    def restore(self, scalars: dict[str, Any]) -> None:
+        if self.dynamic and scalars["loss_scale"] is not None:
+            self.scale.fill_(scalars["loss_scale"])
+            self.steps.fill_(scalars["good_steps"])

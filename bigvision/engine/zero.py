@@ -22,12 +22,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from bigvision.config import Config, deepspeed_settings
 from bigvision.engine.engine import Engine
 from bigvision.engine.parallelize import wrap_blocks
-from bigvision.engine.precision import COMPUTE_DTYPES
 from bigvision.engine.results import reduce_with
 from bigvision.engine.state import Statistics, allocate, fill
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
-from bigvision.models import Blueprint
+from bigvision.models import Blueprint, formats
 from bigvision.optim import build_optimizer, parameter_groups, state_layout
 from bigvision.runtime import Runtime
 
@@ -57,7 +56,7 @@ class ZeroStep:
         deepspeed = load_deepspeed(runtime.device)
         parallel = config.parallel
         self.weights_sharded = parallel.strategy == "zero3"
-        dtype = COMPUTE_DTYPES[parallel.precision]
+        dtype = formats.COMPUTE_DTYPES[parallel.precision]
         largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
         total = sum(p.numel() for p in module.parameters())
         settings = deepspeed_settings(config, runtime.world_size, runtime.device.type, total, largest)

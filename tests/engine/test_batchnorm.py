@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigvision import load_config, train
 from bigvision.engine import Engine, check_engine, parallelize
-from bigvision.engine.precision import compute_in
 from bigvision.engine.state import Statistics, is_frozen
 from bigvision.errors import UserError
+from bigvision.models.formats import compute_in
 from bigvision.runtime import start
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks

@@ -19,10 +19,11 @@ from bigvision.config import Config, ModelConfig, load_config
 from bigvision.data import Batch
 from bigvision.engine import Engine
 from bigvision.engine.parallelize import Computing, choose_computing
-from bigvision.engine.precision import CAST_BUFFERS, LossScale, OneType, why_not
 from bigvision.engine.state import allocate
+from bigvision.engine.step import LossScale
 from bigvision.errors import UserError
 from bigvision.models import Blueprint, blueprint, find_blocks
+from bigvision.models.formats import CAST_BUFFERS, OneType, why_not
 from bigvision.runtime import Runtime, start
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks
