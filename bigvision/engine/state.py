@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -18,7 +19,7 @@ from bigvision.runtime import Runtime, all_or_none
 
 RUNNING = ("running_mean", "running_var")
 BUCKET = 16 * 2**20
-"""Numbers exchanged at a time."""
+"""Numbers exchanged at a time: the tensor that reaches as many is the last of its bucket."""
 
 Located = tuple[Tensor, int, tuple[int, int]]
 """(this rank's values of a tensor as a 1-D view, their start in the whole tensor, (which copy, number of copies))."""
@@ -178,24 +179,17 @@ def average(tensors: Iterable[Tensor], runtime: Runtime) -> None:
     """Replace each tensor by its mean over the data-parallel ranks, exchanging many at a time."""
     if runtime.data_ranks == 1:
         return
-    for bucket in _buckets(tensors):
+    left = list(tensors)
+    while left:
+        sizes = itertools.accumulate(one.numel() for one in left)
+        count = 1 + sum(size < BUCKET for size in sizes)
+        bucket, left = left[:count], left[count:]
         flat = torch.cat([one.detach().reshape(-1).float() for one in bucket])
         dist.all_reduce(flat, group=runtime.data_group)
         flat /= runtime.data_ranks
         with torch.no_grad():
             for one, values in zip(bucket, flat.split([one.numel() for one in bucket])):
                 one.copy_(values.view_as(one))
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(one.numel() for one in bucket) >= BUCKET:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
 
 
 # Fragments of what a torch optimizer steps.

@@ -123,11 +123,9 @@ class NativeStep:
             optimizer.step()
         elif not bool(skipped):  # waits for the device
             if factor is not None:
-                torch._foreach_mul_([local_tensor(gradient) for gradient in self._gradients()], factor.float())
+                stepped = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+                torch._foreach_mul_([local_tensor(p.grad) for p in stepped if p.grad is not None], factor.float())
             self.optimizer.step()
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def _squared_norm(self) -> Tensor:
         """A part of the gradient's squared norm, float64 and 0-D; summed over all ranks it is the whole."""
