@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase as NormBase
 
 from bigvision.errors import UserError
 from bigvision.models.blocks import Block
+from bigvision.models.costs import Cost
 from bigvision.models.tracing import model_name
-from bigvision.pipeline.costs import Cost
 from bigvision.pipeline.cutting import SAMPLES, Flow
 from bigvision.pipeline.memory import StageMemory
 
@@ -22,23 +22,14 @@ SLACK = 1.01
 
 
 class Prices:
-    """What runs of a flow's nodes cost; a node, and a parameter, counts where its value is made or used first."""
+    """What runs of a flow's nodes cost; a node counts where its value is made or used first."""
 
-    def __init__(self, model: nn.Module, flow: Flow, costs: dict[str, Cost], compute: torch.dtype) -> None:
+    def __init__(self, flow: Flow, costs: dict[str, Cost], compute: torch.dtype) -> None:
         self.flow, self.compute = flow, compute
         self.costs = [Cost()] * len(flow.nodes)
         self._crossing = {0: 0.0, len(flow.nodes): 0.0}
-        counted: set[nn.Parameter] = set()
-        named = dict(model.named_parameters(remove_duplicate=False))
         for node in flow.nodes:
-            at, target = max(flow.position.get(node.name, 0), 0), str(node.target)
-            found = [named[target]] if node.op == "get_attr" and target in named else []
-            if node.op == "call_module":
-                found = list(model.get_submodule(target).parameters())
-            new = set(found) - counted
-            counted |= new
-            sizes = (sum(p.numel() for p in new), sum(p.numel() for p in new if p.requires_grad))
-            self.costs[at] += replace(costs[node.name], parameters=sizes[0], trained=sizes[1])
+            self.costs[flow.position.get(node.name, 0)] += costs[node.name]
 
     def crossing(self, cut: int) -> float:
         """The bytes that cross *cut* for one image."""

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.immutable_collections import immutable_list
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map
+
+from bigvision.models.tracing import Runner
 
 SAMPLES = (2, 3)
 """Numbers of images with which a graph is watched; what differs between the two follows the number of samples."""
@@ -52,28 +53,6 @@ class Spec:
 
 Leaf = tuple[str, int]
 """A tensor in the graph: the node that makes it and its place among the leaves of the node's value."""
-
-
-class Runner(fx.Interpreter):
-    """Runs a graph; modules get lists and dicts of their own, which they may change."""
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().run(*args, **kwargs)
-        finally:
-            self.env = {}  # else the last output would keep its activations until the next run
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return super().call_module(target, _plain(args), _plain(kwargs))
-
-
-def _plain(value: Any) -> Any:
-    """*value* with torch.fx's immutable lists and dicts as plain ones."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, immutable_list):
-        return [_plain(item) for item in value]
-    return tuple(map(_plain, value)) if type(value) is tuple else value
 
 
 class Watched(Runner):

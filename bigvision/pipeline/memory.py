@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from bigvision.config import ONE_STAGE, Config, OptimConfig
+from bigvision.models.costs import Cost
 from bigvision.optim import allocate_state, build_optimizer, parameter_groups
-from bigvision.pipeline.costs import Cost
 from bigvision.pipeline.schedules import SCHEDULES, Placement, torch_schedule
 from bigvision.runtime import Runtime
 

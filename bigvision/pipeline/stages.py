@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 
 from bigvision.errors import UserError
 from bigvision.models.blocks import Block, Blocks
+from bigvision.models.costs import Cost, node_costs
 from bigvision.models.exact_init import named_tensors
-from bigvision.models.tracing import TraceFailed, has_parts, model_name, size, trace
+from bigvision.models.tracing import Runner, TraceFailed, has_parts, model_name, size, trace
 from bigvision.pipeline.balance import Prices, choose_cuts
-from bigvision.pipeline.costs import Cost, node_costs
-from bigvision.pipeline.cutting import SAMPLES, CannotCut, Flow, Runner, Spec
+from bigvision.pipeline.cutting import SAMPLES, CannotCut, Flow, Spec
 from bigvision.pipeline.memory import StageMemory
 
 EVEN = 1.05
@@ -181,7 +181,7 @@ def plan_stages(
         flow = Flow(trace(copy.deepcopy(model).train(), blocks.max_share, inside), image_shape)
         compute = memory.compute if memory else torch.float32
         recomputed = [piece.path for piece in pieces] if memory and memory.recompute else []
-        prices = Prices(model, flow, node_costs(flow.graph, image_shape, device, compute, recomputed), compute)
+        prices = Prices(flow, node_costs(flow.graph, image_shape, device, compute, recomputed), compute)
         return _Candidate(pieces, inside, flow, prices, choose_cuts(model, flow, pieces, prices, stages, memory))
 
     try:

@@ -17,9 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from bigvision.config import OptimConfig
 from bigvision.errors import UserError
 from bigvision.models import find_blocks, trace
+from bigvision.models.costs import Cost, node_costs
 from bigvision.models.tracing import size as size_of
 from bigvision.pipeline import Placement, StageMemory, plan_stages
-from bigvision.pipeline.costs import Cost, node_costs
 from bigvision.pipeline.memory import micro_batches_kept, moment_bytes
 from tests.distributed import run_ranks
 from tests.engine.test_pipeline import pipeline

@@ -67,7 +67,7 @@ def test_large_models_are_cut_evenly(name: str) -> None:
 
 def equal_counts(model: nn.Module, blocks: Any, stages: int = 4) -> float:
     """The imbalance of a cut into stages of equally many blocks."""
-    from bigvision.pipeline.costs import node_costs
+    from bigvision.models.costs import node_costs
     from bigvision.pipeline.cutting import Flow
 
     size: Any = resolve_model_data_config(model)["input_size"]
