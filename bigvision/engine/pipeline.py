@@ -33,7 +33,8 @@ class PipelineEngine(Engine):
     def __init__(
         self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool
     ) -> None:  # fmt: skip
-        self.placement = Placement.of(config.parallel, runtime)
+        there_and_back = config.parallel.schedule in SPLIT_BACKWARD
+        self.placement = Placement(runtime.pipeline_ranks, config.parallel.per_rank, there_and_back)
         # Before blocks are wrapped: their forwards are still timm's.
         shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
         memory = StageMemory.of(config, runtime, self.placement, micro_batch(config, runtime.data_ranks, self.placement.ranks))
