@@ -19,6 +19,7 @@ class Subset(Source):
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
         self.source = source
         self.name, self.classes, self.style, self.channels = source.name, source.classes, source.style, source.channels
+        self.location, self.noun, self.passed_over = source.location, source.noun, source.passed_over
         # A tensor: workers share it.
         self.indices = torch.as_tensor(np.asarray(indices, dtype=np.int64))
 
@@ -33,6 +34,12 @@ class Subset(Source):
 
     def where(self, index: int) -> str:
         return self.source.where(int(self.indices[index]))
+
+    def key(self, index: int) -> bytes:
+        return self.source.key(int(self.indices[index]))
+
+    def size(self, index: int) -> int:
+        return self.source.size(int(self.indices[index]))
 
 
 def hold_out(source: Source, split: Split) -> Subset:

@@ -61,6 +61,15 @@ class ImageFolder(Source):
     def label(self, index: int) -> int:
         return self._labels[index]
 
+    def key(self, index: int) -> bytes:
+        return self._names[index]
+
+    def size(self, index: int) -> int:
+        try:
+            return os.stat(self.path(index)).st_size
+        except OSError:
+            return 0  # reading it will name the reason
+
 
 def _content(path: str) -> bytes:
     """What `Path.read_bytes` returns, with half of its calls of the system, which are not free where a sandbox takes them."""

@@ -37,6 +37,16 @@ class Mixture(Source):
         source, index = self._find(index)
         return source.where(index)
 
+    def key(self, index: int) -> bytes:
+        # Two datasets may have samples of the same name.
+        number = bisect_right(self._ends, index)
+        source, index = self._find(index)
+        return b"%d/%s" % (number, source.key(index))
+
+    def size(self, index: int) -> int:
+        source, index = self._find(index)
+        return source.size(index)
+
     @property
     def parts(self) -> list[Part]:
         return self._parts

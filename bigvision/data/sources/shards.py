@@ -59,9 +59,11 @@ class Shards(Source):
     def where(self, index: int) -> str:
         return f"{self.files[self._files[index]]}: {os.fsdecode(self.key(index))}"
 
-    def key(self, row: int) -> bytes:
-        """The key of a sample, which counts from the first one of the first file."""
-        return self._keys[row]
+    def key(self, index: int) -> bytes:
+        return self._keys[index]
+
+    def size(self, index: int) -> int:
+        return self._sizes[index]
 
     def read(self, index: int) -> Sample:
         offset = self._offsets[index]

@@ -101,6 +101,7 @@ def open_torchvision(name: str, split: Split, *, key: str, root: str | None, dow
     if outside := [file for file in dataset.files if not os.path.abspath(file).startswith(inside)]:
         raise UserError(f"{key}: {name} lists {str(outside[0])!r}, which is not in {str(folder)!r}; fetch its files again")
     source = _Files(dataset, classes, found.style, name)
+    source.location = str(folder)
     return hold_out(source, split) if found.train == found.val else source
 
 
@@ -109,6 +110,15 @@ class _Files(MapStyle):
 
     def where(self, index: int) -> str:
         return str(self.dataset.files[index])  # type: ignore[attr-defined]
+
+    def key(self, index: int) -> bytes:
+        return os.fsencode(os.path.relpath(self.where(index), self.location))
+
+    def size(self, index: int) -> int:
+        try:
+            return os.stat(self.where(index)).st_size
+        except OSError:
+            return 0  # reading it will name the reason
 
 
 def _in_memory(name: str, style: Style, classes: list[str], dataset: Any) -> ArraySource:

@@ -46,6 +46,8 @@ class Cut:
 class Volumes(Source):
     """Slices of the volumes of a folder, one volume after the other."""
 
+    noun = "slice"
+
     def __init__(self, name: str, files: ImageFolder, depths: Sequence[int], cut: Cut, style: Style) -> None:
         """Args: *depths*: slices of each volume; 0 for one that cannot be read, which is one sample to be found bad."""
         self.name, self.files, self.cut = name, files, cut
@@ -76,6 +78,14 @@ class Volumes(Source):
     def where(self, index: int) -> str:
         volume, centre = self._find(index)
         return f"{self.files.path(volume)}, slice {centre}"
+
+    def key(self, index: int) -> bytes:
+        volume, centre = self._find(index)
+        return b"%s:%d" % (self.files.key(volume), centre)
+
+    def size(self, index: int) -> int:
+        """Of the whole volume."""
+        return self.files.size(self._find(index)[0])
 
     def _find(self, index: int) -> tuple[int, int]:
         """The volume of a sample and its centre slice."""
