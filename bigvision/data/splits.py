@@ -1,8 +1,19 @@
-"""A part of a source: what is held out of it for validation, or the rest."""
+"""Which samples are a split's: by the names of folders and files, or held out by a hash.
+
+A dataset without a validation part is divided by `part`, in the same way for every source: samples are ranked by a hash, and
+the first tenth of each class is held out. What is hashed differs, since runs of earlier versions resume with the samples that
+they had: image folders and volumes hash relative file names with BLAKE2b, tar shards keys and Parquet files rows with XXH3, and
+data that has no names (arrays, some of torchvision's sets) counts as one class that is ranked by its index (`hold_out`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +22,19 @@ from bigvision.data.sources.base import Sample, Source, Split
 
 HELD_OUT = 0.1
 """The share of a dataset without a validation part that is held out for it."""
+VAL_FOLDERS = ("val", "valid", "validation", "test")
+"""The names of a validation part, the first that is there. Other spellings count where these are missing."""
+Role = Literal["train", "val", "test"]
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "development", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+}
+FILLERS = ("set", "data", "dataset", "split", "folder", "images", "image", "imgs", "img")
+"""Words that say nothing in the name of a split's folder: train_set, TestImages, val-data."""
+
+
+# Holdouts
 
 
 class Subset(Source):
@@ -42,10 +66,81 @@ class Subset(Source):
         return self.source.size(int(self.indices[index]))
 
 
+def part(hashes: np.ndarray, labels: np.ndarray, split: Split) -> np.ndarray:
+    """The samples of *split* in a set that training and validation share: a fixed tenth of each class is held out.
+
+    Args:
+        hashes: (N,) of what each sample is called, so that samples added later hardly move others between the splits.
+        labels: (N,) whole numbers.
+
+    Returns:
+        Ascending indices, int64. At least one of each class stays for training.
+    """
+    order = np.lexsort((hashes, labels))
+    _, begin, which, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
+    held = np.minimum(np.maximum(1, np.rint(HELD_OUT * counts)), counts - 1)
+    is_held = np.arange(len(order)) - begin[which] < held[which]
+    return np.sort(order[is_held if split == "val" else ~is_held])
+
+
 def hold_out(source: Source, split: Split) -> Subset:
-    """A fixed tenth of *source* for ``val``, the rest for ``train``; at least one sample for each, of two or more."""
-    length = len(source)
-    count = min(max(1, round(HELD_OUT * length)), length - 1)
-    # A counter-based generator is a hash of the index, so that samples added later hardly move others between the splits.
-    ranked = np.argsort(np.random.Philox(key=0).random_raw(length), kind="stable")
-    return Subset(source, np.sort(ranked[:count] if split == "val" else ranked[count:]))
+    """A fixed tenth of *source* for ``val``, the rest for ``train``, whatever the classes: for data that has no names."""
+    # A counter-based generator is a hash of the index.
+    hashes = np.random.Philox(key=0).random_raw(len(source))
+    return Subset(source, part(hashes, np.zeros(len(source), dtype=np.int64), split))
+
+
+def hash_file_names(names: Iterable[str]) -> np.ndarray:
+    """uint64 (N,): the first bytes of a BLAKE2b hash of each name."""
+    return np.array([int.from_bytes(hashlib.blake2b(os.fsencode(name)).digest()[:8], "big") for name in names], dtype=np.uint64)
+
+
+# The names of splits
+
+
+class SplitName(NamedTuple):
+    role: Role
+    rest: str
+    """What the name says besides: "seg" of seg_train. Folders are splits of one dataset where it is the same."""
+
+
+def split_name(name: str) -> SplitName | None:
+    """What *name* says of a split, in any case, with or without words such as set and images; None for another name."""
+    words, role = [], None
+    for word in re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).casefold()):
+        word = word.rstrip("0123456789")  # train2017
+        bare = next((word.removesuffix(filler) for filler in FILLERS if word.removesuffix(filler) in ROLES), word)
+        if bare in ROLES and role is None:
+            role = ROLES[bare]
+        elif bare in ROLES:
+            return None  # of both: train_val
+        elif word and word not in FILLERS:
+            words.append(word)
+    return SplitName(role, "_".join(words)) if role is not None else None
+
+
+def first_val(names: Collection[str]) -> str | None:
+    """The name of the validation part among *names*, which are as in `VAL_FOLDERS`."""
+    return next((name for name in VAL_FOLDERS if name in names), None)
+
+
+# Paths
+
+
+def near_path(path: str) -> str:
+    """``"; did you mean 'x'?"`` for the existing path most like *path*, which does not exist, or ``""``."""
+    parent, missing = os.path.split(path.rstrip(os.sep))
+    rest: list[str] = []
+    while parent and not os.path.isdir(parent):
+        parent, name = os.path.split(parent)
+        rest, missing = [missing, *rest], name
+    try:
+        names = [name for name in sorted(os.listdir(parent or ".")) if not name.startswith(".")]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(missing, names, n=1) or [name for name in names if name.lower() == missing.lower()]
+    if not close:
+        return ""
+    found = os.path.join(parent, close[0])
+    whole = os.path.join(found, *rest)
+    return f"; did you mean {whole if os.path.exists(whole) else found!r}?"

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
 from bigvision.data.sources.files import read_classes
-from bigvision.data.sources.folder import VAL_FOLDERS
-from bigvision.data.splits import hold_out
+from bigvision.data.splits import VAL_FOLDERS, hold_out
 from bigvision.errors import UserError, one_line
 from bigvision.seeds import seed_from
 

@@ -41,6 +41,8 @@ class Source(ABC):
     channels: int = 3
     location: str = ""
     """The folder or file that the samples of this split were read from, where there is one."""
+    linked: bool = False
+    """Whether symbolic links were followed below it, so that samples may lie elsewhere."""
     noun: str = "image"
     """What a sample is, in the report at the start."""
     passed_over: Mapping[str, tuple[int, str]] = PassedOver()

@@ -11,11 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from bigvision.data.sources.base import Split
-from bigvision.data.sources.folder import VAL_FOLDERS
-from bigvision.data.splits import HELD_OUT
+from bigvision.data.splits import VAL_FOLDERS
 from bigvision.errors import UserError
 
 CLASS_FILES = ("classes.txt", "classnames.txt")
@@ -134,23 +131,6 @@ def by_name(names: Sequence[str], classes: Sequence[str], *, key: str, where: st
     if missing is not None:
         raise UserError(f"{key}: class {missing!r} in {where} is not one of the {len(classes)} classes; remove or name it")
     return [labels[name] for name in names]
-
-
-def part(hashes: np.ndarray, labels: np.ndarray, split: Split) -> np.ndarray:
-    """The samples that belong to *split* of a set that training and validation share: a fixed tenth of each class is held out.
-
-    Args:
-        hashes: (N,) of what each sample is called, so that samples added later hardly move others between the splits.
-        labels: (N,) whole numbers.
-
-    Returns:
-        Ascending indices, int64. At least one of each class stays for training.
-    """
-    order = np.lexsort((hashes, labels))
-    _, begin, which, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
-    held = np.minimum(np.maximum(1, np.rint(HELD_OUT * counts)), counts - 1)
-    is_held = np.arange(len(order)) - begin[which] < held[which]
-    return np.sort(order[is_held if split == "val" else ~is_held])
 
 
 def stamp(file: os.stat_result) -> tuple[int, int]:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bigvision.data.sources.base import Sample, Source, Split, UnreadableSample
 from bigvision.data.sources.columns import Column
-from bigvision.data.sources.files import by_name, choose_files, label_by, part, stamp
+from bigvision.data.sources.files import by_name, choose_files, label_by, stamp
 from bigvision.data.sources.parquet_columns import Asked, class_names, find_columns, parse_asked
-from bigvision.data.splits import Subset
+from bigvision.data.splits import Subset, part
 from bigvision.data.watched import each
 from bigvision.errors import UserError, one_line
 

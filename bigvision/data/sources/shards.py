@@ -19,9 +19,9 @@ from torch import Tensor
 
 from bigvision.data.sources.base import Sample, Source, Split, UnreadableSample
 from bigvision.data.sources.columns import Column, Texts
-from bigvision.data.sources.files import choose_files, label_by, part, stamp
+from bigvision.data.sources.files import choose_files, label_by, stamp
 from bigvision.data.sources.tar import samples
-from bigvision.data.splits import Subset
+from bigvision.data.splits import Subset, part
 from bigvision.data.watched import each
 from bigvision.errors import UserError
 
