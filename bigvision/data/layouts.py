@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from bigvision.data.sources.base import Split
-from bigvision.data.splits import VAL_FOLDERS, Role, first_val, split_name
+from bigvision.data.splits import VAL_FOLDERS, Role, first_val, is_within, split_name
 from bigvision.errors import UserError, either
 
 GENERIC = ("images", "image", "imgs", "img", "jpegimages", "photos", "pictures", "data", "dataset", "datasets")
@@ -109,11 +109,6 @@ class Tree:
     def holding(self, folder: str) -> list[str]:
         """The folders in *folder* that hold files of the right kind."""
         return [name for name in self.list(folder).folders if self.holds(os.path.join(folder, name))]
-
-
-def is_within(path: str, folder: str) -> bool:
-    """Whether *path* is *folder* or below it; both are absolute and resolved."""
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 class Layout(NamedTuple):

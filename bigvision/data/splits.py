@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from bigvision.data.sources.base import Sample, Source, Split
+from bigvision.errors import UserError
 
 HELD_OUT = 0.1
 """The share of a dataset without a validation part that is held out for it."""
@@ -43,7 +44,8 @@ class Subset(Source):
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
         self.source = source
         self.name, self.classes, self.style, self.channels = source.name, source.classes, source.style, source.channels
-        self.location, self.noun, self.passed_over = source.location, source.noun, source.passed_over
+        self.location, self.linked = source.location, source.linked
+        self.noun, self.passed_over, self.notes = source.noun, source.passed_over, source.notes
         # A tensor: workers share it.
         self.indices = torch.as_tensor(np.asarray(indices, dtype=np.int64))
 
@@ -64,6 +66,12 @@ class Subset(Source):
 
     def size(self, index: int) -> int:
         return self.source.size(int(self.indices[index]))
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        return self.source.image_size(int(self.indices[index]))
+
+    def origins(self) -> Iterable[str]:
+        return self.source.origins()
 
 
 def part(hashes: np.ndarray, labels: np.ndarray, split: Split) -> np.ndarray:
@@ -119,12 +127,43 @@ def split_name(name: str) -> SplitName | None:
     return SplitName(role, "_".join(words)) if role is not None else None
 
 
+def by_role(names: Iterable[str]) -> dict[str, list[str]] | None:
+    """The *names* by the role that they have as splits, where each has one and both training and validation are there."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if (split := split_name(name)) is None:
+            return None
+        found.setdefault(split.role, []).append(name)
+    return found if "train" in found and len(found) > 1 else None
+
+
 def first_val(names: Collection[str]) -> str | None:
     """The name of the validation part among *names*, which are as in `VAL_FOLDERS`."""
     return next((name for name in VAL_FOLDERS if name in names), None)
 
 
 # Paths
+
+
+REMOTE = re.compile(r"(?:[a-z0-9.+-]+:)?([a-z][a-z0-9.+-]*)://", re.IGNORECASE)
+HUB = re.compile(
+    r"(?:[a-z]+:)?(?:(?:hf|https?)://(?:huggingface\.co/)?datasets/)?(\w[\w.-]*/\w[\w.-]*)/?", re.IGNORECASE | re.ASCII
+)  # fmt: skip
+
+
+def check_local(text: str, key: str) -> None:
+    """Raise `UserError` where *text* is a URL, with what to do instead: data is read from files that all hosts see."""
+    if match := REMOTE.match(text):
+        instead = from_the_hub(text) or "download it, or mount it as a folder, and give that"
+        raise UserError(f"{key}: {text!r} is not read, {match[1]}:// is not supported: {instead}")
+
+
+def from_the_hub(text: str) -> str:
+    """How to get the dataset of the Hugging Face Hub that *text* may name; "" where it does not look like one."""
+    if (match := HUB.fullmatch(text)) is None:
+        return ""
+    name, folder = match[1], match[1].partition("/")[2]
+    return f"download it with: hf download {name} --repo-type dataset --local-dir {folder}, and give parquet:{folder}"
 
 
 def near_path(path: str) -> str:
@@ -144,3 +183,31 @@ def near_path(path: str) -> str:
     found = os.path.join(parent, close[0])
     whole = os.path.join(found, *rest)
     return f"; did you mean {whole if os.path.exists(whole) else found!r}?"
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether *path* is *folder* or below it; both are absolute and resolved."""
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def in_both(train: Source, val: Source) -> set[str]:
+    """The files that both sources read, resolved."""
+    ends = [os.path.realpath(source.location) for source in (train, val) if source.location]
+    apart = len(ends) == 2 and not is_within(*ends) and not is_within(*reversed(ends))
+    # Links lead anywhere; without them folders that are apart have no file in common.
+    if apart and not train.linked and not val.linked:
+        return set()
+    return _resolved(train) & _resolved(val)
+
+
+def _resolved(source: Source) -> set[str]:
+    """The files of *source*, resolved: a file's folder once, and itself where it is a link, since there may be millions."""
+    folders: dict[str, str] = {}
+    found = set()
+    for file in source.origins():
+        folder, name = os.path.split(file)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        path = os.path.join(folders[folder], name)
+        found.add(os.path.realpath(path) if source.linked and os.path.islink(path) else path)
+    return found

@@ -303,10 +303,10 @@ def test_word_of_shards_that_take_long(tmp_path, monkeypatch, capsys):
     wanted = write_shards(tmp_path, [2] * 40)
     scan, started = shards.samples, []
 
-    def slowly(descriptor):
+    def slowly(descriptor, passed_over):
         started.append(descriptor)
         time.sleep(0.5 if len(started) > watched.THREADS else 0)
-        return scan(descriptor)
+        return scan(descriptor, passed_over)
 
     monkeypatch.setattr(watched, "EVERY", 0.3)
     monkeypatch.setattr(shards, "samples", slowly)
@@ -324,10 +324,10 @@ def test_a_damaged_shard_ends_the_indexing(tmp_path, monkeypatch):
     (tmp_path / "000.tar").write_bytes(b"x" * 600)
     scan, started = shards.samples, []
 
-    def slowly(descriptor):
+    def slowly(descriptor, passed_over):
         started.append(descriptor)
         time.sleep(0.05)
-        return scan(descriptor)
+        return scan(descriptor, passed_over)
 
     monkeypatch.setattr(shards, "samples", slowly)
     assert "000.tar': it is damaged at byte 0" in refusal(tmp_path)

@@ -11,8 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from bigvision.data.sources.base import Split
-from bigvision.data.splits import VAL_FOLDERS
+from bigvision.data.sources.base import PassedOver, Split
+from bigvision.data.splits import VAL_FOLDERS, by_role, first_val, from_the_hub, near_path, split_name
 from bigvision.errors import UserError
 
 CLASS_FILES = ("classes.txt", "classnames.txt")
@@ -26,43 +26,47 @@ class Chosen(NamedTuple):
     """Whether training and validation share these files, so that a part of the samples is to be held out."""
     folders: list[Path]
     """Where a file with the classes may lie."""
+    passed_over: PassedOver
+    """Other files in the folder."""
 
 
 def choose_files(argument: str, split: Split, suffix: str, *, key: str, shared: bool) -> Chosen:
     """Find the files of *split* in *argument*: a file, a pattern (with ``{000..009}``, ``{a,b}``, ``*``, ``?``), or a folder.
 
-    A folder's files belong to the splits whose names (train; val, valid, validation, test) its subfolders have, or else words
-    of the files' names; without such names they are used whole. So are a pattern's, unless it matches files of both splits.
+    A folder's files belong to the splits whose names (train; val, valid, validation, test; or another spelling) its subfolders
+    have, or else words of the files' names; without such names they are used whole. So are a pattern's, unless it matches
+    files of both splits.
 
     Raises:
         UserError: there are none, they are compressed, or the split is missing; the message names *key*.
     """
-    path = Path(argument).expanduser()
+    path, passed_over = Path(argument).expanduser(), PassedOver()
     try:
         if path.is_dir():
             found, folders = _in_folder(path, suffix, key)
+            _count_others([path] if "" in found else [files[0].parent for files in found.values()], suffix, passed_over)
         else:
-            files = [path] if path.is_file() else _matching(str(path), suffix, key)
+            files = [path] if path.is_file() else matching(str(path), suffix, key)
             for file in files:
                 _refuse_compressed(file, key)
             found, folders = _by_name(files), [files[0].parent, files[0].parent.parent]
-            if "train" not in found or not _val(found):
+            if "train" not in found or not first_val(found):
                 found = {"": files}
     except OSError as error:
         raise UserError(f"{key}: cannot list {error.filename!r}: {error.strerror}; make it readable") from error
     if "" in found and len(found) > 1:
         raise UserError(f"{key}: is {str(found[''][0])!r} for training or validation? rename it, or name files by a pattern")
-    train, val = found.get("train"), _val(found)
+    train, val = found.get("train"), first_val(found)
     if not train and not val:
-        return Chosen(found[""], shared, folders)
+        return Chosen(found[""], shared, folders, passed_over)
     if not train and split == "train":
         raise UserError(f"{key}: {argument!r} has {val} but no train; add it, or name the training files by a pattern")
     if not val and split == "val" and not shared:
         raise UserError(f"{key}: {argument!r} has train but no val; add it, or name the validation files by a pattern")
     if val and split == "val":
-        return Chosen(found[val], False, folders)
+        return Chosen(found[val], False, folders, passed_over)
     assert train
-    return Chosen(train, shared and not val, folders)
+    return Chosen(train, shared and not val, folders, passed_over)
 
 
 def label_by(
@@ -139,15 +143,45 @@ def stamp(file: os.stat_result) -> tuple[int, int]:
 
 
 def _in_folder(root: Path, suffix: str, key: str) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The files by split, "" where there are no splits, and the folders in which a file with the classes may lie."""
     parts = {name: _listed(root / name, suffix, key) for name in ("train", *VAL_FOLDERS)}
+    if not any(parts.values()):
+        parts = _other_spellings(root, suffix, key)
     if any(parts.values()):
-        folders = [root, *(root / name for name, files in parts.items() if files)]
+        folders = [root, *dict.fromkeys(files[0].parent for files in parts.values() if files)]
         return {name: files for name, files in parts.items() if files}, folders
     # The Hub keeps a dataset's files in data/.
     for folder in (root, root / "data"):
         if files := _listed(folder, suffix, key):
             return _by_name(files), [root, folder]
+    inside = [entry for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    if len(inside) == 1:  # one more level, as archives have it
+        found, folders = _in_folder(Path(inside[0].path), suffix, key)
+        return found, [root, *folders]
     raise UserError(f"{key}: {str(root)!r} holds no *{suffix} file, nor do train/, val/ or data/ in it; give their folder")
+
+
+def _other_spellings(root: Path, suffix: str, key: str) -> dict[str, list[Path]]:
+    """The files in subfolders such as Train and Validation, by the role of the split."""
+    parts: dict[str, list[Path]] = {}
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        name = split_name(entry.name)
+        if name is None or name.rest or not (files := _listed(Path(entry.path), suffix, key)):
+            continue
+        if name.role in parts:
+            other = parts[name.role][0].parent.name
+            raise UserError(f"{key}: {str(root)!r} could mean {other}/ or {entry.name}/ as a split; name files by a pattern")
+        parts[name.role] = files
+    return parts
+
+
+def _count_others(folders: Sequence[Path], suffix: str, passed_over: PassedOver) -> None:
+    for folder in folders:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.is_dir() or entry.name.lower().endswith((suffix, ".index")) or entry.name in CLASS_FILES:
+                continue
+            reason = os.path.splitext(entry.name)[1].lower() or "without an extension"
+            passed_over.add("hidden" if entry.name.startswith(".") else reason, entry.name)
 
 
 def _listed(folder: Path, suffix: str, key: str) -> list[Path]:
@@ -174,14 +208,14 @@ def _by_name(files: Sequence[Path]) -> dict[str, list[Path]]:
     for file in files:
         words = re.split(r"[-_.]", file.name.lower())
         found.setdefault(next((word for word in words if word in ("train", *VAL_FOLDERS)), ""), []).append(file)
+    if "" in found and (roles := by_role(file.stem for file in files)):
+        # Words such as "training" and "dev" count where all files have one.
+        return {role: [file for file in files if file.stem in stems] for role, stems in roles.items()}
     return found
 
 
-def _val(found: dict[str, list[Path]]) -> str | None:
-    return next((name for name in VAL_FOLDERS if name in found), None)
-
-
-def _matching(pattern: str, suffix: str, key: str) -> list[Path]:
+def matching(pattern: str, suffix: str, key: str) -> list[Path]:
+    """The files that *pattern* names, those ending in *suffix* or compressed. Raises `UserError` where there are none."""
     files: dict[str, None] = {}
     for name in _braces(pattern, key):
         if glob.has_magic(name):
@@ -190,7 +224,8 @@ def _matching(pattern: str, suffix: str, key: str) -> list[Path]:
         elif os.path.isfile(name):
             files[name] = None
         else:
-            raise UserError(f"{key}: no file {name!r}; give an existing file, pattern or folder")
+            hint = near_path(name) or f"; {from_the_hub(pattern) or 'give an existing file, pattern or folder'}"
+            raise UserError(f"{key}: no file {name!r}{hint}")
     if not files:
         raise UserError(f"{key}: no file matches {pattern!r}; give an existing file, pattern or folder")
     return [Path(file) for file in files]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 
 from bigvision.data.decode import EXTENSIONS
 from bigvision.data.layouts import Layout, Tree, find_layout
-from bigvision.data.sources.base import PassedOver, Sample, Source, Split, UnreadableSample
+from bigvision.data.sources.base import PassedOver, Sample, Source, Split, UnreadableSample, size_in_header
 from bigvision.data.sources.columns import Column, Texts
 from bigvision.data.splits import hash_file_names, near_path, part
 from bigvision.errors import UserError, nearest
@@ -63,6 +63,12 @@ class ImageFolder(Source):
 
     def key(self, index: int) -> bytes:
         return self._names[index]
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        return size_in_header(self.path(index))
+
+    def origins(self) -> Iterable[str]:
+        return map(self.path, range(len(self)))
 
     def size(self, index: int) -> int:
         try:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bigvision.data.sources.arrays import ArraySource
-from bigvision.data.sources.base import Source, Split, Style
+from bigvision.data.sources.base import Source, Split, Style, size_in_header
 from bigvision.data.sources.custom import MapStyle
-from bigvision.data.splits import hold_out
+from bigvision.data.splits import check_local, hold_out
 from bigvision.errors import UserError, one_line
 
 DEFAULT_ROOT = "data"
@@ -65,6 +65,7 @@ def open_torchvision(name: str, split: Split, *, key: str, root: str | None, dow
     from torchvision import datasets
 
     found = _SETS[name]
+    check_local(root or "", "data.root")
     base = Path(root or DEFAULT_ROOT).expanduser()
     folder = base / found.folder
     options = found.train if split == "train" else found.val
@@ -113,6 +114,9 @@ class _Files(MapStyle):
 
     def key(self, index: int) -> bytes:
         return os.fsencode(os.path.relpath(self.where(index), self.location))
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        return size_in_header(self.where(index))
 
     def size(self, index: int) -> int:
         try:

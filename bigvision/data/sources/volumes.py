@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -53,6 +53,7 @@ class Volumes(Source):
         self.name, self.files, self.cut = name, files, cut
         self.classes, self.channels = files.classes, cut.slices
         self.style: Style = style
+        self.location, self.linked, self.passed_over = files.location, files.linked, files.passed_over
         centres = [max(1, -(-depth // cut.stride)) for depth in depths]
         self._ends = torch.tensor(centres).cumsum(0)
 
@@ -82,6 +83,9 @@ class Volumes(Source):
     def key(self, index: int) -> bytes:
         volume, centre = self._find(index)
         return b"%s:%d" % (self.files.key(volume), centre)
+
+    def origins(self) -> Iterable[str]:
+        return self.files.origins()
 
     def size(self, index: int) -> int:
         """Of the whole volume."""
