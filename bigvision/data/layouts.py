@@ -225,6 +225,8 @@ class _Finder:
         assert name is not None
         if self.split == "train" or val is None:
             self._skip_beside(root, [name for name in (train, val) if name is not None])
+        else:
+            self.skipped.clear()  # the training split reports it
         folder = self._unwrapped(os.path.join(root, name))
         found = self._class_folders(folder, self.shared and val is None, may_hold_splits=False)
         if self.split == "val" and train is not None and val is not None and self.known is None:
@@ -251,9 +253,9 @@ class _Finder:
         """The folder in *root* that holds everything, where there are several class folders or splits in it."""
         generic = [name for name in holding if name.casefold() in GENERIC and self._leads_on(os.path.join(root, name))]
         if len(holding) > 1:
-            if len(generic) == 1 and all(name.casefold() in COMPANIONS for name in holding if name not in generic):
-                inner = os.path.join(root, generic[0])
-                raise self._ambiguous(root, f"{_named(holding)} as classes or the classes in {generic[0]}/", [inner])
+            if generic:
+                paths = [os.path.join(root, name) for name in generic]
+                raise self._ambiguous(root, f"{_named(holding)} as classes or the classes in {generic[0]}/", paths)
             return None
         if not holding or not self._leads_on(os.path.join(root, holding[0])):
             return None

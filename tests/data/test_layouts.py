@@ -82,6 +82,10 @@ RIGHT = {
     "images/ around the splits": (below("images", splits("train", "val")) | {"labels/train/a.txt": 1}, *SPLIT),
     "images/ in the splits": (splits("train/images", "val/images") | {"train/labels/0.txt": 1}, *SPLIT),
     "images/ beside labels": (below("images", CAT_DOG) | {"labels/cat/0.txt": 1, "labels/dog": 0}, *HELD),
+    "as the archive of a challenge has it": (
+        below("Data/CLS-LOC", splits("train", "val")) | {"Data/CLS-LOC/test": 5, "ImageSets/a.txt": 1, "Annotations/a.xml": 1},
+        *SPLIT,
+    ),
     "images/ beside an empty folder": (below("images", CAT_DOG) | {"new": 0}, *HELD),
     "images/ in the classes": ({"cat/images": 6, "dog/images": 4}, *HELD),
     # flat
@@ -129,6 +133,8 @@ AMBIGUOUS = {
     "splits without classes": ({"train": 3, "val": 2}, "splits without class folders, or the classes train, val"),
     "images/train without classes": ({"images/train": 3, "images/val": 2, "labels/train/a.txt": 1}, "splits without class"),
     "images and labels": (below("images", CAT_DOG) | below("labels", CAT_DOG), "or the classes in images/"),
+    "images and segmentations": (below("images", CAT_DOG) | {"parts": 3}, "images, parts as classes or the classes in images/"),
+    "photos twice": (below("images", CAT_DOG) | below("photos", CAT_DOG), "or imagefolder:{root}/photos"),
     "labels with images": (CAT_DOG | {"labels": 2}, "could be a class or describe the others"),
     "detection": ({"train/images": 3, "train/labels/0.txt": 1, "val/images": 1, "val/labels/0.txt": 1}, "is not read"),
     "a folder of classes and an empty one": ({"cat/a": 2, "cat/b": 2, "dog": 0}, "cat as a class or a, b as classes"),

@@ -96,7 +96,9 @@ def open_torchvision(name: str, split: Split, *, key: str, root: str | None, dow
     named = getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or range(10)
     classes = [label[0] if isinstance(label, tuple) else str(label) for label in named]
     if hasattr(dataset, "data"):
-        return _in_memory(name, found.style, classes, dataset)
+        in_memory = _in_memory(name, found.style, classes, dataset)
+        in_memory.location = str(folder)
+        return in_memory
     dataset.files, dataset.targets = zip(*_listed(dataset))
     inside = os.path.join(os.path.abspath(folder), "")
     if outside := [file for file in dataset.files if not os.path.abspath(file).startswith(inside)]:
