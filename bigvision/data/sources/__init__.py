@@ -1,5 +1,6 @@
-"""Datasets by name: ``digits``, ``imagefolder:PATH``, ``webdataset:PATH``, ``parquet:PATH``, ``arrays:PATH``, ``volumes:PATH``,
-torchvision's, ``synthetic:SAMPLESxSIZE``, and several of them with weights: ``0.7*imagefolder:A + 0.3*webdataset:B``."""
+"""Datasets by name: ``digits``, ``imagefolder:PATH``, ``webdataset:PATH``, ``parquet:PATH``, ``csv:PATH``, ``hf:PATH``,
+``arrays:PATH``, ``volumes:PATH``, torchvision's, ``synthetic:SAMPLESxSIZE``, and several of them with weights:
+``0.7*imagefolder:A + 0.3*webdataset:B``."""
 
 from __future__ import annotations
 
@@ -9,16 +10,20 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from bigvision.data.labels import read_classes
 from bigvision.data.sources.arrays import Synthetic, open_arrays, open_digits
 from bigvision.data.sources.base import Mixture, Source, Split
 from bigvision.data.sources.custom import MapDataset, as_source
-from bigvision.data.sources.files import matching, read_classes
+from bigvision.data.sources.files import matching
 from bigvision.data.sources.folder import open_image_folder
+from bigvision.data.sources.huggingface import open_saved
+from bigvision.data.sources.table import open_table
 from bigvision.data.sources.torchvision_sets import TORCHVISION, open_torchvision
+from bigvision.data.sources.wrappers import choose_part
 from bigvision.data.splits import check_local, from_the_hub, hold_out, in_both
 from bigvision.errors import UserError, nearest
 
-FILES = ("imagefolder", "webdataset", "parquet", "arrays", "volumes")
+FILES = ("imagefolder", "webdataset", "parquet", "csv", "tsv", "hf", "arrays", "volumes")
 """Those that are in a folder of the user's, whose path follows the name."""
 DATASETS = ("digits", *FILES, *TORCHVISION, "synthetic")
 
@@ -54,7 +59,7 @@ def open_source(
             one open with it before the others do without.
         shared: whether training and validation both name this dataset. Files without a validation part are split only then.
         classes: of the training data, when opening the validation data: labels will follow them.
-        class_file: has the classes, instead of the data's own order (see :func:`~bigvision.data.sources.files.read_classes`).
+        class_file: has the classes, instead of the data's own order (see :func:`~bigvision.data.labels.read_classes`).
 
     Raises:
         UserError: unknown, missing or malformed data, or classes that do not agree; one line that names *key*.
@@ -62,7 +67,7 @@ def open_source(
     key = key or f"data.{split}"
     known = list(classes) if classes is not None else _classes_in(class_file)
     if not isinstance(spec, str):
-        return as_source(spec, key=key, classes=known)
+        return as_source(spec, split, key=key, classes=known)
     parts = _weighted(spec, key)
     return _mixed(spec, _open_parts(spec, split, key, root, first, [shared] * len(parts), known), key)
 
@@ -83,7 +88,7 @@ def open_both(
     if not isinstance(train, str) or not isinstance(val, str):
         first_source = open_source(train, "train", root=root, first=first, class_file=class_file, shared=False)
         second = open_source(val, "val", root=root, first=first, classes=first_source.classes, shared=False)
-        if train is not val:
+        if choose_part(train, "train", keys[0]) is not choose_part(val, "val", keys[1]):
             return first_source, second
         if len(first_source) < 2:
             raise UserError("data.val: the training data is one sample, none can be held out; give validation data")
@@ -117,8 +122,8 @@ def _identity(spec: str, key: str) -> tuple[str, object]:
     if name not in FILES:
         return name, argument
     path = os.path.expanduser(re.sub(r"\?\w+=.*$", "", argument, flags=re.DOTALL))
-    if not os.path.exists(path) and name in ("webdataset", "parquet"):
-        suffix = ".tar" if name == "webdataset" else ".parquet"
+    if not os.path.exists(path) and name in ("webdataset", "parquet", "csv", "tsv"):
+        suffix = ".tar" if name == "webdataset" else f".{name}"
         return name, tuple(sorted(os.path.realpath(file) for file in matching(path, suffix, key)))
     return name, os.path.realpath(path)
 
@@ -155,6 +160,10 @@ def _open(
         from bigvision.data.sources.parquet import open_parquet
 
         return open_parquet(argument, split, key=key, shared=shared, classes=classes, first=first)
+    if name in ("csv", "tsv"):
+        return open_table(name, argument, split, key=key, shared=shared, classes=classes)
+    if name == "hf":
+        return open_saved(argument, split, key=key, shared=shared, classes=classes)
     if name == "volumes":
         from bigvision.data.sources.volumes import open_volumes
 

@@ -1,9 +1,8 @@
-"""Datasets in a few large files: which files are a split's, what their labels mean, and which samples are held out."""
+"""Datasets in a few large files: which files are a split's, and which samples are held out."""
 
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,13 +10,13 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from bigvision.data.labels import CLASS_FILES
 from bigvision.data.sources.base import PassedOver, Split
 from bigvision.data.splits import VAL_FOLDERS, by_role, first_val, from_the_hub, near_path, split_name
 from bigvision.errors import UserError
 
-CLASS_FILES = ("classes.txt", "classnames.txt")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
-MOST_FILES = MOST_LABELS = 1_000_000
+MOST_FILES = 1_000_000
 
 
 class Chosen(NamedTuple):
@@ -67,74 +66,6 @@ def choose_files(argument: str, split: Split, suffix: str, *, key: str, shared: 
         return Chosen(found[val], False, folders, passed_over)
     assert train
     return Chosen(train, shared and not val, folders, passed_over)
-
-
-def label_by(
-    names: Sequence[str], known: Sequence[str] | None, folders: Sequence[Path], *, key: str, where: str
-) -> tuple[list[str], list[int]]:
-    """Return the classes, and the label that each of the different *names* stands for.
-
-    Whole numbers are labels themselves, everything else is the name of a class. The classes are *known*, or a class file's in
-    *folders*, or else the numbers up to the largest, or the sorted names.
-
-    Raises:
-        UserError: numbers and names are mixed, or one is not of the classes; the message names *key* and *where*.
-    """
-    if known is None:
-        file = next((folder / name for folder in folders for name in CLASS_FILES if (folder / name).is_file()), None)
-        if file is not None:
-            known = read_classes(str(file), key)
-    numbers = [name for name in names if re.fullmatch(r"-?[0-9]{1,18}", name)]
-    if numbers and len(numbers) < len(names):
-        other = next(name for name in names if name not in set(numbers))
-        raise UserError(f"{key}: {where} has numbers ({numbers[0]}) and names ({other!r}) as labels; use one of them")
-    if numbers:
-        values = [int(name) for name in numbers]
-        count = len(known) if known is not None else min(max(values) + 1, MOST_LABELS)
-        wrong = next((value for value in values if not 0 <= value < count), None)
-        if wrong is not None:
-            raise UserError(f"{key}: {where} has label {wrong}, but labels are 0 to {count - 1}; mend it or the classes")
-        return (list(known) if known is not None else [str(value) for value in range(count)]), values
-    classes = list(known) if known is not None else sorted(names)
-    return classes, by_name(names, classes, key=key, where=where)
-
-
-def read_classes(file: str, key: str) -> list[str]:
-    """The classes in *file*, in the order of their labels: a name on each line, a JSON list, or ImageNet's class index
-    (``{"0": ["n01440764", "tench"], ...}``), of which the first names are taken.
-
-    Raises:
-        UserError: the file is missing or holds something else; the message names *key*.
-    """
-    try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
-        if text.lstrip()[:1] in ("[", "{"):
-            found = json.loads(text)
-            if isinstance(found, dict):
-                found = [found[str(label)] for label in range(len(found))]
-            names = [name[0] if isinstance(name, list) else name for name in found]
-        else:
-            names = [line.strip() for line in text.splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"{key}: {file!r} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{key}: {file!r} is no list of names and no class index from 0 on ({error})") from error
-    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise UserError(f"{key}: {file!r} must name each class once")
-    return names
-
-
-def by_name(names: Sequence[str], classes: Sequence[str], *, key: str, where: str) -> list[int]:
-    """Return the place of each of *names* in *classes*.
-
-    Raises:
-        UserError: one is not there; the message names *key* and *where*.
-    """
-    labels = {name: label for label, name in enumerate(classes)}
-    missing = next((name for name in names if name not in labels), None)
-    if missing is not None:
-        raise UserError(f"{key}: class {missing!r} in {where} is not one of the {len(classes)} classes; remove or name it")
-    return [labels[name] for name in names]
 
 
 def stamp(file: os.stat_result) -> tuple[int, int]:

@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bigvision.data.labels import label_by
 from bigvision.data.sources.base import PassedOver, Sample, Source, Split, UnreadableSample, size_in_header
 from bigvision.data.sources.columns import Column, Texts
-from bigvision.data.sources.files import choose_files, label_by, stamp
+from bigvision.data.sources.files import choose_files, stamp
 from bigvision.data.sources.tar import samples
 from bigvision.data.splits import Subset, part
 from bigvision.data.watched import each
@@ -132,13 +133,14 @@ def open_shards(
     what = f"{key}: shards indexed"
     indexes = each(lambda file: _indexed(file, key, write=first), chosen.files, what, tell=first)
     names = list(dict.fromkeys(name for index in indexes for name in index.names))
-    known, values = label_by(names, classes, chosen.folders, key=key, where=repr(argument))
-    label = dict(zip(names, values))
+    known, values, notes = label_by(names, classes, chosen.folders, key=key, where=repr(argument))
+    label = dict(zip(names, values.tolist()))
     labels = torch.cat([torch.tensor([label[name] for name in index.names])[index.labels] for index in indexes])
     source = Shards(f"webdataset:{argument}", known, chosen.files, indexes, labels)
     for index in indexes:
         chosen.passed_over.include(index.passed_over)
     source.passed_over = chosen.passed_over
+    source.notes = notes
     if chosen.hold_out:
         hashes = np.array([xxhash.xxh3_64_intdigest(source.key(row)) for row in range(len(source))], dtype=np.uint64)
         kept = part(hashes, labels.numpy(), split)
