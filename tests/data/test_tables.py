@@ -99,6 +99,8 @@ PLAIN = "\n".join(["path,label", *LINES]) + "\n"
 def test_dialects(opened, content):
     source = opened(content)
     assert contents(source) == IMAGES and source.classes == ["cat", "dog"] and source.notes == () and not source.passed_over
+    if isinstance(content, bytes):  # a byte order mark is no part of the first name
+        assert len(opened(content, asked="?path=path&label=label")) == 3
 
 
 def test_tabs_names_with_separators_and_other_alphabets(opened, root):
@@ -150,7 +152,7 @@ def test_where_paths_begin(opened, root, tmp_path, monkeypatch):
 def test_rows_without_a_file_are_counted(opened):
     source = opened(PLAIN + "none.jpg,cat\ncat,cat\ncat/none.jpg,fox\n")
     assert contents(source) == IMAGES and source.classes == ["cat", "dog"]
-    assert dict(source.passed_over) == {"rows without a file": (3, "none.jpg (line 5 of list.csv)")}
+    assert dict(source.passed_over) == {"without a file": (3, "none.jpg (line 5 of list.csv)")}
     source = opened(PLAIN + LINES[0] + "\n")
     assert len(source) == 4 and "1 rows list an image again" in source.notes[0]
 
@@ -163,6 +165,9 @@ def test_splits(opened, root, tmp_path):
         (tmp_path / f"{split}.csv").write_text("\n".join(["path,label", *lines]))
     train, val = (open_source(f"csv:{tmp_path}?root={root}", split, classes=["cat", "dog"]) for split in ("train", "val"))
     assert (len(train), len(val)) == (2, 1) and val.label(0) == 1
+    # A set that is something else is no split.
+    assert len(opened(content.replace("split,", "set,").replace("train,", "base,").replace("Val,", "extra,"))) == 3
+    assert len(opened(content.replace("split,", "Subset,").replace("Val,", "testing,"), "val", classes=["cat", "dog"])) == 1
     many = "path,label\n" + "".join(f"{path},x\n" for path in IMAGES)
     train, val = (opened(many, split, shared=True) for split in ("train", "val"))
     assert (len(train), len(val)) == (2, 1) and not set(contents(train)) & set(contents(val))

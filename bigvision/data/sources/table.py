@@ -15,12 +15,12 @@ import numpy as np
 import xxhash
 
 from bigvision.data.decode import EXTENSIONS
-from bigvision.data.labels import coded, decoded, label_samples, other_task
+from bigvision.data.labels import BYTE_ORDER_MARKS, coded, decoded, label_samples, other_task
 from bigvision.data.sources.base import PassedOver, Split
 from bigvision.data.sources.files import choose_files
 from bigvision.data.sources.folder import ImageFolder
 from bigvision.data.sources.tabular import LABELS, parse_asked
-from bigvision.data.splits import VAL_FOLDERS, part
+from bigvision.data.splits import part, split_name
 from bigvision.errors import UserError, nearest, one_line
 
 ASKED = ("path", "label", "split", "root")
@@ -136,7 +136,8 @@ def read_table(file: Path, tabs: bool, asked: dict[str, str], key: str) -> tuple
 def _text(file: Path, key: str) -> tuple[str, list[str]]:
     try:
         content = file.read_bytes()
-        if content[1:200:2].count(0) > 2 * content[:200:2].count(0) + 2:  # UTF-16 without a mark
+        marked = content.startswith(tuple(BYTE_ORDER_MARKS))
+        if not marked and content[1:200:2].count(0) > 2 * content[:200:2].count(0) + 2:  # UTF-16 without a mark
             return content.decode("utf-16-le"), []
         return decoded(content), []
     except OSError as error:
@@ -197,8 +198,11 @@ def _listed(
     names = table.header or [str(number + 1) for number in range(len(table.rows[0]))]
     path, label, divided = _columns(names, table, asked, key, where)
     rows = list(zip(table.lines, table.rows))
+    if divided is not None and not ("split" in asked or _plain(names[divided]) == "split"):
+        # A set or a subset may be something else.
+        divided = divided if any(split_name(row[divided]) for row in table.rows) else None
     if divided is not None:
-        rows = _of_split(rows, divided, split, asked.get("split"), key, where)
+        rows = _of_split(rows, divided, split, key, where)
     if not rows:
         return [], divided is not None, notes
     bases = [asked["root"]] if "root" in asked else [str(file.parent), str(file.parent.parent), "."]
@@ -213,7 +217,7 @@ def _listed(
         if full is not None:
             found.append(Listed(full, row[label], f"line {line} of {where}"))
         else:
-            passed_over.add("rows without a file", f"{row[path]} (line {line} of {file.name})")
+            passed_over.add("without a file", f"{row[path]} (line {line} of {file.name})")
     if not found:
         cell = rows[0][1][path]
         fix = "download them" if "://" in cell else f"paths are relative to {base!r}: name another folder as ?root=FOLDER"
@@ -261,20 +265,18 @@ def _columns(names: list[str], table: Table, asked: dict[str, str], key: str, wh
 
 
 def _of_split(
-    rows: list[tuple[int, list[str]]], column: int, split: Split, asked: str | None, key: str, where: str
+    rows: list[tuple[int, list[str]]], column: int, split: Split, key: str, where: str
 ) -> list[tuple[int, list[str]]]:  # fmt: skip
     """The rows whose cell in *column* names *split*."""
-    found = {row[column].casefold() for _, row in rows}
-    unknown = sorted(found.difference(("train", "training", *VAL_FOLDERS)))
+    roles = {cell: split_name(cell) for cell in {row[column] for _, row in rows}}
+    unknown = sorted(cell for cell, role in roles.items() if role is None or role.rest)
     if unknown:
         raise UserError(
             f"{key}: {where} has {unknown[0]!r} in its column for the split; write train, val or test, or rename the column"
         )
-    if split == "train":
-        wanted = {"train", "training"}
-    else:
-        wanted = {next((name for name in VAL_FOLDERS if name in found), "val")}
-    return [(line, row) for line, row in rows if row[column].casefold() in wanted]
+    found = {role.role for role in roles.values() if role is not None}
+    wanted = "train" if split == "train" else "val" if "val" in found else "test"
+    return [(line, row) for line, row in rows if (role := roles[row[column]]) is not None and role.role == wanted]
 
 
 def _once(rows: list[Listed], key: str) -> tuple[list[Listed], int]:
