@@ -99,7 +99,7 @@ def build(
         config = with_micro_batch(config, smaller)
     fresh = config if found is None else without_weights(config)
     all_or_none(lambda: check_model(fresh.model, model))
-    data = open_data(config, runtime, given)
+    data = open_data(config, runtime, given, say)
     steps = total_steps(config, len(data.train))
     if found and found.progress["step"] > steps:
         raise UserError(

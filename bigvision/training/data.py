@@ -24,11 +24,12 @@ from bigvision.data import (
     Stream,
     Transform,
     eval_batches,
-    open_source,
+    open_both,
     train_batches,
     transform,
 )
 from bigvision.data.mixing import Mix
+from bigvision.data.report import describe
 from bigvision.data.transforms import check_channels
 from bigvision.errors import UserError
 from bigvision.models import Blueprint
@@ -67,25 +68,20 @@ def with_data(config: Config, data: Any, val: Any) -> tuple[Config, Given | None
     return replace(config, data=replace(config.data, train=names[0], val=names[1])), (data, val)
 
 
-def open_data(config: Config, runtime: Runtime, given: Given | None = None) -> Data:
+def open_data(config: Config, runtime: Runtime, given: Given | None = None, say: Callable[[str], None] | None = None) -> Data:
     """Open both sources on every rank; what has to be downloaded or indexed is so by rank 0 alone.
+
+    Args:
+        say: told on rank 0 what was found.
 
     Raises:
         UserError: a source is unknown, missing, empty or does not fit the other; the same on every rank.
     """
 
-    names = (config.data.train, config.data.val)
-
-    def open_both(first: bool) -> tuple[Source, Source]:
-        shared = config.data.train == config.data.val
-        train = open_source(
-            (given or names)[0], "train", key="data.train", root=config.data.root, first=first, shared=shared,
-            class_file=config.data.classes,
-        )  # fmt: skip
-        val = open_source(
-            (given or names)[1], "val", key="data.val", root=config.data.root, first=first, shared=shared,
-            classes=train.classes,
-        )  # fmt: skip
+    def open_all(first: bool) -> tuple[Source, Source]:
+        train, val = open_both(
+            *(given or (config.data.train, config.data.val)), root=config.data.root, first=first, class_file=config.data.classes
+        )
         if train.channels != val.channels:
             raise UserError(f"data.val: images of {val.channels} channels, but those of data.train have {train.channels}")
         if config.data.augment:
@@ -93,8 +89,11 @@ def open_data(config: Config, runtime: Runtime, given: Given | None = None) -> D
         return train, val
 
     # On its own host each rank finds what rank 0 left on a shared disk.
-    opened = all_or_none(lambda: open_both(first=True) if runtime.is_main else None)
-    train, val = all_or_none(lambda: opened or open_both(first=False))
+    opened = all_or_none(lambda: open_all(first=True) if runtime.is_main else None)
+    train, val = all_or_none(lambda: opened or open_all(first=False))
+    if say is not None and runtime.is_main:
+        for line in describe(train, val):
+            say(line)
     return Data(train, val, BadSamples(config.data.bad_budget, {"train": len(train), "val": len(val)}))
 
 
