@@ -18,7 +18,8 @@ from bigvision.data.resize import resize_into
 from bigvision.data.sources.base import Style
 from bigvision.errors import UserError
 
-Transform = Callable[["bytes | Tensor | Image.Image"], Tensor]
+Transform = Callable[["bytes | Tensor | Image.Image", Any], tuple[Tensor, Any]]
+"""From an image and its target to uint8 pixels (C, H, W) and the target that belongs to them."""
 Policy = Literal["none", "randaugment", "autoaugment", "trivialaugment", "three-augment"]
 
 
@@ -93,13 +94,13 @@ class Steps:
         self.crop, self.steps, self.flip = crop, steps, flip
         self.size = crop.size
 
-    def __call__(self, image: bytes | Tensor | Image.Image) -> Tensor:
-        begun = self.begin(image)
+    def __call__(self, image: bytes | Tensor | Image.Image, target: Any) -> tuple[Tensor, Any]:
+        begun = self.begin(image, target)
         room = torch.empty(self.size, self.size, begun.picture.channels, dtype=torch.uint8).permute(2, 0, 1)
         begun.fill(room)
-        return begun.finish(room)
+        return room, begun.finish(room)
 
-    def begin(self, image: bytes | Tensor | Image.Image) -> Begun:
+    def begin(self, image: bytes | Tensor | Image.Image, target: Any) -> Begun:
         """Look into *image* and draw its crop, decoding nothing yet; draws from torch's generator alone.
 
         A loop that begins several images before it decodes the first is faster than one that does all of each: what decoding
@@ -108,16 +109,16 @@ class Steps:
         picture = open_picture(image)
         rectangle = self.crop.choose(picture.height, picture.width)
         flipped = self.flip and torch.rand(1).item() < 0.5
-        return Begun(self, picture, rectangle, flipped, torch.get_rng_state() if self.steps else None)
+        return Begun(self, picture, target, rectangle, flipped, torch.get_rng_state() if self.steps else None)
 
 
 class Begun:
     """An image whose crop is drawn, and whose pixels are still to be made."""
 
     def __init__(
-        self, steps: Steps, picture: Picture, rectangle: Rectangle, flipped: bool, generator: Tensor | None
+        self, steps: Steps, picture: Picture, target: Any, rectangle: Rectangle, flipped: bool, generator: Tensor | None
     ) -> None:  # fmt: skip
-        self.steps, self.picture, self.rectangle = steps, picture, rectangle
+        self.steps, self.picture, self.target, self.rectangle = steps, picture, target, rectangle
         self.flipped, self.generator = flipped, generator
 
     def fill(self, room: Tensor) -> None:
@@ -126,8 +127,8 @@ class Begun:
             raise ValueError(f"an image has {self.picture.channels} channels, but those of its source {len(room)}")
         self.steps.crop.into(room, self.picture, self.rectangle)
 
-    def finish(self, room: Tensor) -> Tensor:
-        """Do the rest of the steps to what :meth:`fill` left in *room*, which is returned."""
+    def finish(self, room: Tensor) -> Any:
+        """Do the rest of the steps to what :meth:`fill` left in *room*; returns the target that belongs to it."""
         if self.flipped:
             room.copy_(room.flip(-1))
         if self.generator is not None:
@@ -136,7 +137,7 @@ class Begun:
             for step in self.steps.steps:
                 values = step(values)
             room.copy_(values)
-        return room
+        return self.target
 
 
 class Rectangle(NamedTuple):
