@@ -102,7 +102,7 @@ class Reader(Dataset):
         """Of an image, where that is known before there is one."""
         if not isinstance(self.transform, Steps):
             return None
-        return self.source.channels, self.transform.size, self.transform.size
+        return self.source.channels, *self.transform.size
 
     def __getitem__(self, request: Request) -> Answer:
         places = request.places(self.stream)
@@ -131,8 +131,11 @@ class Reader(Dataset):
             labels=torch.tensor([one.label for one in taken]),
             ids=torch.tensor([one.id for one in taken]),
             valid=torch.tensor([one.begun is not None for one in taken]) & (torch.arange(request.size) < request.valid),
-            mix=self.mixer.draw(request.start, request.size, images.shape[-1]) if self.mixer else None,
+            mix=self.mixer.draw(request.start, request.size, *images.shape[-2:]) if self.mixer else None,
         )
+        if not request.valid:
+            # What was read only to be padding is another rank's sample.
+            bad = []
         if self.rooms is None or request.room is None:
             return Answer(batch, bad)
         return Answer(batch, bad, (self.rooms.key, request.room))
