@@ -15,8 +15,8 @@ class ModelConfig:
     """Start from timm's pretrained weights (needs a network or timm's cache)."""
     weights: str | None = None
     """Start from this .safetensors file, its index, or a folder with one of them, such as another run's step folder."""
-    image_size: int | None = None
-    """Side of the square input in pixels; null takes the model's own."""
+    image_size: int | tuple[int, int] | None = None
+    """Side of a square input in pixels, or [height, width]; null takes the model's own."""
     num_classes: int | None = None
     """Outputs of the classifier; null takes the number of classes in the data."""
     drop_path: float = 0.0
@@ -71,6 +71,11 @@ class DataConfig:
     """Blocks whose samples are shuffled among each other."""
     reduce: bool = False
     """Decode JPEGs at 1/2, 1/4 or 1/8 where the crop allows it: faster, and not quite the same pixels."""
+    max_pixels: int = 180_000_000
+    """Images with more pixels are unreadable, and so are those that a resize would give more."""
+    image_range: tuple[float, float] | None = None
+    """The values that become black and white in images of more than 8 bits, such as [0, 4095]; null: what each file tells,
+    and unreadable where that leaves it open."""
     bad_budget: float = 0.01
     """Share (below 1) or number (1 and above) of a dataset's samples that may be unreadable; they are replaced, counted and
     listed in bad_samples.jsonl."""
@@ -266,5 +271,7 @@ class Config:
         """The configuration as plain YAML data; :func:`load_config` reads it back."""
         plain = dataclasses.asdict(self)
         plain["optim"]["betas"] = list(self.optim.betas)
-        plain["data"]["crop_scale"] = list(self.data.crop_scale)
+        for section, key in (("data", "crop_scale"), ("data", "image_range"), ("model", "image_size")):
+            if isinstance(value := plain[section][key], tuple):
+                plain[section][key] = list(value)
         return plain

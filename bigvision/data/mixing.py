@@ -72,20 +72,24 @@ class Mixer:
     """Consecutive samples that are mixed alike: 2 * *apart* for each pair by itself, a global batch for all of its pairs."""
     apart: int = 1
 
-    def draw(self, start: int, count: int, size: int) -> Mix:
-        """For the samples ``start..start+count-1`` of the stream, images of *size* x *size*; both end with whole pairs."""
+    def draw(self, start: int, count: int, height: int, width: int) -> Mix:
+        """For the samples ``start..start+count-1`` of the stream, images of *height* x *width*; both end with whole pairs."""
         groups = np.arange(start, start + count) // self.every
-        drawn = {int(group): self._one(int(group), size) for group in np.unique(groups)}
+        drawn = {int(group): self._one(int(group), height, width) for group in np.unique(groups)}
         weight, box, share = zip(*(drawn[int(group)] for group in groups))
         return Mix(torch.tensor(weight), torch.tensor(box), torch.tensor(share), self.apart)
 
-    def _one(self, group: int, size: int) -> tuple[float, tuple[int, int, int, int], float]:
+    def _one(self, group: int, height: int, width: int) -> tuple[float, tuple[int, int, int, int], float]:
         random = np.random.default_rng(seed_from("mix", self.seed, group))
         if not self.cutmix or (self.mixup and random.random() < 0.5):
             share = float(random.beta(self.mixup, self.mixup))
             return share, (0, 0, 0, 0), share
-        side = int(size * np.sqrt(1 - random.beta(self.cutmix, self.cutmix)))
-        (top, left), half = random.integers(0, size, 2).tolist(), side // 2
-        box = max(0, top - half), max(0, left - half), min(size, top + half), min(size, left + half)
+        share = np.sqrt(1 - random.beta(self.cutmix, self.cutmix))
+        (row, column), down, across = (
+            random.integers(0, (height, width)).tolist(),
+            int(height * share) // 2,
+            int(width * share) // 2,
+        )
+        box = max(0, row - down), max(0, column - across), min(height, row + down), min(width, column + across)
         # What was cut off at the border is not the partner's.
-        return 1.0, box, 1 - (box[2] - box[0]) * (box[3] - box[1]) / size**2
+        return 1.0, box, 1 - (box[2] - box[0]) * (box[3] - box[1]) / (height * width)

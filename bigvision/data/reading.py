@@ -102,7 +102,7 @@ class Reader(Dataset):
         """Of an image, where that is known before there is one."""
         if not isinstance(self.transform, Steps):
             return None
-        return self.source.channels, self.transform.size, self.transform.size
+        return self.source.channels, *self.transform.size
 
     def __getitem__(self, request: Request) -> Answer:
         places = request.places(self.stream)
@@ -121,9 +121,7 @@ class Reader(Dataset):
                 rooms = images[first : first + ahead].unbind()
                 filled = [self._fill(*each, bad) for each in zip(rooms, opened, some)]
                 for room, one in zip(rooms, filled):
-                    if one.begun is not None:
-                        one.begun.finish(room)
-                taken += filled
+                    taken.append(one if one.begun is None else one._replace(label=one.begun.finish(room)))
         assert images is not None
         if repeats := request.size - len(taken):
             images[len(taken) :] = images[len(taken) - 1].clone()
@@ -133,8 +131,11 @@ class Reader(Dataset):
             labels=torch.tensor([one.label for one in taken]),
             ids=torch.tensor([one.id for one in taken]),
             valid=torch.tensor([one.begun is not None for one in taken]) & (torch.arange(request.size) < request.valid),
-            mix=self.mixer.draw(request.start, request.size, images.shape[-1]) if self.mixer else None,
+            mix=self.mixer.draw(request.start, request.size, *images.shape[-2:]) if self.mixer else None,
         )
+        if not request.valid:
+            # What was read only to be padding is another rank's sample.
+            bad = []
         if self.rooms is None or request.room is None:
             return Answer(batch, bad)
         return Answer(batch, bad, (self.rooms.key, request.room))
@@ -147,9 +148,9 @@ class Reader(Dataset):
             seed = seed_from("augment", self.seed, place.epoch, place.id, place.repeat)
             if isinstance(self.transform, Steps):
                 torch.default_generator.manual_seed(seed)
-                return _Opened(self.transform.begin(image), label)
+                return _Opened(self.transform.begin(image, label), label)
             seed_everything(seed)
-            return _Opened(_Made(self.transform(image)), label)
+            return _Opened(_Made(*self.transform(image, label)), label)
         except UnreadableSample as error:
             return error
 
@@ -183,7 +184,7 @@ class Reader(Dataset):
     def _shape_of(self, opened: list[_Opened | UnreadableSample]) -> tuple[int, ...]:
         made = next((one.begun.pixels for one in opened if isinstance(one, _Opened) and isinstance(one.begun, _Made)), None)
         if made is None:
-            made = self.transform(torch.zeros(self.source.channels, 8, 8, dtype=torch.uint8))
+            made, _ = self.transform(torch.zeros(self.source.channels, 8, 8, dtype=torch.uint8), self.source.label(0))
         return tuple(made.shape)
 
 
@@ -191,12 +192,13 @@ class _Made(NamedTuple):
     """What a transform made that cannot wait; like :class:`Begun`."""
 
     pixels: Tensor
+    target: Any
 
     def fill(self, room: Tensor) -> None:
         room.copy_(self.pixels)
 
-    def finish(self, room: Tensor) -> None:
-        pass
+    def finish(self, room: Tensor) -> Any:
+        return self.target
 
 
 class _Opened(NamedTuple):

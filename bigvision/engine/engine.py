@@ -82,7 +82,7 @@ class Engine:
         self.micro_batch = micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
         self.eval_batch = self.micro_batch
         self.checks: list[tuple[Tensor, Tensor]] = []
-        self.input_shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
+        self.input_shape = blueprint.input_shape
         self.mean = torch.tensor(blueprint.mean, device=runtime.device)
         self.std = torch.tensor(blueprint.std, device=runtime.device)
         self._buffer: Tensor | None = None

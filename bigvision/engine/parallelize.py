@@ -100,7 +100,7 @@ def choose_computing(
     dtype = formats.COMPUTE_DTYPES[precision]
     if precision in ("fp32", "amp_bf16"):
         return Computing(dtype, autocast=precision == "amp_bf16", channels_last=layout)
-    shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
+    shape = blueprint.input_shape
     modules = [block.module for block in blocks]
     if formats.why_not(blueprint.module, modules, shape, dtype) is None:
         return Computing(dtype, channels_last=layout)

@@ -36,7 +36,7 @@ class PipelineEngine(Engine):
         there_and_back = config.parallel.schedule in SPLIT_BACKWARD
         self.placement = Placement(runtime.pipeline_ranks, config.parallel.per_rank, there_and_back)
         # Before blocks are wrapped: their forwards are still timm's.
-        shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
+        shape = blueprint.input_shape
         memory = StageMemory.of(config, runtime, self.placement, micro_batch(config, runtime.data_ranks, self.placement.ranks))
         self.plan = plan_stages(blueprint.module, blocks, shape, runtime.device, memory)
         super().__init__(config, blueprint, blocks, task, runtime, steps, restored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
@@ -117,7 +118,9 @@ class Metrics:
         return Metrics(self.names, self.sums + other.sums, self.count + other.count)
 
     def means(self) -> dict[str, float]:
-        return {name: value / self.count.item() for name, value in zip(self.names, self.sums.tolist())}
+        """NaN where there is no sample."""
+        count = self.count.item() or math.nan
+        return {name: value / count for name, value in zip(self.names, self.sums.tolist())}
 
     @property
     def requests(self) -> set[str]:

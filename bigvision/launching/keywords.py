@@ -33,7 +33,13 @@ class Objects:
 
 
 def configured(
-    caller: str, recipe: Recipe, model: Any, data: Any, val: Any, image_size: int | None, keys: Mapping[str, Any]
+    caller: str,
+    recipe: Recipe,
+    model: Any,
+    data: Any,
+    val: Any,
+    image_size: int | tuple[int, int] | None,
+    keys: Mapping[str, Any],
 ) -> tuple[Config, Objects]:
     """The configuration that is asked for, keywords before the recipe, and the objects.
 

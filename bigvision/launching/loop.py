@@ -46,7 +46,7 @@ class Engine:
         num_classes: int | None = None,
         steps: int | None = None,
         global_batch: int | None = None,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         resume: bool | str | Path = False,
         **keys: Any,
     ) -> None:
@@ -58,7 +58,7 @@ class Engine:
             num_classes: ``model.num_classes``; not needed with a module of your own.
             steps: ``train.steps``, of the whole loop: the learning rate's schedule.
             global_batch: ``train.global_batch``, samples of a step over all ranks.
-            image_size: ``model.image_size``.
+            image_size: ``model.image_size``, the side of a square, or height and width.
             resume: True, or a step folder: take over a checkpoint as :meth:`resume` does, without computing first values or
                 reading pretrained weights before.
             keys: sections and dotted keys, as in `bigvision.train`.
@@ -96,7 +96,9 @@ class Engine:
         )
         self._stack.callback(self.engine.close)
         self._savers: dict[Path, checkpoint.Saver] = {}
-        self.image_size: int = blueprint.image_size
+        height, width = blueprint.image_size
+        self.image_size: int | tuple[int, int] = height if height == width else (height, width)
+        """The side of a square, or height and width."""
         self.mean, self.std = blueprint.mean, blueprint.std
         """What uint8 images in 0..1 are normalised with, per channel."""
         if found is not None:

@@ -55,12 +55,12 @@ class Blocks(Sequence[Block]):
         return iter(self.blocks)
 
 
-def find_blocks(module: nn.Module, image_size: int | None = None, max_share: float = 0.25) -> Blocks:
+def find_blocks(module: nn.Module, image_size: int | tuple[int, int] | None = None, max_share: float = 0.25) -> Blocks:
     """Find the blocks of a timm model on meta. Nothing is computed and the module is left as it is.
 
     A block has at most `max_share` of the parameters, as far as modules can be opened. A lone layer is a block only where
     the layers outside of blocks would else be larger together than a block may be. A model that cannot be traced is
-    watched with one image of `image_size` pixels (its own size by default).
+    watched with one image of `image_size`: the side of a square, or height and width (its own size by default).
     """
     try:
         graph, reason = trace(module, max_share), None
@@ -109,7 +109,7 @@ def _members(module: nn.Module, max_share: float) -> list[str]:
     return found
 
 
-def _watched(module: nn.Module, image_size: int | None, paths: list[str]) -> list[str]:
+def _watched(module: nn.Module, image_size: int | tuple[int, int] | None, paths: list[str]) -> list[str]:
     """Those of `paths` that a forward of one image calls exactly once, in that order; all, when meta cannot run it."""
     twin = copy.deepcopy(module).to("meta")
     called: Counter[str] = Counter()
@@ -122,7 +122,8 @@ def _watched(module: nn.Module, image_size: int | None, paths: list[str]) -> lis
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             channels, *size = resolve_model_data_config(twin)["input_size"]
-            twin(torch.empty(1, channels, *([image_size] * 2 if image_size else size), device="meta"))
+            size = [image_size] * 2 if isinstance(image_size, int) else image_size or size
+            twin(torch.empty(1, channels, *size, device="meta"))
     except Exception:
         return paths
     return [path for path, count in called.items() if count == 1]

@@ -7,6 +7,7 @@ from timm.models import get_arch_pretrained_cfgs, is_model, split_model_name_tag
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError, nearest
+from bigvision.models.arguments import image_size
 from bigvision.models.given import PREFIX, GivenModel, check_given
 from bigvision.models.weights_file import WeightsFile
 
@@ -25,8 +26,8 @@ def check_model(config: ModelConfig, model: GivenModel | None = None) -> None:
         architecture, _ = split_model_name_tag(config.name)
         if not any(card.has_weights for card in get_arch_pretrained_cfgs(architecture).values()):
             raise UserError(f"model.pretrained: timm has no weights for {config.name}; use false")
-    if config.image_size is not None and config.image_size < 1:
-        raise UserError(f"model.image_size: {config.image_size} is not a size in pixels; give a positive number")
+    if (size := image_size(config)) is not None and min(size) < 1:
+        raise UserError(f"model.image_size: {config.image_size} is not a size in pixels; give a positive number, or two")
     if not 0.0 <= config.drop_path < 1.0:
         raise UserError(f"model.drop_path: {config.drop_path} is not a rate; give a number from 0 up to 1")
 

@@ -32,12 +32,17 @@ class Classify:
         return F.cross_entropy(outputs.float(), labels, label_smoothing=self.label_smoothing, reduction="sum")
 
     def measure(self, outputs: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """Return sums over the valid samples of the loss (without smoothing) and of hits in the first and first five."""
+        """Return sums over the valid samples of the loss (without smoothing) and of hits in the first and first five.
+
+        Logits of few bits often tie. A label that ties with others for the last places counts as the share of them that is
+        left to it, which is what picking among them at random gives on average; so a model that answers all classes alike is
+        at chance level. NaN is ahead of every label, as in `torch.topk`, and a label's own NaN or infinity is a miss.
+        """
         outputs = outputs.float()
         loss = F.cross_entropy(outputs, labels, reduction="none")
-        # A tie counts as a miss, and so does NaN: a model that answers all classes alike has learned nothing.
         own = outputs.gather(1, labels[:, None])
-        others_ahead = (outputs >= own).sum(dim=1) - 1
+        ahead = ((outputs > own) | outputs.isnan()).sum(dim=1).double()
+        alike = (outputs == own).sum(dim=1).clamp(min=1)
         known = torch.isfinite(own[:, 0])
-        top1, top5 = (known & (others_ahead >= 0) & (others_ahead < k) for k in (1, 5))
+        top1, top5 = (((k - ahead) / alike).clamp(0, 1) * known for k in (1, 5))
         return torch.stack([(value.double() * valid).sum() for value in (loss, top1, top5)])

@@ -159,8 +159,8 @@ def build_model(
                 say(note)
         if model is not None:
             card = given_card(
-                config.model.name, plan.outputs, plan.in_chans, plan.image_size, mean=plan.mean, std=plan.std,
-                interpolation=plan.interpolation, crop_pct=plan.crop_pct,
+                config.model.name, plan.outputs, plan.input_shape, mean=plan.mean, std=plan.std,
+                interpolation=plan.interpolation, crop_pct=plan.crop_pct, crop_mode=plan.crop_mode,
             )  # fmt: skip
         else:
             card = model_card(

@@ -28,6 +28,7 @@ from bigvision.data import (
     train_batches,
     transform,
 )
+from bigvision.data.decode import Decoding
 from bigvision.data.mixing import Mix
 from bigvision.data.report import describe
 from bigvision.data.transforms import check_channels
@@ -250,6 +251,7 @@ def _transform(config: Config, source: Source, blueprint: Blueprint, train: bool
     settings = config.data
     return transform(
         source.style, blueprint.image_size, train=train, augment=settings.augment, interpolation=blueprint.interpolation,
-        crop_pct=blueprint.crop_pct, scale=settings.crop_scale, policy=settings.policy, jitter=settings.jitter,
-        erase=settings.erase, reduce=settings.reduce, channels=source.channels,
+        crop_pct=blueprint.crop_pct, crop_mode=blueprint.crop_mode, mean=blueprint.mean, scale=settings.crop_scale,
+        policy=settings.policy, jitter=settings.jitter, erase=settings.erase, reduce=settings.reduce, channels=source.channels,
+        decoding=Decoding(settings.max_pixels, settings.image_range),
     )  # fmt: skip

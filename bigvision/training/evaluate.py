@@ -10,6 +10,7 @@ from pathlib import Path
 from bigvision import checkpoint
 from bigvision.config import Config
 from bigvision.engine import Engine, Metrics
+from bigvision.errors import UserError
 from bigvision.models import Blueprint
 from bigvision.runtime import Runtime, Watchdog, collective_timeout, deterministic, identify, start
 from bigvision.training.build import build_model, restore_model, without_weights
@@ -48,6 +49,8 @@ def evaluate(
         batches.close()
     assert total is not None
     assert int(total.count) + unreadable == len(data.val)
+    if not total.count:
+        raise UserError(f"data.val: none of its samples can be read, {data.bad.example}; check the path and the files")
     return total.means()
 
 

@@ -36,6 +36,10 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(config.to_dict()))
     assert load_config(path) == config
     assert load_config(Config().to_dict()) == Config()
+    pairs = load_config({"model": {"image_size": [64, 32]}}, ["--data.image_range", "[-160, 240]"])
+    assert pairs.model.image_size == (64, 32) and pairs.data.image_range == (-160.0, 240.0)
+    path.write_text(yaml.safe_dump(pairs.to_dict()))
+    assert load_config(path) == pairs
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,13 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
         ({}, ["stray"], ["stray"]),
         ({"checkpoint": {"shard_size": "5XB"}}, [], ["checkpoint.shard_size", "5XB", "5GB"]),
         ({"train": {"global_batch": 0}}, [], ["train.global_batch: 0"]),
+        ({"model": {"image_size": 0}}, [], ["model.image_size: 0", "[height, width]"]),
+        ({"model": {"image_size": [32, 0]}}, [], ["model.image_size: [32, 0]"]),
+        ({"model": {"image_size": [32]}}, [], ["model.image_size: [32]", "list of 2 numbers"]),
+        ({}, ["--model.image_size", "32x64"], ["model.image_size: 32x64"]),
+        ({"data": {"image_range": [255, 0]}}, [], ["data.image_range: [255.0, 0.0]", "the smaller first"]),
+        ({"data": {"image_range": [0, float("inf")]}}, [], ["data.image_range", "finite"]),
+        ({"data": {"max_pixels": 0}}, [], ["data.max_pixels: 0"]),
         ({"optim": {"clip": 0}}, [], ["optim.clip"]),
         ({"optim": {"lr": 10**400}}, [], ["optim.lr", "a number"]),
         ({"train": {"epochs": 0}}, [], ["train.epochs"]),

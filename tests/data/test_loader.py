@@ -156,9 +156,9 @@ def test_the_global_generators_are_left_alone(noise, workers):
 class Drawing:
     """Draws from each of the three generators."""
 
-    def __call__(self, image):
+    def __call__(self, image, target):
         values = [torch.rand(()).item(), random.random(), np.random.rand()]
-        return (torch.tensor(values) * 255).to(torch.uint8).view(3, 1, 1).expand(3, 2, 2)
+        return (torch.tensor(values) * 255).to(torch.uint8).view(3, 1, 1).expand(3, 2, 2), target
 
 
 def test_all_three_generators_are_seeded_for_each_sample(noise):
@@ -309,8 +309,8 @@ def test_a_mixture(photos):
 class Pids:
     """Gives the worker's process id instead of pixels."""
 
-    def __call__(self, image):
-        return torch.tensor(list(os.getpid().to_bytes(4, "little")), dtype=torch.uint8).view(1, 2, 2).expand(3, 2, 2)
+    def __call__(self, image, target):
+        return torch.tensor(list(os.getpid().to_bytes(4, "little")), dtype=torch.uint8).view(1, 2, 2).expand(3, 2, 2), target
 
 
 def worker_of(batch: Batch) -> int:
@@ -348,11 +348,11 @@ class Killed:
     def __init__(self, folder, times):
         self.folder, self.times = folder, times
 
-    def __call__(self, image):
+    def __call__(self, image, target):
         if torch.utils.data.get_worker_info() and len(os.listdir(self.folder)) < self.times and torch.rand(()) < 0.3:
             (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return AUGMENTED(image)
+        return AUGMENTED(image, target)
 
 
 def test_workers_that_die_are_started_again_and_no_sample_is_lost_or_doubled(noise, reference, tmp_path):
@@ -403,7 +403,7 @@ def test_workers_end_when_their_process_is_killed(tmp_path):
 
 
 class Stuck:
-    def __call__(self, image):
+    def __call__(self, image, target):
         time.sleep(1000)
 
 
@@ -429,7 +429,7 @@ def test_sources_and_transforms_pickle(photos):
         source = open_source(spec, "train")
         change = transform(source.style, 16, train=True)
         copy, same = pickle.loads(pickle.dumps((source, change)))  # noqa: S301
-        assert len(copy) == len(source) and same(copy.read(0).image).shape == (3, 16, 16)
+        assert len(copy) == len(source) and same(copy.read(0).image, 0)[0].shape == (3, 16, 16)
 
 
 # Evaluation
@@ -446,7 +446,7 @@ def test_evaluation_sees_each_sample_once(length, ranks):
     assert whole.ids[whole.valid].tolist() == list(range(length))
     for index, image, label in zip(whole.ids.tolist(), whole.images, whole.labels.tolist()):
         assert label == index % 10
-        assert torch.equal(image, PLAIN(source.read(index).image))
+        assert torch.equal(image, PLAIN(source.read(index).image, label)[0])
 
 
 @pytest.mark.parametrize("workers", [1, 2])

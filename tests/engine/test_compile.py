@@ -273,7 +273,7 @@ def graphs_of_a_run(plain: dict[str, Any]) -> list[float]:
             engine, plan, _ = build_model(load_config(plain), 10, runtime, steps=10, say=lambda text: None)
             number = len(kinds(blocks_of(plan.module)))
             seen.append(counting.count)
-            images = torch.randint(0, 256, (12, 3, plan.image_size, plan.image_size), dtype=torch.uint8)
+            images = torch.randint(0, 256, (12, *plan.input_shape), dtype=torch.uint8)
             labels, every = torch.arange(12) % 10, torch.ones(12, dtype=torch.bool)
             for _ in range(2):
                 engine.train_step(Batch(images, labels, labels, every))

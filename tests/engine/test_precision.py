@@ -189,7 +189,7 @@ def test_every_timm_module_trains_in_bf16_without_autocast(entry: Entry) -> None
     plan.fill_attributes(module, CPU)
     module.train()
     draw = torch.Generator().manual_seed(0)
-    outputs = module(torch.randn(2, plan.in_chans, plan.image_size, plan.image_size, generator=draw))
+    outputs = module(torch.randn(2, *plan.input_shape, generator=draw))
     loss = F.cross_entropy(outputs.float(), torch.tensor([1, 7]))
     loss.backward()
     assert outputs.dtype == BF16 and torch.isfinite(loss)

@@ -65,10 +65,10 @@ def feed(kind: Any, config: Any, data: Any, engine: bigvision.Engine) -> Any:
 class Shape:
     """What the run's own feed asks of a model."""
 
-    interpolation, crop_pct = "bicubic", 0.9
+    interpolation, crop_pct, crop_mode = "bicubic", 0.9, "center"
 
     def __init__(self, engine: bigvision.Engine) -> None:
-        self.image_size = engine.image_size
+        self.image_size, self.mean = engine.image_size, engine.mean
 
 
 @pytest.mark.parametrize(("strategy", "floats"), [("ddp", False), ("fsdp", True)])

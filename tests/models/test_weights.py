@@ -112,6 +112,7 @@ def test_a_normal_build_takes_the_file_too(file, monkeypatch):
         (Model("vit_tiny_patch16_224", pretrained=True, weights="x.safetensors"), "exclude each other; keep one"),
         (Model(drop_path=1.0), r"^model\.drop_path: 1\.0 is not a rate"),
         (Model(image_size=0), r"^model\.image_size: 0 is not a size"),
+        (Model(image_size=(32, 0)), r"^model\.image_size: \(32, 0\) is not a size"),
     ],
 )
 def test_mistakes_seen_before_building(config, message):
@@ -130,6 +131,8 @@ def test_mistakes_seen_before_building(config, message):
         (Model("hrnet_w18_small", options={"dept": 3}), r"^model\.options\.dept: "),
         (Model("vgg11", drop_path=0.1), r"^model\.drop_path: vgg11 has no stochastic depth"),
         (Model(image_size=8), r"^model\.image_size: .*8 x 8 pixels"),
+        (Model(image_size=(8, 32)), r"^model\.image_size: .*8 x 32 pixels"),
+        (Model("convnext_atto", image_size=(64, 8)), r"^model\.image_size: .*64 x 8 pixels"),
         (Model("convnext_atto", image_size=8), r"^model\.image_size: .*8 x 8 pixels"),
     ],
 )
@@ -173,8 +176,12 @@ def test_pretrained_without_network_says_what_to_do(monkeypatch):
         Model("test_resnet", image_size=64),
         Model("swin_tiny_patch4_window7_224", image_size=64, options={"depths": (1, 1, 1, 1)}),
         Model("vit_tiny_patch16_224.augreg_in21k", image_size=48, options={"depth": 2, "in_chans": 1, "patch_size": 8}),
+        model(image_size=(64, 32)),
+        Model("test_vit.r160_in1k", image_size=(64, 32)),
+        Model("convnextv2_nano.fcmae_ft_in22k_in1k_384", image_size=64, options={"depths": (1, 1, 1, 1)}),  # squash
+        Model("deepseek_vit_412m.deepseek_v4_flash_vision_exp", image_size=56, options={"depth": 1}),  # border
     ],
-    ids=lambda config: config.name,
+    ids=lambda config: f"{config.name} {config.image_size}",
 )
 def test_timm_opens_what_the_card_describes(config, tmp_path):
     plan = blueprint(config, 7)
@@ -183,12 +190,16 @@ def test_timm_opens_what_the_card_describes(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(card))
     save_file(module.state_dict(), tmp_path / "model.safetensors")
     opened = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    images = torch.randn(2, plan.in_chans, plan.image_size, plan.image_size)
+    images = torch.randn(2, *plan.input_shape)
     with torch.no_grad():
         assert torch.equal(opened(images), module(images))
     data = timm.data.resolve_model_data_config(opened)
-    assert data["input_size"] == (plan.in_chans, plan.image_size, plan.image_size)
+    assert data["input_size"] == plan.input_shape
     assert (tuple(data["mean"]), tuple(data["std"])) == (plan.mean, plan.std)
+    seen = [data[key] for key in ("interpolation", "crop_pct", "crop_mode")]
+    assert seen == [plan.interpolation, plan.crop_pct, plan.crop_mode]
+    normal = timm.data.resolve_model_data_config(timm.create_model(config.name, **plan.arguments | {"pretrained": False}))
+    assert seen == [normal[key] for key in ("interpolation", "crop_pct", "crop_mode")]
 
 
 def test_a_tied_tensor_may_be_in_the_file_under_any_of_its_names(tmp_path):

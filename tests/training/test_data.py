@@ -12,8 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import bigvision
+from bigvision import load_config
+from bigvision.training.evaluate import evaluate_checkpoint
 from tests.cli.test_mistakes import refused, write_recipe
 from tests.distributed import run_ranks
 from tests.recipes import lines, recipe, run
@@ -52,6 +56,35 @@ def test_mixing_changes_the_losses(tmp_path: Path, mixed: list[float]) -> None:
 def test_pairs_that_would_be_cut(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, task={"mixup": 0.8})
     refused(["train", path, "--train.micro_batch", "5"], "task.mixup", "micro-batches of 5", "multiples of 2")
+
+
+def with_a_wide_image(plain: dict[str, Any]) -> tuple[list[float], Any, Any]:
+    """The losses of a run, what evaluating its checkpoint gives, and the shape of what `bigvision.Engine` takes."""
+    found = run(plain)
+    folder = next(Path(plain["out"]).glob("step-*"))
+    metrics = evaluate_checkpoint(folder, load_config(plain))
+    keys = {"num_classes": 10, "steps": 1, "global_batch": 6, "image_size": (48, 32), "out": plain["out"] + "-own"}
+    with bigvision.Engine({key: plain[key] for key in ("model", "parallel")}, **keys) as engine:
+        images = torch.zeros(6 // engine.runtime.data_ranks, 3, *engine.image_size, dtype=torch.uint8)
+        loss = float(engine.train_step(images, torch.zeros(len(images), dtype=torch.int64)).loss)
+    return found, metrics, (engine.image_size, loss)
+
+
+def test_images_that_are_not_square(tmp_path: Path) -> None:
+    found = {}
+    for name, ranks, parallel in (("ddp", 1, {}), ("fsdp", 2, {"strategy": "fsdp"}), ("pipeline", 2, {"strategy": "pipeline"})):
+        plain = recipe(
+            tmp_path / name, parallel=parallel, data={"train": "synthetic:53x40", "val": "synthetic:7x40"},
+            task={"mixup": 0.8, "cutmix": 1.0}, train={"steps": 3, "micro_batch": 6},
+        )  # fmt: skip
+        plain["model"] = plain["model"] | {"image_size": [48, 32]}
+        found[name] = run_ranks(with_a_wide_image, ranks, plain)[0]
+        card = json.loads(next((tmp_path / name).glob("step-*/config.json")).read_text())
+        assert card["pretrained_cfg"]["input_size"] == [3, 48, 32]
+    for name in ("fsdp", "pipeline"):
+        assert found[name][0] == pytest.approx(found["ddp"][0], rel=1e-5)
+        assert found[name][1] == pytest.approx(found["ddp"][1], rel=1e-5)
+        assert found[name][2][0] == (48, 32) and found[name][2][1] == pytest.approx(found["ddp"][2][1], rel=1e-5)
 
 
 # The ids of a run
