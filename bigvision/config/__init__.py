@@ -18,7 +18,7 @@ from bigvision.config.schema import (
     TaskConfig,
     TrainConfig,
 )
-from bigvision.config.values import parse_size
+from bigvision.config.values import leaves, parse_size
 
 __all__ = [
     "ONE_STAGE",
@@ -38,6 +38,7 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "describe",
+    "leaves",
     "load_config",
     "parse_size",
     "read_ds_file",

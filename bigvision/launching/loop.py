@@ -18,7 +18,7 @@ from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError
 from bigvision.launching.keywords import Recipe, configured
 from bigvision.models import GivenModel, check_model
-from bigvision.runtime import all_or_none, deterministic, operations_named, start
+from bigvision.runtime import all_or_none, deterministic, from_main, operations_named, start
 from bigvision.training.build import build_model, with_model
 from bigvision.training.saving import progress_of
 
@@ -91,6 +91,7 @@ class Engine:
         )
         self._stack.callback(self.engine.close)
         self._savers: dict[Path, checkpoint.Saver] = {}
+        self._out = Path(self.config.out)
         self.image_size: int = blueprint.image_size
         self.mean, self.std = blueprint.mean, blueprint.std
         """What uint8 images in 0..1 are normalised with, per channel."""
@@ -153,23 +154,28 @@ class Engine:
 
         It is what a run saves: `bigvision.train` and :meth:`resume` go on from it, on any number of ranks.
 
+        From the first save on until :meth:`close` the folder is locked: no other run or engine can write there.
+
         Args:
             metrics: numbers to be kept with it.
 
         Raises:
+            UserError: another run or engine writes in the folder, or it cannot be written.
             RankFailure: it could not be written; the same on every rank.
         """
         folder, keep = Path(out or self.config.out), self.config.checkpoint
-        if self.is_main:
-            checkpoint.prepare_folder(folder)
         if folder not in self._savers:
+            all_or_none(lambda: self._take(folder) if self.is_main else None)
+            checkpoint.check_shared(folder)
             self._savers[folder] = checkpoint.Saver(
                 folder, parse_size(keep.shard_size, "checkpoint.shard_size"),
                 checkpoint.Retention(keep.keep, None, keep.keep_every), background=False, writer=keep.writer,
-                timeout=keep.timeout, say=self._say,
+                verify=keep.verify_after_save, timeout=keep.timeout, say=self._say,
             )  # fmt: skip
+        self._out = folder
         self.engine.synchronize()
-        progress = progress_of(self.engine, replace(self.config, out=str(folder)), metrics or {})
+        evaluated = self.step if metrics else None
+        progress = progress_of(self.engine, replace(self.config, out=str(folder)), metrics or {}, evaluated)
         documents = {"config.json": self._card, "progress.json": progress}
         self._savers[folder].save(self.step, self.engine.fragments(), documents)
         return folder / checkpoint.folder_name(self.step)
@@ -178,20 +184,28 @@ class Engine:
         """Take over a checkpoint's whole state, and return its step; 0 where there is none.
 
         Args:
-            folder: a step folder; by default what ``checkpoint.resume`` means, "auto" being the newest in ``out``.
+            folder: a step folder, or the folder that was given to :meth:`save`, of which it takes the newest. By default what
+                ``checkpoint.resume`` means, "auto" being the newest in the folder of the last :meth:`save`, else in ``out``.
 
         Raises:
             UserError: it is not valid, or of another model.
         """
-        verify = self.config.checkpoint.verify
-        if folder is not None:
+        verify, resume = self.config.checkpoint.verify, self.config.checkpoint.resume
+        if folder is None:
+            found = checkpoint.find(resume, self._out, verify, self._say)
+        elif from_main(checkpoint.is_step_folder(Path(folder))):
             found = checkpoint.open_checkpoint(Path(folder), verify, "checkpoint.resume")
         else:
-            found = checkpoint.find(self.config.checkpoint.resume, Path(self.config.out), verify, self._say)
+            found = checkpoint.find("auto", Path(folder), verify, self._say)
         if found is not None:
             found = found.restore_or_older(list(self.engine.fragments()), self._say)
             self.engine.restored(found.progress["scalars"])
         return self.step
+
+    def _take(self, folder: Path) -> None:
+        """Lock *folder*, and remove what a killed run has left half done there."""
+        self._stack.callback(checkpoint.Lock(folder, self._say).release)
+        checkpoint.prepare_folder(folder)
 
     def close(self) -> None:
         """Release the model. The last engine of a process that closes leaves the other ranks."""
