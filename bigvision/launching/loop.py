@@ -19,7 +19,7 @@ from bigvision.errors import UserError
 from bigvision.launching.keywords import Recipe, configured
 from bigvision.models import GivenModel, check_model
 from bigvision.runtime import all_or_none, deterministic, from_main, operations_named, start
-from bigvision.training.build import build_model, with_model
+from bigvision.training.build import build_model, with_model, without_weights
 from bigvision.training.saving import progress_of
 
 
@@ -47,6 +47,7 @@ class Engine:
         steps: int | None = None,
         global_batch: int | None = None,
         image_size: int | None = None,
+        resume: bool | str | Path = False,
         **keys: Any,
     ) -> None:
         """Build and shard the model.
@@ -58,6 +59,8 @@ class Engine:
             steps: ``train.steps``, of the whole loop: the learning rate's schedule.
             global_batch: ``train.global_batch``, samples of a step over all ranks.
             image_size: ``model.image_size``.
+            resume: True, or a folder: take over a checkpoint as :meth:`resume` does, without computing first values or
+                reading pretrained weights before.
             keys: sections and dotted keys, as in `bigvision.train`.
 
         Raises:
@@ -71,30 +74,34 @@ class Engine:
         if made.model.num_classes is None and not isinstance(objects.model, torch.nn.Module):
             raise UserError("model.num_classes: bigvision.Engine does not see the data: give num_classes=...")
         self.config = with_model(made, objects.model)
+        self._out = Path(self.config.out)
         self._stack = ExitStack()
         try:
-            self._build(objects.model)
+            self._build(objects.model, resume)
         except BaseException:
             self._stack.close()
             raise
 
-    def _build(self, model: Any) -> None:
+    def _build(self, model: Any, resume: bool | str | Path) -> None:
         parallel, steps = self.config.parallel, self.config.train.steps
         assert steps is not None
         self._stack.enter_context(deterministic(self.config.train.deterministic, parallel.device))
         self.runtime = self._stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks))
         all_or_none(lambda: check_engine(self.config, self.runtime))
-        all_or_none(lambda: check_model(self.config.model, model))
+        found = self._find(None if resume is True else resume) if resume else None
+        config = self.config if found is None else without_weights(self.config)
+        all_or_none(lambda: check_model(config.model, model))
         channels = self.config.model.options.get("in_chans", getattr(model, "in_chans", 3))
         self.engine, blueprint, self._card = build_model(
-            self.config, self.config.model.num_classes or 1, self.runtime, steps, self._say, channels, model
+            config, config.model.num_classes or 1, self.runtime, steps, self._say, channels, model, found is not None
         )
         self._stack.callback(self.engine.close)
         self._savers: dict[Path, checkpoint.Saver] = {}
-        self._out = Path(self.config.out)
         self.image_size: int = blueprint.image_size
         self.mean, self.std = blueprint.mean, blueprint.std
         """What uint8 images in 0..1 are normalised with, per channel."""
+        if found is not None:
+            self._restore(found)
 
     @property
     def step(self) -> int:
@@ -183,6 +190,8 @@ class Engine:
     def resume(self, folder: str | Path | None = None) -> int:
         """Take over a checkpoint's whole state, and return its step; 0 where there is none.
 
+        Where it is known before the engine is made, ``Engine(..., resume=True)`` spares the first values.
+
         Args:
             folder: a step folder, or the folder that was given to :meth:`save`, of which it takes the newest. By default what
                 ``checkpoint.resume`` means, "auto" being the newest in the folder of the last :meth:`save`, else in ``out``.
@@ -190,17 +199,21 @@ class Engine:
         Raises:
             UserError: it is not valid, or of another model.
         """
-        verify, resume = self.config.checkpoint.verify, self.config.checkpoint.resume
-        if folder is None:
-            found = checkpoint.find(resume, self._out, verify, self._say)
-        elif from_main(checkpoint.is_step_folder(Path(folder))):
-            found = checkpoint.open_checkpoint(Path(folder), verify, "checkpoint.resume")
-        else:
-            found = checkpoint.find("auto", Path(folder), verify, self._say)
-        if found is not None:
-            found = found.restore_or_older(list(self.engine.fragments()), self._say)
-            self.engine.restored(found.progress["scalars"])
+        if (found := self._find(folder)) is not None:
+            self._restore(found)
         return self.step
+
+    def _find(self, folder: str | Path | None) -> checkpoint.Checkpoint | None:
+        verify = self.config.checkpoint.verify
+        if folder is None:
+            return checkpoint.find(self.config.checkpoint.resume, self._out, verify, self._say)
+        if from_main(checkpoint.is_step_folder(Path(folder))):
+            return checkpoint.open_checkpoint(Path(folder), verify, "checkpoint.resume")
+        return checkpoint.find("auto", Path(folder), verify, self._say)
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        found = found.restore_or_older(list(self.engine.fragments()), self._say)
+        self.engine.restored(found.progress["scalars"])
 
     def _take(self, folder: Path) -> None:
         """Lock *folder*, and remove what a killed run has left half done there."""

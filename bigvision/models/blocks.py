@@ -16,17 +16,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import fx, nn
 
-from bigvision.models.tracing import (
-    CONTAINERS,
-    TraceFailed,
-    calls,
-    holders,
-    is_piece,
-    read_directly,
-    shares_nothing,
-    size,
-    trace,
-)
+from bigvision.models.tracing import CONTAINERS, TraceFailed, holders, is_piece, shares_nothing, size, tensors_of, trace
 
 
 @dataclass(frozen=True)
@@ -51,10 +41,6 @@ class Blocks(Sequence[Block]):
     max_share: float
     """What :func:`find_blocks` was given."""
 
-    @property
-    def traced(self) -> bool:
-        return self.graph is not None
-
     def __len__(self) -> int:
         return len(self.blocks)
 
@@ -77,9 +63,11 @@ def find_blocks(module: nn.Module, image_size: int | None = None, max_share: flo
     watched with one image of `image_size` pixels (its own size by default).
     """
     try:
-        graph = trace(module, max_share)
-        once = [path for path, count in calls(graph.graph).items() if count == 1]
-        direct, reason = read_directly(graph.graph, module), None
+        graph, reason = trace(module, max_share), None
+        nodes = list(graph.graph.nodes)
+        calls = Counter(str(node.target) for node in nodes if node.op == "call_module")
+        once = [path for path, count in calls.items() if count == 1]
+        direct = {id(tensor) for node in nodes if node.op == "get_attr" for tensor in tensors_of(node, module)}
     except TraceFailed as failure:
         graph, once, direct, reason = None, _watched(module, image_size, _members(module, max_share)), set(), str(failure)
     candidates = _independent([Block(path, part := module.get_submodule(path), size(part)) for path in once], direct, module)

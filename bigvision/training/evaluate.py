@@ -11,7 +11,7 @@ from bigvision import checkpoint
 from bigvision.config import Config
 from bigvision.engine import Engine, Metrics
 from bigvision.models import Blueprint
-from bigvision.runtime import Runtime, Watchdog, collective_timeout, identify, start
+from bigvision.runtime import Runtime, Watchdog, collective_timeout, deterministic, identify, start
 from bigvision.training.build import build_model, restore_model, without_weights
 from bigvision.training.data import Data, Validation, open_data, open_validation
 
@@ -55,11 +55,13 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
     """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank.
 
     Raises:
-        UserError: the folder is not a valid checkpoint or is of another model.
+        UserError: the folder is not a valid checkpoint or is of another model; or ``train.deterministic`` and an operation
+            without a deterministic form.
     """
     config = _for_ranks(without_weights(config), identify(os.environ).world_size)
     parallel, timeout = config.parallel, collective_timeout(config.limits)
     with (
+        deterministic(config.train.deterministic, parallel.device),
         Watchdog(config.limits) as watch,
         start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout) as runtime,
         watch.naming(),

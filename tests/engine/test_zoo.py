@@ -19,13 +19,13 @@ def one_step(plain: dict[str, Any]) -> tuple[float, list[Part]]:
     """Take a plain SGD step on noise; return the loss and this rank's parameters: (name, start, values)."""
     from bigvision.config import load_config
     from bigvision.data import Batch
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
     from bigvision.runtime import start
     from bigvision.training.build import build_model
 
     with start("cpu") as runtime:
         engine, plan, _ = build_model(load_config(plain), 10, runtime, steps=1, say=lambda text: None)
-        assert isinstance(engine, TrainingEngine)
+        assert isinstance(engine, Engine)
         # Masks are drawn per rank.
         for module in engine.module.modules():
             if isinstance(module, torch.nn.Dropout):
