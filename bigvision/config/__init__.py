@@ -20,7 +20,7 @@ from bigvision.config.schema import (
     TaskConfig,
     TrainConfig,
 )
-from bigvision.config.values import parse_size
+from bigvision.config.values import leaves, parse_size
 
 __all__ = [
     "ONE_STAGE",
@@ -42,6 +42,7 @@ __all__ = [
     "check_batches",
     "deepspeed_settings",
     "describe",
+    "leaves",
     "load_config",
     "micro_batch",
     "parse_size",

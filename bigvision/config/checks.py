@@ -82,6 +82,9 @@ def check(config: Config) -> None:
     if config.faults.rollback and config.faults.spike is None:
         raise UserError("faults.rollback: true needs faults.spike: say how far above the mean a loss is a spike, such as 8")
     parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")
+    for name in (config.checkpoint.allow or "").split(",") if config.checkpoint.allow is not None else ():
+        if name.strip() not in ("data", "classes"):
+            raise UserError(f"checkpoint.allow: {config.checkpoint.allow!r} must be data, classes, or both: data,classes")
 
 
 def check_pipeline(parallel: ParallelConfig) -> None:

@@ -188,20 +188,26 @@ class CheckpointConfig:
     keep: int = 3
     """Newest valid checkpoints kept in the output folder."""
     keep_best: str | None = None
-    """A metric (loss, top1, top5) by which the best checkpoint is kept too."""
+    """A metric (loss, top1, top5): a step whose evaluation is the best so far is saved, and the best one is kept too."""
     keep_every: int | None = None
     """Checkpoints of steps that this divides are kept too."""
     resume: str = "auto"
-    """auto (the newest valid one in `out`), never, a step of `out`, or the path of any run's step folder."""
+    """auto (the newest valid one in `out`), never, a step of `out`, or the path of any run's step folder. All but auto apply
+    once: a restart goes on from the newest."""
+    allow: str | None = None
+    """What may be another than the checkpoint was trained on, when resuming: data, classes, or both: data,classes."""
     shard_size: str = "5GB"
     """Largest size of one model or optimizer file (units kB, MB, GB, KiB, MiB, GiB)."""
     verify: bool = True
     """Compare checksums of all that is read when resuming; false checks sizes and headers only."""
     background: bool = True
     """Write while training goes on, from a copy of the state in host memory; false waits, and needs no copy."""
-    writer: Literal["direct", "owner"] = "direct"
+    writer: Literal["auto", "direct", "owner"] = "auto"
     """direct: every rank writes into every file. owner: each file has one rank that writes it, for file systems on which
-    several hosts must not write one file (NFS, mounted object stores). The bytes are the same."""
+    several hosts must not write one file (NFS, mounted object stores). The bytes are the same. auto: owner on NFS, SMB, 9P and
+    FUSE, else direct."""
+    verify_after_save: Literal["sample", "full", "none"] = "sample"
+    """How much of what was written is read back before it becomes a checkpoint and older ones are pruned."""
     timeout: float = 600.0
     """Seconds that a rank waits for the others while a checkpoint is written, before all give up."""
 

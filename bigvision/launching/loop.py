@@ -18,7 +18,7 @@ from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError
 from bigvision.launching.keywords import Recipe, configured
 from bigvision.models import GivenModel, check_model
-from bigvision.runtime import all_or_none, deterministic, operations_named, start
+from bigvision.runtime import all_or_none, deterministic, from_main, operations_named, start
 from bigvision.training.build import build_model, with_model, without_weights
 from bigvision.training.saving import progress_of
 
@@ -59,7 +59,7 @@ class Engine:
             steps: ``train.steps``, of the whole loop: the learning rate's schedule.
             global_batch: ``train.global_batch``, samples of a step over all ranks.
             image_size: ``model.image_size``, the side of a square, or height and width.
-            resume: True, or a step folder: take over a checkpoint as :meth:`resume` does, without computing first values or
+            resume: True, or a folder: take over a checkpoint as :meth:`resume` does, without computing first values or
                 reading pretrained weights before.
             keys: sections and dotted keys, as in `bigvision.train`.
 
@@ -74,6 +74,7 @@ class Engine:
         if made.model.num_classes is None and not isinstance(objects.model, torch.nn.Module):
             raise UserError("model.num_classes: bigvision.Engine does not see the data: give num_classes=...")
         self.config = with_model(made, objects.model)
+        self._out = Path(self.config.out)
         self._stack = ExitStack()
         try:
             self._build(objects.model, resume)
@@ -162,23 +163,28 @@ class Engine:
 
         It is what a run saves: `bigvision.train` and :meth:`resume` go on from it, on any number of ranks.
 
+        From the first save on until :meth:`close` the folder is locked: no other run or engine can write there.
+
         Args:
             metrics: numbers to be kept with it.
 
         Raises:
+            UserError: another run or engine writes in the folder, or it cannot be written.
             RankFailure: it could not be written; the same on every rank.
         """
         folder, keep = Path(out or self.config.out), self.config.checkpoint
-        if self.is_main:
-            checkpoint.prepare_folder(folder)
         if folder not in self._savers:
+            all_or_none(lambda: self._take(folder) if self.is_main else None)
+            checkpoint.check_shared(folder)
             self._savers[folder] = checkpoint.Saver(
                 folder, parse_size(keep.shard_size, "checkpoint.shard_size"),
                 checkpoint.Retention(keep.keep, None, keep.keep_every), background=False, writer=keep.writer,
-                timeout=keep.timeout, say=self._say,
+                verify=keep.verify_after_save, timeout=keep.timeout, say=self._say,
             )  # fmt: skip
+        self._out = folder
         self.engine.synchronize()
-        progress = progress_of(self.engine, replace(self.config, out=str(folder)), metrics or {})
+        evaluated = self.step if metrics else None
+        progress = progress_of(self.engine, replace(self.config, out=str(folder)), metrics or {}, evaluated)
         documents = {"config.json": self._card, "progress.json": progress}
         self._savers[folder].save(self.step, self.engine.fragments(), documents)
         return folder / checkpoint.folder_name(self.step)
@@ -189,7 +195,8 @@ class Engine:
         Where it is known before the engine is made, ``Engine(..., resume=True)`` spares the first values.
 
         Args:
-            folder: a step folder; by default what ``checkpoint.resume`` means, "auto" being the newest in ``out``.
+            folder: a step folder, or the folder that was given to :meth:`save`, of which it takes the newest. By default what
+                ``checkpoint.resume`` means, "auto" being the newest in the folder of the last :meth:`save`, else in ``out``.
 
         Raises:
             UserError: it is not valid, or of another model.
@@ -200,13 +207,20 @@ class Engine:
 
     def _find(self, folder: str | Path | None) -> checkpoint.Checkpoint | None:
         verify = self.config.checkpoint.verify
-        if folder is not None:
+        if folder is None:
+            return checkpoint.find(self.config.checkpoint.resume, self._out, verify, self._say)
+        if from_main(checkpoint.is_step_folder(Path(folder))):
             return checkpoint.open_checkpoint(Path(folder), verify, "checkpoint.resume")
-        return checkpoint.find(self.config.checkpoint.resume, Path(self.config.out), verify, self._say)
+        return checkpoint.find("auto", Path(folder), verify, self._say)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         found = found.restore_or_older(list(self.engine.fragments()), self._say)
         self.engine.restored(found.progress["scalars"])
+
+    def _take(self, folder: Path) -> None:
+        """Lock *folder*, and remove what a killed run has left half done there."""
+        self._stack.callback(checkpoint.Lock(folder, self._say).release)
+        checkpoint.prepare_folder(folder)
 
     def close(self) -> None:
         """Release the model. The last engine of a process that closes leaves the other ranks."""

@@ -32,6 +32,7 @@ from bigvision.runtime import Runtime, all_or_none, from_main
 from bigvision.tasks import build_task
 from bigvision.training import bad
 from bigvision.training.data import Data, Given, open_data
+from bigvision.training.lineage import applied_origin, check_same_run, data_facts, record
 from bigvision.training.memory import with_micro_batch
 from bigvision.training.starts import Starts
 
@@ -58,6 +59,10 @@ class Build:
     """Its step."""
     evaluation_owed: bool = False
     """Whether the run was stopped in the evaluation of its last step."""
+    evaluated: int | None = None
+    """The step that `metrics` are of."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """The fingerprints of the data, for progress.json of every checkpoint (see `lineage`)."""
     faults: dict[str, Any] = field(default_factory=dict)
     """What the run before knew of its faults (`Numbers.state`)."""
 
@@ -89,7 +94,9 @@ def build(
 
     # Together, also where every rank would find the same by itself: one that left early would break the others' start.
     all_or_none(check)
-    found = checkpoint.find(config.checkpoint.resume, out, config.checkpoint.verify, say)
+    checkpoint.check_shared(out)
+    resume = applied_origin(config, runtime, say)
+    found = checkpoint.find(resume, out, config.checkpoint.verify, say)
     starts = Starts(config, runtime)
     begin = (lambda: starts.begin(found.progress["step"] if found else 0)) if runtime.is_main else lambda: None
     smaller = from_main(all_or_none(begin))
@@ -104,10 +111,16 @@ def build(
     if found and found.progress["step"] > steps:
         raise UserError(
             f"train.{'epochs' if config.train.steps is None else 'steps'}: the run would end at step {steps}, "
-            f"but {found.folder} is at step {found.progress['step']}: train for longer, or choose another --out"
+            f"but out: {out} holds a run that is at step {found.progress['step']}: name another folder for this one "
+            f"(--out, or out= in Python), or more than {found.progress['step']} steps to train that one for longer"
         )
+    facts = data_facts(config, data, runtime)
+    if found:
+        check_same_run(found, facts, data.train.classes, config.checkpoint.allow, say)
     resumes = found is not None
     engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say, data.train.channels, model, resumes)
+    if data.train.classes:
+        card["label_names"] = list(data.train.classes)  # timm's key
     stack.callback(engine.close)
     starts.engine = engine
     data.bad.keep_in(out / bad.NAME, runtime, resumed=found is not None)
@@ -121,15 +134,18 @@ def build(
 
     def note() -> None:
         if runtime.is_main:
-            if config.checkpoint.resume.isdigit():
+            if found and resume != "auto" and found.is_in(out):
                 checkpoint.set_aside_later(out, engine.step, say)
+            record(config, facts, data.train.classes, found, resume, say)
             checkpoint.replace(out / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
 
     all_or_none(note)
     if found is None:
-        return Build(config, starts, engine, data, plan, card, steps, metrics)
-    owed = found.progress.get("evaluation_owed", False)
-    return Build(config, starts, engine, data, plan, card, steps, metrics, found.folder, engine.step, owed, faults)
+        return Build(config, starts, engine, data, plan, card, steps, metrics, facts=facts)
+    return Build(
+        config, starts, engine, data, plan, card, steps, metrics, found.folder, engine.step,
+        found.progress.get("evaluation_owed", False), found.progress.get("evaluated"), facts, faults,
+    )  # fmt: skip
 
 
 def build_model(

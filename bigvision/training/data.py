@@ -98,6 +98,24 @@ def open_data(config: Config, runtime: Runtime, given: Given | None = None, say:
     return Data(train, val, BadSamples(config.data.bad_budget, {"train": len(train), "val": len(val)}))
 
 
+def open_validation(config: Config, runtime: Runtime, classes: list[str]) -> Data:
+    """Open the validation data alone, whose labels follow the *classes* of a checkpoint; it stands for both.
+
+    Raises:
+        UserError: as `open_data`.
+    """
+
+    def open_it(first: bool) -> Source:
+        return open_source(
+            config.data.val, "val", key="data.val", root=config.data.root, first=first,
+            shared=config.data.train == config.data.val, classes=classes,
+        )  # fmt: skip
+
+    opened = all_or_none(lambda: open_it(first=True) if runtime.is_main else None)
+    val = all_or_none(lambda: opened or open_it(first=False))
+    return Data(val, val, BadSamples(config.data.bad_budget, {"train": 0, "val": len(val)}))
+
+
 class Feed(Iterator[Batch]):
     """This rank's training batches from a step on, without end."""
 

@@ -14,7 +14,7 @@ from bigvision.errors import UserError
 from bigvision.models import Blueprint
 from bigvision.runtime import Runtime, Watchdog, collective_timeout, deterministic, identify, start
 from bigvision.training.build import build_model, restore_model, without_weights
-from bigvision.training.data import Data, Validation, open_data
+from bigvision.training.data import Data, Validation, open_data, open_validation
 
 
 def evaluate(
@@ -70,9 +70,11 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
         watch.naming(),
     ):
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
-        data = open_data(config, runtime)
+        classes = found.card.get("label_names")
+        # Earlier versions saved no class names: theirs are those of the training data.
+        data = open_validation(config, runtime, classes) if isinstance(classes, list) else open_data(config, runtime)
         engine, blueprint, _ = build_model(
-            config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.train.channels, restored=True
+            config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True
         )
         try:
             restore_model(found, engine)

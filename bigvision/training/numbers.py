@@ -137,6 +137,7 @@ class Numbers:
         self.passed_over.append([at, self.config.train.global_batch])
         batches.go_to(engine.step, engine.samples)
         metrics: dict[str, float] = found.progress["metrics"]
+        saving.evaluated = found.progress.get("evaluated")
         self.monitor.begin(engine.step, self.monitor.steps, metrics)
         facts = {"rolled_back": {"from_step": step, "passes_over": at} | asdict(spike)}
         words = f"step {step}: back to {found.folder.name}; the batch from sample {at} on will be passed over"
