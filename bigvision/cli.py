@@ -66,12 +66,16 @@ def run_train(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     from bigvision.config import describe, resolve
     from bigvision.launching.accelerate import overrides
+    from bigvision.launching.arguments import take_recipe
 
-    arguments = _with_our_spelling(arguments)
-    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else str(default_recipe())
     print_only = "--print-config" in arguments
-    flags = [argument for argument in arguments if argument != "--print-config"]
-    config, origins = resolve(recipe, flags, overrides(os.environ))
+    arguments = [argument for argument in _with_our_spelling(arguments) if argument != "--print-config"]
+    recipe, flags, note = take_recipe(arguments)
+    notes = [note] if note else []
+    config, origins = resolve(recipe, flags, overrides(os.environ, notes.append), say=notes.append)
+    if _rank() == 0:
+        for line in notes:
+            print(f"# {line}" if print_only else line)
     if print_only:
         if _rank() == 0:
             print(describe(config, origins))
@@ -121,7 +125,7 @@ def run_ray(arguments: list[str]) -> int:
     with listening():  # before what takes seconds to import
         from bigvision.launching.ray import run
 
-        return run(_with_our_spelling(arguments), default_recipe())
+        return run(_with_our_spelling(arguments))
 
 
 def run_submit(arguments: list[str]) -> int:
@@ -143,12 +147,6 @@ def run_checkpoint(arguments: list[str]) -> int:
     from bigvision.checkpoint.commands import run_checkpoint
 
     return run_checkpoint(arguments)
-
-
-def default_recipe() -> Path:
-    """The recipe that trains when none is named."""
-    beside_source = Path(__file__).parent.parent / "recipes" / "digits.yaml"
-    return beside_source if beside_source.exists() else Path(__file__).parent / "recipes" / "digits.yaml"
 
 
 def _rank() -> int:
