@@ -56,6 +56,21 @@ def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str]
     return given, rest
 
 
+def take_all(arguments: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """Take each ``--name value`` and ``--name=value`` out of *arguments*; returns the values in order, and the others.
+
+    Raises:
+        UserError: a value is missing.
+    """
+    values: list[str] = []
+    rest = list(arguments)
+    while at := next((n for n, argument in enumerate(rest, start=1) if argument.partition("=")[0] == name), 0):
+        end = at if "=" in rest[at - 1] else at + 1
+        given, rest[at - 1 : end] = take(rest[at - 1 : end], (name,))
+        values.append(given[name])
+    return values, rest
+
+
 def whole(name: str, text: str, lowest: int = 1) -> int:
     """*text* as a whole number from *lowest* on.
 
