@@ -46,7 +46,7 @@ class DataConfig:
     """digits, imagefolder:PATH, webdataset:PATH, parquet:PATH, arrays:PATH, volumes:PATH, mnist, cifar10, ...,
     synthetic[:SAMPLES[xSIZE]]; several with weights: "0.7*imagefolder:A + 0.3*webdataset:B"."""
     val: str = "digits"
-    """The same choices; the validation split of that dataset."""
+    """The same choices; the validation split of that dataset. Where only train is given, train's."""
     classes: str | None = None
     """A file with the classes in the order of their labels: a name on each line, or ImageNet's class index (JSON)."""
     workers: int = 2
@@ -102,7 +102,7 @@ class OptimConfig:
     """Nesterov's, of sgd and muon (often 0.95)."""
     clip: float | None = 1.0
     """Largest norm of the whole model's gradient; null does not clip."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """The learning rate after the warm-up."""
     warmup: float = 0.05
     """Share of all steps (below 1) or number of steps (1 and above) over which the rate rises linearly from 0."""
@@ -258,8 +258,8 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "checkpoints/digits"
-    """Output folder: run.yaml, metrics.jsonl and the checkpoints."""
+    out: str = "auto"
+    """Output folder: run.yaml, metrics.jsonl and the checkpoints. auto: checkpoints/RECIPE-DATA-MODEL."""
     seed: int = 0
     """Weights, data order, augmentation and dropout are functions of it."""
     model: ModelConfig = ModelConfig()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Set
+from dataclasses import replace
 from typing import Any, Literal
 
 import timm
@@ -17,7 +18,7 @@ from bigvision.errors import UserError
 from bigvision.models import weights
 from bigvision.models.adapt import Adapted, Loading, capture
 from bigvision.models.arguments import accepted, blame, image_size
-from bigvision.models.check import check_model
+from bigvision.models.check import check_model, current_name
 from bigvision.models.exact_init import FirstValues, construct, named_tensors
 from bigvision.models.given import GivenModel, built, call_arguments, failed, on_meta, outputs_of
 
@@ -142,7 +143,12 @@ def blueprint(config: ModelConfig, num_classes: int, model: GivenModel | None = 
     Raises `UserError` for names, options, sizes and weight files that do not fit each other.
     """
     check_model(config, model)
-    return Blueprint(config, num_classes, model)
+    if model is not None:
+        return Blueprint(config, num_classes, model)
+    name, note = current_name(config.name)
+    plan = Blueprint(replace(config, name=name), num_classes)
+    plan.notes[:0] = [note] if note else []
+    return plan
 
 
 def _construct(

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from bigvision.errors import UserError
 from bigvision.models import blueprint, check_model, model_card
+from bigvision.models.check import current_name
 from tests.models.configs import TINY, Model
 from tests.models.test_build import materialised
 
@@ -107,8 +108,11 @@ def test_a_normal_build_takes_the_file_too(file, monkeypatch):
     "config, message",
     [
         (Model("vit_tiny_patch16_244"), r"^model\.name: 'vit_tiny_patch16_244' is not a timm .*mean 'vit_tiny_patch16_"),
-        (Model("hf-hub:timm/resnet18"), r"^model\.name: "),
-        (Model("resnet18.a9_in1k"), r"^model\.name: timm has no weights 'resnet18\.a9_in1k'; did you mean 'resnet18\.a"),
+        (Model("hf-hub:timm/resnet18"), r"^model\.name: 'hf-hub:timm/resnet18' is not one of timm's repositories"),
+        (Model("facebook/dinov2-base"), r"^model\.name: 'facebook/dinov2-base' is not .* model\.weights"),
+        (Model("local-dir:/no/such"), r"^model\.name: local-dir:/no/such: write the architecture .* model\.weights: /no/such"),
+        (Model("ResNet18"), r"^model\.name: 'ResNet18' is not a timm model; did you mean 'resnet18'"),
+        (Model("resnet18.a9_in1k"), r"timm has no weights 'resnet18\.a9_in1k'; did you mean 'resnet18\.a.* or .*\(7 in all"),
         (Model("vit_tiny_patch16_224", pretrained=True, weights="x.safetensors"), "exclude each other; keep one"),
         (Model(drop_path=1.0), r"^model\.drop_path: 1\.0 is not a rate"),
         (Model(image_size=0), r"^model\.image_size: 0 is not a size"),
@@ -119,6 +123,69 @@ def test_mistakes_seen_before_building(config, message):
     with pytest.raises(UserError, match=message) as caught:
         check_model(config)
     assert "\n" not in str(caught.value)
+
+
+PREFIXES = ["module.", "model.", "backbone.", "net.encoder.", "module.visual.", "_orig_mod.base_model.", "ema.module."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_with_what_a_training_program_puts_before_them(vit, tmp_path, prefix):
+    """Per-block compile in them too, and beside them what is no part of the model."""
+    state = {prefix + name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in vit.state_dict().items()}
+    state |= {"n_averaged": torch.tensor(3), "loss.weight": torch.ones(10)}
+    save_file(state, tmp_path / "x.safetensors")
+    plan = blueprint(model(weights=str(tmp_path / "x.safetensors"), num_classes=10), 10)
+    values = dict(plan.tensors(0))
+    assert all(torch.equal(values[name], value) for name, value in vit.state_dict().items())
+    begin = prefix.removeprefix("_orig_mod.")
+    assert f"whose names begin with {begin}; 2 others are left out, such as" in plan.note
+    assert set(plan.runs()) == values.keys(), "read run by run, as without a prefix"
+
+
+def test_a_student_and_a_teacher(vit, tmp_path):
+    path, state = tmp_path / "dino.safetensors", vit.state_dict()
+    both = {f"student.backbone.{name}": value for name, value in state.items()}
+    both |= {f"teacher.backbone.{name}": value + 1 for name, value in state.items() if not name.startswith("head")}
+    save_file(both, path)
+    words = r"^model\.weights: .* under student\.backbone\. or teacher\.backbone\.: .*\?prefix=teacher\.backbone\.$"
+    with pytest.raises(UserError, match=words):
+        blueprint(model(weights=str(path)), 10)
+    plan = blueprint(model(weights=f"{path}?prefix=teacher.backbone."), 10)
+    assert torch.equal(dict(plan.tensors(0))["norm.weight"], state["norm.weight"] + 1)
+    assert "(head.weight) starts fresh" in plan.note and "has none" in plan.note
+    with pytest.raises(UserError, match=r"has no tensor whose name begins with tutor\."):
+        blueprint(model(weights=f"{path}?prefix=tutor."), 10)
+    with pytest.raises(UserError, match=r"check model\.name and model\.options"):
+        blueprint(model(weights=f"{path}?prefix="), 10)
+    save_file({"student.x": torch.ones(1), "weight": torch.ones(1)}, path)
+    with pytest.raises(UserError, match=r"check model\.name and model\.options"):
+        blueprint(model(weights=str(path)), 10)
+
+
+@pytest.mark.parametrize(
+    "name, current",
+    [
+        ("vit_tiny_patch16_224_in21k", "vit_tiny_patch16_224.augreg_in21k"),
+        ("tf_efficientnet_b0_ns", "tf_efficientnet_b0.ns_jft_in1k"),
+        ("efficientnet_b2a", "efficientnet_b2"),
+        ("hf-hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("hf_hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("resnet18", "resnet18"),
+    ],
+)
+def test_older_names_and_those_of_timms_repositories(name, current):
+    assert current_name(name)[0] == current and (current_name(name)[1] is None) == (name == current)
+    check_model(Model(name, pretrained="b2" not in name))
+
+
+def test_an_older_name_builds_what_it_is_called_now():
+    for old, new in (("vit_tiny_patch16_224_in21k", "vit_tiny_patch16_224.augreg_in21k"),):
+        plans = [blueprint(Model(name, image_size=32, options=dict(TINY)), 10) for name in (old, new)]
+        assert plans[0].note == f"model.name: {old} is called {new} in timm {timm.__version__}" and plans[1].note is None
+        values = [dict(plan.tensors(3)) for plan in plans]
+        assert values[0].keys() == values[1].keys() and all(torch.equal(values[0][n], values[1][n]) for n in values[0])
+    assert all(current_name(name)[0] == current for name, current in timm.models.get_deprecated_models().items())
 
 
 @pytest.mark.parametrize(
