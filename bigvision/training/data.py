@@ -25,6 +25,7 @@ from bigvision.data import (
     Transform,
     eval_batches,
     open_both,
+    sources,
     train_batches,
     transform,
 )
@@ -106,10 +107,7 @@ def open_validation(config: Config, runtime: Runtime, classes: list[str]) -> Dat
     """
 
     def open_it(first: bool) -> Source:
-        return open_source(
-            config.data.val, "val", key="data.val", root=config.data.root, first=first,
-            shared=config.data.train == config.data.val, classes=classes,
-        )  # fmt: skip
+        return sources.open_validation(config.data.train, config.data.val, classes=classes, root=config.data.root, first=first)
 
     opened = all_or_none(lambda: open_it(first=True) if runtime.is_main else None)
     val = all_or_none(lambda: opened or open_it(first=False))

@@ -109,6 +109,20 @@ def open_both(
     return _mixed(train, opened, keys[0]), _mixed(val, held, keys[1])
 
 
+def open_validation(
+    train: str, val: str, *, classes: Sequence[str], root: str | None = None, first: bool = False
+) -> Source:  # fmt: skip
+    """Open the validation data that :func:`open_both` opens, without the training data, which may be gone.
+
+    Args:
+        classes: of the training data, which labels follow.
+    """
+    keys = ("data.train", "data.val")
+    ids = [[_identity(one, key) for one, _ in _weighted(spec, key)] for spec, key in zip((train, val), keys)]
+    parts = _open_parts(val, "val", keys[1], root, first, [one in ids[0] for one in ids[1]], list(classes))
+    return _mixed(val, parts, keys[1])
+
+
 def _classes_in(file: str | None) -> list[str] | None:
     if file is None:
         return None
