@@ -34,7 +34,7 @@ from benchmarks.checkpoint_report import Target
 from benchmarks.harness import Line, machine, summarize, turn
 from benchmarks.photos import write_photos
 from bigvision.data import Stream
-from bigvision.data.position import Part
+from bigvision.data.order import Part
 
 RESULTS = Path(__file__).parent / "results"
 OWN, CEILING, REDUCED, BYTES = "bigvision", "no loader", "bigvision, reduce", "bigvision, uint8 batches"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigvision.data.batch import Batch
+from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.state import RUNNING
 from bigvision.fragments import Fragment
 
@@ -142,14 +142,14 @@ class Engine(ABC):
         """Batches without an optimizer step; waits for the last step. The learning rate is that of step - skipped."""
 
     @abstractmethod
-    def train_step(self, batch: Batch) -> StepResult:
+    def train_step(self, batch: Batch | StepBatch) -> StepResult:
         """Take one optimizer step on this rank's part of the global batch. Every rank calls it with as many samples.
 
         It returns when the work is launched; at most one step is under way beside it.
         """
 
     @abstractmethod
-    def pass_over(self, batch: Batch) -> StepResult:
+    def pass_over(self, batch: Batch | StepBatch) -> StepResult:
         """Count a batch as a skipped step, and do nothing with it."""
 
     @abstractmethod

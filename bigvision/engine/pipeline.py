@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigvision.config import SPLIT_BACKWARD, Config
-from bigvision.data.batch import Batch
+from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.batches import micro_batch
 from bigvision.engine.engine import TrainingEngine
 from bigvision.engine.parallelize import replicate, shard, wrap_blocks
@@ -84,13 +84,14 @@ class PipelineEngine(TrainingEngine):
 
     # The passes.
 
-    def _passes(self, batch: Batch, factor: float) -> Tensor:
+    def _passes(self, batch: Batch | StepBatch, factor: float) -> Tensor:
+        batch = self._on_device(batch.whole())  # a schedule of torch's takes all micro-batches at once
         self.passes = dict.fromkeys(self.stages, 0)
         self.loss_factor = factor * self.stepper.scale.factor
         held = self.stepper.held
         whole, rest = divmod(len(batch), self.micro_batch)
         images = self._inputs(batch) if 0 in self.stages else None
-        targets, begin = batch.targets(), 0
+        targets, begin = batch.loss_targets(), 0
         for count, size in ((whole, self.micro_batch), (1, rest)):
             if not count or not size:
                 continue

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
-from bigvision.data.position import Part
+from bigvision.data.order import Part
 
 Split = Literal["train", "val"]
 Style = Literal["photo", "tiny", "digit"]
@@ -18,7 +18,13 @@ Style = Literal["photo", "tiny", "digit"]
 class Sample(NamedTuple):
     image: bytes | Tensor | Image.Image
     """An image file's content, still encoded; or pixels: a uint8 tensor (C, H, W), or an image from Pillow."""
-    label: int
+    target: Any
+    """What the task is to learn of it: a label, several numbers, a mask, a dict of such; None where there is none."""
+
+    @property
+    def label(self) -> Any:
+        """The target, as classification calls it."""
+        return self.target
 
 
 class Source(ABC):
@@ -37,8 +43,8 @@ class Source(ABC):
         """Return the sample *index*, the same at every call. Raises `UnreadableSample`, with the reason alone."""
 
     @abstractmethod
-    def label(self, index: int) -> int:
-        """Return the label of the sample *index* without reading its image."""
+    def label(self, index: int) -> Any:
+        """Return the target of the sample *index* without reading its image; any of its shape where that cannot be had."""
 
     def where(self, index: int) -> str:
         """What messages call the sample: its file, where it has one."""

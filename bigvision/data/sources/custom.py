@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from multiprocessing.reduction import ForkingPickler
 from operator import index as as_int
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -120,20 +119,6 @@ class MapStyle(Source):
         if not 0 <= value < len(self.classes):
             raise ValueError(f"{self.name}: the label of sample {index} is {value}, but there are {len(self.classes)} classes")
         return value
-
-    def __getstate__(self) -> dict[str, Any]:
-        try:
-            return self.__dict__ | {"dataset": bytes(ForkingPickler.dumps(self.dataset))}
-        except Exception as error:  # any that the dataset's parts raise
-            raise UserError(
-                f"{self.name}: it cannot be sent to worker processes ({' '.join(str(error).split())}); make it without "
-                "lambdas, open files and local classes, or use data.workers 0"
-            ) from error
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        loaded = ForkingPickler.loads(state["dataset"])  # type: ignore[attr-defined]
-        for name, value in (state | {"dataset": loaded}).items():
-            setattr(self, name, value)
 
 
 def as_source(dataset: Source | MapDataset, *, key: str, classes: Sequence[str] | None) -> Source:

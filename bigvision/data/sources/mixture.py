@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from bigvision.data.position import Part, shares
+from bigvision.data.order import Part, shares
 from bigvision.data.sources.base import Sample, Source
 
 

@@ -19,7 +19,7 @@ from bigvision.data.sources.columns import Column
 from bigvision.data.sources.files import by_name, choose_files, label_by, part, stamp
 from bigvision.data.sources.parquet_columns import Asked, class_names, find_columns, parse_asked
 from bigvision.data.splits import Subset
-from bigvision.data.watched import each
+from bigvision.data.workers import each
 from bigvision.errors import UserError, one_line
 
 CACHE = 256 << 20

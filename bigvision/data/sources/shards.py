@@ -22,7 +22,7 @@ from bigvision.data.sources.columns import Column, Texts
 from bigvision.data.sources.files import choose_files, label_by, part, stamp
 from bigvision.data.sources.tar import samples
 from bigvision.data.splits import Subset
-from bigvision.data.watched import each
+from bigvision.data.workers import each
 from bigvision.errors import UserError
 
 VERSION = "1"
