@@ -67,7 +67,14 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
         data = open_data(config, runtime)
         engine, blueprint, _ = build_model(
-            config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.train.channels, restored=True
+            config,
+            data.num_classes,
+            runtime,
+            steps=1,
+            say=lambda text: None,
+            channels=data.train.channels,
+            restored=True,
+            trains=False,
         )
         try:
             restore_model(found, engine)
