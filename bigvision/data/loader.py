@@ -167,6 +167,11 @@ class Batches(Iterator[Batch]):
                 self.bad += answer.bad
         return self._ready.popleft()
 
+    @property
+    def shared_bytes(self) -> int:
+        """Memory for images that the workers share with this process."""
+        return 0 if self._slots is None else self._slots.nbytes
+
     def _batches(self, answers: list[Answer]) -> list[Batch]:
         """The batches of samples that were asked for together."""
         request, mixes = answers[0].request, [answer.mix for answer in answers if answer.mix is not None]

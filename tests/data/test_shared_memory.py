@@ -2,6 +2,9 @@
 
 import gc
 import os
+import shutil
+import subprocess
+import sys
 from multiprocessing import get_context
 from typing import Any
 
@@ -166,7 +169,36 @@ def test_memory_does_not_grow_with_the_batch(photos):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bigvision.data.loader.iter", lambda loader: loader, raising=False)
             loader = train_batches(source, change, **options | {"global_batch": size})
-            assert loader._slots is not None
-            sizes[size] = loader._slots.nbytes
+            sizes[size] = loader.shared_bytes
     assert sizes[64] == sizes[4096] <= 400e6
     assert sizes[64] == 10 * 64 * 3 * 224 * 224 == np.prod((10, 64, 3, 224, 224))
+
+
+SMALL = """
+import os
+
+from bigvision import train
+
+if __name__ == "__main__":
+    assert os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize == 1 << 20
+    train({
+        "out": os.environ["RUN"],
+        "model": {"name": "vit_tiny_patch16_224", "image_size": 224, "options": {"patch_size": 112, "depth": 1}},
+        "data": {"train": "synthetic:512x160", "val": "synthetic:40x160", "workers": 2},
+        "parallel": {"strategy": "ddp", "precision": "fp32", "device": "cpu"},
+        "train": {"steps": 2, "global_batch": 256, "micro_batch": 64, "eval_every": 2},
+    })
+"""
+
+
+@pytest.mark.long
+def test_training_with_a_dev_shm_of_one_megabyte(tmp_path):
+    """A container's, in a mount namespace of its own."""
+    (tmp_path / "small.py").write_text(SMALL)
+    unshare = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    command = [*unshare, sys.executable, str(tmp_path / "small.py")]
+    done = subprocess.run(command, env=os.environ | {"RUN": str(tmp_path / "run")}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run").glob("step-*2"))
