@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigvision.config import Config, micro_batch
-from bigvision.data.batch import Batch
+from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.parallelize import (
     choose_computing,
     overlap,
@@ -124,7 +124,7 @@ class Engine:
 
     # The step.
 
-    def train_step(self, batch: Batch) -> StepResult:
+    def train_step(self, batch: Batch | StepBatch) -> StepResult:
         """Take one optimizer step on this rank's part of the global batch. Every rank calls it with as many samples.
 
         It returns when the work is launched; at most one step is under way beside it.
@@ -134,24 +134,24 @@ class Engine:
         self.stepper.statistics.keep()
         self.checks = checks = []
         self._local: Any = None
-        began = self._moment()
+        began, waited = self._moment(), batch.waited
         samples = len(batch) * self.runtime.data_ranks
         # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their number.
         with no_autocast(self.runtime.device):
-            loss_sum = self._passes(self._on_device(batch), self.runtime.data_ranks / samples)
+            loss_sum = self._passes(batch, self.runtime.data_ranks / samples)
         # The rate follows the count of applied steps. The record of the step before arrived while this one was launched.
         lr = self._rate()
         numbers = self.stepper.update(loss_sum, samples, lr, self.requests)
         self.step, self.samples, self.statistics_differ = self.step + 1, self.samples + samples, True
-        local, ids = self._local, batch.ids
+        local, ids, waited = self._local, batch.ids, batch.waited - waited
         result = StepResult(
             numbers[0], numbers[1], lr, samples, self.step, self.samples, Record(numbers),
-            lambda: offenders(checks, ids), lambda: _seconds(began, local),
+            lambda: offenders(checks, ids), lambda: max(0.0, _seconds(began, local) - waited),
         )  # fmt: skip
         self._pending = result
         return result
 
-    def pass_over(self, batch: Batch) -> StepResult:
+    def pass_over(self, batch: Batch | StepBatch) -> StepResult:
         """Count a batch as a skipped step, and do nothing with it."""
         lr, samples = self._rate(), len(batch) * self.runtime.data_ranks
         self._skipped += 1
@@ -172,16 +172,17 @@ class Engine:
         """The learning rate; a skipped step leaves its own to the next one."""
         return learning_rate(self.config.optim, self.step - self.skipped, self.steps)
 
-    def _passes(self, batch: Batch, factor: float) -> Tensor:
+    def _passes(self, batch: Batch | StepBatch, factor: float) -> Tensor:
         """Run all micro-batches of *batch*, with gradients times *factor*; return the sum of its losses, float64 and 0-D."""
-        parts = batch.split(self.micro_batch)
+        count = -(-len(batch) // self.micro_batch)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        for number, part in enumerate(parts, start=1):
-            with self.stepper.around(number == len(parts)):
+        for number, part in enumerate(batch.split(self.micro_batch), start=1):
+            part = self._on_device(part)
+            with self.stepper.around(number == count):
                 outputs = self._outputs(part)
                 if self.local_first:
                     self._local = self._moment()  # the last backward pass is the first to exchange anything
-                loss = self._checked_loss(outputs, part.targets())
+                loss = self._checked_loss(outputs, part.loss_targets())
                 self.stepper.backward(loss, factor)
             loss_sum += loss.detach()
         return loss_sum
@@ -193,7 +194,7 @@ class Engine:
         return loss
 
     def _on_device(self, batch: Batch) -> Batch:
-        """*batch* on the device; the copy runs beside the step before."""
+        """*batch* on the device; the copy runs beside what was launched before."""
         if self._copying is None:
             return batch.to(self.runtime.device)
         with torch.cuda.stream(self._copying):
@@ -245,7 +246,7 @@ class Engine:
         return self._measured(self._outputs(batch), batch)
 
     def _measured(self, outputs: Tensor, batch: Batch) -> Tensor:
-        sums = self.task.measure(outputs, batch.labels, batch.valid)
+        sums = self.task.measure(outputs, batch.targets, batch.valid)
         return torch.cat([sums, batch.valid.sum(dtype=torch.float64)[None]])
 
     # The state.

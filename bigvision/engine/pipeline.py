@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
-from bigvision.data.batch import Batch
+from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.engine import Engine
 from bigvision.engine.parallelize import replicate, shard, wrap_blocks
 from bigvision.engine.step import NativeStep
@@ -83,12 +83,13 @@ class PipelineEngine(Engine):
 
     # The passes.
 
-    def _passes(self, batch: Batch, factor: float) -> Tensor:
+    def _passes(self, batch: Batch | StepBatch, factor: float) -> Tensor:
+        batch = self._on_device(batch.whole())  # a schedule of torch's takes all micro-batches at once
         self.passes = dict.fromkeys(self.stages, 0)
         self.loss_factor = factor * self.stepper.scale.factor
         parameters = list(self.stepper.held.values())
         images = self._inputs(batch) if 0 in self.stages else None
-        targets, begin = batch.targets(), 0
+        targets, begin = batch.loss_targets(), 0
         whole, rest = divmod(len(batch), self.micro_batch)
         for count, size in ((whole, self.micro_batch), (1, rest)):
             if not count or not size:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigvision import checkpoint
 from bigvision.config import parse_size
-from bigvision.data import Batch
+from bigvision.data import Batch, StepBatch
 from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError
 from bigvision.launching.keywords import Recipe, configured
@@ -127,7 +127,7 @@ class Engine:
     def device(self) -> torch.device:
         return self.runtime.device
 
-    def train_step(self, images: Tensor | Batch, labels: Tensor | None = None) -> StepResult:
+    def train_step(self, images: Tensor | Batch | StepBatch, labels: Tensor | None = None) -> StepResult:
         """Take one optimizer step on this rank's part of the global batch.
 
         Args:
@@ -156,7 +156,7 @@ class Engine:
         """Measure this rank's samples, as many on each rank. Add up what is returned, and ask it for its ``means()``."""
         self.engine.synchronize()
         with operations_named():
-            return self.engine.eval_step(_batch(images, labels))
+            return self.engine.eval_step(_batch(images, labels).whole())
 
     def save(self, out: str | Path | None = None, metrics: dict[str, float] | None = None) -> Path:
         """Save a checkpoint in the folder *out* (the configuration's by default), and return its step folder.
@@ -240,8 +240,8 @@ class Engine:
             print(text)
 
 
-def _batch(images: Tensor | Batch, labels: Tensor | None) -> Batch:
-    if isinstance(images, Batch):
+def _batch(images: Tensor | Batch | StepBatch, labels: Tensor | None) -> Batch | StepBatch:
+    if isinstance(images, Batch | StepBatch):
         return images
     if labels is None or images.ndim != 4 or labels.shape != images.shape[:1]:
         got = f"{tuple(images.shape)} and {None if labels is None else tuple(labels.shape)}"

@@ -28,12 +28,13 @@ from bigvision.models import (
     given_name,
     model_card,
 )
-from bigvision.runtime import Runtime, all_or_none, from_main
+from bigvision.runtime import Runtime, all_or_none, from_main, gather_json, lacks_shared_memory
 from bigvision.tasks import build_task
 from bigvision.training import bad
 from bigvision.training.data import Data, Given, open_data
 from bigvision.training.lineage import applied_origin, check_same_run, data_facts, record
 from bigvision.training.memory import with_micro_batch
+from bigvision.training.one_sample import check_one_sample
 from bigvision.training.starts import Starts
 
 
@@ -95,6 +96,9 @@ def build(
     # Together, also where every rank would find the same by itself: one that left early would break the others' start.
     all_or_none(check)
     checkpoint.check_shared(out)
+    warnings = gather_json(lacks_shared_memory(runtime.device, runtime.identity.local_world_size))
+    for text in dict.fromkeys(text for text in warnings if text is not None):
+        say(text)
     resume = applied_origin(config, runtime, say)
     found = checkpoint.find(resume, out, config.checkpoint.verify, say)
     starts = Starts(config, runtime)
@@ -150,16 +154,17 @@ def build(
 
 def build_model(
     config: Config, num_classes: int, runtime: Runtime, steps: int, say: Callable[[str], None], channels: int = 3,
-    model: GivenModel | None = None, restored: bool = False,
+    model: GivenModel | None = None, restored: bool = False, trains: bool = True,
 ) -> tuple[Engine, Blueprint, dict[str, Any]]:  # fmt: skip
     """Build the sharded model with its first values; returns the engine, the blueprint and the model card.
 
     Args:
         model: the caller's own, or a function that builds it, in the place of timm's.
         restored: the caller restores a checkpoint right afterwards: only what no checkpoint contains gets first values.
+        trains: whether the caller takes steps, or only evaluates.
 
     Raises:
-        UserError: the model, its options, its weights and the number of classes do not fit together.
+        UserError: the model, its options, its weights, the number of classes and the micro-batch do not fit together.
     """
     outputs = config.model.num_classes or num_classes
     if outputs < num_classes:
@@ -187,6 +192,8 @@ def build_model(
                 f"model.options.in_chans: {plan.in_chans}, but the images have {channels} channels: "
                 f"{'remove it' if channels == 3 else f'use {channels}'}"
             )
+        if trains:
+            check_one_sample(config, plan, runtime)
         return plan, blocks, card
 
     plan, blocks, card = all_or_none(plan_model)

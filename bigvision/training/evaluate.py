@@ -74,8 +74,9 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
         # Earlier versions saved no class names: theirs are those of the training data.
         data = open_validation(config, runtime, classes) if isinstance(classes, list) else open_data(config, runtime)
         engine, blueprint, _ = build_model(
-            config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True
-        )
+            config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True,
+            trains=False,
+        )  # fmt: skip
         try:
             restore_model(found, engine)
             metrics = evaluate(config, engine, data, blueprint, runtime, watch)

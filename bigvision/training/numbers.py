@@ -8,7 +8,7 @@ from typing import Any
 
 from bigvision import checkpoint
 from bigvision.config import Config
-from bigvision.data import Batch
+from bigvision.data import StepBatch
 from bigvision.engine import Engine, StepResult
 from bigvision.monitor import Monitor
 from bigvision.runtime import from_main, gather_json
@@ -56,7 +56,7 @@ class Numbers:
         if self.config.faults.rollback and not from_main(checkpoint.steps_in(Path(self.config.out))):
             saving.save(metrics)
 
-    def take(self, batch: Batch) -> StepResult:
+    def take(self, batch: StepBatch) -> StepResult:
         """Launch a step on *batch*, or skip it because it made a spike before."""
         engine, size = self.engine, self.config.train.global_batch
         # Of a run that went on with another global batch, all that overlap.

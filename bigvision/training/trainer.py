@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bigvision.config import Config
-from bigvision.data import Batch
+from bigvision.data import StepBatch
 from bigvision.engine import Engine, StepResult
 from bigvision.errors import Stopped
 from bigvision.models import GivenModel
@@ -147,10 +147,11 @@ class Loop:
                 self.save()
             saving.tell(self.told)
 
-    def _launch(self, batch: Batch) -> None:
+    def _launch(self, batch: StepBatch) -> None:
         """Take a step whose numbers are read later."""
         self.engine.requests = self._wishes()
         result = self.numbers.take(batch)
+        self.batches.finish()
         if result.passed_over:
             self.saving.ask()
         waited = self.batches.waited() if self.monitor.due(result.step) else None

@@ -264,3 +264,37 @@ def test_what_is_right(tmp_path: Path) -> None:
     code, out, _ = run_ranks(command, 1, ["train", "--help"])[0]
     assert code == 0 and "--train.global_batch" in out
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "words"),
+    [
+        (["--train.micro_batch", "3", "--train.global_batch", "16"], 1, ["train.micro_batch: 3 cuts the 16", "use 2 or 4"]),
+        (["--train.micro_batch", "1", "--train.global_batch", "9"], 1, ["train.micro_batch: 1 cuts the 9 samples", "use 3"]),
+        (["--train.global_batch", "2"], 2, ["train.global_batch: 2 gives each of 2", "use at least 4"]),
+        (
+            ["--parallel.strategy", "pipeline", "--parallel.microbatches", "8", "--train.global_batch", "8"], 2,
+            ["parallel.microbatches: 8 cuts the 8 samples", "use at most 4"],
+        ),
+        (["--train.micro_batch", "6", "--train.global_batch", "13", "--model.name", "resnetv2_50"], 1, ["one is alone"]),
+    ],
+)  # fmt: skip
+def test_a_micro_batch_of_one_sample_for_batchnorm(tmp_path, flags, ranks, words):
+    path = write_recipe(tmp_path, model="resnet")
+    flags = ["--model.name", "resnet10t", "--model.options", "{}", "--train.micro_batch", "null", *flags]
+    refused(["train", path, *flags], *words, "a single value of each channel", ranks=ranks)
+    assert not list((tmp_path / "out").glob("step-*"))
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_tiny_patch16_224", 32), ("resnet10t", 64)])
+def test_one_sample_is_enough_where_norms_see_more_of_it(name, size):
+    """LayerNorm, and BatchNorm over several places of an image."""
+    from bigvision.config import ModelConfig
+    from bigvision.models import blueprint
+    from bigvision.training.one_sample import refusing_norm
+
+    plan = blueprint(ModelConfig(name=name, image_size=size), 10)
+    modes = [part.training for part in plan.module.modules()]
+    assert refusing_norm(plan.module, (3, size, size)) is None
+    assert [part.training for part in plan.module.modules()] == modes
+    assert not any(part._forward_pre_hooks for part in plan.module.modules())

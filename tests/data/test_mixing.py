@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bigvision.data import Batch, Mixer, open_source, train_batches, transform
-from bigvision.data.mixing import Mix
+from bigvision.data import Batch, Mixer, Stream, open_source, train_batches, transform
+from bigvision.data.batch import Mix
 from bigvision.tasks import Classify
 
 
@@ -79,9 +79,38 @@ def test_batches_carry_it_and_split_with_it() -> None:
     with train_batches(source, change, rank=0, ranks=1, **options) as loader:
         batch: Batch = next(loader)
     mean, std = (0.5,) * 3, (0.25,) * 3
-    whole, targets = batch.inputs(mean, std), batch.targets()
+    whole, targets = batch.inputs(mean, std), batch.loss_targets()
     parts = batch.split(4)
     assert torch.equal(torch.cat([part.inputs(mean, std) for part in parts]), whole)
-    assert torch.equal(torch.cat([part.targets() for part in parts]), targets)
-    with pytest.raises(ValueError, match="whole pairs"):
-        train_batches(source, change, rank=0, ranks=4, **options)
+    assert torch.equal(torch.cat([part.loss_targets() for part in parts]), targets)
+    for cut in ({"ranks": 4}, {"ranks": 1, "micro_batch": 3}):
+        with pytest.raises(ValueError, match="whole pairs"):
+            train_batches(source, change, rank=0, **options | cut)
+
+
+@pytest.mark.parametrize("mixing", [(0.8, 0.0), (0.0, 1.0)], ids=["mixup", "cutmix"])
+@pytest.mark.parametrize(("position", "apart"), [(21, 1), (20, 3), (5, 4)])
+def test_mixing_may_begin_anywhere(position: int, apart: int, mixing: tuple[float, float]) -> None:
+    """Where a run that resumes was not mixed before, or had other repetitions or another global batch."""
+    source = open_source("synthetic:23x10", "train")
+    change, mixer = transform("photo", 8, train=True), Mixer(1, *mixing, 2 * apart, apart)
+    stream = Stream(1, source.parts, repeats=apart)
+
+    def steps(position: int, count: int, ranks: int = 1, micro_batch: int = 48) -> list[Batch]:
+        options = {"seed": 1, "global_batch": 48, "workers": 0, "mixer": mixer, "stream": stream, "micro_batch": micro_batch}
+        found = []
+        for rank in range(ranks):
+            with train_batches(source, change, position=position, rank=rank, ranks=ranks, **options) as loader:
+                found += [next(loader) for _ in range(count * max(1, 48 // ranks // micro_batch))]
+        return found
+
+    def mixed(batches: list[Batch]) -> torch.Tensor:
+        return torch.cat([batch.inputs((0.5,) * 3, (0.25,) * 3) for batch in batches])
+
+    whole = mixed(steps(position, 2))
+    assert torch.equal(mixed(steps(position, 1) + steps(position + 48, 1)), whole), "resumed"
+    assert torch.equal(mixed(steps(position, 1, ranks=2)), whole[:48])
+    assert torch.equal(mixed(steps(position, 1, micro_batch=2 * apart)), whole[:48])
+    (batch, _) = steps(position, 2)
+    assert batch.mix is not None
+    assert (batch.mix.partners(batch.ids) != batch.ids).all(), "no image meets itself"

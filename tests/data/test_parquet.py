@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_shards import check_batches, jpeg, open_below
 
-from bigvision.data import UnreadableSample, open_source, watched
+from bigvision.data import UnreadableSample, open_source, workers
 from bigvision.data.sources import parquet as module
 from bigvision.errors import UserError
 
@@ -476,7 +476,7 @@ def test_validation_data_of_the_same_columns_is_held_out(tmp_path):
 def test_word_of_files_that_take_long(tmp_path, monkeypatch, capsys):
     for number in range(3):
         write(tmp_path / f"{number}.parquet", rows(3))
-    monkeypatch.setattr(watched, "EVERY", 0.01)
+    monkeypatch.setattr(workers, "EVERY", 0.01)
     slow = module._File
     monkeypatch.setattr(module, "_File", lambda *of: time.sleep(0.2) or slow(*of))
     opened(tmp_path, first=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from bigvision.data import Sample, Source, eval_batches, train_batches, transform
-from bigvision.data.position import Stream, seed_everything
+from bigvision.data.order import Stream, seed_everything
 from bigvision.data.reading import BadSample
 from bigvision.seeds import seed_from
 

@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 
 from bigvision.data import open_source, train_batches, transform
-from bigvision.data.position import seed_everything
+from bigvision.data.order import seed_everything
 from bigvision.errors import UserError
 
 BILINEAR = InterpolationMode.BILINEAR

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bigvision.data import UnreadableSample, open_source, train_batches, transform, watched
+from bigvision.data import UnreadableSample, open_source, train_batches, transform, workers
 from bigvision.data.sources import shards
 from bigvision.errors import UserError
 
@@ -305,10 +305,10 @@ def test_word_of_shards_that_take_long(tmp_path, monkeypatch, capsys):
 
     def slowly(descriptor, passed_over):
         started.append(descriptor)
-        time.sleep(0.5 if len(started) > watched.THREADS else 0)
+        time.sleep(0.5 if len(started) > workers.THREADS else 0)
         return scan(descriptor, passed_over)
 
-    monkeypatch.setattr(watched, "EVERY", 0.3)
+    monkeypatch.setattr(workers, "EVERY", 0.3)
     monkeypatch.setattr(shards, "samples", slowly)
     assert contents(opened(tmp_path, first=False)) == wanted and capsys.readouterr().err == "", "of the other ranks none"
     started.clear()

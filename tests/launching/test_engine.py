@@ -31,7 +31,7 @@ def own_loop(plain: dict[str, Any], floats: bool = False) -> tuple[list[float], 
         for _ in range(2):
             if engine.step == 0:
                 batches = feed(Feed, config, data, engine)
-            batch = next(batches)
+            batch = next(batches).whole()
             images = normalize(batch.images, engine.mean, engine.std) if floats else batch.images
             kept = images.clone()
             found.append(float(engine.train_step(images, batch.labels).loss))

@@ -87,6 +87,23 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
         assert found[name][2][0] == (48, 32) and found[name][2][1] == pytest.approx(found["ddp"][2][1], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "mixing", [{"mixup": 0.8}, pytest.param({"cutmix": 1.0}, marks=pytest.mark.long)], ids=["mixup", "cutmix"]
+)
+def test_mixing_is_switched_on_in_the_middle(tmp_path: Path, mixing: dict[str, float]) -> None:
+    """After 21 samples, which are no whole pairs, with another global batch, and with repetitions."""
+    before = recipe(tmp_path / "run", train={"steps": 3, "global_batch": 7, "micro_batch": 3}, checkpoint={"every": 3})
+    run_ranks(run, 1, before)
+    found = []
+    for ranks in (1, 2):
+        shutil.copytree(tmp_path / "run", tmp_path / f"{ranks}")
+        after = recipe(
+            tmp_path / f"{ranks}", task=mixing, data={"repeats": 2}, train={"steps": 6, "global_batch": 16, "micro_batch": 4}
+        )  # fmt: skip
+        found.append(run_ranks(run, ranks, after)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and len(found[0]) == 6
+
+
 # The ids of a run
 
 

@@ -8,12 +8,12 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
-from bigvision.data.position import Part, shares
+from bigvision.data.order import Part, shares
 
 Split = Literal["train", "val"]
 Style = Literal["photo", "tiny", "digit"]
@@ -26,7 +26,13 @@ HEADER = 1 << 16
 class Sample(NamedTuple):
     image: bytes | Tensor | Image.Image
     """An image file's content, still encoded; or pixels: a uint8 tensor (C, H, W), or an image from Pillow."""
-    label: int
+    target: Any
+    """What the task is to learn of it: a label, several numbers, a mask, a dict of such; None where there is none."""
+
+    @property
+    def label(self) -> Any:
+        """The target, as classification calls it."""
+        return self.target
 
 
 class PassedOver(dict[str, tuple[int, str]]):
@@ -71,8 +77,8 @@ class Source(ABC):
         """Return the sample *index*, the same at every call. Raises `UnreadableSample`, with the reason alone."""
 
     @abstractmethod
-    def label(self, index: int) -> int:
-        """Return the label of the sample *index* without reading its image."""
+    def label(self, index: int) -> Any:
+        """Return the target of the sample *index* without reading its image; any of its shape where that cannot be had."""
 
     def where(self, index: int) -> str:
         """What messages call the sample: its file, where it has one."""

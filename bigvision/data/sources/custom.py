@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from multiprocessing.reduction import ForkingPickler
 from operator import index as as_int
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from bigvision.data.labels import OTHER_TASKS, by_name, by_place, check_all_labelled, label_samples, numbered, whole
-from bigvision.data.position import generators_kept
+from bigvision.data.order import generators_kept
 from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
 from bigvision.data.sources.tabular import Columns
 from bigvision.data.sources.wrappers import choose_part, describe, row_columns
@@ -199,20 +198,6 @@ class MapStyle(Source):
         if not 0 <= value < len(self.classes):
             raise _WrongSample(f"{where} {value}, but there are {len(self.classes)} classes")
         return value
-
-    def __getstate__(self) -> dict[str, Any]:
-        try:
-            return self.__dict__ | {"dataset": bytes(ForkingPickler.dumps(self.dataset))}
-        except Exception as error:  # any that the dataset's parts raise
-            raise UserError(
-                f"{self.name}: it cannot be sent to worker processes ({' '.join(str(error).split())}); make it without "
-                "lambdas, open files and local classes, or use data.workers 0"
-            ) from error
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        loaded = ForkingPickler.loads(state["dataset"])  # type: ignore[attr-defined]
-        for name, value in (state | {"dataset": loaded}).items():
-            setattr(self, name, value)
 
 
 def as_source(dataset: Any, split: Split = "train", *, key: str, classes: Sequence[str] | None) -> Source:

@@ -25,7 +25,7 @@ from bigvision.data.sources.tabular import (
     label_rows,
     parse_asked,
 )
-from bigvision.data.watched import each
+from bigvision.data.workers import each
 from bigvision.errors import UserError, one_line
 
 CACHE = 256 << 20

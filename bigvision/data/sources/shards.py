@@ -24,7 +24,7 @@ from bigvision.data.sources.columns import Column, Texts
 from bigvision.data.sources.files import choose_files, stamp
 from bigvision.data.sources.tar import samples
 from bigvision.data.splits import Subset, part
-from bigvision.data.watched import each
+from bigvision.data.workers import each
 from bigvision.errors import UserError
 
 VERSION = "1"
