@@ -185,9 +185,10 @@ def write_folder(root: Path, good: int) -> tuple[set[str], int]:
 def test_one_percent_of_bad_files(tmp_path: Path, ranks: int) -> None:
     bad, files = write_folder(tmp_path / "data", 700)
     assert len(bad) == pytest.approx(0.01 * files, rel=0.05)
-    spec = f"imagefolder:{tmp_path}/data"
+    write_folder(tmp_path / "val", 700)
+    train, val = f"imagefolder:{tmp_path}/data", f"imagefolder:{tmp_path}/val"
     plain = recipe(
-        tmp_path / "out", data={"train": spec, "val": spec + "/", "workers": 1}, parallel={"strategy": "fsdp"},
+        tmp_path / "out", data={"train": train, "val": val, "workers": 1}, parallel={"strategy": "fsdp"},
         train={"steps": None, "epochs": 1.2, "global_batch": 96, "micro_batch": 32}, monitor={"every": 2},
     )  # fmt: skip
     (said, *_) = [said for _, said in run_ranks(run_and_listen, ranks, plain)]
@@ -204,8 +205,9 @@ def test_one_percent_of_bad_files(tmp_path: Path, ranks: int) -> None:
 
 def test_too_many_bad_files_are_an_error(tmp_path: Path) -> None:
     write_folder(tmp_path / "data", 60)
-    spec = f"imagefolder:{tmp_path}/data"
-    path = write_recipe(tmp_path, data={"train": spec, "val": spec + "/"}, monitor={"every": 1, "progress": False})
+    write_folder(tmp_path / "val", 60)
+    train, val = f"imagefolder:{tmp_path}/data", f"imagefolder:{tmp_path}/val"
+    path = write_recipe(tmp_path, data={"train": train, "val": val}, monitor={"every": 1, "progress": False})
     said = ("data.bad_budget: 3 allows 3 of 73 samples of data.train", "such as", "mend them")
     refused(["train", path, "--data.bad_budget", "3", "--train.steps", "9"], *said, ranks=2)
 
@@ -213,11 +215,12 @@ def test_too_many_bad_files_are_an_error(tmp_path: Path) -> None:
 def test_the_stages_of_a_pipeline_agree_on_what_stands_in_for_a_bad_file(tmp_path: Path) -> None:
     """The last stage has the labels and never saw the image."""
     bad, files = write_folder(tmp_path / "data", 40)
-    spec = f"imagefolder:{tmp_path}/data"
+    write_folder(tmp_path / "val", 40)
+    train, val = f"imagefolder:{tmp_path}/data", f"imagefolder:{tmp_path}/val"
     found = []
     for name, ranks, parallel in (("one", 1, {"strategy": "ddp"}), ("two", 2, {"strategy": "pipeline"})):
         plain = recipe(
-            tmp_path / name, data={"train": spec, "val": spec + "/", "bad_budget": 0.2}, parallel=parallel,
+            tmp_path / name, data={"train": train, "val": val, "bad_budget": 0.2}, parallel=parallel,
             train={"steps": 5, "micro_batch": 6},
         )  # fmt: skip
         found.append(run_ranks(run, ranks, plain)[0])
