@@ -156,10 +156,10 @@ class Counted:
     def __init__(self, folder):
         self.folder = folder
 
-    def __call__(self, image):
+    def __call__(self, image, target):
         with open(self.folder / str(os.getpid()), "a") as file:
             file.write(".")
-        return AUGMENTED(image)
+        return AUGMENTED(image, target)
 
 
 def test_a_global_batch_larger_than_the_source(noise, reference):
