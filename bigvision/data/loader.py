@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -213,7 +212,8 @@ class Batches(Iterator[Batch]):
 
     def _loader(self) -> DataLoader:
         """That of the samples from those on that are due."""
-        reader = copy.copy(self._reader)
+        ours = self._reader
+        reader = Reader(ours.source, ours.transform, ours.seed, ours.stream, ours.mixer)
         parts = -(-self._together // UNIT) if self._workers else 1
         if self._workers and reader.shape is not None:
             # For what workers have in advance, what is asked for, and what came before it, which its user may still have.
