@@ -308,7 +308,8 @@ def join(plain: dict[str, Any]) -> bool:
     # Only rank 0 has a callback, which is all that counts.
     mine = [lambda event: events.append(event.kind)] if os.environ["RANK"] == "0" else []
     result = bigvision.train(plain, devices=2, callbacks=mine)
-    return result.step == 4 and len(logged(result)) == 4 and bool(events) == bool(mine)
+    # Rank 0 alone reads what it has logged.
+    return result.step == 4 and len(logged(result)) == (4 if mine else 0) and bool(events) == bool(mine)
 
 
 def test_a_process_group_here_is_refused(tmp_path: Path) -> None:
