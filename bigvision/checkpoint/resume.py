@@ -203,13 +203,13 @@ def _agreed(folder: Path, read: Callable[[], T]) -> tuple[T | None, str]:
         return result, ""
     first = next(rank for rank, report in enumerate(reports) if report)
     text = reports[first][0]
-    suspects = [Run(*report[1]) for report in reports if report and report[1]]
+    doubtful = [Run(*report[1]) for report in reports if report and report[1]]
 
     def finds_damage() -> bool:
         """Whether this rank finds damage too: each rank has read other bytes, and looks at those of the others now."""
         if damage is None:
             try:
-                manifest.verify(folder, suspects)
+                manifest.verify(folder, doubtful)
             except Damaged:
                 return True
         return damage is not None

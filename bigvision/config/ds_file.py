@@ -286,8 +286,8 @@ class _Reader:
             self.remarks.append(f"scheduler: leaves out {left}: here the warm-up is linear{then}")
             return
         for name, default in missing.items():
-            mend = '"linear"' if name == "warmup_type" else '"auto"'
-            raise self.error(f"scheduler.params.{name}: is missing, which means {default} in DeepSpeed: write {mend}")
+            fix = '"linear"' if name == "warmup_type" else '"auto"'
+            raise self.error(f"scheduler.params.{name}: is missing, which means {default} in DeepSpeed: write {fix}")
 
 
 def _is_number(value: Any) -> bool:

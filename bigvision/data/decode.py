@@ -48,7 +48,7 @@ class Decoding:
 
     max_pixels: int = 180_000_000
     """Pixels of the largest image that is decoded, and of the largest that a crop is resized to: 540 MB of memory by default,
-    which is where Pillow too suspects an attack."""
+    which is where Pillow too assumes an attack."""
     image_range: tuple[float, float] | None = None
     """The values that become 0 and 255 in images of more than 8 bits; None: what the file or its values tell."""
 

@@ -119,9 +119,9 @@ class Steps:
 
     def __call__(self, image: bytes | Tensor | Image.Image, target: Any) -> tuple[Tensor, Any]:
         begun = self.begin(image, target)
-        room = torch.empty(*self.size, begun.picture.channels, dtype=torch.uint8).permute(2, 0, 1)
-        begun.fill(room)
-        return room, begun.finish(room)
+        buffer = torch.empty(*self.size, begun.picture.channels, dtype=torch.uint8).permute(2, 0, 1)
+        begun.fill(buffer)
+        return buffer, begun.finish(buffer)
 
     def begin(self, image: bytes | Tensor | Image.Image, target: Any) -> Begun:
         """Look into *image* and draw its crop, decoding nothing yet; draws from torch's generator alone.
@@ -168,25 +168,25 @@ class Begun:
         self.steps, self.picture, self.target, self.rectangle = steps, picture, target, rectangle
         self.flipped, self.generator = flipped, generator
 
-    def fill(self, room: Tensor) -> None:
-        """Decode, crop and resize into *room*, uint8 (C, height, width). Raises `UnreadableSample`."""
-        if self.picture.channels != len(room):
-            raise ValueError(f"an image has {self.picture.channels} channels, but those of its source {len(room)}")
-        self.steps.crop.into(room, self.picture, self.rectangle)
+    def fill(self, buffer: Tensor) -> None:
+        """Decode, crop and resize into *buffer*, uint8 (C, height, width). Raises `UnreadableSample`."""
+        if self.picture.channels != len(buffer):
+            raise ValueError(f"an image has {self.picture.channels} channels, but those of its source {len(buffer)}")
+        self.steps.crop.into(buffer, self.picture, self.rectangle)
 
-    def finish(self, room: Tensor) -> Any:
-        """Do the rest of the steps to what :meth:`fill` left in *room*; returns the target that belongs to it."""
+    def finish(self, buffer: Tensor) -> Any:
+        """Do the rest of the steps to what :meth:`fill` left in *buffer*; returns the target that belongs to it."""
         if self.flipped:
-            room.copy_(room.flip(-1))
+            buffer.copy_(buffer.flip(-1))
         if self.generator is not None:
             torch.set_rng_state(self.generator)
-            values, moves = room, _moves(self.target)
+            values, moves = buffer, _moves(self.target)
             for step in self.steps.steps:
                 if moves and isinstance(step, MOVING):
                     values, self.target = step(ImageTensor(values), self.target)
                 else:
                     values = step(values)
-            room.copy_(values)
+            buffer.copy_(values)
         return self.target
 
 
@@ -242,7 +242,7 @@ class _Crop(ABC):
     @abstractmethod
     def choose(self, height: int, width: int) -> Rectangle: ...
 
-    def into(self, room: Tensor, picture: Picture, rectangle: Rectangle) -> None:
+    def into(self, buffer: Tensor, picture: Picture, rectangle: Rectangle) -> None:
         top, left, height, width, resized = rectangle
         factor = 1
         if self.reduce:
@@ -255,7 +255,7 @@ class _Crop(ABC):
             top, height = round(top * down), max(1, round(height * down))
             left, width = round(left * right), max(1, round(width * right))
         part = torch.from_numpy(values[top : top + height, left : left + width])
-        _resize_into(room, part.unsqueeze(0).permute(0, 3, 1, 2), resized, self.mode, self.outside)
+        _resize_into(buffer, part.unsqueeze(0).permute(0, 3, 1, 2), resized, self.mode, self.outside)
 
 
 class _RandomCrop(_Crop):
@@ -316,25 +316,25 @@ _IN_PLACE = {
 """What `torch.nn.functional.interpolate` calls, but to an output of ours: no memory to get, nothing to copy."""
 
 
-def _resize_into(room: Tensor, pixels: Tensor, size: Size, mode: InterpolationMode, outside: Sequence[int]) -> None:
-    """Resize *pixels*, uint8 (1, C, H, W), to *size*, antialiased, and put their middle into *room*, (C, h, w).
+def _resize_into(buffer: Tensor, pixels: Tensor, size: Size, mode: InterpolationMode, outside: Sequence[int]) -> None:
+    """Resize *pixels*, uint8 (1, C, H, W), to *size*, antialiased, and put their middle into *buffer*, (C, h, w).
 
     Each pixel is what torchvision's v2 functions make it. Where there are too few, the rest becomes *outside*.
     """
     operator = _IN_PLACE.get(mode) if _native(mode) else None
-    if operator is not None and size == tuple(room.shape[1:]) and size != tuple(pixels.shape[2:]):
+    if operator is not None and size == tuple(buffer.shape[1:]) and size != tuple(pixels.shape[2:]):
         if pixels.stride(1) != 1:
             # From planes it cannot write pixel by pixel: an assertion of its own fails.
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        operator(pixels, size, False, None, None, out=room.unsqueeze(0))
+        operator(pixels, size, False, None, None, out=buffer.unsqueeze(0))
         return
     resized = F.resize_image(pixels, list(size), interpolation=mode, antialias=True)
-    height, width = (min(has, wants) for has, wants in zip(size, room.shape[1:]))
-    if (height, width) != tuple(room.shape[1:]):
-        room.copy_(torch.tensor(outside, dtype=torch.uint8).view(-1, 1, 1))
-    top, left = (room.shape[1] - height) // 2, (room.shape[2] - width) // 2
+    height, width = (min(has, wants) for has, wants in zip(size, buffer.shape[1:]))
+    if (height, width) != tuple(buffer.shape[1:]):
+        buffer.copy_(torch.tensor(outside, dtype=torch.uint8).view(-1, 1, 1))
+    top, left = (buffer.shape[1] - height) // 2, (buffer.shape[2] - width) // 2
     middle = F.center_crop_image(resized, [height, width])[0]
-    room[:, top : top + height, left : left + width] = middle
+    buffer[:, top : top + height, left : left + width] = middle
 
 
 def _native(mode: InterpolationMode) -> bool:

@@ -88,7 +88,7 @@ def at(place: str, act: Callable[[], None], mark: Path, delay: float = 0.0) -> N
     homes: dict[str, tuple[Any, str, int]] = {
         "start": (build, "build_engine", 1),
         "step": (Engine, "train_step", 3),
-        "data": (loader.Batches, "__next__", 3),
+        "data": (loader.Batches, "__next__", 5),  # a step reads two micro-batches: the first of step 3
         "evaluate": (Engine, "eval_step", 2),
         "save": (background.Saver, "save", 1),
         "commit": (background, "commit", 1),
