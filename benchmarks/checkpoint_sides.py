@@ -29,7 +29,7 @@ from benchmarks.checkpoint_torch import SIDES, Side, held
 from benchmarks.peers import Work, adamw
 from benchmarks.resources import Act
 from benchmarks.step_time import configuration, fresh
-from bigvision.engine.engine import TrainingEngine
+from bigvision.engine import Engine
 from bigvision.engine.zero import ZeroEngine
 from bigvision.optim import allocate_state
 from bigvision.runtime import Runtime
@@ -39,7 +39,7 @@ PEERS = ("dd", *SIDES, "accelerate", "deepspeed")
 
 
 @contextmanager
-def sharing(asked: argparse.Namespace, runtime: Runtime, engine: TrainingEngine) -> Iterator[list[Side]]:
+def sharing(asked: argparse.Namespace, runtime: Runtime, engine: Engine) -> Iterator[list[Side]]:
     """Those that need no other state than the engine's."""
     sides = [make(runtime, engine) for name, make in SIDES.items() if name in asked.peers]
     if "dd" not in asked.peers:
@@ -60,7 +60,7 @@ def sharing(asked: argparse.Namespace, runtime: Runtime, engine: TrainingEngine)
 
 
 @contextmanager
-def accelerated(asked: argparse.Namespace, runtime: Runtime, engine: TrainingEngine) -> Iterator[list[Side]]:
+def accelerated(asked: argparse.Namespace, runtime: Runtime, engine: Engine) -> Iterator[list[Side]]:
     """Accelerate, with a model and AdamW of its own."""
     if "accelerate" not in asked.peers:
         yield []
@@ -100,7 +100,7 @@ def accelerated(asked: argparse.Namespace, runtime: Runtime, engine: TrainingEng
 
 
 @contextmanager
-def deepspeed(asked: argparse.Namespace, runtime: Runtime, engine: TrainingEngine) -> Iterator[list[Side]]:
+def deepspeed(asked: argparse.Namespace, runtime: Runtime, engine: Engine) -> Iterator[list[Side]]:
     """DeepSpeed, with an engine of its own."""
     if "deepspeed" not in asked.peers:
         yield []

@@ -37,7 +37,7 @@ from benchmarks.resources import Act, Cost, cost, everywhere, make_cold, make_du
 from benchmarks.step_time import RESULTS, configuration
 from bigvision import checkpoint
 from bigvision.config import Config, parse_size
-from bigvision.engine.engine import TrainingEngine
+from bigvision.engine import Engine
 from bigvision.runtime import Runtime, from_main, start
 from bigvision.training.build import build_model
 
@@ -69,7 +69,7 @@ def measure(asked: argparse.Namespace, runtime: Runtime) -> None:
     """Build the state, race the groups of sides, and report."""
     config = configuration(asked, Work(), runtime.world_size, "fsdp")
     engine, _, card = build_model(config, 10, runtime, steps=1, say=lambda text: None)
-    assert isinstance(engine, TrainingEngine)
+    assert isinstance(engine, Engine)
     fill(held(engine))
     own = bigvision(config, engine, card)
     whole = {(part.group, part.name): part.numel * part.values.element_size() for part in engine.fragments()}
@@ -129,7 +129,7 @@ def once(side: Side, out: Path, watched: bool = False) -> tuple[dict[str, Cost],
     return costs, size
 
 
-def stall(config: Config, engine: TrainingEngine, card: dict[str, Any], out: Path, rounds: int) -> Stall:
+def stall(config: Config, engine: Engine, card: dict[str, Any], out: Path, rounds: int) -> Stall:
     """How long a background save keeps the training waiting, against a copy in memory of what the rank holds.
 
     Both copy into memory that was in use before; the first save, which is watched, has to get it.
@@ -161,7 +161,7 @@ def stall(config: Config, engine: TrainingEngine, card: dict[str, Any], out: Pat
     return Stall(everywhere(sum(value.nbytes for value in values)), first, saves, alone)
 
 
-def bigvision(config: Config, engine: TrainingEngine, card: dict[str, Any]) -> Side:
+def bigvision(config: Config, engine: Engine, card: dict[str, Any]) -> Side:
     """What a run does when it saves, here without a background, and when it resumes."""
 
     def save(folder: Path) -> None:
@@ -186,7 +186,7 @@ def bigvision(config: Config, engine: TrainingEngine, card: dict[str, Any]) -> S
     )
 
 
-def documents(config: Config, engine: TrainingEngine, card: dict[str, Any]) -> dict[str, Any]:
+def documents(config: Config, engine: Engine, card: dict[str, Any]) -> dict[str, Any]:
     """The JSON files of a run's checkpoint."""
     progress = {
         "step": engine.step, "samples": engine.samples, "scalars": engine.scalars(), "metrics": {}, "config": config.to_dict(),

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import AdamW
 
 from benchmarks.resources import Act
-from bigvision.engine.engine import TrainingEngine
+from bigvision.engine import Engine
 from bigvision.engine.state import local_tensor
 from bigvision.engine.zero import ZeroEngine
 from bigvision.optim import allocate_state
@@ -51,27 +51,27 @@ class Side:
     """By name: each reads the files, to nowhere."""
 
 
-def held(engine: TrainingEngine | ZeroEngine) -> list[Tensor]:
+def held(engine: Engine | ZeroEngine) -> list[Tensor]:
     """This rank's fragments, as they are now: a peer's load may put others in the place of the optimizer's."""
     return [fragment.values for fragment in engine.fragments()]
 
 
 @functools.cache
-def _optimizer(engine: TrainingEngine) -> AdamW:
+def _optimizer(engine: Engine) -> AdamW:
     """An optimizer over the module's own parameters, as torch's functions expect it: ours steps their local tensors."""
     optimizer = AdamW(engine.module.parameters(), lr=0.0, weight_decay=0.0, fused=True)
     allocate_state(optimizer)
     return optimizer
 
 
-def _held(engine: TrainingEngine) -> list[Tensor]:
+def _held(engine: Engine) -> list[Tensor]:
     """What torch's functions save and load of a rank: the model's fragments, and the state of :func:`_optimizer`."""
     model = [fragment.values for fragment in engine.stepper.model_fragments()]
     states = [value for state in _optimizer(engine).state.values() for value in state.values()]
     return [*model, *(local_tensor(value).view(-1) for value in states if isinstance(value, Tensor) and value.ndim)]
 
 
-def torch_full(runtime: Runtime, engine: TrainingEngine) -> Side:
+def torch_full(runtime: Runtime, engine: Engine) -> Side:
     """The whole state gathered on rank 0, in one file."""
 
     def save(folder: Path) -> None:
@@ -92,7 +92,7 @@ def torch_full(runtime: Runtime, engine: TrainingEngine) -> Side:
     return Side("torch.save on rank 0", save, lambda: _held(engine), {"torch.load on rank 0": load})
 
 
-def torch_ranks(runtime: Runtime, engine: TrainingEngine) -> Side:
+def torch_ranks(runtime: Runtime, engine: Engine) -> Side:
     """Each rank's shards in a file of its own."""
 
     def save(folder: Path) -> None:
@@ -108,7 +108,7 @@ def torch_ranks(runtime: Runtime, engine: TrainingEngine) -> Side:
     return Side("torch.save per rank", save, lambda: _held(engine), {"torch.load per rank": load})
 
 
-def distributed(runtime: Runtime, engine: TrainingEngine) -> Side:
+def distributed(runtime: Runtime, engine: Engine) -> Side:
     """``torch.distributed.checkpoint`` with its default ``FileSystemWriter``, which brings its files to the disk."""
 
     def state() -> dict[str, Any]:
@@ -130,7 +130,7 @@ def distributed(runtime: Runtime, engine: TrainingEngine) -> Side:
     )
 
 
-def distributed_safetensors(runtime: Runtime, engine: TrainingEngine) -> Side:
+def distributed_safetensors(runtime: Runtime, engine: Engine) -> Side:
     """``torch.distributed.checkpoint`` into a safetensors file per rank."""
 
     def state() -> dict[str, Any]:
@@ -152,7 +152,7 @@ def distributed_safetensors(runtime: Runtime, engine: TrainingEngine) -> Side:
     return Side(name, save, lambda: _held(engine), {name: load})
 
 
-SIDES: dict[str, Callable[[Runtime, TrainingEngine], Side]] = {
+SIDES: dict[str, Callable[[Runtime, Engine], Side]] = {
     "full": torch_full,
     "ranks": torch_ranks,
     "dcp": distributed,

@@ -33,13 +33,15 @@ from benchmarks import data_sides
 from benchmarks.checkpoint_report import Target
 from benchmarks.harness import Line, machine, summarize, turn
 from benchmarks.photos import write_photos
-from bigvision.data import Stream
-from bigvision.data.position import Part
+from bigvision.data import Stream, open_source, train_batches, transform
+from bigvision.data.order import Part
 
 RESULTS = Path(__file__).parent / "results"
 OWN, CEILING, REDUCED, BYTES = "bigvision", "no loader", "bigvision, reduce", "bigvision, uint8 batches"
 PEERS = ("torchvision", "torchvision, v2 on tensors", "timm", "timm, prefetcher")
 SAMPLES, PLACES = 10**9, 256
+STEPS = (64, 4096)
+"""Global batches, of micro-batches of 64, whose first micro-batch is waited for."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class Report:
     """Of a turn."""
     position: list[float]
     """Seconds to find a batch's samples in the middle of an epoch."""
+    first: dict[int, list[float]]
+    """Seconds from no workers to the first micro-batch, by global batch."""
+    shared: float
+    """MB that the loader of the larger one shares with its workers."""
     facts: dict[str, Any]
 
     def lines(self) -> list[Line]:
@@ -68,7 +74,12 @@ class Report:
         ceiling = summarize(CEILING, self.times[CEILING], self.times[BYTES])
         found.append(Target(f"images/s: {BYTES} over {CEILING}", ceiling.ratio, ceiling.interval, 0.85, False))
         what = f"finding {PLACES} samples in the middle of an epoch of {SAMPLES:,}"
-        return [*found, Target(what, median(self.position) * 1e3, None, 50, True, " ms")]
+        found.append(Target(what, median(self.position) * 1e3, None, 50, True, " ms"))
+        small, large = (median(self.first[step]) for step in STEPS)
+        found.append(
+            Target(f"time to the first micro-batch: batch {STEPS[1]:,} over {STEPS[0]}", large / small, None, 1.5, True)
+        )
+        return [*found, Target(f"shared memory of batch {STEPS[1]:,}", self.shared, None, 400, True, " MB")]
 
     def table(self) -> str:
         """The report as Markdown."""
@@ -135,13 +146,19 @@ def measure(asked: argparse.Namespace) -> Report:
         }
         runs = {name: stack.enter_context(side) for name, side in sides.items()}
         times = race(runs, asked.rounds, asked.batches, 3 * asked.workers or 1)
+        stack.pop_all().close()
+        first: dict[int, list[float]] = {step: [] for step in STEPS}
+        for number in range(3):
+            for step in STEPS if number % 2 else STEPS[::-1]:
+                seconds, shared = begin(root, asked.image_size, asked.workers, step)
+                first[step].append(seconds)
     title = (
         f"Photos to batches of {asked.batch} at {asked.image_size} px, {asked.interpolation}, {asked.workers} workers, "
         f"files of {min(sizes) // 1000} to {max(sizes) // 1000} kB"
     )
     facts = machine(torch.device("cpu"))
     del facts["ranks"]
-    return Report(title, times, asked.batches * asked.batch, [find(number) for number in range(20)], facts)
+    return Report(title, times, asked.batches * asked.batch, [find(number) for number in range(20)], first, shared, facts)
 
 
 def race(runs: Mapping[str, data_sides.Run], rounds: int, batches: int, lead: int) -> dict[str, list[float]]:
@@ -161,6 +178,16 @@ def race(runs: Mapping[str, data_sides.Run], rounds: int, batches: int, lead: in
             if number >= 0:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def begin(root: Path, size: int, workers: int, step: int) -> tuple[float, float]:
+    """Seconds until the first micro-batch of 64 of a global batch of *step* is there, and MB of shared memory."""
+    source = open_source(f"imagefolder:{root}", "train", shared=False)
+    options: Any = {"seed": 0, "position": 0, "rank": 0, "ranks": 1, "workers": workers, "micro_batch": 64}
+    began = time.perf_counter()
+    with train_batches(source, transform("photo", size, train=True), global_batch=step, **options) as batches:
+        next(batches)
+        return time.perf_counter() - began, batches.shared_bytes / 1e6
 
 
 def wait_until_idle(limit: float = 30.0) -> None:

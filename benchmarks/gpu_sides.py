@@ -28,9 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.peers import Step, Work, accelerate_loop, hand_written, plain_deepspeed, plain_fully_shard
 from benchmarks.step_time import fresh, mean_over_ranks
 from bigvision import config as schema
-from bigvision.config import Config, load_config
+from bigvision.config import Config, deepspeed_settings, load_config
 from bigvision.data import Batch
-from bigvision.engine.zero_settings import deepspeed_settings
 from bigvision.models import find_blocks
 from bigvision.runtime import Runtime
 from bigvision.training.build import build_model
@@ -117,7 +116,7 @@ class Bench:
         if side.kind == "deepspeed":
             sizes = [sum(parameter.numel() for parameter in unit.parameters()) for unit in units]
             total = sum(parameter.numel() for parameter in model.parameters())
-            settings = deepspeed_settings(self.config(side), self.runtime.world_size, self.device, total, max(sizes))
+            settings = deepspeed_settings(self.config(side), self.runtime.world_size, self.device.type, total, max(sizes))
             return plain_deepspeed(model, settings, work, self.device)
         return accelerate_loop(model, work, self.device, self.model.block)
 

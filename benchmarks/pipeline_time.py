@@ -26,6 +26,7 @@ from benchmarks.step_time import configuration, options
 from bigvision.config import load_config
 from bigvision.data import Batch
 from bigvision.engine.pipeline import PipelineEngine
+from bigvision.pipeline.cutting import Spec
 from bigvision.runtime import Runtime, start
 from bigvision.training.build import build_model
 
@@ -95,19 +96,19 @@ def timed(side: Callable[[], None]) -> float:
 def passes_alone(engine: PipelineEngine, whole: Batch, count: int) -> Callable[[], None]:
     """The forward and backward passes of this rank's stages on as many micro-batches, with inputs that were there before."""
     size = len(whole) // count
-    last = engine.plan.stages - 1
+    last = engine.placement.stages - 1
     labels = whole.labels.split(size)
     images = torch.randn(size, *engine.input_shape)
 
     def run() -> None:
-        engine.loss_factor, engine.checks = 1.0, []
+        engine.checks = []
         engine.passes = dict.fromkeys(engine.stages, 0)
         for number, stage in engine.stages.items():
-            inputs = [(images,) if number == 0 else filled(engine._empty(number - 1, size, training=True)) for _ in labels]
+            inputs = [filled(engine.plan.sends[True][number - 1], size) if number else (images,) for _ in labels]
             for received, targets in zip(inputs, labels):
                 outputs = stage(*received)
                 if number == last:
-                    engine._loss(outputs, targets).backward()
+                    engine._checked_loss(outputs, targets).backward()
                 else:
                     torch.autograd.backward(outputs, [torch.ones_like(sent) for sent in outputs])
         engine.stepper.optimizer.zero_grad(set_to_none=True)
@@ -115,8 +116,8 @@ def passes_alone(engine: PipelineEngine, whole: Batch, count: int) -> Callable[[
     return run
 
 
-def filled(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(tensor.shape, requires_grad=tensor.requires_grad) for tensor in tensors)
+def filled(specs: tuple[Spec, ...], samples: int) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(spec.sizes(samples), requires_grad=spec.requires_grad) for spec in specs)
 
 
 class _Kept:

@@ -10,7 +10,7 @@ import argparse
 
 from benchmarks.peers import Step, Work, plain_deepspeed
 from benchmarks.step_time import configuration, fresh, options, ours, race
-from bigvision.engine.zero_settings import deepspeed_settings
+from bigvision.config import deepspeed_settings
 from bigvision.models import find_blocks
 from bigvision.runtime import Runtime, start
 
@@ -34,7 +34,7 @@ def measure(asked: argparse.Namespace, runtime: Runtime, strategy: str) -> None:
         sizes = [block.parameters for block in find_blocks(model)]
         config = configuration(asked, work, runtime.world_size, strategy)
         total = sum(parameter.numel() for parameter in model.parameters())
-        settings = deepspeed_settings(config, runtime.world_size, runtime.device, total, max(sizes))
+        settings = deepspeed_settings(config, runtime.world_size, runtime.device.type, total, max(sizes))
         return plain_deepspeed(model, settings, work, runtime.device)
 
     baseline = f"deepspeed {strategy}"

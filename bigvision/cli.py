@@ -8,7 +8,6 @@ import re
 import sys
 import time
 import traceback
-from pathlib import Path
 
 from bigvision.errors import Exit, Stopped, UserError, nearest
 from bigvision.signals import listening
@@ -19,6 +18,7 @@ USAGE = """usage: bigvision COMMAND ...
   ray [RECIPE.yaml] [--workers N] ...             train on Ray's workers
   submit --to local|slurm|k8s RECIPE.yaml ...     hand a run to this machine, to Slurm or to Kubernetes
   eval STEP_FOLDER [--section.key value ...]      print a checkpoint's validation metrics
+  eval MODEL --data.val DATASET ...               print those of a timm model with its pretrained weights
   convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights
   export STEP_FOLDER FILE_OR_FOLDER               write a checkpoint's weights for other tools
   checkpoint list|verify|diff|prune ...           look at checkpoints, check, compare and remove them
@@ -66,12 +66,16 @@ def run_train(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     from bigvision.config import describe, resolve
     from bigvision.launching.accelerate import overrides
+    from bigvision.launching.arguments import take_recipe
 
-    arguments = _with_our_spelling(arguments)
-    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else str(default_recipe())
     print_only = "--print-config" in arguments
-    flags = [argument for argument in arguments if argument != "--print-config"]
-    config, origins = resolve(recipe, flags, overrides(os.environ))
+    arguments = [argument for argument in _with_our_spelling(arguments) if argument != "--print-config"]
+    recipe, flags, note = take_recipe(arguments)
+    notes = [note] if note else []
+    config, origins = resolve(recipe, flags, overrides(os.environ, notes.append), say=notes.append)
+    if _rank() == 0:
+        for line in notes:
+            print(f"# {line}" if print_only else line)
     if print_only:
         if _rank() == 0:
             print(describe(config, origins))
@@ -83,28 +87,12 @@ def _train(arguments: list[str]) -> int:
 
 
 def run_eval(arguments: list[str]) -> int:
-    """``bigvision eval STEP_FOLDER [--section.key value ...]``: one JSON object of metrics on standard output."""
-    from bigvision.config import resolve
-    from bigvision.launching.accelerate import overrides
+    """``bigvision eval STEP_FOLDER|MODEL [--section.key value ...]``: one JSON object of metrics on standard output."""
+    from bigvision.launching.evaluate import run
 
-    arguments = _with_our_spelling(arguments)
-    if not arguments or arguments[0].startswith("-"):
-        if {"-h", "--help"} & set(arguments):
-            resolve(None, ["--help"], prog="bigvision eval STEP_FOLDER")
-        raise UserError("eval: name a step folder: bigvision eval checkpoints/digits/step-00000100")
-    folder = Path(arguments[0])
-    try:
-        saved = json.loads((folder / "progress.json").read_bytes())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"eval: {folder} is not a step folder of a run: {error}") from None
-    if isinstance(saved, dict) and isinstance(saved.get("parallel"), dict):
-        # The file may be gone, and what it decided is saved; it counts again where a flag names it.
-        saved["parallel"]["deepspeed"] = None
-    config, _ = resolve(saved, arguments[1:], overrides(os.environ), prog="bigvision eval STEP_FOLDER")
-    from bigvision.training import evaluate_checkpoint
-
-    metrics = evaluate_checkpoint(folder, config)
-    if _rank() == 0:
+    main_rank = _rank() == 0
+    metrics = run(_with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None)
+    if main_rank:
         print(json.dumps(metrics))
     return 0
 
@@ -121,7 +109,7 @@ def run_ray(arguments: list[str]) -> int:
     with listening():  # before what takes seconds to import
         from bigvision.launching.ray import run
 
-        return run(_with_our_spelling(arguments), default_recipe())
+        return run(_with_our_spelling(arguments))
 
 
 def run_submit(arguments: list[str]) -> int:
@@ -143,12 +131,6 @@ def run_checkpoint(arguments: list[str]) -> int:
     from bigvision.checkpoint.commands import run_checkpoint
 
     return run_checkpoint(arguments)
-
-
-def default_recipe() -> Path:
-    """The recipe that trains when none is named."""
-    beside_source = Path(__file__).parent.parent / "recipes" / "digits.yaml"
-    return beside_source if beside_source.exists() else Path(__file__).parent / "recipes" / "digits.yaml"
 
 
 def _rank() -> int:

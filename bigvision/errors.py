@@ -27,6 +27,10 @@ class UserError(Exception):
     """A mistake in what was asked for: one line with the key, the value and the fix. Ends the program with exit code 2."""
 
 
+class InUse(RuntimeError):
+    """Another host may hold what is asked for, or have died with it: starting again later may help. Exit code 1."""
+
+
 class Stopped(Exception):
     """A signal asked the run to stop, and what it has done is saved. Ends the program with exit code 75."""
 

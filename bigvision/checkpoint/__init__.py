@@ -6,28 +6,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bigvision.checkpoint.background import Saver
-    from bigvision.checkpoint.commit import prepare_folder, save
+    from bigvision.checkpoint.commit import check_shared, prepare_folder, save
     from bigvision.checkpoint.disk import replace
     from bigvision.checkpoint.lock import Lock
-    from bigvision.checkpoint.manifest import Damaged
+    from bigvision.checkpoint.manifest import Damaged, ReadError
     from bigvision.checkpoint.resume import Checkpoint, find, open_checkpoint, set_aside_later
-    from bigvision.checkpoint.retention import Retention, prune
-    from bigvision.checkpoint.steps import folder_name, steps_in
+    from bigvision.checkpoint.retention import Retention, best_value, folder_name, is_step_folder, prune, sign, steps_in
 
 __all__ = [
     "Checkpoint",
     "Damaged",
     "Lock",
+    "ReadError",
     "Retention",
     "Saver",
+    "best_value",
+    "check_shared",
     "find",
     "folder_name",
+    "is_step_folder",
     "open_checkpoint",
     "prepare_folder",
     "prune",
     "replace",
     "save",
     "set_aside_later",
+    "sign",
     "steps_in",
 ]
 
@@ -35,17 +39,22 @@ _HOMES = {
     "Checkpoint": "resume",
     "Damaged": "manifest",
     "Lock": "lock",
+    "ReadError": "manifest",
     "Retention": "retention",
     "Saver": "background",
+    "best_value": "retention",
+    "check_shared": "commit",
     "find": "resume",
-    "folder_name": "steps",
+    "folder_name": "retention",
+    "is_step_folder": "retention",
     "open_checkpoint": "resume",
     "prepare_folder": "commit",
     "prune": "retention",
     "replace": "disk",
     "save": "commit",
     "set_aside_later": "resume",
-    "steps_in": "steps",
+    "sign": "retention",
+    "steps_in": "retention",
 }
 
 

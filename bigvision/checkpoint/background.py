@@ -6,17 +6,18 @@ import threading
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
-from bigvision.checkpoint.commit import Writer, commit
+from bigvision.checkpoint.commit import Verify, Writer, commit
+from bigvision.checkpoint.disk import ONE_WRITER, file_system
 from bigvision.checkpoint.memory import Arena
 from bigvision.checkpoint.pieces import Plan, plan
 from bigvision.checkpoint.retention import Retention
 from bigvision.errors import lacks_memory
 from bigvision.fragments import Fragment
-from bigvision.runtime import RankFailure, gather_json
+from bigvision.runtime import RankFailure, from_main, gather_json
 
 
 class Saver:
@@ -26,16 +27,20 @@ class Saver:
     """
 
     def __init__(
-        self, out: Path, shard_size: int, retention: Retention, *, background: bool = True, writer: Writer = "direct",
-        timeout: float = 600.0, say: Callable[[str], None] = lambda text: None,
+        self, out: Path, shard_size: int, retention: Retention, *, background: bool = True,
+        writer: Literal["auto"] | Writer = "auto", verify: Verify = "sample", timeout: float = 600.0,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         """Args:
         background: False writes before training goes on, and holds no copy.
+        writer: "auto" takes what suits the file system of *out*.
+        verify: how much of what was written is read back before older checkpoints are pruned.
         timeout: seconds that a rank waits for the others' answers while a checkpoint is written.
-        say: called with one line when there is no memory for the copy.
+        say: called with one line: which file system *out* is on, where that matters; that there is no memory for the copy.
         """
         self.out, self.shard_size, self.retention, self.say = out, shard_size, retention, say
-        self.writer: Writer = writer
+        self.writer: Writer = self._suitable() if writer == "auto" else writer
+        self.verify: Verify = verify
         self.arena = Arena() if background else None
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
@@ -101,6 +106,14 @@ class Saver:
             self.thread.join()
             self.thread = None
 
+    def _suitable(self) -> Writer:
+        # As rank 0 sees it: all have to do the same.
+        found: str = from_main(file_system(self.out))
+        writer: Writer = "owner" if found in ONE_WRITER else "direct"
+        if found:
+            self.say(f"out: {self.out} is on {found}: checkpoint.writer is {writer}")
+        return writer
+
     def _copied(self, content: Plan) -> Plan | None:
         if self.arena is None:
             return None
@@ -116,6 +129,6 @@ class Saver:
 
     def _commit(self, step: int, content: Plan, documents: dict[str, Any]) -> None:
         try:
-            commit(self.out, step, content, documents, self.retention, self.writer, self.group)
+            commit(self.out, step, content, documents, self.retention, self.writer, self.group, self.verify)
         except Exception as error:
             self.failure = error

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from bigvision.checkpoint.listing import bytes_in, check_out, entries, size_text, table
 from bigvision.checkpoint.lock import Lock
-from bigvision.checkpoint.retention import remove_step
-from bigvision.checkpoint.upkeep import plan_pruning, problems, step_folders
+from bigvision.checkpoint.retention import plan_pruning, problems, remove_step, step_folders
 from bigvision.config import parse_size
-from bigvision.errors import UserError, nearest
+from bigvision.errors import InUse, UserError, nearest
 
 if TYPE_CHECKING:
     from bigvision.checkpoint.diff import Group
@@ -64,6 +63,8 @@ def run_checkpoint(arguments: list[str]) -> int:
         code = COMMANDS[command](rest)
         sys.stdout.flush()
         return code
+    except InUse as error:
+        raise UserError(str(error)) from None
     except BrokenPipeError:
         # "| head" has seen enough; what is left would fail again at the interpreter's end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -137,7 +138,8 @@ def run_prune(arguments: list[str]) -> int:
     """``prune OUT --keep K [--dry-run]``."""
     parser = Parser(
         "bigvision checkpoint prune",
-        "Remove all but the last K valid checkpoints of a run. Damaged ones are neither counted nor removed.",
+        "Remove all but the last K valid checkpoints of a run, and the best one where the run has checkpoint.keep_best. "
+        "Damaged ones and those that cannot be read are neither counted nor removed.",
         "Every byte of all checkpoints is read first.",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="a run's output folder")
@@ -149,8 +151,8 @@ def run_prune(arguments: list[str]) -> int:
         plan = plan_pruning(flags.out, flags.keep)
         for folder, problem in plan.leave.items():
             print(f"left as it is  {folder}: {problem}")
-        for folder in plan.keep:
-            print(f"{'would keep' if flags.dry_run else 'kept':<13}  {folder}")
+        for folder, reason in plan.keep.items():
+            print(f"{'would keep' if flags.dry_run else 'kept':<13}  {folder}{reason and f' ({reason})'}")
         for folder in plan.remove:
             size = size_text(bytes_in(folder))
             if not flags.dry_run:

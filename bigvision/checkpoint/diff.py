@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigvision.checkpoint.listing import check_step_folder
-from bigvision.checkpoint.manifest import Damaged
+from bigvision.checkpoint.manifest import Damaged, ReadError
 from bigvision.checkpoint.tensors import Tensors
 from bigvision.errors import UserError
 from bigvision.tensorfile import Place
@@ -78,7 +78,7 @@ def compare(a: Path, b: Path) -> Difference:
             side = Tensors(folder, GROUPS)
             documents.append(dict(_flat(json.loads(side.document("progress.json")))))
             documents[-1] |= dict(_flat(json.loads(side.document("config.json")), "card."))
-        except (Damaged, ValueError, AttributeError) as error:
+        except (Damaged, ReadError, ValueError, AttributeError) as error:
             raise _invalid(folder, error) from None
         sides.append(side)
     first, second = documents
@@ -129,11 +129,13 @@ def _compare(name: str, a: Tensors, here: Place, b: Tensors, there: Place) -> Ch
 def _pieces(side: Tensors, place: Place) -> Iterator[Tensor]:
     try:
         yield from side.pieces(place)
-    except Damaged as error:
+    except (Damaged, ReadError) as error:
         raise _invalid(side.folder, error) from None
 
 
 def _invalid(folder: Path, error: Exception) -> UserError:
+    if isinstance(error, ReadError):
+        return UserError(str(error))
     return UserError(f"{folder} is not a valid checkpoint: {error}")
 
 

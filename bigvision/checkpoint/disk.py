@@ -8,10 +8,18 @@ import errno
 import os
 import secrets
 import shutil
+import sys
 from pathlib import Path
 
 FILE_MODE = 0o644
 FOLDER_MODE = 0o755
+FILE_SYSTEMS = {
+    0x6969: "NFS", 0x0BD00BD0: "Lustre", 0x65735546: "FUSE", 0xFF534D42: "SMB", 0xFE534D42: "SMB", 0x01021997: "9P",
+    0x00C36400: "CephFS", 0x47504653: "GPFS", 0x19830326: "BeeGFS",
+}  # fmt: skip
+"""File systems that several hosts may share, by the f_type of statfs(2)."""
+ONE_WRITER = ("NFS", "FUSE", "SMB", "9P")
+"""Those on which several processes must not write one file: nothing keeps the parts of a page that two clients write apart."""
 
 
 def open_new(path: Path) -> int:
@@ -67,6 +75,15 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
+def read_at(descriptor: int, length: int, offset: int) -> bytes:
+    """Read *length* bytes at *offset*, fewer only where the file ends: the system may give less at a time."""
+    parts, end = [], offset + length
+    while offset < end and (part := os.pread(descriptor, end - offset, offset)):
+        parts.append(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring the folder's names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -79,6 +96,21 @@ def sync_folder(folder: Path) -> None:
 def make_folder(folder: Path) -> None:
     """Make *folder* and those above it that are missing."""
     folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+
+
+def file_system(folder: Path) -> str:
+    """Which of :data:`FILE_SYSTEMS` *folder* is on; "" for all others, the local ones. The folder may be missing."""
+    return FILE_SYSTEMS.get(next((kind for path in (folder, *folder.absolute().parents) if (kind := _kind(path))), 0), "")
+
+
+def _kind(folder: Path) -> int:
+    """f_type of statfs(2); 0 where the folder is missing or the system has another call. `os.statvfs` leaves it out."""
+    if sys.platform != "linux":
+        return 0
+    found = ctypes.create_string_buffer(512)
+    if ctypes.CDLL(None).statfs(os.fsencode(folder), found):
+        return 0
+    return int.from_bytes(found.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) & 0xFFFFFFFF
 
 
 def remove(path: Path) -> None:

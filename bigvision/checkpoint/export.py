@@ -18,7 +18,7 @@ from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import FOLDER_MODE, open_new, sync_folder
 from bigvision.checkpoint.layout import FileLayout, TensorSpec, index, lay_out
 from bigvision.checkpoint.listing import check_step_folder
-from bigvision.checkpoint.manifest import Damaged
+from bigvision.checkpoint.manifest import Damaged, ReadError
 from bigvision.checkpoint.tensors import Tensors
 from bigvision.errors import UserError
 from bigvision.tensorfile import TYPES, Place
@@ -93,6 +93,8 @@ def export(
                 sync_folder(unfinished)
     except Damaged as error:
         raise UserError(f"export: {source} is not a valid checkpoint: {error}") from None
+    except ReadError as error:
+        raise UserError(f"export: {error}") from None
     except OSError as error:
         raise UserError(f"export: {target} cannot be written ({error.strerror})") from None
     size = sum(layout.size for layout in layouts)

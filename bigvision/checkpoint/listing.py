@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bigvision.checkpoint import manifest
-from bigvision.checkpoint.manifest import Damaged, read_document
-from bigvision.checkpoint.retention import sign
-from bigvision.checkpoint.steps import folder_name, steps_in
+from bigvision.checkpoint.manifest import Damaged, ReadError, read_document
+from bigvision.checkpoint.retention import folder_name, is_step_folder, sign, steps_in
 from bigvision.errors import UserError
 
 OTHERS = {
@@ -32,7 +31,7 @@ class Entry:
     folder: str
     step: int
     state: str
-    """ "valid" or "damaged", by the manifest, the files' sizes and progress.json; "unfinished" or "left"."""
+    """ "valid", "damaged" or "unreadable", by the manifest, the files' sizes and progress.json; "unfinished" or "left"."""
     problem: str | None
     """What is wrong with one that is not valid."""
     saved: str
@@ -98,11 +97,6 @@ def check_step_folder(folder: Path) -> None:
         raise UserError(f"{folder}: not a step folder: name one, such as {there[0]}")
 
 
-def is_step_folder(folder: Path) -> bool:
-    """Whether *folder* is, or was, a checkpoint and not the output folder of a run."""
-    return (folder / manifest.NAME).exists() or (folder / "progress.json").exists()
-
-
 def bytes_in(folder: Path) -> int:
     """Of all files in *folder*."""
     return sum(path.lstat().st_size for path in folder.iterdir() if path.is_file())
@@ -124,8 +118,9 @@ def _entry(folder: Path) -> Entry:
     step = int(folder.name.removeprefix("step-"))
     try:
         progress = read_document(folder, manifest.read(folder), "progress.json")
-    except Damaged as error:
-        return Entry(folder.name, step, "damaged", str(error), saved, size)
+    except (Damaged, ReadError) as error:
+        state = "damaged" if isinstance(error, Damaged) else "unreadable"
+        return Entry(folder.name, step, state, str(error), saved, size)
     return Entry(folder.name, step, "valid", None, saved, size, progress.get("samples"), _metrics(progress))
 
 

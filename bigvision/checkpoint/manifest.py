@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+import stat
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from xxhash import xxh3_64_intdigest
 
-from bigvision.checkpoint.disk import open_existing
+from bigvision.checkpoint.disk import open_existing, read_at
+
+T = TypeVar("T")
 
 VERSION = 2
 NAME = "manifest.json"
@@ -23,9 +28,30 @@ PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 CHUNK = 8 << 20
 """Bytes read, written and summed at a time."""
 
+PAUSES = (0.2, 1.0, 3.0)
+"""Seconds between tries where the system cannot read: file servers restart, and mounts come back."""
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO)
+"""What the system reports where there is no file, or a link, a folder or a socket in its place."""
+
 
 class Damaged(Exception):
-    """A checkpoint that does not verify; says which file and what is wrong with it."""
+    """A checkpoint that does not verify; says which file and what is wrong with it.
+
+    Only a missing file, a wrong size and a wrong checksum are damage. What the system cannot read is a `ReadError`.
+    """
+
+    def __init__(self, text: str, run: Run | None = None) -> None:
+        """Args: *run* has another checksum than was written."""
+        super().__init__(text)
+        self.run = run
+
+
+class ReadError(OSError):
+    """The system could not read a file in several tries (EIO, ESTALE, ...): whether its bytes are right is not known."""
+
+    def __str__(self) -> str:
+        name = errno.errorcode.get(self.errno or 0, "no name")
+        return f"{self.filename} cannot be read ({name}, errno {self.errno}: {self.strerror}; {1 + len(PAUSES)} tries)"
 
 
 @dataclass(frozen=True)
@@ -50,7 +76,8 @@ def build(sizes: dict[str, int], runs: list[Run]) -> bytes:
     for run in sorted(runs, key=lambda run: (run.file, run.offset)):
         files[run.file]["runs"].append([run.offset, run.length, run.checksum])
     for name, file in files.items():
-        assert _covered(file), f"{name}: the runs written do not add up to the file"
+        if not _covered(file):
+            raise ValueError(f"{name}: the runs written do not add up to the file")
     content = {"format": "bigvision", "version": VERSION, "files": files}
     # Last, so that the rest can be summed as it is: a manifest that was changed anywhere is noticed.
     return _text(content | {"checksum": checksum(_text(content))})
@@ -61,6 +88,7 @@ def read(folder: Path) -> dict[str, list[Run]]:
 
     Raises:
         Damaged: the manifest or a file is missing, cut or not what the manifest says.
+        ReadError: the system cannot tell.
     """
     text = _read_text(folder)
     try:
@@ -81,10 +109,7 @@ def read(folder: Path) -> dict[str, list[Run]]:
         # A name is never a path: nothing outside the folder is ever opened.
         if not PLAIN.fullmatch(name):
             raise Damaged(f"{NAME} names {name!r}, which is not a plain file name")
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise Damaged(f"{name} is missing")
-        if (size := path.stat().st_size) != file["size"]:
+        if (size := _size(folder / name)) != file["size"]:
             raise Damaged(f"{name} has {size} bytes, not {file['size']}")
     return runs
 
@@ -94,6 +119,7 @@ def verify(folder: Path, runs: list[Run]) -> None:
 
     Raises:
         Damaged: names the file and the first byte of the run that differs.
+        ReadError: the system cannot read them.
     """
     for run in runs:
         read_run(folder, run)
@@ -103,19 +129,36 @@ def read_run(folder: Path, run: Run) -> bytes:
     """Return the bytes of *run*, verified.
 
     Raises:
-        Damaged: they are not what was written, or cannot be read.
+        Damaged: they are not what was written.
+        ReadError: the system cannot read them.
     """
-    try:
-        descriptor = open_existing(folder / run.file, os.O_RDONLY)
-        try:
-            data = os.pread(descriptor, run.length, run.offset)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise Damaged(f"{run.file} cannot be read: {error.strerror}") from None
+    data = _read(folder / run.file, run.length, run.offset)
     if checksum(data) != run.checksum:
-        raise Damaged(differs(run))
+        raise Damaged(differs(run), run)
     return data
+
+
+def retry_reading(path: Path, read: Callable[[], T]) -> T:
+    """Return what *read* reads of the file *path*. Where the system cannot read, it is tried again, after :data:`PAUSES`.
+
+    *read* opens the file by itself: the handle of a file that a server has moved stays stale.
+
+    Raises:
+        Damaged: there is no file.
+        ReadError: no try has succeeded.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise Damaged(f"{path.name} is missing") from None
+            if error.errno in NO_FILE:
+                raise Damaged(f"{path.name} cannot be read: {error.strerror}") from None
+            if pause is None:
+                raise ReadError(error.errno, error.strerror, str(path)) from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 def read_document(folder: Path, runs: dict[str, list[Run]], name: str) -> dict[str, Any]:
@@ -145,17 +188,27 @@ def chunks(offset: int, length: int) -> Iterator[tuple[int, int]]:
 
 
 def _read_text(folder: Path) -> bytes:
-    try:
-        if (folder / NAME).is_symlink() or not (folder / NAME).is_file():
-            raise Damaged(f"{NAME} is missing")
-        descriptor = open_existing(folder / NAME, os.O_RDONLY)
-        with open(descriptor, "rb") as file:
-            text = file.read(LARGEST + 1)
-    except OSError as error:
-        raise Damaged(f"{NAME} cannot be read: {error.strerror}") from None
-    if len(text) > LARGEST:
+    if (size := _size(folder / NAME)) > LARGEST:
         raise Damaged(f"{NAME} is larger than {LARGEST} bytes")
-    return text
+    return _read(folder / NAME, size + 1, 0)
+
+
+def _size(path: Path) -> int:
+    status = retry_reading(path, lambda: os.lstat(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise Damaged(f"{path.name} is missing")
+    return status.st_size
+
+
+def _read(path: Path, length: int, offset: int) -> bytes:
+    def read() -> bytes:
+        descriptor = open_existing(path, os.O_RDONLY)
+        try:
+            return read_at(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+
+    return retry_reading(path, read)
 
 
 def _text(content: dict[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigvision.checkpoint.disk import open_existing
-from bigvision.checkpoint.manifest import Damaged, Run, checksum, chunks, differs, read_run
+from bigvision.checkpoint.manifest import Damaged, Run, checksum, chunks, differs, read_run, retry_reading
 from bigvision.checkpoint.pieces import from_share
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
@@ -54,6 +54,7 @@ def read_fragments(
 
     Raises:
         Damaged: names the file, and the bytes that differ from their checksum.
+        ReadError: the system cannot read a file.
     """
     wanted: dict[str, list[_Range]] = {}
     for fragment in fragments:
@@ -68,30 +69,29 @@ def read_fragments(
     def read(number: int) -> None:
         if number + AHEAD < len(jobs):
             coming = jobs[number + AHEAD]
-            os.posix_fadvise(descriptors[coming.file], coming.offset, coming.length, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # the read itself will report it
+                os.posix_fadvise(descriptors[coming.file], coming.offset, coming.length, os.POSIX_FADV_WILLNEED)
         job = jobs[number]
         if not hasattr(local, "buffer"):
             local.buffer = torch.empty(0, dtype=torch.uint8)
         if local.buffer.numel() < job.length:
             local.buffer = torch.empty(job.length, dtype=torch.uint8)
-        job.read(descriptors[job.file], local.buffer)
+        job.read(folder, descriptors[job.file], local.buffer)
 
     jobs: list[_Job] = []
-    try:
-        with ExitStack() as stack:
-            for file, ranges in wanted.items():
-                descriptors[file] = open_existing(folder / file, os.O_RDONLY)
-                stack.callback(os.close, descriptors[file])
-                ranges.sort(key=lambda one: one.begin)
-                jobs += list(_verified(file, ranges, runs[file]) if full else _plain(file, ranges))
-            # Each rank begins elsewhere, so that the ranks do not wait for the same part of a file.
-            jobs = from_share(jobs, dist.get_rank() / dist.get_world_size())
-            threads = stack.enter_context(ThreadPoolExecutor(THREADS, "checkpoint"))
-            # What an error leaves unread is not begun any more.
-            stack.callback(threads.shutdown, cancel_futures=True)
-            list(threads.map(read, range(len(jobs))))
-    except OSError as error:
-        raise Damaged(f"{error.filename or 'a file'} cannot be read: {error.strerror}") from None
+    with ExitStack() as stack:
+        for file, ranges in wanted.items():
+            path = folder / file
+            descriptors[file] = retry_reading(path, lambda path=path: open_existing(path, os.O_RDONLY))
+            stack.callback(os.close, descriptors[file])
+            ranges.sort(key=lambda one: one.begin)
+            jobs += list(_verified(file, ranges, runs[file]) if full else _plain(file, ranges))
+        # Each rank begins elsewhere, so that the ranks do not wait for the same part of a file.
+        jobs = from_share(jobs, dist.get_rank() / dist.get_world_size())
+        threads = stack.enter_context(ThreadPoolExecutor(THREADS, "checkpoint"))
+        # What an error leaves unread is not begun any more.
+        stack.callback(threads.shutdown, cancel_futures=True)
+        list(threads.map(read, range(len(jobs))))
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,22 @@ class _Job:
     ranges: list[_Range]
     checksum: int | None
 
-    def read(self, descriptor: int, buffer: Tensor) -> None:
+    def read(self, folder: Path, descriptor: int, buffer: Tensor) -> None:
         end = self.offset + self.length
         first = self.ranges[0]
         whole = len(self.ranges) == 1 and first.begin <= self.offset and end <= first.end and first.target.device.type == "cpu"
         data = first.target[self.offset - first.begin : end - first.begin] if whole else buffer[: self.length]
         view = memoryview(data.numpy())  # pyright: ignore[reportArgumentType]
         try:
-            read_into(descriptor, view, self.offset)
+            try:
+                read_into(descriptor, view, self.offset)
+            except OSError:
+                retry_reading(folder / self.file, lambda: self._read_anew(folder, view))
         except EOFError:
             raise Damaged(f"{self.file} ends early") from None
         if self.checksum is not None and checksum(view) != self.checksum:
-            raise Damaged(differs(Run(self.file, self.offset, self.length, self.checksum)))
+            run = Run(self.file, self.offset, self.length, self.checksum)
+            raise Damaged(differs(run), run)
         if whole:
             return
         for one in self.ranges:
@@ -134,6 +138,13 @@ class _Job:
                 numpy.copyto(target.numpy(), source.numpy())
             else:
                 target.copy_(source)
+
+    def _read_anew(self, folder: Path, view: memoryview) -> None:
+        descriptor = open_existing(folder / self.file, os.O_RDONLY)
+        try:
+            read_into(descriptor, view, self.offset)
+        finally:
+            os.close(descriptor)
 
 
 def _verified(file: str, ranges: list[_Range], runs: list[Run]) -> Iterator[_Job]:

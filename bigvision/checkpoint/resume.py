@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import sync_folder
-from bigvision.checkpoint.manifest import Damaged, Run, read_document
+from bigvision.checkpoint.manifest import Damaged, Run, read_document, retry_reading
 from bigvision.checkpoint.reader import check_same_tensors, read_fragments, read_places
-from bigvision.checkpoint.steps import folder_name, steps_in
+from bigvision.checkpoint.retention import folder_name, steps_in
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
-from bigvision.runtime import all_or_none, from_main, gather_json
+from bigvision.runtime import RankFailure, all_or_none, from_main, gather_json
 from bigvision.tensorfile import Place
 
+T = TypeVar("T")
 Say = Callable[[str], None]
 
 
@@ -28,6 +29,8 @@ class Checkpoint:
     folder: Path
     progress: dict[str, Any]
     """step, samples, lr, scalars, metrics and the run's configuration."""
+    card: dict[str, Any]
+    """config.json: timm's model card, with the class names."""
     runs: dict[str, list[Run]]
     places: dict[str, dict[str, Place]]
     full: bool
@@ -40,8 +43,9 @@ class Checkpoint:
 
         Raises:
             UserError: the checkpoint is of another model, or damaged.
+            RankFailure: a rank cannot read it.
         """
-        if (problem := self._fill(fragments, groups)) is not None:
+        if problem := self._fill(fragments, groups):
             raise UserError(f"{self._key}: {self.folder} is not a valid checkpoint: {problem}")
 
     def restore_or_older(self, fragments: list[Fragment], say: Say) -> Checkpoint:
@@ -52,6 +56,7 @@ class Checkpoint:
 
         Raises:
             UserError: as :meth:`restore`, for one that was named; or none is whole.
+            RankFailure: a rank cannot read one.
         """
         found: Checkpoint | None = self
         while found is not None:
@@ -59,27 +64,26 @@ class Checkpoint:
                 found.restore(fragments)
                 return found
             problem = found._fill(fragments, None)
-            if problem is None:
+            if not problem:
                 return found
             say(_passed_over(found.folder, problem))
             found = _newest(found.folder.parent, found.full, say, below=int(found.folder.name.partition("-")[2]))
         raise AssertionError("either one is found or it is an error")
 
+    def is_in(self, out: Path) -> bool:
+        """Whether it is one of *out*."""
+        return self.folder.absolute().parent.resolve() == out.resolve()
+
     @property
     def _key(self) -> str:
         return "checkpoint.resume" if self.what == "auto" else self.what
 
-    def _fill(self, fragments: list[Fragment], groups: tuple[str, ...] | None) -> str | None:
-        """As :meth:`restore`; says what is damaged, the same on every rank."""
+    def _fill(self, fragments: list[Fragment], groups: tuple[str, ...] | None) -> str:
+        """As :meth:`restore`; returns what is damaged, the same on every rank."""
         places = {group: held for group, held in self.places.items() if groups is None or group in groups}
         wanted = [fragment for fragment in fragments if groups is None or fragment.group in groups]
         all_or_none(lambda: check_same_tensors(self.folder, places, wanted, self._key))
-        problem = None
-        try:
-            read_fragments(self.folder, self.runs, places, wanted, self.full)
-        except Damaged as error:
-            problem = str(error)
-        return next((text for text in gather_json(problem) if text is not None), None)
+        return _agreed(self.folder, lambda: read_fragments(self.folder, self.runs, places, wanted, self.full))[1]
 
 
 def find(resume: str, out: Path, full: bool, say: Say) -> Checkpoint | None:
@@ -93,7 +97,7 @@ def find(resume: str, out: Path, full: bool, say: Say) -> Checkpoint | None:
     Raises:
         UserError: checkpoints are there and none is valid, or there are some and "never" would mix with them.
     """
-    steps: list[int] = from_main(steps_in(out))
+    steps = _steps(out)
     if resume == "never":
         if steps:
             held = folder_name(steps[0])
@@ -107,7 +111,7 @@ def find(resume: str, out: Path, full: bool, say: Say) -> Checkpoint | None:
             raise UserError(f"checkpoint.resume: {out} has no checkpoint of step {resume}{held}")
         return open_checkpoint(out / folder_name(int(resume)), full, "checkpoint.resume")
     found = open_checkpoint(Path(resume), full, "checkpoint.resume")
-    if steps and steps[0] > found.progress["step"]:
+    if steps and steps[0] > found.progress["step"] and not found.is_in(out):
         raise UserError(
             f"checkpoint.resume: {resume} is at step {found.progress['step']}, but {out} already goes on to "
             f"{folder_name(steps[0])}: choose another --out"
@@ -140,7 +144,7 @@ def set_aside_later(out: Path, step: int, say: Say) -> None:
 
 def _newest(out: Path, full: bool, say: Say, below: int | None = None) -> Checkpoint:
     """The newest checkpoint of *out*, before step *below*, that opens."""
-    steps: list[int] = from_main(steps_in(out))
+    steps = _steps(out)
     for step in steps:
         if below is None or step < below:
             folder = out / folder_name(step)
@@ -153,24 +157,67 @@ def _newest(out: Path, full: bool, say: Say, below: int | None = None) -> Checkp
     )
 
 
+def _steps(out: Path) -> list[int]:
+    """The steps that rank 0 sees, on every rank."""
+    return from_main(all_or_none(lambda: retry_reading(out, lambda: steps_in(out))))
+
+
 def _passed_over(folder: Path, problem: str) -> str:
     return f"{folder} is damaged ({problem}): falling back to the one before it"
 
 
 def _try_open(folder: Path, full: bool, what: str) -> tuple[Checkpoint | None, str]:
-    """All ranks come to the same verdict."""
-    found, problem = None, None
-    try:
+    """The checkpoint in *folder*, or what is damaged; the same on every rank."""
+
+    def read() -> Checkpoint:
         runs = manifest.read(folder)
-        progress = read_document(folder, runs, "progress.json")
+        # Also those that only other tools read.
+        documents = {name: read_document(folder, runs, name) for name in runs if name.endswith(".json")}
+        progress = documents["progress.json"]
         if not isinstance(progress.get("step"), int):
             raise Damaged("progress.json names no step")
-        for name in runs:
-            # Others read those that we do not.
-            if name.endswith(".json"):
-                read_document(folder, runs, name)
-        found = Checkpoint(folder, progress, runs, read_places(folder, runs), full, what)
-    except (Damaged, OSError) as error:
-        problem = str(error)
-    problems = [text for text in gather_json(problem) if text is not None]
-    return (None, problems[0]) if problems else (found, "")
+        return Checkpoint(folder, progress, documents["config.json"], runs, read_places(folder, runs), full, what)
+
+    return _agreed(folder, read)
+
+
+def _agreed(folder: Path, read: Callable[[], T]) -> tuple[T | None, str]:
+    """Return what *read* returns, or None and what is damaged, the same on every rank.
+
+    A checkpoint is damaged where all ranks find it so: a run that falls back past a checkpoint will replace it, and must not
+    do so because one host has lost its disk or reads other bytes than the others.
+
+    Raises:
+        RankFailure: a rank cannot read, or not all ranks find the damage that one has found.
+    """
+
+    def attempt() -> tuple[T | None, Damaged | None]:
+        try:
+            return read(), None
+        except Damaged as error:
+            return None, error
+
+    result, damage = all_or_none(attempt)
+    reports = gather_json(damage and [str(damage), damage.run and astuple(damage.run)])
+    if not any(reports):
+        return result, ""
+    first = next(rank for rank, report in enumerate(reports) if report)
+    text = reports[first][0]
+    suspects = [Run(*report[1]) for report in reports if report and report[1]]
+
+    def finds_damage() -> bool:
+        """Whether this rank finds damage too: each rank has read other bytes, and looks at those of the others now."""
+        if damage is None:
+            try:
+                manifest.verify(folder, suspects)
+            except Damaged:
+                return True
+        return damage is not None
+
+    verdicts = gather_json(all_or_none(finds_damage))
+    if not all(verdicts):
+        raise RankFailure(
+            f"rank {first}: {folder}: {text}, but rank {verdicts.index(False)} finds it as it was written: look at the "
+            "memory and the mounts of its host; the checkpoint is left as it is"
+        )
+    return None, text

@@ -1,17 +1,60 @@
-"""Which checkpoints stay."""
+"""The step folders of a run: their names, which of them are whole, and which stay."""
 
 from __future__ import annotations
 
 import math
+import re
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import sync_folder
-from bigvision.checkpoint.manifest import Damaged, read_document
-from bigvision.checkpoint.steps import folder_name, steps_in
+from bigvision.checkpoint.manifest import Damaged, ReadError, read_document
+from bigvision.errors import UserError
+
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def folder_name(step: int) -> str:
+    """The name of a step's checkpoint in the output folder."""
+    return f"step-{step:08}"
+
+
+def steps_in(out: Path) -> list[int]:
+    """Steps that have a folder in *out*, newest first; whether they verify is another matter."""
+    names = [entry.name for entry in out.iterdir() if entry.is_dir()] if out.is_dir() else []
+    return sorted((int(match[1]) for name in names if (match := _STEP.fullmatch(name))), reverse=True)
+
+
+def is_step_folder(folder: Path) -> bool:
+    """Whether *folder* is, was or is named as a checkpoint, and not the output folder of a run."""
+    held = (folder / manifest.NAME).exists() or (folder / "progress.json").exists()
+    return held or _STEP.fullmatch(folder.absolute().name) is not None
+
+
+def step_folders(path: Path) -> list[Path]:
+    """*path* itself when it is a step folder, else the step folders of the run *path*, newest first.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder: name a step folder or the output folder of a run")
+    if is_step_folder(path):
+        return [path]
+    if folders := [path / folder_name(step) for step in steps_in(path)]:
+        return folders
+    raise UserError(f"{path}: neither a step folder nor the output folder of a run that has some")
+
+
+# Which stay.
+
+
+Metrics = dict[int, dict[str, Any]]
+"""The metrics of each step; none for a step that was not itself evaluated."""
 
 
 @dataclass(frozen=True)
@@ -21,42 +64,89 @@ class Retention:
     last: int
     """The newest so many."""
     best: str | None = None
-    """The one with the best value of this metric; of a loss the lowest, else the highest. The first of several equal ones."""
+    """The one whose evaluation has the best value of this metric; see :func:`best_step`."""
     every: int | None = None
     """Those of steps that this divides."""
 
-    def keeps(self, metrics: dict[int, dict[str, float]]) -> set[int]:
-        """The steps that stay, of all valid ones with the metrics that were last known when they were saved."""
+    def keeps(self, metrics: Metrics) -> set[int]:
+        """The steps that stay, of all valid ones."""
         kept = set(sorted(metrics, reverse=True)[: self.last])
         if self.every is not None:
             kept |= {step for step in metrics if step % self.every == 0}
-        if self.best is not None:
-            known = {
-                step: sign(self.best) * found[self.best] for step, found in metrics.items() if _number(found.get(self.best))
-            }
-            if known:
-                kept.add(max(sorted(known), key=known.__getitem__))
+        if self.best is not None and (best := best_step(metrics, self.best)) is not None:
+            kept.add(best)
         return kept
+
+
+def best_step(metrics: Metrics, name: str) -> int | None:
+    """The step with the best value of the metric *name*: of a loss the lowest, else the highest; the first of equal ones."""
+    values = {
+        step: value
+        for step, found in sorted(metrics.items())
+        if isinstance(value := found.get(name), (int, float)) and math.isfinite(value)
+    }
+    return max(values, key=lambda step: sign(name) * values[step]) if values else None
+
+
+def best_value(out: Path, name: str, newest: int) -> float | None:
+    """The best value of the metric *name* that a checkpoint of *out* up to step *newest* was evaluated with; None without one.
+
+    Raises:
+        ReadError: a checkpoint cannot be read.
+    """
+    metrics, _ = _metrics(_progress(out, newest))
+    best = best_step(metrics, name)
+    return None if best is None else metrics[best][name]
+
+
+def _metrics(progress: dict[int, dict[str, Any]]) -> tuple[Metrics, Metrics]:
+    """The metrics of each step, and those of checkpoints that do not say which step they are of.
+
+    Earlier versions saved the metrics of the evaluation before. The best of these is found apart, so that it is kept and does
+    not stand in the way of one that was evaluated.
+    """
+    own, others = Metrics(), Metrics()
+    for step, facts in progress.items():
+        found = metrics if isinstance(metrics := facts.get("metrics"), dict) else {}
+        own[step] = found if facts.get("evaluated") == step else {}
+        if "evaluated" not in facts:
+            others[step] = found
+    return own, others
+
+
+def sign(metric: str) -> float:
+    """By which values of a metric are multiplied so that the best is the largest: a loss is better when it is lower."""
+    return -1.0 if "loss" in metric else 1.0
 
 
 def prune(out: Path, retention: Retention, newest: int) -> None:
     """Remove the valid checkpoints up to step *newest*, which was just written, that *retention* does not keep.
 
     Damaged ones are neither counted nor removed, and so are later ones: a run that fell back past them will replace them.
+
+    Raises:
+        ReadError: one cannot be read, so nothing is removed.
     """
-    metrics: dict[int, dict[str, float]] = {}
+    metrics, others = _metrics(_progress(out, newest))
+    kept = retention.keeps(metrics)
+    if retention.best is not None and (best := best_step(others, retention.best)) is not None:
+        kept.add(best)
+    for step in metrics.keys() - kept:
+        remove_step(out / folder_name(step))
+
+
+def _progress(out: Path, newest: int) -> dict[int, dict[str, Any]]:
+    """progress.json of the valid checkpoints up to step *newest*."""
+    found = {}
     for step in steps_in(out):
         if step > newest:
             continue
         folder = out / folder_name(step)
         try:
-            progress = read_document(folder, manifest.read(folder), "progress.json")
+            found[step] = read_document(folder, manifest.read(folder), "progress.json")
         except Damaged:
             continue
-        known = progress.get("metrics")
-        metrics[step] = known if isinstance(known, dict) else {}
-    for step in metrics.keys() - retention.keeps(metrics):
-        remove_step(out / folder_name(step))
+    return found
 
 
 def remove_step(folder: Path) -> None:
@@ -67,10 +157,68 @@ def remove_step(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def sign(metric: str) -> float:
-    """By which values of a metric are multiplied so that the best is the largest: a loss is better when it is lower."""
-    return -1.0 if "loss" in metric else 1.0
+# For the commands: every byte is read.
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def problems(folder: Path) -> list[str]:
+    """Read every byte of a checkpoint; return what is wrong with each file that is damaged or cannot be read."""
+    try:
+        files = manifest.read(folder)
+    except (Damaged, ReadError) as error:
+        return [str(error)]
+    found = []
+    for runs in files.values():
+        try:
+            manifest.verify(folder, runs)
+        except (Damaged, ReadError) as error:
+            found.append(str(error))
+    return found
+
+
+@dataclass
+class Pruning:
+    """What becomes of each step folder."""
+
+    keep: dict[Path, str] = field(default_factory=dict)
+    """Each with why it stays, where it is not among the last ones."""
+    remove: list[Path] = field(default_factory=list)
+    leave: dict[Path, str] = field(default_factory=dict)
+    """Neither counted nor removed, with what is wrong with each."""
+
+
+def plan_pruning(out: Path, keep: int) -> Pruning:
+    """Choose what a pruning to the last *keep* valid checkpoints removes. Every byte of all of them is read.
+
+    The best one of a run with ``checkpoint.keep_best`` is never removed.
+
+    Raises:
+        UserError: *keep* is not positive.
+    """
+    if keep < 1:
+        raise UserError(f"--keep: {keep} would leave no checkpoint: use at least 1")
+    plan = Pruning()
+    progress: dict[int, dict[str, Any]] = {}
+    for step in steps_in(out):
+        folder = out / folder_name(step)
+        # Sizes would not do: the older ones go because these are there, and a flipped bit must not cost the run.
+        if found := ["is a link"] if folder.is_symlink() else problems(folder):
+            plan.leave[folder] = found[0]
+        else:
+            progress[step] = read_document(folder, manifest.read(folder), "progress.json")
+    best = {}
+    for name in sorted({str(name) for facts in progress.values() if (name := _keep_best(facts))}):
+        best |= {step: f"the best {name}" for metrics in _metrics(progress) if (step := best_step(metrics, name)) is not None}
+    for number, step in enumerate(progress):
+        folder = out / folder_name(step)
+        if number < keep or step in best:
+            plan.keep[folder] = best.get(step, "")
+        else:
+            plan.remove.append(folder)
+    return plan
+
+
+def _keep_best(progress: dict[str, Any]) -> Any:
+    try:
+        return progress["config"]["checkpoint"]["keep_best"]
+    except (KeyError, TypeError):
+        return None

@@ -1,7 +1,9 @@
-"""Pieces to bytes: every rank writes its own straight to their places in the files."""
+"""Pieces to bytes: every rank writes its own straight to their places in the files, or each file has one rank that does."""
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import threading
@@ -10,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,7 +20,8 @@ from bigvision.checkpoint.disk import open_existing, open_new, reserve, write_at
 from bigvision.checkpoint.layout import FileLayout
 from bigvision.checkpoint.manifest import CHUNK, Run, checksum
 from bigvision.checkpoint.memory import ALIGN, LEAST_ALIGNED, aligned, gather
-from bigvision.checkpoint.pieces import Piece, from_share
+from bigvision.checkpoint.pieces import Piece, Plan, from_share
+from bigvision.runtime import gather_json
 
 THREADS = 3
 """That write at a time on each rank: one sums or copies while the disk works for the others."""
@@ -118,12 +122,13 @@ class OpenFile:
 
     def _write_direct(self, data: memoryview, offset: int) -> int:
         """Write *data* past the page cache as far as that goes; returns how far."""
-        position = 0
-        while position < len(data) and self.direct is not None:
+        # Taken once: another thread may find in the meantime that this file takes no direct I/O. It stays open until `close`.
+        descriptor, position = self.direct, 0
+        while position < len(data) and descriptor is not None:
             try:
-                written = os.pwrite(self.direct, data[position:], offset + position)
+                written = os.pwrite(descriptor, data[position:], offset + position)
             except OSError as error:
-                if error.errno != 22:  # EINVAL: this file system's blocks are larger, or it only said that it could
+                if error.errno != errno.EINVAL:  # this file system's blocks are larger, or it only said that it could
                     raise
                 self.direct = None
                 break
@@ -131,3 +136,57 @@ class OpenFile:
             if written % ALIGN:  # the rest is no longer aligned
                 break
         return position
+
+
+# Where ranks must not write one file together (NFS, mounted object stores): each file has one rank that does.
+
+
+def write_by_owners(folder: Path, plan: Plan, group: dist.ProcessGroup | None) -> list[Run]:
+    """Give this rank's pieces to the ranks that own their files, write those of the files that this rank owns, to the disk.
+
+    Returns the runs of the files that this rank owns. The bytes on the disk are those of :func:`write_pieces`. An error is
+    raised at the end: until then the others go on to send and receive as if there were none.
+    """
+    if dist.get_world_size() == 1:
+        return write_pieces(folder, plan.pieces)
+    mine = {name: list(pieces) for name, pieces in itertools.groupby(plan.pieces, key=lambda piece: piece.file)}
+    listed = gather_json({name: [[p.offset, p.length] for p in pieces] for name, pieces in mine.items()}, group)
+    buffer = aligned(CHUNK + ALIGN)
+    runs: list[Run] = []
+    failure: Exception | None = None
+    for number, layout in enumerate(plan.files):
+        owner = number % dist.get_world_size()
+        own = {piece.offset: piece for piece in mine.get(layout.name, [])}
+        if owner != dist.get_rank():
+            for piece in own.values():
+                # Its alignment is the owner's matter.
+                gather(piece, buffer[: piece.length])
+                dist.send(buffer[: piece.length], owner, group)
+            continue
+        sent = sorted((*place, rank) for rank, files in enumerate(listed) for place in files.get(layout.name, []))
+        file: OpenFile | None = None
+        try:
+            file = OpenFile(folder / layout.name)
+        except OSError as error:
+            failure = failure or error
+        for offset, length, rank in sent:
+            piece = own[offset] if rank == owner else _received(layout.name, offset, length, rank, group)
+            try:
+                if file is not None and failure is None:
+                    runs.append(file.write(piece, buffer))
+            except OSError as error:
+                failure = error
+        for last in (file.sync, file.close) if file is not None else ():
+            try:
+                last()
+            except OSError as error:
+                failure = failure or error
+    if failure is not None:
+        raise failure
+    return runs
+
+
+def _received(file: str, offset: int, length: int, rank: int, group: dist.ProcessGroup | None) -> Piece:
+    data: Tensor = torch.empty(length, dtype=torch.uint8)
+    dist.recv(data, rank, group)
+    return Piece(file, offset, length, (data,))

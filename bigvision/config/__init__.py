@@ -1,7 +1,9 @@
 """The run configuration: dataclasses, filled from a YAML recipe, then from flags. Nothing in a recipe names code."""
 
+from bigvision.config.batches import check_batches, micro_batch
 from bigvision.config.checks import WHOLE
 from bigvision.config.ds_file import DsFile, read_ds_file
+from bigvision.config.ds_settings import deepspeed_settings
 from bigvision.config.resolve import Overrides, describe, load_config, resolve
 from bigvision.config.schema import (
     ONE_STAGE,
@@ -18,7 +20,7 @@ from bigvision.config.schema import (
     TaskConfig,
     TrainConfig,
 )
-from bigvision.config.values import parse_size
+from bigvision.config.values import leaves, parse_size
 
 __all__ = [
     "ONE_STAGE",
@@ -37,8 +39,12 @@ __all__ = [
     "ParallelConfig",
     "TaskConfig",
     "TrainConfig",
+    "check_batches",
+    "deepspeed_settings",
     "describe",
+    "leaves",
     "load_config",
+    "micro_batch",
     "parse_size",
     "read_ds_file",
     "resolve",

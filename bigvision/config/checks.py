@@ -23,7 +23,7 @@ def check(config: Config) -> None:
         "parallel.stages_per_rank": 1, "parallel.microbatches": 1, "train.global_batch": 1, "train.micro_batch": 1,
         "train.steps": 0, "train.eval_every": 1, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 1,
         "monitor.every": 1,
-        "model.image_size": 1, "model.num_classes": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0,
+        "model.num_classes": 1, "data.max_pixels": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0,
         "task.label_smoothing": 0, "task.mixup": 0, "task.cutmix": 0, "model.drop_path": 0,
         "data.jitter": 0, "data.erase": 0, "data.repeats": 1, "data.shuffle_block": 1, "data.shuffle_window": 1,
         "data.bad_budget": 0, "faults.nonfinite": 0, "faults.digest_every": 1, "faults.same_crash": 1, "faults.restarts": 0,
@@ -44,6 +44,11 @@ def check(config: Config) -> None:
     for key, values in (("optim.betas", config.optim.betas), ("optim.momentum", (config.optim.momentum,))):
         if not all(0 <= value < 1 for value in values):
             raise UserError(f"{key}: {spell(get(config, key))} must be from 0 to below 1")
+    size = config.model.image_size
+    if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
+        raise UserError(f"model.image_size: {spell(size)} must be a number of pixels from 1 on, or two: [height, width]")
+    if (bounds := config.data.image_range) is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
+        raise UserError(f"data.image_range: {spell(bounds)} must be two finite numbers, the smaller first")
     least, largest = config.data.crop_scale
     if not 0 < least <= largest <= 1:
         raise UserError(f"data.crop_scale: {spell(config.data.crop_scale)} must be two shares above 0, the smaller first")
@@ -77,6 +82,9 @@ def check(config: Config) -> None:
     if config.faults.rollback and config.faults.spike is None:
         raise UserError("faults.rollback: true needs faults.spike: say how far above the mean a loss is a spike, such as 8")
     parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")
+    for name in (config.checkpoint.allow or "").split(",") if config.checkpoint.allow is not None else ():
+        if name.strip() not in ("data", "classes"):
+            raise UserError(f"checkpoint.allow: {config.checkpoint.allow!r} must be data, classes, or both: data,classes")
 
 
 def check_pipeline(parallel: ParallelConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,16 @@ class DsFile:
     """What DeepSpeed gets as it stands, nested as in the file, without "auto"."""
     said: Mapping[str, Any]
     """The file's key → its value, for the keys that are ours."""
+    notes: tuple[str, ...] = ()
+    """What of the file has no meaning here, or another one than it looks; a line each."""
 
 
 def read_ds_file(path: str | Path) -> DsFile:
     """Read the DeepSpeed file *path*.
 
     A scheduler's warmup_type, warmup_num_steps, cos_min_ratio and total_num_steps have to be written (a value or "auto"), and
-    so has SGD's nesterov: DeepSpeed's values for what is left out are not ours. DeepSpeed's warm-up is one step behind
+    so has SGD's nesterov: DeepSpeed's values for what is left out are not ours. A file that leaves the number of warm-up steps
+    to us ("auto", as the examples of transformers do) leaves us the shape too. DeepSpeed's warm-up is one step behind
     :func:`bigvision.optim.learning_rate`, which is what trains: its first step has the rate 0, ours the first above 0.
 
     Raises:
@@ -54,6 +57,7 @@ def read_ds_file(path: str | Path) -> DsFile:
     reader.offload()
     reader.optimizer()
     reader.scheduler()
+    reader.batches()
     accumulation = reader.said.get("gradient_accumulation_steps", "auto")
     return DsFile(
         path=str(path),
@@ -62,6 +66,7 @@ def read_ds_file(path: str | Path) -> DsFile:
         accumulation=None if accumulation == "auto" else int(accumulation),
         knobs=knobs,
         said=reader.said,
+        notes=tuple(reader.notes()),
     )
 
 
@@ -72,6 +77,8 @@ class _Reader:
         self.asked: dict[str, tuple[Any, str]] = {}
         self.also: dict[str, tuple[Any, ...]] = {}
         self.present: set[str] = set()
+        self.neutral: dict[str, str] = {}
+        self.remarks: list[str] = []
 
     def error(self, text: str) -> UserError:
         return UserError(f"{self.path}: {text}")
@@ -96,7 +103,8 @@ class _Reader:
         except UnicodeDecodeError:
             raise self.error("not UTF-8 text: name a DeepSpeed configuration file") from None
         except json.JSONDecodeError as error:
-            raise self.error(f"not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+            hint = _json_hint(error.doc, error.pos)
+            raise self.error(f"not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}{hint}") from None
         except (RecursionError, ValueError):
             raise self.error("not valid JSON: sections or numbers of a size that no setting has") from None
         if not isinstance(tree, dict):
@@ -114,19 +122,24 @@ class _Reader:
             if isinstance(rule, Mapping):
                 if not isinstance(value, dict):
                     raise self.error(f"{key}: {_json(value)} must be a section of keys: {{...}}")
+                if _unquoted(value.get("enabled"), "bool") is False:
+                    # What else is in a section that is switched off does not count, of whatever version it is.
+                    value = {"enabled": False}
                 if inner := self.walk(value, rule, f"{key}."):
                     knobs[name] = inner
             elif isinstance(rule, Refused):
-                if not (rule.switch and isinstance(value, dict) and value.get(rule.switch) is False):
+                if not _is_off(value, rule.switch):
                     raise self.error(f"{key}: {_json(value)} is refused: {rule.why}")
             elif isinstance(rule, Neutral):
-                pass
+                if value != "auto" and not _is_off(value, rule.switch):
+                    self.neutral[key] = rule.why
             elif isinstance(rule, Only):
-                if value != "auto" and not any(_same(value, right) for right in rule.values):
+                if value not in (None, "auto") and not any(_same(value, right) for right in rule.values):
                     raise self.error(f"{key}: {_json(value)} is refused: {rule.why}")
             elif isinstance(rule, Choice):
                 self.choose(key, value, rule)
             else:
+                value = _unquoted(value, rule.kind)
                 typed = value if value == "auto" else self.typed(key, value, rule)
                 if isinstance(rule, Ours):
                     self.said[key] = value
@@ -158,7 +171,7 @@ class _Reader:
             "bool": ("true or false", isinstance(value, bool)),
             "int": ("a whole number", number and value % 1 == 0),
             "number": ("a number", number),
-            "stage": ("one of 1, 2, 3", number and value in (0, 1, 2, 3)),
+            "stage": ("one of 0, 1, 2, 3", number and value in (0, 1, 2, 3)),
             "device": ("one of none, cpu", value in ("none", "cpu")),
             "level": ("one of " + ", ".join(ds_keys.LEVELS), value in ds_keys.LEVELS),
             "betas": ("a list of 2 numbers", _is_pair(value)),
@@ -171,9 +184,7 @@ class _Reader:
             limit = f"from {rule.lowest:g} on" if rule.highest == math.inf else f"from {rule.lowest:g} to {rule.highest:g}"
             raise self.error(f"{key}: {_json(value)} must be {limit}")
         if rule.kind == "stage":
-            if value == 0:
-                raise self.error(f"{key}: 0 shards nothing: use --parallel.strategy ddp (or fsdp) without a DeepSpeed file")
-            return f"zero{int(value)}"
+            return f"zero{int(value)}" if value else "ddp"
         return int(value) if rule.kind == "int" else value
 
     def ask(self, ours: str, value: Any, key: str) -> None:
@@ -182,11 +193,30 @@ class _Reader:
             raise self.error(f"{before[1]} and {key} both set {ours}, to {before[0]} and {value}: make them equal")
 
     def strategy(self) -> None:
-        if "zero_optimization.stage" not in self.said:
+        """Stage 0, DeepSpeed's value where none is written, is data-parallel training in which nothing is sharded."""
+        key = "zero_optimization.stage"
+        if key not in self.said:
+            self.said[key] = 0
+            self.ask("parallel.strategy", "ddp", key)
+            self.also["parallel.strategy"] = ("zero1", "zero2", "zero3")
+        if self.said[key] == 0:
+            self.remarks.append(f"{key}: 0, or none, shards nothing, which is parallel.strategy: ddp")
+
+    def batches(self) -> None:
+        """The three sizes have to be those of a whole number of ranks."""
+        names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        total, *parts = (self.said.get(name, "auto") for name in names)
+        if total != "auto" and "auto" not in parts and total % math.prod(parts):
             raise self.error(
-                "zero_optimization.stage: is missing, so nothing is sharded: write a stage from 1 to 3, "
-                "or use --parallel.strategy ddp (or fsdp) without a DeepSpeed file"
+                f"{names[0]}: {total} is not {names[1]}: {parts[0]} times {names[2]}: {parts[1]} times a number of ranks: "
+                'make them fit, or write "auto" for one of them'
             )
+
+    def notes(self) -> list[str]:
+        reasons: dict[str, list[str]] = {}
+        for key, why in self.neutral.items():
+            reasons.setdefault(why, []).append(key)
+        return [*self.remarks, *(f"{', '.join(keys)}: has no meaning here: {why}" for why, keys in reasons.items())]
 
     def precision(self) -> None:
         """One that is on decides. One that is off leaves the other, unless that is off too."""
@@ -244,15 +274,20 @@ class _Reader:
         if "scheduler" not in self.present:
             return
         if "scheduler.type" not in self.said:
-            raise self.error('scheduler.type: is missing: write WarmupLR, WarmupCosineLR or "auto"')
+            raise self.error('scheduler.type: is missing: write WarmupLR, WarmupDecayLR, WarmupCosineLR or "auto"')
         schedule, _ = self.asked.get("optim.schedule", ("", ""))
         given = {key.rpartition(".")[2] for key in self.present if key.startswith("scheduler.params.")}
-        if strange := sorted(given & {"constant": ds_keys.COSINE_ONLY, "cosine": ds_keys.CONSTANT_ONLY}.get(schedule, set())):
+        if strange := sorted(given & ds_keys.FOREIGN_TO_SCHEDULE.get(schedule, set())):
             raise self.error(f"scheduler.params.{strange[0]} does not belong to {self.said['scheduler.type']}: drop the key")
-        for name, default in ds_keys.NEEDED.get(schedule, {}).items():
-            if name not in given:
-                mend = '"linear"' if name == "warmup_type" else '"auto"'
-                raise self.error(f"scheduler.params.{name}: is missing, which means {default} in DeepSpeed: write {mend}")
+        missing = {name: default for name, default in ds_keys.NEEDED.get(schedule, {}).items() if name not in given}
+        if missing and self.said.get("scheduler.params.warmup_num_steps") == "auto":
+            left = ", ".join(f"{name} ({default} in DeepSpeed)" for name, default in missing.items())
+            then = ", and the cosine ends at 0" if schedule == "cosine" else ""
+            self.remarks.append(f"scheduler: leaves out {left}: here the warm-up is linear{then}")
+            return
+        for name, default in missing.items():
+            mend = '"linear"' if name == "warmup_type" else '"auto"'
+            raise self.error(f"scheduler.params.{name}: is missing, which means {default} in DeepSpeed: write {mend}")
 
 
 def _is_number(value: Any) -> bool:
@@ -263,10 +298,55 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(_is_number(item) for item in value)
 
 
+def _unquoted(value: Any, kind: str) -> Any:
+    """*value* without the quotes that some files have around numbers and switches ("5e8", "false"), where *kind* is no text."""
+    if isinstance(value, list) and kind == "betas":
+        return [_unquoted(item, "number") for item in value]
+    if not isinstance(value, str) or kind in ("device", "level"):
+        return value
+    if kind == "bool":
+        return {"true": True, "false": False}.get(value.lower(), value)
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() else number if math.isfinite(number) else value
+
+
+def _is_off(value: Any, switch: str = "") -> bool:
+    """Whether a key or section asks for nothing."""
+    if isinstance(value, dict):
+        states = list(_states(value))
+        return not value or bool(states and not any(states)) or bool(switch and not _unquoted(value.get(switch), "bool"))
+    return value is None or _unquoted(value, "bool") is False
+
+
+def _states(section: dict[str, Any]) -> Iterator[bool]:
+    """Each "enabled" in *section* and in the sections in it."""
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _states(value)
+        elif name == "enabled":
+            yield _unquoted(value, "bool") is not False
+
+
+def _json_hint(text: str, at: int) -> str:
+    """What DeepSpeed files have in them that other readers take and JSON does not."""
+    rest = text[at:].lstrip()
+    if rest.startswith(("//", "/*", "#")):
+        return "; JSON has no comments: drop them"
+    if rest.startswith(",") or (rest[:1] in ("}", "]") and text[:at].rstrip().endswith(",")):
+        return "; JSON has no comma before } or ]: drop it"
+    if rest.startswith(("True", "False", "None", "'")):
+        return "; JSON writes true, false, null and texts in double quotes"
+    return ""
+
+
 def _same(value: Any, right: Any) -> bool:
-    """Equal, where true is not 1 and a text may have capitals."""
+    """Equal, where true is not 1, a text may have capitals and a number may be in quotes."""
     if isinstance(value, str) and isinstance(right, str):
         return value.lower() == right
+    value = _unquoted(value, "bool" if isinstance(right, bool) else "number")
     return value == right and isinstance(value, bool) == isinstance(right, bool)
 
 

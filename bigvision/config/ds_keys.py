@@ -1,7 +1,8 @@
 """Every key of a DeepSpeed configuration file, and what becomes of it here.
 
-A key has a key of ours, is passed on to DeepSpeed, changes nothing, or is refused with the reason. "auto" is accepted wherever
-a value of ours or of DeepSpeed can stand in; a section that is switched off (``"enabled": false``) asks for nothing.
+A key has a key of ours, is passed on to DeepSpeed, changes nothing, or is refused with the reason: only what would change the
+training is refused. "auto" is accepted wherever a value of ours or of DeepSpeed can stand in. A key or section that is switched
+off (false, null, empty, ``"enabled": false``) asks for nothing, and numbers and switches may stand in quotes.
 """
 
 from __future__ import annotations
@@ -45,22 +46,24 @@ class Only(NamedTuple):
 
 
 class Neutral(NamedTuple):
-    """Changes nothing here, whatever its value."""
+    """Changes nothing here, whatever its value; a line of the run names it, with the reason."""
 
     why: str
+    switch: str = ""
+    """Where this is false or left out in a section, no line is due."""
 
 
 class Refused(NamedTuple):
     why: str
     switch: str = ""
-    """A section in which this is false asks for nothing."""
+    """A section in which this is false or left out asks for nothing."""
 
 
 Rule = Ours | Choice | Knob | Only | Neutral | Refused | Mapping[str, "Rule"]
 
 REMOVED = "DeepSpeed has removed it: drop the key"
 QUANTIZED = Only((False,), "quantized communication changes the numbers; write false")
-NVME = Only((None,), "bigvision offloads to CPU memory, not to NVMe; drop the key")
+NVME = Neutral("nothing is offloaded to NVMe")
 LEVELS = ("debug", "info", "warning", "error", "critical")
 BOOL, COUNT, SIZE = Knob("bool"), Knob("int"), Knob("int", 1)
 FLAT = "it needs whole tensors, while ZeRO gives each rank a flat piece of them: use AdamW, Lion or SGD"
@@ -74,7 +77,10 @@ UNOFFERED: dict[str, str] = {
 OPTIMIZER = {
     "type": Choice(
         "optim.name",
-        {"adamw": "adamw", "adam": "adamw", "sgd": "sgd", "lion": "lion"},
+        {
+            **dict.fromkeys(("adamw", "adam", "fusedadam", "cpuadam", "deepspeedcpuadam", "adamw_torch"), "adamw"),
+            **{"sgd": "sgd", "lion": "lion", "fusedlion": "lion", "deepspeedcpulion": "lion"},
+        },
         UNOFFERED,
         MISSING,
     ),
@@ -108,9 +114,9 @@ FOREIGN = {
 SCHEDULER = {
     "type": Choice(
         "optim.schedule",
-        {"warmuplr": "constant", "warmupcosinelr": "cosine"},
+        {"warmuplr": "constant", "warmupcosinelr": "cosine", "warmupdecaylr": "linear"},
         {},
-        "optim.schedule does not offer it: use WarmupLR (constant) or WarmupCosineLR (cosine)",
+        "optim.schedule does not offer it: use WarmupLR (constant), WarmupDecayLR (linear) or WarmupCosineLR (cosine)",
     ),
     "params": {
         "warmup_num_steps": Ours("int", "optim.warmup", 1),
@@ -126,9 +132,15 @@ SCHEDULER = {
 # DeepSpeed's value for one that is left out would not be ours.
 NEEDED = {
     "constant": {"warmup_type": '"log"', "warmup_num_steps": "1000"},
+    "linear": {"warmup_type": '"log"', "warmup_num_steps": "1000", "total_num_steps": "no value"},
     "cosine": {"warmup_type": '"log"', "warmup_num_steps": "1000", "cos_min_ratio": "0.0001", "total_num_steps": "no value"},
 }
-CONSTANT_ONLY, COSINE_ONLY = {"warmup_max_lr", "warmup_min_lr"}, {"total_num_steps", "warmup_min_ratio", "cos_min_ratio"}
+FOREIGN_TO_SCHEDULE = {
+    "constant": {"total_num_steps", "warmup_min_ratio", "cos_min_ratio"},
+    "linear": {"warmup_min_ratio", "cos_min_ratio"},
+    "cosine": {"warmup_max_lr", "warmup_min_lr"},
+}
+"""optim.schedule → the parameters that belong to another scheduler."""
 
 BF16 = {
     "enabled": Ours("bool"),
@@ -200,7 +212,7 @@ ZERO: Mapping[str, Rule] = {
     "load_from_fp32_weights": Neutral("bigvision loads its own checkpoints"),
     "pipeline_loading_checkpoint": Neutral("bigvision loads its own checkpoints"),
     "ignore_unused_parameters": BOOL,
-    "round_robin_gradients": Only((False,), "DeepSpeed then says wrongly which rank holds what; write false"),
+    "round_robin_gradients": Neutral("gradients are placed in one order: DeepSpeed reports wrongly which rank holds the other"),
     "parameter_alignment": BOOL,
     "memory_efficient_linear": BOOL,
     "override_module_apply": BOOL,
@@ -214,19 +226,21 @@ ZERO: Mapping[str, Rule] = {
     "zero_quantized_weights": QUANTIZED,
     "zero_quantized_nontrainable_weights": QUANTIZED,
     "zero_quantized_gradients": QUANTIZED,
-    "leaf_module": Refused("bigvision decides what is gathered together; drop the key"),
+    "leaf_module": Neutral("bigvision decides what is gathered together"),
     "zenflow": Refused("ZenFlow steps with old gradients, which changes the numbers; drop the key"),
     "cpu_offload": Refused('an old spelling: write "offload_optimizer": {"device": "cpu"}'),
     "cpu_offload_param": Refused('an old spelling: write "offload_param": {"device": "cpu"}'),
     "cpu_offload_use_pin_memory": Refused("an old spelling: write pin_memory in offload_optimizer and offload_param"),
-    **dict.fromkeys(("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"), Refused(REMOVED)),
+    "mics_shard_size": Only((-1, 0), REMOVED),
+    **dict.fromkeys(("mics_hierarchical_params_gather", "zeropp_loco_param"), Refused(REMOVED)),
 }
 
-METRICS = Refused("bigvision writes metrics.jsonl itself, see monitor.every; drop the section", "enabled")
+METRICS = Neutral("bigvision writes metrics.jsonl itself, see monitor.every", "enabled")
+TOOL = Neutral("none of DeepSpeed's tools for measuring is started", "enabled")
 DATA = Refused("bigvision has its own data order; drop the section", "enabled")
 PARALLEL = Refused("bigvision is data-parallel; drop the key")
 PRECISION = Only((), 'parallel.precision decides; write "auto"')
-SAVING = Refused("bigvision writes its own checkpoints, see checkpoint.every and checkpoint.keep; drop the section")
+SAVING = Neutral("bigvision writes its own checkpoints, see checkpoint.every and checkpoint.keep")
 
 TOP: Mapping[str, Rule] = {
     "zero_optimization": ZERO,
@@ -267,11 +281,9 @@ TOP: Mapping[str, Rule] = {
     "zero_force_ds_cpu_optimizer": Neutral("the optimizer follows from optim.name and parallel.offload"),
     "dataloader_drop_last": Neutral("DeepSpeed's data loader is not used"),
     "vocabulary_size": Neutral("images have no vocabulary"),
-    "activation_checkpointing": Refused("use parallel.recompute: blocks and drop the section"),
-    "compile": Refused("use parallel.compile: true (or auto) and drop the section", "deepcompile"),
-    "flops_profiler": Refused("bigvision measures its steps itself; drop the section", "enabled"),
-    "autotuning": Refused("bigvision does not start DeepSpeed's tuner; drop the section", "enabled"),
-    "comms_logger": Refused("bigvision does not log DeepSpeed's communication; drop the section", "enabled"),
+    "activation_checkpointing": Neutral("it is for models that call DeepSpeed's function: use parallel.recompute: blocks"),
+    "compile": Neutral("parallel.compile decides what is compiled", "deepcompile"),
+    **dict.fromkeys(("flops_profiler", "autotuning", "comms_logger"), TOOL),
     "tensorboard": METRICS,
     "wandb": METRICS,
     "csv_monitor": METRICS,
@@ -279,7 +291,7 @@ TOP: Mapping[str, Rule] = {
     "data_efficiency": DATA,
     "checkpoint": SAVING,
     "datastates_ckpt": SAVING,
-    "aio": Refused("bigvision offloads to CPU memory, not to NVMe; drop the section"),
+    "aio": NVME,
     "hybrid_engine": Refused("it generates text between training steps; drop the section", "enabled"),
     # Other kinds of parallelism.
     "pipeline": PARALLEL,
@@ -291,7 +303,7 @@ TOP: Mapping[str, Rule] = {
     "use_data_before_expert_parallelism": Only((False,), "bigvision is data-parallel; write false"),
     # Gone.
     "allgather_size": Refused("an old spelling: write allgather_bucket_size in zero_optimization"),
-    "amp": Refused("DeepSpeed has removed it: use parallel.precision and drop the key"),
+    "amp": Refused("DeepSpeed has removed it: use parallel.precision and drop the key", "enabled"),
     **dict.fromkeys(
         ("compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula",
          "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import yaml
-
 from bigvision.config.schema import Config
 from bigvision.config.values import get, kind_name, spell
+from bigvision.config.yaml_file import parse
 from bigvision.errors import UserError, nearest
 
 
@@ -64,13 +63,11 @@ def parse_flags(defaults: Config, flags: list[str], kinds: Mapping[str, Any], pr
     values: dict[str, Any] = {}
     for key in kinds:
         if isinstance(value := get(parsed, key), _Given):
-            try:
-                values[key] = yaml.safe_load(value.text) if value.text else ""
-            except yaml.YAMLError:
-                raise UserError(f"--{key}: {value.text!r} is not a value that YAML can read") from None
             # A folder named 2024 is still a text.
-            if kinds[key] is str and not isinstance(values[key], str):
+            if kinds[key] is str:
                 values[key] = value.text
+            else:
+                values[key] = parse(value.text, f"--{key} {value.text!r}") if value.text else ""
     return values
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from bigvision.config.checks import check
 from bigvision.config.ds_file import read_ds_file
 from bigvision.config.ds_merge import merge
 from bigvision.config.flags import parse_flags
+from bigvision.config.paths import AUTO, PATHS, local_path, made_out
 from bigvision.config.schema import Config
 from bigvision.config.values import coerce, get, leaves, spell
+from bigvision.config.yaml_file import read_recipe
 from bigvision.errors import UserError, nearest
 
 Overrides = Mapping[str, tuple[Any, str]]
@@ -40,27 +40,58 @@ def resolve(
     flags: Sequence[str] = (),
     overrides: Overrides | None = None,
     prog: str = "bigvision train",
+    keywords: Overrides | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Config, dict[str, str]]:
-    """As :func:`load_config`, and with it where each dotted key's value came from."""
+    """As :func:`load_config`, and with it where each dotted key's value came from.
+
+    Args:
+        overrides: what a launcher asks for; a flag must not contradict it.
+        keywords: what a caller in Python asks for, before the recipe.
+        say: called, when all is right, with a line for each value that a launcher or a file changes and nobody has written
+            down, and for each setting of a DeepSpeed file that has no meaning here.
+    """
     kinds = dict(leaves(Config))
     given: dict[str, tuple[Any, str]] = {}
+    notes: list[str] = []
     if recipe is not None:
         where = "the given mapping" if isinstance(recipe, Mapping) else str(recipe)
-        tree = recipe if isinstance(recipe, Mapping) else _read_yaml(Path(recipe))
+        tree = recipe if isinstance(recipe, Mapping) else read_recipe(recipe)
         given |= {key: (value, where) for key, value in flatten(tree, kinds, where).items()}
-    given |= overrides or {}
+    given |= keywords or {}
+    before, overrides = _build(given, kinds), overrides or {}
+    for key, (value, asker) in overrides.items():
+        if get(before, key) != value:
+            origin = given[key][1] if key in given else "default"
+            notes.append(f"{key}: {spell(value)} ({asker}) takes the place of {spell(get(before, key))} ({origin})")
+    given |= overrides
     from_flags = parse_flags(_build(given, kinds), list(flags), kinds, prog)
     for key, value in from_flags.items():
-        if key in (overrides or {}) and coerce(value, kinds[key], key, "flag") != (asked := given[key])[0]:
+        if key in overrides and coerce(value, kinds[key], key, "flag") != (asked := given[key])[0]:
             raise UserError(f"--{key} {value} contradicts {asked[1]}, which asks for {asked[0]!r}: drop one of the two")
         given[key] = (value, "flag")
+    if "data.train" in given and "data.val" not in given:
+        given["data.val"] = (given["data.train"][0], "data.train")
     config = _build(given, kinds)
     if path := config.parallel.deepspeed:
         origins = {key: origin for key, (_, origin) in given.items()}
-        firm = {*(overrides or {}), *from_flags}
-        given |= {key: (value, path) for key, value in merge(read_ds_file(path), config, origins, firm, kinds).items()}
+        firm = {*overrides, *(keywords or {}), *from_flags}
+        file = read_ds_file(path)
+        taken = merge(file, config, origins, firm, kinds)
+        if "parallel.strategy" in taken and taken["parallel.strategy"] != config.parallel.strategy:
+            said = f"{config.parallel.strategy} ({origins.get('parallel.strategy', 'default')})"
+            notes.append(f"parallel.strategy: {taken['parallel.strategy']} ({path}) takes the place of {said}")
+        notes += [f"{path}: {note}" for note in file.notes]
+        given |= {key: (value, path) for key, value in taken.items()}
         config = _build(given, kinds)
     check(config)
+    if config.out == AUTO:
+        stem = Path(recipe).stem if isinstance(recipe, (str, Path)) else ""
+        config = dataclasses.replace(config, out=made_out(config, stem))
+        given["out"] = (config.out, "recipe, data.train and model.name")
+        notes.append(f"out: {config.out}")
+    for note in notes:
+        say(note)
     return config, {key: given[key][1] if key in given else "default" for key in kinds}
 
 
@@ -79,32 +110,26 @@ def describe(config: Config, origins: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"recipe {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, Mapping):
-        raise UserError(f"recipe {path}: must hold sections such as 'model:' and 'train:', not {spell(tree)}")
-    return tree
-
-
 def flatten(tree: Mapping[str, Any], kinds: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
     """The values of *tree*, sections as mappings, by dotted key; an unknown key is a `UserError` that begins with *where*."""
     flat: dict[str, Any] = {}
     sections = {key.rpartition(".")[0] for key in kinds}
     for name, value in tree.items():
         key = f"{prefix}{name}"
+        inner: dict[str, Any] = {}
         if key in kinds:
-            flat[key] = value
+            inner = {key: value}
+        elif key in sections and value is None:
+            pass  # a section of which every key is commented out
         elif key in sections and isinstance(value, Mapping):
-            flat |= flatten(value, kinds, where, f"{key}.")
+            inner = flatten(value, kinds, where, f"{key}.")
         elif key in sections:
             raise UserError(f"{where}: {key} must be a section of keys, not {spell(value)}")
         else:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*kinds, *sections])}")
+        if twice := sorted(flat.keys() & inner.keys()):
+            raise UserError(f"{where}: {twice[0]} is written twice, once with a dot: drop one of the two")
+        flat |= inner
     return flat
 
 
@@ -112,8 +137,15 @@ def _build(given: Overrides, kinds: Mapping[str, Any]) -> Config:
     config = Config()
     for key, (value, where) in given.items():
         value = coerce(value, kinds[key], key, where)
+        if key in PATHS and isinstance(value, str) and not _is_word(key, value):
+            value = local_path(key, value)
         section, _, name = key.rpartition(".")
         if section:
             name, value = section, dataclasses.replace(getattr(config, section), **{name: value})
         config = dataclasses.replace(config, **{name: value})
     return config
+
+
+def _is_word(key: str, value: str) -> bool:
+    """Whether *value* stands where a path may stand, and is none."""
+    return value == AUTO if key == "out" else key == "checkpoint.resume" and (value in ("auto", "never") or value.isdigit())

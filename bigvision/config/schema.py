@@ -15,8 +15,8 @@ class ModelConfig:
     """Start from timm's pretrained weights (needs a network or timm's cache)."""
     weights: str | None = None
     """Start from this .safetensors file, its index, or a folder with one of them, such as another run's step folder."""
-    image_size: int | None = None
-    """Side of the square input in pixels; null takes the model's own."""
+    image_size: int | tuple[int, int] | None = None
+    """Side of a square input in pixels, or [height, width]; null takes the model's own."""
     num_classes: int | None = None
     """Outputs of the classifier; null takes the number of classes in the data."""
     drop_path: float = 0.0
@@ -46,7 +46,7 @@ class DataConfig:
     """digits, imagefolder:PATH, webdataset:PATH, parquet:PATH, arrays:PATH, volumes:PATH, mnist, cifar10, ...,
     synthetic[:SAMPLES[xSIZE]]; several with weights: "0.7*imagefolder:A + 0.3*webdataset:B"."""
     val: str = "digits"
-    """The same choices; the validation split of that dataset."""
+    """The same choices; the validation split of that dataset. Where only train is given, train's."""
     classes: str | None = None
     """A file with the classes in the order of their labels: a name on each line, or ImageNet's class index (JSON)."""
     workers: int = 2
@@ -71,6 +71,11 @@ class DataConfig:
     """Blocks whose samples are shuffled among each other."""
     reduce: bool = False
     """Decode JPEGs at 1/2, 1/4 or 1/8 where the crop allows it: faster, and not quite the same pixels."""
+    max_pixels: int = 180_000_000
+    """Images with more pixels are unreadable, and so are those that a resize would give more."""
+    image_range: tuple[float, float] | None = None
+    """The values that become black and white in images of more than 8 bits, such as [0, 4095]; null: what each file tells,
+    and unreadable where that leaves it open."""
     bad_budget: float = 0.01
     """Share (below 1) or number (1 and above) of a dataset's samples that may be unreadable; they are replaced, counted and
     listed in bad_samples.jsonl."""
@@ -97,7 +102,7 @@ class OptimConfig:
     """Nesterov's, of sgd and muon (often 0.95)."""
     clip: float | None = 1.0
     """Largest norm of the whole model's gradient; null does not clip."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """The learning rate after the warm-up."""
     warmup: float = 0.05
     """Share of all steps (below 1) or number of steps (1 and above) over which the rate rises linearly from 0."""
@@ -183,20 +188,26 @@ class CheckpointConfig:
     keep: int = 3
     """Newest valid checkpoints kept in the output folder."""
     keep_best: str | None = None
-    """A metric (loss, top1, top5) by which the best checkpoint is kept too."""
+    """A metric (loss, top1, top5): a step whose evaluation is the best so far is saved, and the best one is kept too."""
     keep_every: int | None = None
     """Checkpoints of steps that this divides are kept too."""
     resume: str = "auto"
-    """auto (the newest valid one in `out`), never, a step of `out`, or the path of any run's step folder."""
+    """auto (the newest valid one in `out`), never, a step of `out`, or the path of any run's step folder. All but auto apply
+    once: a restart goes on from the newest."""
+    allow: str | None = None
+    """What may be another than the checkpoint was trained on, when resuming: data, classes, or both: data,classes."""
     shard_size: str = "5GB"
     """Largest size of one model or optimizer file (units kB, MB, GB, KiB, MiB, GiB)."""
     verify: bool = True
     """Compare checksums of all that is read when resuming; false checks sizes and headers only."""
     background: bool = True
     """Write while training goes on, from a copy of the state in host memory; false waits, and needs no copy."""
-    writer: Literal["direct", "owner"] = "direct"
+    writer: Literal["auto", "direct", "owner"] = "auto"
     """direct: every rank writes into every file. owner: each file has one rank that writes it, for file systems on which
-    several hosts must not write one file (NFS, mounted object stores). The bytes are the same."""
+    several hosts must not write one file (NFS, mounted object stores). The bytes are the same. auto: owner on NFS, SMB, 9P and
+    FUSE, else direct."""
+    verify_after_save: Literal["sample", "full", "none"] = "sample"
+    """How much of what was written is read back before it becomes a checkpoint and older ones are pruned."""
     timeout: float = 600.0
     """Seconds that a rank waits for the others while a checkpoint is written, before all give up."""
 
@@ -247,8 +258,8 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "checkpoints/digits"
-    """Output folder: run.yaml, metrics.jsonl and the checkpoints."""
+    out: str = "auto"
+    """Output folder: run.yaml, metrics.jsonl and the checkpoints. auto: checkpoints/RECIPE-DATA-MODEL."""
     seed: int = 0
     """Weights, data order, augmentation and dropout are functions of it."""
     model: ModelConfig = ModelConfig()
@@ -266,5 +277,7 @@ class Config:
         """The configuration as plain YAML data; :func:`load_config` reads it back."""
         plain = dataclasses.asdict(self)
         plain["optim"]["betas"] = list(self.optim.betas)
-        plain["data"]["crop_scale"] = list(self.data.crop_scale)
+        for section, key in (("data", "crop_scale"), ("data", "image_range"), ("model", "image_size")):
+            if isinstance(value := plain[section][key], tuple):
+                plain[section][key] = list(value)
         return plain

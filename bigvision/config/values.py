@@ -38,12 +38,17 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
         elif typing.get_origin(option) is Literal:
             if value in typing.get_args(option):
                 return value
-        elif option is bool or option is str:
-            if isinstance(value, option):
+        elif option is bool:
+            if isinstance(value, bool):
                 return value
-        elif option is int:
+        elif option is str:
+            if isinstance(value, str):
+                return value
             if isinstance(value, int) and not isinstance(value, bool):
-                return value
+                return str(value)  # a folder that is called 2024, the step 200
+        elif option is int:
+            if (number := _whole(value)) is not None:
+                return number
         elif option is float:
             if isinstance(value, (int, float, str)) and not isinstance(value, bool):
                 try:
@@ -55,9 +60,28 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
                 return tuple(coerce(item, part, key, where) for item, part in zip(value, typing.get_args(option)))
         elif isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
             return dict(value)
+    if str in (kind, *typing.get_args(kind)) and isinstance(value, (bool, float)):
+        raise UserError(
+            f"{key}: {spell(value)} ({where}) is not {kind_name(kind)}: write it in quotes where it is meant as one"
+        )
     choices = [choice for choice in typing.get_args(kind) if isinstance(choice, str)]
     hint = nearest(str(value), choices) if choices else ""
     raise UserError(f"{key}: {spell(value)} ({where}) is not {kind_name(kind)}{hint}")
+
+
+def _whole(value: Any) -> int | None:
+    """*value* as a whole number, also 1e4, which YAML 1.1 reads as text, and 1.0e4; None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    if isinstance(value, int):
+        return value
+    try:
+        if isinstance(value, str) and value.isdecimal():
+            return int(value)
+        number = float(value)
+        return int(number) if number.is_integer() else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def kind_name(kind: Any) -> str:

@@ -1,38 +1,42 @@
-"""What a worker does: it reads, transforms and stacks the samples of a batch."""
+"""What a worker does: it reads and transforms samples, into memory that its rank maps too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
-from bigvision.data.batch import Batch
-from bigvision.data.mixing import Mix, Mixer
-from bigvision.data.position import Place, Stream, generators_kept, seed_everything
-from bigvision.data.rooms import Rooms, rooms_of, shared_memory
+from bigvision.data.batch import Mix, Mixer
+from bigvision.data.order import Place, Stream, generators_kept, seed_everything
+from bigvision.data.shared import Slots, dumps, loads, slots_of
 from bigvision.data.sources.base import Source, UnreadableSample
 from bigvision.data.transforms import Begun, Steps, Transform
+from bigvision.errors import UserError, one_line
 from bigvision.seeds import seed_from
+from bigvision.targets import each_tensor
 
 
 class Request(NamedTuple):
-    """One batch: *valid* samples of the stream, or else of the source, from *start* on, then repeats up to *size*."""
+    """*valid* samples of the stream, or else of the source, from *start* on, then padding up to *size*."""
 
     start: int
     valid: int
     size: int
-    room: int | None = None
-    """where its images go, of the reader's rooms"""
+    begin: int = 0
+    """Their place among the samples that are asked for together."""
+    together: int = 0
+    """How many these are."""
+    slot: int | None = None
+    """Where the images of all of them go, of the reader's slots."""
 
     def places(self, stream: Stream | None) -> list[Place]:
         if stream is not None:
             return stream.places(self.start, self.start + self.valid)
-        # A rank that has run out of samples still needs one to repeat.
-        indices = range(self.start, self.start + self.valid) if self.valid else range(1)
-        return [Place(0, index) for index in indices]
+        return [Place(0, index) for index in range(self.start, self.start + self.valid)]
 
 
 class BadSample(NamedTuple):
@@ -45,35 +49,40 @@ class BadSample(NamedTuple):
 
 @dataclass
 class Answer:
-    """A batch, and what could not be read for it."""
+    """The samples of a request, and what could not be read for it."""
 
-    batch: Batch
+    request: Request
+    images: Tensor | None
+    """None where they are in the request's slot."""
+    targets: list[Any]
+    ids: list[int]
+    valid: list[bool]
+    mix: Mix | None
     bad: list[BadSample]
-    room: tuple[int, int] | None = None
-    """key of the rooms and place in them where the images are; None where they have memory of their own"""
+    slots: int | None = None
+    """The key of the slots."""
 
     def pin_memory(self) -> Answer:
-        return Answer(self.batch.pin_memory(), self.bad)
+        """Copy the images to page-locked memory (`DataLoader` calls this in its pinning thread)."""
+        if self.images is not None:
+            self.images = self.images.pin_memory()
+        elif self.slots is not None and self.request.slot is not None:
+            begin = self.request.begin
+            slots_of(self.slots).pin(self.request.slot, begin, begin + self.request.size)
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # As arrays, which are written out: for each tensor, however small, a file descriptor would be sent.
-        batch, mix = self.batch, self.batch.mix
-        images = batch.images if self.room is None else None
-        numbers = [tensor.numpy() for tensor in (batch.labels, batch.ids, batch.valid)]
-        mixed = None if mix is None else ([tensor.numpy() for tensor in (mix.weight, mix.box, mix.share)], mix.apart)
-        return _received, (images, self.room, numbers, mixed, [tuple(sample) for sample in self.bad])
+        # As arrays, which are written to the worker's pipe: torch would put each tensor in a file of its own in /dev/shm.
+        images = None if self.images is None else self.images.permute(0, 2, 3, 1).numpy()
+        mix = None if self.mix is None else vars(self.mix.map(Tensor.numpy))
+        targets = each_tensor(np.asarray, self.targets)
+        return _received, (tuple(self.request), images, targets, self.ids, self.valid, mix, self.bad, self.slots)
 
 
-def _received(images: Tensor | None, room: tuple[int, int] | None, numbers: Any, mixed: Any, bad: Any) -> Answer:
-    if images is None:
-        assert room is not None
-        images = rooms_of(room[0]).received(room[1])
-    mix = None
-    if mixed is not None:
-        weight, box, share = map(torch.from_numpy, mixed[0])
-        mix = Mix(weight, box, share, mixed[1])
-    labels, ids, valid = map(torch.from_numpy, numbers)
-    return Answer(Batch(images, labels, ids, valid, mix), [BadSample(*sample) for sample in bad])
+def _received(request: Any, images: Any, targets: Any, ids: Any, valid: Any, mix: Any, bad: Any, slots: Any) -> Answer:
+    mixed = None if mix is None else Mix(**mix).map(torch.from_numpy)
+    pixels = None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)
+    return Answer(Request(*request), pixels, each_tensor(torch.as_tensor, targets), ids, valid, mixed, bad, slots)
 
 
 class Reader(Dataset):
@@ -91,25 +100,25 @@ class Reader(Dataset):
         seed: int,
         stream: Stream | None = None,
         mixer: Mixer | None = None,
-        rooms: Rooms | None = None,
+        slots: Slots | None = None,
     ) -> None:
-        """Args: *stream* gives what stands in for a bad sample; None leaves its place black and not valid."""
+        """Args: *stream* gives what stands in for an unreadable sample; None leaves its place black and not valid."""
         self.source, self.transform, self.seed, self.stream, self.mixer = source, transform, seed, stream, mixer
-        self.rooms = rooms
+        self.slots = slots
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
         """Of an image, where that is known before there is one."""
         if not isinstance(self.transform, Steps):
             return None
-        return self.source.channels, self.transform.size, self.transform.size
+        return self.source.channels, *self.transform.size
 
     def __getitem__(self, request: Request) -> Answer:
         places = request.places(self.stream)
         shape = self.shape
         images = None if shape is None else self._memory(request, shape)
         # What only makes pixels has to make the first of them before the shape is known.
-        ahead = self.AHEAD if images is not None else len(places)
+        ahead = self.AHEAD if images is not None else max(1, len(places))
         bad: list[BadSample] = []
         taken: list[_Taken] = []
         with generators_kept():
@@ -118,94 +127,111 @@ class Reader(Dataset):
                 opened = [self._open(place, place) for place in some]
                 if images is None:
                     images = self._memory(request, self._shape_of(opened))
-                rooms = images[first : first + ahead].unbind()
-                filled = [self._fill(*each, bad) for each in zip(rooms, opened, some)]
-                for room, one in zip(rooms, filled):
-                    if one.begun is not None:
-                        one.begun.finish(room)
-                taken += filled
-        assert images is not None
-        if repeats := request.size - len(taken):
-            images[len(taken) :] = images[len(taken) - 1].clone()
-            taken += taken[-1:] * repeats
-        batch = Batch(
-            images=images,
-            labels=torch.tensor([one.label for one in taken]),
-            ids=torch.tensor([one.id for one in taken]),
-            valid=torch.tensor([one.begun is not None for one in taken]) & (torch.arange(request.size) < request.valid),
-            mix=self.mixer.draw(request.start, request.size, images.shape[-1]) if self.mixer else None,
+                buffers = images[first : first + ahead].unbind()
+                filled = [self._fill(*each, bad) for each in zip(buffers, opened, some)]
+                for buffer, one in zip(buffers, filled):
+                    taken.append(one if one.begun is None else one._replace(target=one.begun.finish(buffer)))
+            if images is None:
+                images = self._memory(request, self._shape_of([]))
+        valid = [one.begun is not None for one in taken]
+        if padding := request.size - len(taken):
+            images[len(taken) :] = 0
+            taken += (taken[-1:] or [_Taken(None, self.source.label(0), 0)]) * padding
+            valid += [False] * padding
+        return Answer(
+            request,
+            images if self._slot(request) is None else None,
+            [one.target for one in taken],
+            [one.id for one in taken],
+            valid,
+            self.mixer.draw(request.start, request.size, *images.shape[-2:]) if self.mixer else None,
+            bad,
+            None if self.slots is None else self.slots.key,
         )
-        if self.rooms is None or request.room is None:
-            return Answer(batch, bad)
-        return Answer(batch, bad, (self.rooms.key, request.room))
 
     def _open(self, place: Place, read: Place) -> _Opened | UnreadableSample:
         """The sample *read*, which stands at *place*, with what is random of it drawn."""
         try:
-            image, label = self.source.read(read.id)
+            image, target = self.source.read(read.id)
             # Of the place: a stand-in is not cropped as it was, or will be, in its own.
             seed = seed_from("augment", self.seed, place.epoch, place.id, place.repeat)
             if isinstance(self.transform, Steps):
                 torch.default_generator.manual_seed(seed)
-                return _Opened(self.transform.begin(image), label)
+                return _Opened(self.transform.begin(image, target), target)
             seed_everything(seed)
-            return _Opened(_Made(self.transform(image)), label)
+            return _Opened(_Made(*self.transform(image, target)), target)
         except UnreadableSample as error:
             return error
 
-    def _fill(self, room: Tensor, opened: _Opened | UnreadableSample, place: Place, bad: list[BadSample]) -> _Taken:
-        """Put the pixels of a sample, or of its stand-in, into *room*."""
+    def _fill(self, buffer: Tensor, opened: _Opened | UnreadableSample, place: Place, bad: list[BadSample]) -> _Taken:
+        """Put the pixels of a sample, or of its stand-in, into *buffer*."""
         read = place
         for _ in range(self.TRIES):
             try:
                 if isinstance(opened, UnreadableSample):
                     raise opened
-                opened.begun.fill(room)
-                return _Taken(opened.begun, opened.label, read.id)
+                opened.begun.fill(buffer)
+                return _Taken(opened.begun, opened.target, read.id)
             except UnreadableSample as error:
                 bad.append(BadSample(read.id, self.source.where(read.id), str(error)))
             if self.stream is None:
-                room.zero_()
+                buffer.zero_()
                 return _Taken(None, self.source.label(place.id), place.id)
             read = self.stream.after(read)
             opened = self._open(place, read)
         raise RuntimeError(f"{self.TRIES} samples in a row cannot be read, the last one {bad[-1].where}: {bad[-1].reason}")
 
+    def _slot(self, request: Request) -> Tensor | None:
+        if self.slots is None or request.slot is None:
+            return None
+        return self.slots.images(request.slot)[request.begin : request.begin + request.size]
+
     def _memory(self, request: Request, shape: tuple[int, ...]) -> Tensor:
-        """For the images of a batch, laid out pixel by pixel as decoders write them; in a worker, it is shared."""
-        if self.rooms is not None and request.room is not None:
-            return self.rooms.images(request.room)
-        size, (channels, height, width) = request.size, shape
-        numbers = size * channels * height * width
-        memory = shared_memory(numbers) if get_worker_info() is not None else torch.empty(numbers, dtype=torch.uint8)
-        return memory.view(size, height, width, channels).permute(0, 3, 1, 2)
+        """For the images of a request, laid out pixel by pixel as decoders write them."""
+        if (images := self._slot(request)) is not None:
+            return images
+        channels, height, width = shape
+        return torch.empty(request.size, height, width, channels, dtype=torch.uint8).permute(0, 3, 1, 2)
 
     def _shape_of(self, opened: list[_Opened | UnreadableSample]) -> tuple[int, ...]:
         made = next((one.begun.pixels for one in opened if isinstance(one, _Opened) and isinstance(one.begun, _Made)), None)
         if made is None:
-            made = self.transform(torch.zeros(self.source.channels, 8, 8, dtype=torch.uint8))
+            made, _ = self.transform(torch.zeros(self.source.channels, 8, 8, dtype=torch.uint8), self.source.label(0))
         return tuple(made.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        try:
+            return {"sent": dumps(vars(self))}
+        except Exception as error:  # any that the source's parts raise
+            raise UserError(
+                f"{self.source.name}: it cannot be sent to worker processes ({one_line(error)}); make it without "
+                "lambdas, open files and local classes, or use data.workers 0"
+            ) from error
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(loads(state["sent"]))
 
 
 class _Made(NamedTuple):
     """What a transform made that cannot wait; like :class:`Begun`."""
 
     pixels: Tensor
+    target: Any
 
-    def fill(self, room: Tensor) -> None:
-        room.copy_(self.pixels)
+    def fill(self, buffer: Tensor) -> None:
+        buffer.copy_(self.pixels)
 
-    def finish(self, room: Tensor) -> None:
-        pass
+    def finish(self, buffer: Tensor) -> Any:
+        return self.target
 
 
 class _Opened(NamedTuple):
     begun: Begun | _Made
-    label: int
+    target: Any
 
 
 class _Taken(NamedTuple):
     begun: Begun | _Made | None
     """None where nothing could be read"""
-    label: int
+    target: Any
     id: int

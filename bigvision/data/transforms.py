@@ -1,10 +1,11 @@
-"""From an image file to the pixels a model sees, still uint8."""
+"""From an image file to the pixels a model sees, still uint8; masks and boxes move with them."""
 
 from __future__ import annotations
 
 import math
+import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,42 +13,63 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import Image as ImageTensor
+from torchvision.tv_tensors import Mask, TVTensor
 
-from bigvision.data.decode import Picture, open_picture
-from bigvision.data.resize import resize_into
-from bigvision.data.sources.base import Style
+from bigvision.data.decode import AS_USUAL, Decoding, Picture, open_picture
+from bigvision.data.sources.base import Style, UnreadableSample
 from bigvision.errors import UserError
 
-Transform = Callable[["bytes | Tensor | Image.Image"], Tensor]
+Transform = Callable[["bytes | Tensor | Image.Image", Any], tuple[Tensor, Any]]
+"""From an image and its target to uint8 pixels (C, H, W) and the target that belongs to them."""
 Policy = Literal["none", "randaugment", "autoaugment", "trivialaugment", "three-augment"]
+CropMode = Literal["center", "squash", "border"]
+Size = tuple[int, int]
+"""height and width"""
+MOVING = (v2.RandomCrop, v2.RandomHorizontalFlip, v2.RandomAffine)
+"""The steps after the crop that act on masks and boxes too."""
+POLICIES = (v2.RandAugment, v2.AutoAugment, v2.TrivialAugmentWide)
+"""Steps that turn and shift an image, which torchvision cannot do to masks and boxes."""
 
 
 def transform(
     style: Style,
-    image_size: int,
+    image_size: int | Size,
     *,
     train: bool,
     augment: bool = True,
     interpolation: str = "bicubic",
     crop_pct: float = 0.875,
+    crop_mode: CropMode = "center",
+    mean: Sequence[float] = (0.0,),
     scale: tuple[float, float] = (0.08, 1.0),
     policy: Policy = "none",
     jitter: float = 0.0,
     erase: float = 0.0,
     reduce: bool = False,
     channels: int = 3,
+    decoding: Decoding = AS_USUAL,
 ) -> Transform:
-    """Return the function from an image (a file's bytes, Pillow, or uint8 (C, H, W)) to uint8 (C, image_size, image_size).
+    """Return the function from an image (a file's bytes, Pillow, or uint8 (C, H, W)) and its target to uint8 (C, height,
+    width) and the target.
 
-    What is random in it draws from the global generators of the process, which the loader seeds for each sample.
+    What is random in it draws from the global generators of the process, which the loader seeds for each sample. In a target,
+    also within its mappings, lists and tuples, torchvision's `Mask`, `BoundingBoxes`, `KeyPoints` and `Image` are cropped,
+    resized, shifted, turned and flipped with the image; everything else is passed through. Boxes are cut at the border, and
+    may have no area afterwards.
 
     Args:
+        image_size: the side of a square, or height and width.
         style: of the source. In training ``photo`` is cropped at random and flipped; ``tiny`` is shifted by up to an
             eighth and flipped; ``digit`` is shifted, turned and scaled a little, never flipped.
         train: whether for training; for evaluation the image is resized and cropped at its centre.
         augment: False to train on the images that evaluation would see.
         interpolation: timm's ``interpolation``: "bilinear", "bicubic", ...
         crop_pct: timm's: the share of a photo's shorter side that the centre crop keeps. Other styles are kept whole.
+        crop_mode: timm's, of photos in an evaluation. center: the shorter side is resized to image_size / crop_pct. squash:
+            both sides are. border: the longer side is, and what is missing gets the colour *mean*.
+        mean: per channel, of images in 0..1.
         scale: the share of a photo's area that a random crop takes (Szegedy et al. 2015).
         policy: RandAugment (Cubuk et al. 2020), AutoAugment (2019), TrivialAugment (Müller and Hutter 2021), or one of
             grey, solarised and blurred (Touvron et al. 2022), after the crop.
@@ -56,25 +78,27 @@ def transform(
         reduce: decode JPEGs at a half, a quarter or an eighth where the crop still has all of its pixels. Faster, and
             not quite the same pixels.
         channels: of the images.
+        decoding: how files are decoded.
 
     Raises:
         UserError: *policy* or *jitter* for images that are not RGB.
     """
-    mode = InterpolationMode(interpolation)
+    mode, size = InterpolationMode(interpolation), (image_size, image_size) if isinstance(image_size, int) else image_size
     if not (train and augment):
-        return Steps(_CentreCrop(image_size, mode, crop_pct if style == "photo" else 1.0, reduce), [])
+        share, crop_mode = (crop_pct, crop_mode) if style == "photo" else (1.0, "center")
+        return Steps(_WholeImage(size, mode, reduce, share, crop_mode, mean), [], decoding)
     check_channels(channels, policy, jitter)
+    crop: _Crop = _WholeImage(size, mode, reduce)
     if style == "photo":
-        crop: _Crop = _RandomCrop(image_size, mode, scale, reduce)
+        crop = _RandomCrop(size, mode, reduce, scale)
         steps: list[v2.Transform] = []
     elif style == "tiny":
-        crop = _CentreCrop(image_size, mode, 1.0, reduce)
-        steps = [v2.RandomCrop(image_size, padding=max(1, image_size // 8)), v2.RandomHorizontalFlip()]
+        padding = [max(1, side // 8) for side in reversed(size)]
+        steps = [v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()]
     else:
         # After the resize: at 8x8 a shift of a tenth would be less than a pixel.
-        crop = _CentreCrop(image_size, mode, 1.0, reduce)
         steps = [v2.RandomAffine((-10, 10), translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR)]
-    return Steps(crop, steps + _policy(policy) + _colours(jitter, erase, channels), flip=style == "photo")
+    return Steps(crop, steps + _policy(policy) + _colours(jitter, erase, channels), decoding, flip=style == "photo")
 
 
 def check_channels(channels: int, policy: Policy, jitter: float) -> None:
@@ -88,55 +112,101 @@ def check_channels(channels: int, policy: Policy, jitter: float) -> None:
 class Steps:
     """Decodes, crops and resizes, and then does the rest on pixels of the final size."""
 
-    def __init__(self, crop: _Crop, steps: list[v2.Transform], flip: bool = False) -> None:
+    def __init__(self, crop: _Crop, steps: list[v2.Transform], decoding: Decoding, flip: bool = False) -> None:
         """Args: *flip* half of the images after the crop, before *steps*."""
-        self.crop, self.steps, self.flip = crop, steps, flip
+        self.crop, self.steps, self.decoding, self.flip = crop, steps, decoding, flip
         self.size = crop.size
 
-    def __call__(self, image: bytes | Tensor | Image.Image) -> Tensor:
-        begun = self.begin(image)
-        room = torch.empty(self.size, self.size, begun.picture.channels, dtype=torch.uint8).permute(2, 0, 1)
+    def __call__(self, image: bytes | Tensor | Image.Image, target: Any) -> tuple[Tensor, Any]:
+        begun = self.begin(image, target)
+        room = torch.empty(*self.size, begun.picture.channels, dtype=torch.uint8).permute(2, 0, 1)
         begun.fill(room)
-        return begun.finish(room)
+        return room, begun.finish(room)
 
-    def begin(self, image: bytes | Tensor | Image.Image) -> Begun:
+    def begin(self, image: bytes | Tensor | Image.Image, target: Any) -> Begun:
         """Look into *image* and draw its crop, decoding nothing yet; draws from torch's generator alone.
 
         A loop that begins several images before it decodes the first is faster than one that does all of each: what decoding
         and resizing drive out of the processor's caches, Python and PyTorch need for the next draw.
+
+        Raises:
+            UnreadableSample: the image, its size, or a target of another size.
         """
-        picture = open_picture(image)
+        picture = open_picture(image, self.decoding)
         rectangle = self.crop.choose(picture.height, picture.width)
+        rectangle.check(self.decoding.max_pixels)
         flipped = self.flip and torch.rand(1).item() < 0.5
-        return Begun(self, picture, rectangle, flipped, torch.get_rng_state() if self.steps else None)
+        if _moves(target):
+            if any(isinstance(step, POLICIES) for step in self.steps):
+                raise ValueError(
+                    "data.policy: it turns and shifts images, but not their masks and boxes: use none or three-augment"
+                )
+            target = _each(target, lambda part: self._moved(part, (picture.height, picture.width), rectangle, flipped))
+        return Begun(self, picture, target, rectangle, flipped, torch.get_rng_state() if self.steps else None)
+
+    def _moved(self, part: Tensor, whole: Size, rectangle: Rectangle, flipped: bool) -> Tensor:
+        """What belongs to an image of the size *whole*, with the crop and the flip of its pixels."""
+        top, left, height, width, resized = rectangle
+        if tuple(F.get_size(part)) != whole:
+            raise UnreadableSample(f"its {type(part).__name__} is of {F.get_size(part)} pixels, but the image of {list(whole)}")
+        part = F.crop(part, top, left, height, width)
+        if isinstance(part, Mask):
+            # torchvision would take the pixel nearest to a corner, half a pixel away from what the image's filters take.
+            part = Mask(F.resize_image(part, list(resized), interpolation=InterpolationMode.NEAREST_EXACT))
+        else:
+            part = F.resize(part, list(resized), interpolation=self.crop.mode)
+        part = F.center_crop(part, list(self.size))
+        return F.horizontal_flip(part) if flipped else part
 
 
 class Begun:
     """An image whose crop is drawn, and whose pixels are still to be made."""
 
     def __init__(
-        self, steps: Steps, picture: Picture, rectangle: Rectangle, flipped: bool, generator: Tensor | None
+        self, steps: Steps, picture: Picture, target: Any, rectangle: Rectangle, flipped: bool, generator: Tensor | None
     ) -> None:  # fmt: skip
-        self.steps, self.picture, self.rectangle = steps, picture, rectangle
+        self.steps, self.picture, self.target, self.rectangle = steps, picture, target, rectangle
         self.flipped, self.generator = flipped, generator
 
     def fill(self, room: Tensor) -> None:
-        """Decode, crop and resize into *room*, uint8 (C, size, size). Raises `UnreadableSample`."""
+        """Decode, crop and resize into *room*, uint8 (C, height, width). Raises `UnreadableSample`."""
         if self.picture.channels != len(room):
             raise ValueError(f"an image has {self.picture.channels} channels, but those of its source {len(room)}")
         self.steps.crop.into(room, self.picture, self.rectangle)
 
-    def finish(self, room: Tensor) -> Tensor:
-        """Do the rest of the steps to what :meth:`fill` left in *room*, which is returned."""
+    def finish(self, room: Tensor) -> Any:
+        """Do the rest of the steps to what :meth:`fill` left in *room*; returns the target that belongs to it."""
         if self.flipped:
             room.copy_(room.flip(-1))
         if self.generator is not None:
             torch.set_rng_state(self.generator)
-            values = room
+            values, moves = room, _moves(self.target)
             for step in self.steps.steps:
-                values = step(values)
+                if moves and isinstance(step, MOVING):
+                    values, self.target = step(ImageTensor(values), self.target)
+                else:
+                    values = step(values)
             room.copy_(values)
-        return room
+        return self.target
+
+
+def _moves(target: Any) -> bool:
+    """Whether *target* has masks, boxes or the like."""
+    found: list[Tensor] = []
+    _each(target, lambda part: found.append(part) or part)
+    return bool(found)
+
+
+def _each(target: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """*target* with each of torchvision's tensors in it changed."""
+    if isinstance(target, TVTensor):
+        return change(target)
+    if isinstance(target, Mapping):
+        return {key: _each(value, change) for key, value in target.items()}
+    if isinstance(target, (list, tuple)):
+        parts = [_each(value, change) for value in target]
+        return type(target)(*parts) if hasattr(target, "_fields") else type(target)(parts)
+    return target
 
 
 class Rectangle(NamedTuple):
@@ -146,14 +216,27 @@ class Rectangle(NamedTuple):
     left: int
     height: int
     width: int
-    resized: tuple[int, int]
-    """height and width"""
+    resized: Size
+
+    def check(self, max_pixels: int) -> None:
+        """Raise `UnreadableSample` where too many pixels would come out, or none."""
+        height, width = self.resized
+        # Rows are resized first, so that in between there are as many as before.
+        if max(self.height, height) * width > max_pixels:
+            raise UnreadableSample(
+                f"{self.width}x{self.height} pixels resized to {width}x{height} are more than data.max_pixels: {max_pixels:,}"
+            )
+        if not height or not width:
+            raise UnreadableSample(f"nothing is left of {self.width}x{self.height} pixels resized to {width}x{height}")
 
 
 class _Crop(ABC):
     """A rectangle of a picture, resized: pixels outside of it are never resized, and inside may be decoded smaller."""
 
-    def __init__(self, size: int, mode: InterpolationMode, reduce: bool) -> None:
+    outside: Sequence[int] = (0,)
+    """Per channel, of what the resized rectangle leaves of the result."""
+
+    def __init__(self, size: Size, mode: InterpolationMode, reduce: bool) -> None:
         self.size, self.mode, self.reduce = size, mode, reduce
 
     @abstractmethod
@@ -172,7 +255,7 @@ class _Crop(ABC):
             top, height = round(top * down), max(1, round(height * down))
             left, width = round(left * right), max(1, round(width * right))
         part = torch.from_numpy(values[top : top + height, left : left + width])
-        resize_into(room, part.unsqueeze(0).permute(0, 3, 1, 2), resized, self.mode)
+        _resize_into(room, part.unsqueeze(0).permute(0, 3, 1, 2), resized, self.mode, self.outside)
 
 
 class _RandomCrop(_Crop):
@@ -180,9 +263,9 @@ class _RandomCrop(_Crop):
 
     RATIO = (3 / 4, 4 / 3)
 
-    def __init__(self, size: int, mode: InterpolationMode, scale: tuple[float, float], reduce: bool) -> None:
+    def __init__(self, size: Size, mode: InterpolationMode, reduce: bool, scale: tuple[float, float]) -> None:
         super().__init__(size, mode, reduce)
-        self.scale, self.resized = scale, (size, size)
+        self.scale = scale
         self.ratio = torch.log(torch.tensor(self.RATIO)).tolist()
 
     def choose(self, height: int, width: int) -> Rectangle:
@@ -193,23 +276,71 @@ class _RandomCrop(_Crop):
             right, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < right <= width and 0 < down <= height:
                 top, left = (int(drawn.random_(0, spare + 1).item()) for spare in (height - down, width - right))
-                return Rectangle(top, left, down, right, self.resized)
+                return Rectangle(top, left, down, right, self.size)
         # The largest part in the middle that is neither too flat nor too high.
         right = min(width, round(height * max(self.RATIO)))
         down = min(height, round(width / min(self.RATIO)))
-        return Rectangle((height - down) // 2, (width - right) // 2, down, right, self.resized)
+        return Rectangle((height - down) // 2, (width - right) // 2, down, right, self.size)
 
 
-class _CentreCrop(_Crop):
-    """The whole is resized, so that its shorter side is *size* / *share*, and its middle cut out."""
+class _WholeImage(_Crop):
+    """The whole is resized and its middle cut out, as timm's `transforms_imagenet_eval` does."""
 
-    def __init__(self, size: int, mode: InterpolationMode, share: float, reduce: bool) -> None:
+    def __init__(
+        self, size: Size, mode: InterpolationMode, reduce: bool, share: float = 1.0, crop_mode: CropMode = "center",
+        mean: Sequence[float] = (0.0,),
+    ) -> None:  # fmt: skip
         super().__init__(size, mode, reduce)
-        self.side = int(size / share)
+        self.crop_mode = crop_mode
+        self.scaled = (math.floor(size[0] / share), math.floor(size[1] / share))
+        if crop_mode == "border":
+            self.outside = [round(255 * value) for value in mean]
 
     def choose(self, height: int, width: int) -> Rectangle:
-        shorter = min(height, width)
-        return Rectangle(0, 0, height, width, (int(self.side * height / shorter), int(self.side * width / shorter)))
+        down, right = self.scaled
+        if self.crop_mode == "squash":
+            resized = self.scaled
+        elif self.crop_mode == "center" and down == right:
+            shorter = min(height, width)
+            resized = int(down * height / shorter), int(down * width / shorter)
+        else:
+            ratio = (max if self.crop_mode == "border" else min)(height / down, width / right)
+            resized = round(height / ratio), round(width / ratio)
+        return Rectangle(0, 0, height, width, resized)
+
+
+_IN_PLACE = {
+    InterpolationMode.BILINEAR: getattr(torch.ops.aten._upsample_bilinear2d_aa, "out", None),
+    InterpolationMode.BICUBIC: getattr(torch.ops.aten._upsample_bicubic2d_aa, "out", None),
+}
+"""What `torch.nn.functional.interpolate` calls, but to an output of ours: no memory to get, nothing to copy."""
+
+
+def _resize_into(room: Tensor, pixels: Tensor, size: Size, mode: InterpolationMode, outside: Sequence[int]) -> None:
+    """Resize *pixels*, uint8 (1, C, H, W), to *size*, antialiased, and put their middle into *room*, (C, h, w).
+
+    Each pixel is what torchvision's v2 functions make it. Where there are too few, the rest becomes *outside*.
+    """
+    operator = _IN_PLACE.get(mode) if _native(mode) else None
+    if operator is not None and size == tuple(room.shape[1:]) and size != tuple(pixels.shape[2:]):
+        if pixels.stride(1) != 1:
+            # From planes it cannot write pixel by pixel: an assertion of its own fails.
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        operator(pixels, size, False, None, None, out=room.unsqueeze(0))
+        return
+    resized = F.resize_image(pixels, list(size), interpolation=mode, antialias=True)
+    height, width = (min(has, wants) for has, wants in zip(size, room.shape[1:]))
+    if (height, width) != tuple(room.shape[1:]):
+        room.copy_(torch.tensor(outside, dtype=torch.uint8).view(-1, 1, 1))
+    top, left = (room.shape[1] - height) // 2, (room.shape[2] - width) // 2
+    middle = F.center_crop_image(resized, [height, width])[0]
+    room[:, top : top + height, left : left + width] = middle
+
+
+def _native(mode: InterpolationMode) -> bool:
+    """Whether torchvision has PyTorch resize bytes as they are; elsewhere it goes through floats, which round otherwise."""
+    wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
+    return wide or mode != InterpolationMode.BILINEAR
 
 
 def _policy(name: Policy) -> list[v2.Transform]:

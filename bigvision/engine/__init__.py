@@ -2,27 +2,26 @@
 
 In come a model on meta (`Blueprint`), its blocks and batches; out come step results, metrics and fragments. Read
 ``engine.py`` first (the step from above), then ``step.py`` (the update) and ``parallelize.py`` (how a model is spread).
-``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage, statistics and fragments.
+``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage, statistics and fragments,
+``results.py`` what steps and evaluations return.
 """
 
 from __future__ import annotations
 
-from bigvision.config import Config
-from bigvision.engine.base import Engine, Metrics, StepResult
-from bigvision.engine.batches import check_ranks, micro_batch
+from bigvision.config import Config, check_batches
 from bigvision.engine.compile import check_compile
-from bigvision.engine.engine import TrainingEngine
+from bigvision.engine.engine import Engine
 from bigvision.engine.parallelize import check_norms
 from bigvision.engine.pipeline import PipelineEngine
-from bigvision.engine.zero import ZeroEngine
-from bigvision.engine.zero_settings import check_batches, check_cpu_adam
+from bigvision.engine.results import Metrics, StepResult
+from bigvision.engine.zero import ZeroEngine, check_cpu_adam
 from bigvision.models import Blocks, Blueprint
 from bigvision.runtime import Runtime
 from bigvision.tasks import Task
 
 STRATEGIES = {
-    "ddp": TrainingEngine,
-    "fsdp": TrainingEngine,
+    "ddp": Engine,
+    "fsdp": Engine,
     "zero1": ZeroEngine,
     "zero2": ZeroEngine,
     "zero3": ZeroEngine,
@@ -37,22 +36,16 @@ def check_engine(config: Config, runtime: Runtime) -> None:
         UserError: batch sizes that do not fit the ranks or the DeepSpeed file, no compiler for what has to be compiled,
             SyncBatchNorm without CUDA.
     """
-    check_sizes(config, runtime)
+    check_batches(config, runtime.data_ranks, runtime.pipeline_ranks)
     check_compile(config, runtime.device)
     check_norms(config, runtime.device)
     if config.parallel.offload != "none" and config.optim.name == "adamw":
         check_cpu_adam(runtime.device)
 
 
-def check_sizes(config: Config, runtime: Runtime) -> None:
-    """The part of :func:`check_engine` that is about batches."""
-    check_ranks(config, runtime)
-    check_batches(config, runtime.data_ranks, micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks))
-
-
 def build_engine(
-    config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool = False
-) -> Engine:  # fmt: skip
+    config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool
+) -> Engine:
     """The engine of ``parallel.strategy``.
 
     Args:
@@ -62,4 +55,4 @@ def build_engine(
     return STRATEGIES[config.parallel.strategy](config, blueprint, blocks, task, runtime, steps, restored)
 
 
-__all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "build_engine", "check_engine", "check_sizes", "micro_batch"]
+__all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "build_engine", "check_engine"]

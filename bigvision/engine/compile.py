@@ -11,25 +11,21 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import DropPath
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
-from torchvision.ops import StochasticDepth
 
 from bigvision.config import SPLIT_BACKWARD, Config
 from bigvision.errors import UserError
+from bigvision.models import kinds, share_rates
 
 GRAPHS_PER_KIND = 8
 """Graphs that blocks of one kind may need. Four are expected: training and evaluation, each with the whole micro-batch and the
 short last one."""
-
-RATES: dict[type[nn.Module], str] = {DropPath: "drop_prob", StochasticDepth: "p", nn.Dropout: "p"}
-"""Modules that zero parts of their input at random, and the attribute with their probability."""
 
 
 def check_compile(config: Config, device: torch.device) -> None:
@@ -38,14 +34,10 @@ def check_compile(config: Config, device: torch.device) -> None:
         raise UserError(f"parallel.compile: true needs {missing}: install it, or use auto or false")
 
 
-def decide(config: Config, blocks: Sequence[nn.Module], device: torch.device) -> bool:
-    """Whether *blocks* are compiled. Nothing is measured, so the answer is the same at each restart."""
-    value = config.parallel.compile
-    return value if isinstance(value, bool) else why_not(config, blocks, device) is None
-
-
-def why_not(config: Config, blocks: Sequence[nn.Module], device: torch.device) -> str | None:
-    """Why ``parallel.compile: auto`` leaves *blocks* as they are; None where it compiles them."""
+def why_eager(config: Config, blocks: Sequence[nn.Module], device: torch.device) -> str | None:
+    """Why *blocks* are not compiled; None where they are. Nothing is measured, so the answer is the same at each restart."""
+    if isinstance(config.parallel.compile, bool):
+        return None if config.parallel.compile else "parallel.compile: false"
     parallel, count = config.parallel, len(kinds(blocks))
     if device.type != "cuda":
         return "the device is not CUDA"
@@ -88,7 +80,7 @@ def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
     """
     groups = kinds(blocks)
     for group in groups:
-        _share_rates(group, device)
+        share_rates(group, device)
     _keep_cache()
     dynamo: Any = torch._dynamo.config
     # Counted per code object: stages of different widths share the block's, and under recompute all share checkpoint's.
@@ -100,19 +92,6 @@ def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
     for block in blocks:
         # Not dynamic: one slow kernel would serve blocks of all widths.
         block.forward = torch.compile(block.forward, dynamic=False)
-
-
-def kinds(blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """*blocks* grouped by code and shapes, whatever their drop rates. timm builds the rate 0 as an `Identity`."""
-    found: dict[Hashable, list[nn.Module]] = {}
-    for block in blocks:
-        key = []
-        for path, module in block.named_modules():
-            tensors = {**module._parameters, **module._buffers}.items()
-            shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors if tensor is not None)
-            key.append((path, nn.Identity if type(module) in RATES else type(module), shapes))
-        found.setdefault(tuple(key), []).append(block)
-    return list(found.values())
 
 
 def _report_limit(record: logging.LogRecord) -> bool:
@@ -151,51 +130,3 @@ def _keep_cache() -> None:
         return
     if os.access(folder, os.W_OK):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-
-
-def _share_rates(group: Sequence[nn.Module], device: torch.device) -> None:
-    """Turn the rates that differ between the blocks of a *group* of one kind from constants into inputs of their graph.
-
-    dynamo makes every Python number of a module a constant, so each block would get a graph of its own.
-    """
-    for peers in zip(*(block.modules() for block in group), strict=True):
-        classes = {type(module) for module in peers}
-        base, *others = sorted(classes - {nn.Identity}, key=str) or [nn.Identity]
-        if base not in RATES or others or any(getattr(module, "inplace", False) for module in peers):
-            continue
-        rates = [getattr(module, RATES[base], 0.0) for module in peers]
-        if len(classes) == len(set(rates)) == 1:
-            continue
-        example = next(module for module in peers if type(module) is base)
-        for module, rate in zip(peers, rates):
-            # An Identity takes over the options of its peers.
-            vars(module).update({name: value for name, value in vars(example).items() if name not in vars(module)})
-            del vars(module)[RATES[base]]
-            module.__class__ = WITH_TENSORS[base]
-            module.keep, module.divisor = torch.empty((), device=device), torch.empty((), device=device)
-            setattr(module, RATES[base], rate)
-
-
-def _with_tensors(base: type[nn.Module], name: str) -> type[nn.Module]:
-    """A subclass of *base* whose compiled code reads the rate from tensors. Eager code and its numbers are those of *base*."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return base.forward(self, x)
-        if not self.training:
-            return x
-        samples = 1 if getattr(self, "mode", "row") == "batch" else x.shape[0]
-        shape = x.shape if base is nn.Dropout else (samples, *[1] * (x.ndim - 1))
-        mask = torch.rand(shape, device=x.device) < self.keep
-        return x * (mask / self.divisor).to(x.dtype)
-
-    def set_rate(self: Any, value: float) -> None:
-        self.rate, keep = value, 1.0 - value
-        self.keep.fill_(keep)
-        self.divisor.fill_(keep if keep > 0 and getattr(self, "scale_by_keep", True) else 1.0)
-
-    rate = property(lambda self: self.rate, set_rate)
-    return type(f"{base.__name__}WithTensors", (base,), {"forward": forward, name: rate})
-
-
-WITH_TENSORS = {base: _with_tensors(base, name) for base, name in RATES.items()}

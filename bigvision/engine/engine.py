@@ -2,58 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigvision.config import Config
-from bigvision.data.batch import Batch
-from bigvision.engine.base import REQUESTS, Engine, Metrics, Record, StepResult, nothing_done
-from bigvision.engine.batches import micro_batch
+from bigvision.config import Config, micro_batch
+from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.parallelize import (
     choose_computing,
     overlap,
-    rehearsal,
     replicate,
     shard,
     synchronize_norms,
     wrap_blocks,
 )
-from bigvision.engine.precision import no_autocast
-from bigvision.engine.state import Statistics, average, make_contiguous
+from bigvision.engine.results import REQUESTS, Metrics, Record, StepResult, reduce_with
+from bigvision.engine.state import RUNNING, average, make_contiguous
 from bigvision.engine.step import NativeStep
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
-from bigvision.models import Block, Blueprint
+from bigvision.models import Blocks, Blueprint
 from bigvision.optim import learning_rate
 from bigvision.runtime import Runtime
 from bigvision.seeds import seed_from
 from bigvision.tasks import Task
 
 
-class Update(Protocol):
-    """What the engine needs of `NativeStep` and of ZeRO's step."""
+class Engine:
+    """A timm model, its optimizer and everything between a batch and the next weights.
 
-    statistics: Statistics
-
-    def around(self, last: bool) -> Any: ...
-    def backward(self, loss: Tensor, factor: float) -> None: ...
-    def update(self, loss_sum: Tensor, samples: int, lr: float, requests: frozenset[str]) -> Tensor: ...
-    def model_fragments(self) -> Iterator[Fragment]: ...
-    def optimizer_fragments(self) -> Iterator[Fragment]: ...
-    def copies(self) -> Iterator[Fragment]: ...
-    def scalars(self) -> dict[str, Any]: ...
-    def restored(self, scalars: dict[str, Any], step: int, samples: int) -> None: ...
-    def refresh(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class TrainingEngine(Engine):
-    """Trains a timm model. A strategy gives it `parts` to run, `forward` to call and an `Update`."""
+    This is the engine of ddp and fsdp. Other strategies differ in how the model is built (`_build`) and may differ in how
+    micro-batches run (`_passes`, `_measure`).
+    """
 
     module: nn.Module
     """The whole model; on meta, but for what this rank holds."""
@@ -62,19 +47,33 @@ class TrainingEngine(Engine):
     forward: Any
     """What is called in a step: the module, or what a strategy wrapped around it."""
     stepper: Any
-    """An `Update`."""
-    local_first = False
+    """A `NativeStep`, or ZeRO's step with the same methods."""
+    step: int = 0
+    """Batches taken, also those that were skipped or passed over."""
+    samples: int = 0
+    """Samples consumed: the whole state of the data."""
+    statistics_differ: bool = False
+    """Whether running statistics are each rank's own, until :meth:`synchronize`."""
+    eval_batch: int
+    """Samples that :meth:`eval_step` should be given on each rank."""
+    notes: list[str]
+    """What the user should know of how the model is spread."""
+    requests: frozenset[str] = frozenset()
+    """What this rank asks the others for (of `REQUESTS`); sent with the next step or evaluation."""
+    place: str = ""
+    """Which part of the model this rank has and with which ranks it exchanges, for errors; empty where all have the same."""
+    local_first: bool = False
+    """Whether a rank works for itself until the last backward pass."""
 
     def __init__(
-        self, config: Config, blueprint: Blueprint, blocks: Sequence[Block], task: Task, runtime: Runtime, steps: int,
-        restored: bool = False,
+        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool
     ) -> None:  # fmt: skip
         """Place and initialise the model.
 
         Args:
             blueprint: the model on meta and where its first values come from.
             steps: optimizer steps of the whole run, for the schedule.
-            restored: a checkpoint will be read over the first values.
+            restored: a checkpoint will be read into the fragments, so that first values are not computed.
 
         Raises:
             UserError: there is nothing to train.
@@ -83,7 +82,7 @@ class TrainingEngine(Engine):
         self.micro_batch = micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
         self.eval_batch = self.micro_batch
         self.checks: list[tuple[Tensor, Tensor]] = []
-        self.input_shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
+        self.input_shape = blueprint.input_shape
         self.mean = torch.tensor(blueprint.mean, device=runtime.device)
         self.std = torch.tensor(blueprint.std, device=runtime.device)
         self._buffer: Tensor | None = None
@@ -100,7 +99,7 @@ class TrainingEngine(Engine):
         self.notes = [self.computing.note] if self.computing.note else []
         self.parts = [self.module]
         if config.model.sync_batchnorm:
-            synchronize_norms(self.module, runtime)
+            self.notes += synchronize_norms(self.module, runtime)
         self.module.train()
         self._build(blueprint, [block.module for block in blocks])
         self._set_mode(training=True)
@@ -110,60 +109,60 @@ class TrainingEngine(Engine):
         config, runtime, parallel = self.config, self.runtime, self.config.parallel
         sharded = parallel.strategy == "fsdp" and runtime.world_size > 1
         self.computing.apply(self.parts, blocks, not sharded, runtime.device)
-        wrap_blocks(blocks, config, runtime.device)
+        self.notes += wrap_blocks(blocks, config, runtime.device)
         if sharded:
             spread = shard(self.module, self.parts, blocks, config, self.computing.dtype, runtime)
         else:
             spread = replicate(self.module, self.parts, runtime)
         self.stepper = NativeStep(spread, blueprint, config, runtime, self.restoring)
-        if not sharded:
+        if not sharded and runtime.world_size > 1:
             self._set_mode(training=True)  # frozen norms
-            overlap(spread, self._rehearse, runtime)
-        self.forward, self.local_first = spread.forward, spread.local_first
-
-    def _rehearse(self, model: Any) -> None:
-        size = min(2, self.micro_batch)
-        layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
-        every = torch.ones((), dtype=torch.bool, device=self.runtime.device)
-        statistics = self.stepper.statistics
-        rehearsal(
-            lambda: model(torch.zeros(size, *self.input_shape, device=self.runtime.device).contiguous(memory_format=layout)),
-            statistics.keep, lambda: statistics.restore(every),
-        )  # fmt: skip
+            layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
+            example = torch.zeros(min(2, self.micro_batch), *self.input_shape, device=runtime.device)
+            overlap(spread, example.contiguous(memory_format=layout), self.stepper.statistics)
+        self.forward, self.local_first = spread.forward, not sharded
 
     # The step.
 
-    def train_step(self, batch: Batch) -> StepResult:
+    def train_step(self, batch: Batch | StepBatch) -> StepResult:
+        """Take one optimizer step on this rank's part of the global batch. Every rank calls it with as many samples.
+
+        It returns when the work is launched; at most one step is under way beside it.
+        """
         self._set_mode(training=True)
         torch.manual_seed(seed_from("dropout", self.config.seed, self.step, self.runtime.data_rank))
         self.stepper.statistics.keep()
         self.checks = checks = []
         self._local: Any = None
-        began = self._moment()
+        began, waited = self._moment(), batch.waited
         samples = len(batch) * self.runtime.data_ranks
         # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their number.
         with no_autocast(self.runtime.device):
-            loss_sum = self._passes(self._on_device(batch), self.runtime.data_ranks / samples)
+            loss_sum = self._passes(batch, self.runtime.data_ranks / samples)
         # The rate follows the count of applied steps. The record of the step before arrived while this one was launched.
         lr = self._rate()
         numbers = self.stepper.update(loss_sum, samples, lr, self.requests)
         self.step, self.samples, self.statistics_differ = self.step + 1, self.samples + samples, True
-        local, ids = self._local, batch.ids
+        local, ids, waited = self._local, batch.ids, batch.waited - waited
         result = StepResult(
             numbers[0], numbers[1], lr, samples, self.step, self.samples, Record(numbers),
-            lambda: offenders(checks, ids), lambda: _seconds(began, local),
+            lambda: offenders(checks, ids), lambda: max(0.0, _seconds(began, local) - waited),
         )  # fmt: skip
         self._pending = result
         return result
 
-    def pass_over(self, batch: Batch) -> StepResult:
+    def pass_over(self, batch: Batch | StepBatch) -> StepResult:
+        """Count a batch as a skipped step, and do nothing with it."""
         lr, samples = self._rate(), len(batch) * self.runtime.data_ranks
         self._skipped += 1
         self.step, self.samples = self.step + 1, self.samples + samples
-        return nothing_done(lr, samples, self.step, self.samples)
+        numbers = torch.tensor([math.nan, math.nan, 1.0, 0.0, *(0.0 for _ in REQUESTS)], dtype=torch.float64)
+        record = Record(numbers)
+        return StepResult(numbers[0], numbers[1], lr, samples, self.step, self.samples, record, passed_over=True)
 
     @property
     def skipped(self) -> int:
+        """Batches without an optimizer step; waits for the last step. The learning rate is that of step - skipped."""
         if self._pending is not None:
             self._skipped += self._pending.skipped
             self._pending = None
@@ -173,16 +172,17 @@ class TrainingEngine(Engine):
         """The learning rate; a skipped step leaves its own to the next one."""
         return learning_rate(self.config.optim, self.step - self.skipped, self.steps)
 
-    def _passes(self, batch: Batch, factor: float) -> Tensor:
+    def _passes(self, batch: Batch | StepBatch, factor: float) -> Tensor:
         """Run all micro-batches of *batch*, with gradients times *factor*; return the sum of its losses, float64 and 0-D."""
-        parts = batch.split(self.micro_batch)
+        count = -(-len(batch) // self.micro_batch)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        for number, part in enumerate(parts, start=1):
-            with self.stepper.around(number == len(parts)):
+        for number, part in enumerate(batch.split(self.micro_batch), start=1):
+            part = self._on_device(part)
+            with self.stepper.around(number == count):
                 outputs = self._outputs(part)
                 if self.local_first:
                     self._local = self._moment()  # the last backward pass is the first to exchange anything
-                loss = self._checked_loss(outputs, part.targets())
+                loss = self._checked_loss(outputs, part.loss_targets())
                 self.stepper.backward(loss, factor)
             loss_sum += loss.detach()
         return loss_sum
@@ -194,7 +194,7 @@ class TrainingEngine(Engine):
         return loss
 
     def _on_device(self, batch: Batch) -> Batch:
-        """*batch* on the device; the copy runs beside the step before."""
+        """*batch* on the device; the copy runs beside what was launched before."""
         if self._copying is None:
             return batch.to(self.runtime.device)
         with torch.cuda.stream(self._copying):
@@ -234,14 +234,10 @@ class TrainingEngine(Engine):
     # Evaluation.
 
     def eval_step(self, batch: Batch) -> Metrics:
+        """Return metrics of all ranks' batches. Every rank calls it with as many samples; padding is not counted."""
         self._set_mode(training=False)
         with torch.no_grad(), no_autocast(self.runtime.device):
-            measured = self._measure(self._on_device(batch))
-            totals = torch.cat([measured, measured.new_zeros(len(REQUESTS))])
-            for place, name in enumerate(REQUESTS, start=len(measured)):
-                if name in self.requests:
-                    totals[place].fill_(1.0)
-            dist.all_reduce(totals)
+            totals = reduce_with(self.requests, self._measure(self._on_device(batch)))
         count = len(self.task.metrics)
         return Metrics(self.task.metrics, totals[:count], totals[count], Record(totals[count + 1 :]))
 
@@ -250,12 +246,13 @@ class TrainingEngine(Engine):
         return self._measured(self._outputs(batch), batch)
 
     def _measured(self, outputs: Tensor, batch: Batch) -> Tensor:
-        sums = self.task.measure(outputs, batch.labels, batch.valid)
+        sums = self.task.measure(outputs, batch.targets, batch.valid)
         return torch.cat([sums, batch.valid.sum(dtype=torch.float64)[None]])
 
     # The state.
 
     def synchronize(self) -> None:
+        """Make running statistics the same on all ranks. Called on every rank before evaluation and saving."""
         # Once only: the mean of equal numbers may differ from them in its last bit.
         if not self.statistics_differ:
             return
@@ -264,18 +261,25 @@ class TrainingEngine(Engine):
         self.statistics_differ = False
 
     def fragments(self) -> Iterator[Fragment]:
+        """Yield live views of all that this rank holds; writing to them restores."""
         yield from self.stepper.model_fragments()
         yield from self.stepper.optimizer_fragments()
 
     def copies(self) -> Iterator[Fragment]:
-        yield from super().copies()
+        """Yield what other ranks hold as well; running statistics only while they are the same on all."""
+        for fragment in self.fragments():
+            differs = self.statistics_differ and fragment.name.rpartition(".")[2] in RUNNING
+            if fragment.copy[1] > 1 and fragment.values.numel() and not differs:
+                yield fragment
         yield from self.stepper.copies()
 
     def scalars(self) -> dict[str, Any]:
+        """What of the state is not a tensor, as JSON. Waits for the last step."""
         counters = {"step": self.step, "skipped": self.skipped, "samples": self.samples}
         return counters | self.stepper.scalars()
 
     def restored(self, scalars: dict[str, Any]) -> None:
+        """Take over *scalars* and :meth:`refresh`; called after all fragments were written."""
         self.step, self.samples, self._pending = scalars["step"], scalars["samples"], None
         self._skipped = scalars.get("skipped", 0)  # older checkpoints have none
         self.statistics_differ = False
@@ -283,9 +287,11 @@ class TrainingEngine(Engine):
         self.refresh()
 
     def refresh(self) -> None:
+        """Bring what derives from the fragments up to date: called after they were written, by :meth:`restored` too."""
         self.stepper.refresh()
 
     def close(self) -> None:
+        """Release what outlives the engine otherwise; it is not used afterwards."""
         self.stepper.close()
 
 
@@ -307,3 +313,8 @@ def _seconds(began: Any, local: Any) -> float:
     if local is None:
         return 0.0
     return local - began if isinstance(began, float) else began.elapsed_time(local) / 1000
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switch a caller's autocast off: what is computed in which format is decided here alone."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

@@ -26,11 +26,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from bigvision.config import Config
-from bigvision.engine.compile import compile_blocks, decide
-from bigvision.engine.precision import COMPUTE_DTYPES, autocast_inside, compute_in, why_not
-from bigvision.engine.state import Located, local_tensor
+from bigvision.engine.compile import compile_blocks, why_eager
+from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
-from bigvision.models import Block, Blueprint
+from bigvision.models import Block, Blueprint, formats
 from bigvision.runtime import Runtime
 
 
@@ -54,8 +53,6 @@ class Spread:
     """Names of the parameters whose gradients the backward pass does not average over the ranks."""
     around: Callable[[bool], AbstractContextManager[object]] = lambda last: nullcontext()
     """Surrounds each micro-batch; given whether it is the step's last."""
-    local_first: bool = False
-    """Whether a rank works for itself until the last backward pass."""
 
     def held(self) -> dict[str, nn.Parameter]:
         """The parameters of which this rank holds at least a shard, each tied one once, by the whole model's names."""
@@ -81,11 +78,11 @@ class Computing:
     def apply(self, parts: Sequence[nn.Module], blocks: Sequence[nn.Module], cast_weights: bool, device: torch.device) -> None:
         """Make *parts* compute so, in place."""
         if self.dtype == torch.float32 or self.autocast:
-            compute_in(parts, (), None, self.channels_last, norms=self.autocast)
+            formats.compute_in(parts, (), None, self.channels_last, norms=self.autocast)
             for part in parts if self.autocast else ():
-                autocast_inside(part, self.dtype, device)
+                formats.autocast_inside(part, self.dtype, device)
         else:
-            compute_in(parts, blocks if self.residual else (), self.dtype, self.channels_last, cast_weights)
+            formats.compute_in(parts, blocks if self.residual else (), self.dtype, self.channels_last, cast_weights)
 
 
 def choose_computing(
@@ -98,32 +95,19 @@ def choose_computing(
     """
     precision, asked = config.parallel.precision, config.parallel.channels_last
     layout = asked == "always" or (
-        asked == "auto" and (given_layout or (device.type == "cuda" and likes_channels_last(blueprint.module)))
+        asked == "auto" and (given_layout or (device.type == "cuda" and formats.likes_channels_last(blueprint.module)))
     )
-    dtype = COMPUTE_DTYPES[precision]
+    dtype = formats.COMPUTE_DTYPES[precision]
     if precision in ("fp32", "amp_bf16"):
         return Computing(dtype, autocast=precision == "amp_bf16", channels_last=layout)
-    shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
+    shape = blueprint.input_shape
     modules = [block.module for block in blocks]
-    if why_not(blueprint.module, modules, shape, dtype) is None:
+    if formats.why_not(blueprint.module, modules, shape, dtype) is None:
         return Computing(dtype, channels_last=layout)
-    if (reason := why_not(blueprint.module, (), shape, dtype)) is None:
+    if (reason := formats.why_not(blueprint.module, (), shape, dtype)) is None:
         return Computing(dtype, residual=False, channels_last=layout)
     note = f"{config.model.name} computes under autocast: its own forward mixes number formats ({reason})"
     return Computing(dtype, autocast=True, channels_last=layout, note=note)
-
-
-def likes_channels_last(module: nn.Module) -> bool:
-    """Whether convolutions are most of *module*, and none of them slow in channels_last.
-
-    Measured by timm in training: ResNet-50 gains 47 %, ConvNeXt 0 to 4 %, while grouped convolutions (RegNetY) lose 68 %.
-    Depthwise convolutions are not grouped in this sense.
-    """
-    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
-    grouped = any(1 < conv.groups < conv.in_channels for conv in convolutions)
-    # The convolutions of a ConvNeXt are small beside its linear layers, and take their inputs in this layout all the same.
-    spatial = sum(conv.kernel_size != (1, 1) for conv in convolutions)
-    return spatial >= 4 and not grouped
 
 
 # BatchNorm over several ranks.
@@ -138,19 +122,25 @@ def check_norms(config: Config, device: torch.device) -> None:
         raise UserError(f"model.sync_batchnorm: true needs CUDA, but this run is on {device.type}: use false")
 
 
-def synchronize_norms(module: nn.Module, runtime: Runtime) -> None:
+def synchronize_norms(module: nn.Module, runtime: Runtime) -> list[str]:
     """Let BatchNorm in *module* take its statistics over the data-parallel ranks (of a pipeline: of a stage), in place.
 
     This is timm's ``convert_sync_batchnorm``, but a module stays the same object and changes its class, so that blocks and
     stages that were found before still hold it. Do it after `choose_computing`: torch's SyncBatchNorm refuses meta.
 
+    Returns:
+        What the user should know.
+
     Raises:
         UserError: a kind of BatchNorm with a forward of its own.
     """
+    norms = {path: part for path, part in module.named_modules() if isinstance(part, BatchNorm)}
+    if not norms:
+        return ["model.sync_batchnorm: true changes nothing: the model has no BatchNorm"]
     if runtime.data_ranks == 1 or runtime.device.type not in SYNCHRONIZED:  # an evaluation elsewhere exchanges nothing
-        return
-    for path, part in module.named_modules():
-        if not isinstance(part, BatchNorm) or isinstance(part, nn.SyncBatchNorm):
+        return []
+    for path, part in norms.items():
+        if isinstance(part, nn.SyncBatchNorm):
             continue
         forward = type(part).forward
         if forward not in (BatchNorm.forward, BatchNormAct2d.forward):
@@ -158,13 +148,14 @@ def synchronize_norms(module: nn.Module, runtime: Runtime) -> None:
             raise UserError(f"model.sync_batchnorm: true, but {kind}, which has no synchronized form: use false")
         part.__class__ = nn.SyncBatchNorm if forward is BatchNorm.forward else SyncBatchNormAct  # type: ignore[assignment]
         part.process_group = runtime.data_group  # type: ignore[assignment]
+    return []
 
 
 # Recompute and compile.
 
 
-def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.device) -> None:
-    """Recompute and compile each block where *config* says so, in this order and in place.
+def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.device) -> list[str]:
+    """Recompute and compile each block where *config* says so, in this order and in place; return what the user should know.
 
     Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside
     of what is compiled.
@@ -172,20 +163,17 @@ def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.devic
     Raises:
         UserError: both for blocks with BatchNorm.
     """
-    compiled = decide(config, blocks, device)
+    eager = why_eager(config, blocks, device)
     for block in blocks if config.parallel.recompute == "blocks" else ():
         norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
-        if compiled and norms:
+        if eager is None and norms:
             raise UserError("parallel.recompute: blocks and parallel.compile: true exclude each other for BatchNorm: drop one")
-        options = {"context_fn": functools.partial(_pass_contexts, norms)} if norms else {}
+        # Around the first pass and around the second one.
+        options = {"context_fn": lambda norms=norms: (nullcontext(), _statistics_held(norms))} if norms else {}
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
-    if compiled:
+    if eager is None:
         compile_blocks(blocks, device)
-
-
-def _pass_contexts(norms: list[BatchNorm]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around the first pass and around the second one."""
-    return nullcontext(), _statistics_held(norms)
+    return [f"parallel.compile: auto compiles nothing: {eager}"] if eager and config.parallel.compile == "auto" else []
 
 
 @contextmanager
@@ -218,16 +206,24 @@ def replicate(module: nn.Module, parts: list[nn.Module], runtime: Runtime) -> Sp
     return spread
 
 
-def overlap(spread: Spread, rehearse: Callable[[Callable[[Tensor], Any]], None], runtime: Runtime) -> None:
+def overlap(spread: Spread, example: Tensor, statistics: Statistics) -> None:
     """Average gradients of a replicated model while the last backward pass runs: DistributedDataParallel (Li et al. 2020).
 
     Args:
-        rehearse: runs a forward and backward pass that leaves nothing behind but gradients.
+        example: a few images, as the model gets them.
+        statistics: of the model; they keep their values.
     """
-    spread.local_first = True
-    if runtime.world_size == 1:
-        return
     module = spread.module
+
+    def rehearse(model: Callable[[Tensor], Any]) -> None:
+        """A forward and backward pass in training mode, in which branches may run that evaluation does not have."""
+        statistics.keep()
+        # Not compiled: a batch of another size would be a graph of its own.
+        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+            outputs = [leaf for leaf in tree_leaves(model(example)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            torch.stack([output.float().sum() for output in outputs]).sum().backward()
+        statistics.restore(torch.ones((), dtype=torch.bool, device=example.device))
+
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # Gradients of expanded tokens: a copy of a few values.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -307,13 +303,6 @@ def shard(
     return spread
 
 
-def settle_shards(spread: Spread) -> None:
-    """Let FSDP pad its shards now, once they have storage: it would replace them in the first forward pass."""
-    for part in spread.parts:
-        if isinstance(part, FSDPModule):
-            part._get_fsdp_state()._lazy_init()
-
-
 def _copied_if_view(block: nn.Module, inputs: object, output: object) -> object:
     """Copy an output that is a view: an in-place operation on it would drop the hook that gathers the block's parameters."""
     if isinstance(output, Tensor) and output._is_view():
@@ -321,13 +310,3 @@ def _copied_if_view(block: nn.Module, inputs: object, output: object) -> object:
     if isinstance(output, (tuple, list)):
         return type(output)(_copied_if_view(block, inputs, part) for part in output)
     return output
-
-
-def rehearsal(forward: Callable[[], Any], keep: Callable[[], None], restore: Callable[[], None]) -> None:
-    """A forward and backward pass in training mode, in which branches may run that evaluation does not have."""
-    keep()
-    # Not compiled: a batch of another size would be a graph of its own.
-    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
-        outputs = [leaf for leaf in tree_leaves(forward()) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        torch.stack([output.float().sum() for output in outputs]).sum().backward()
-    restore()

@@ -10,20 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigvision.config import SPLIT_BACKWARD, Config
-from bigvision.data.batch import Batch
-from bigvision.engine.batches import micro_batch
-from bigvision.engine.engine import TrainingEngine
+from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
+from bigvision.data.batch import Batch, StepBatch
+from bigvision.engine.engine import Engine
 from bigvision.engine.parallelize import replicate, shard, wrap_blocks
 from bigvision.engine.step import NativeStep
 from bigvision.models import Blocks, Blueprint
-from bigvision.pipeline import Placement, Stage, StageMemory, make_schedule, plan_stages
+from bigvision.pipeline import Placement, StageMemory, make_schedule, plan_stages
 from bigvision.runtime import Runtime
 from bigvision.seeds import seed_from
 from bigvision.tasks import Task
 
 
-class PipelineEngine(TrainingEngine):
+class PipelineEngine(Engine):
     """Stages of a traced model under the schedules of ``torch.distributed.pipelining``.
 
     With more ranks than stages each stage is sharded (FSDP2) or copied over the ranks that share it. What crosses a cut
@@ -32,14 +31,14 @@ class PipelineEngine(TrainingEngine):
     """
 
     def __init__(
-        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int,
-        restored: bool = False,
+        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool
     ) -> None:  # fmt: skip
-        self.placement = Placement.of(config.parallel, runtime)
+        there_and_back = config.parallel.schedule in SPLIT_BACKWARD
+        self.placement = Placement(runtime.pipeline_ranks, config.parallel.per_rank, there_and_back)
         # Before blocks are wrapped: their forwards are still timm's.
-        shape = (blueprint.in_chans, blueprint.image_size, blueprint.image_size)
+        shape = blueprint.input_shape
         memory = StageMemory.of(config, runtime, self.placement, micro_batch(config, runtime.data_ranks, self.placement.ranks))
-        self.plan = plan_stages(blueprint.module, blocks, shape, self.placement.stages, runtime.device, memory)
+        self.plan = plan_stages(blueprint.module, blocks, shape, runtime.device, memory)
         super().__init__(config, blueprint, blocks, task, runtime, steps, restored)
         self.eval_batch = config.train.global_batch // runtime.data_ranks // self.micro_batch * self.micro_batch
         self.notes = [
@@ -53,7 +52,7 @@ class PipelineEngine(TrainingEngine):
     def _build(self, blueprint: Blueprint, blocks: Sequence[nn.Module]) -> None:
         config, runtime, parallel = self.config, self.runtime, self.config.parallel
         numbers = self.placement.numbers(runtime.stage)
-        self.stages: dict[int, Stage] = dict(zip(numbers, self.plan.build(self.module, numbers)))
+        self.stages = {number: self.plan.build(self.module, number) for number in numbers}
         self.parts = list(self.stages.values())
         self.group = runtime.mesh["stage"].get_group()
         self.schedules: dict[tuple[int, int], Any] = {}
@@ -61,11 +60,11 @@ class PipelineEngine(TrainingEngine):
         pieces = [block.module for number in numbers for block in self.plan.blocks[number]]
         sharded = runtime.mesh["shard"].size() > 1
         self.computing.apply(self.parts, [piece for piece in pieces if piece in set(blocks)], not sharded, runtime.device)
-        wrap_blocks(pieces, config, runtime.device)
+        self.notes += wrap_blocks(pieces, config, runtime.device)
         for number, stage in self.stages.items():
             stage.around = lambda number=number: self._surroundings(number)
             stage.apart = parallel.schedule in SPLIT_BACKWARD
-            last = number == self.plan.stages - 1
+            last = number == self.placement.stages - 1
             stage.travels_as = None if self.computing.dtype == torch.float32 or last else self.computing.dtype
         if sharded:
             spread = shard(self.module, self.parts, pieces, config, self.computing.dtype, runtime)
@@ -84,62 +83,46 @@ class PipelineEngine(TrainingEngine):
 
     # The passes.
 
-    def _passes(self, batch: Batch, factor: float) -> Tensor:
+    def _passes(self, batch: Batch | StepBatch, factor: float) -> Tensor:
+        batch = self._on_device(batch.whole())  # a schedule of torch's takes all micro-batches at once
         self.passes = dict.fromkeys(self.stages, 0)
         self.loss_factor = factor * self.stepper.scale.factor
-        held = self.stepper.held
-        whole, rest = divmod(len(batch), self.micro_batch)
+        parameters = list(self.stepper.held.values())
         images = self._inputs(batch) if 0 in self.stages else None
-        targets, begin = batch.targets(), 0
+        targets, begin = batch.loss_targets(), 0
+        whole, rest = divmod(len(batch), self.micro_batch)
         for count, size in ((whole, self.micro_batch), (1, rest)):
             if not count or not size:
                 continue
-            before = self._taken_aside() if (count, size) not in self.schedules else {}
-            schedule = self._schedule(count, size)
+            before: dict[nn.Parameter, Tensor] = {}
+            if (count, size) not in self.schedules:
+                self.schedules[count, size] = self._schedule(count, size)
+                # A schedule that runs for the first time forgets the gradients of sharded stages so far.
+                before = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+                for parameter in before:
+                    parameter.grad = None
             mine = slice(begin, begin + count * size)
             arguments = () if images is None else (images[mine],)
-            target = targets[mine] if self.plan.stages - 1 in self.stages else None
+            target = targets[mine] if self.placement.stages - 1 in self.stages else None
             with _unwrapped():
-                schedule.step(*arguments, target=target, return_outputs=False)
+                self.schedules[count, size].step(*arguments, target=target, return_outputs=False)
             begin += count * size
             for parameter, grad in before.items():
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        for parameter in held.values():
+        for parameter in parameters:
             # Where torch takes backward passes apart they lie as the kernels made them; fused optimizers read both alike.
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
                 parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
         return sum((loss for loss, _ in self.checks), torch.zeros((), dtype=torch.float64, device=self.runtime.device))
 
-    def _taken_aside(self) -> dict[nn.Parameter, Tensor]:
-        """The gradients so far: a schedule that runs for the first time forgets those of sharded stages."""
-        held = self.stepper.held
-        found = {parameter: parameter.grad for parameter in held.values() if parameter.grad is not None}
-        for parameter in found:
-            parameter.grad = None
-        return found
-
-    def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return self._checked_loss(outputs, labels) * self.loss_factor
-
     def _schedule(self, count: int, size: int) -> Any:
-        """The schedule of *count* micro-batches of *size* samples."""
-        if (count, size) not in self.schedules:
-            images = torch.empty(size, *self.input_shape, device="meta")
-            values = [(images,), *(self._empty(number, size, training=True) for number in range(self.plan.stages))]
-            self.schedules[count, size] = make_schedule(
-                self.config.parallel.schedule, self.stages, values, self.placement, count, self.group, self._loss
-            )
-        return self.schedules[count, size]
-
-    def _empty(self, number: int, samples: int, training: bool, device: torch.device | str = "meta") -> tuple[Tensor, ...]:
-        """Tensors as those that leave stage *number* for so many samples."""
-        compute = self.computing.dtype
-        return tuple(
-            torch.empty(
-                spec.sizes(samples), dtype=compute if spec.dtype.is_floating_point else spec.dtype, device=device,
-                requires_grad=spec.requires_grad and training,
-            )
-            for spec in self.plan.sends[training][number]
+        """A schedule of *count* micro-batches of *size* samples."""
+        sends = self.plan.sends[True]
+        values = [tuple(spec.empty(size, self.computing.dtype) for spec in specs) for specs in sends]
+        values.insert(0, (torch.empty(size, *self.input_shape, device="meta"),))
+        return make_schedule(
+            self.config.parallel.schedule, self.stages, values, self.placement, count, self.group,
+            lambda outputs, targets: self._checked_loss(outputs, targets) * self.loss_factor,
         )  # fmt: skip
 
     @contextmanager
@@ -157,28 +140,29 @@ class PipelineEngine(TrainingEngine):
         What is sent and received in a turn is one group: NCCL would run single transfers one after the other, and two ranks
         with several stages each would wait for each other.
         """
-        last = self.plan.stages - 1
-        totals = torch.zeros(len(self.task.metrics) + 1, dtype=torch.float64, device=self.runtime.device)
+        last, device = self.placement.stages - 1, self.runtime.device
+        totals = torch.zeros(len(self.task.metrics) + 1, dtype=torch.float64, device=device)
         arrived: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         parts = batch.split(self.micro_batch)
         for turn in range(len(parts) + last):
             transfers: list[dist.P2POp] = []
             # The last stage first, so that what arrives from a stage of this rank is of the turn before.
             for number in sorted(self.stages, reverse=True):
-                if not 0 <= (index := turn - number) < len(parts):
-                    continue
-                received = arrived.pop((number, index)) if number else (self._inputs(parts[index]),)
-                outputs = self.stages[number](*received)
-                if number == last:
-                    totals += self._measured(outputs, parts[index])
-                elif number + 1 in self.stages:
-                    arrived[number + 1, index] = outputs
-                else:
-                    transfers += [dist.P2POp(dist.isend, t, self._peer(number + 1), self.group) for t in outputs]
-            for number in sorted(self.stages, reverse=True):
-                if number and number - 1 not in self.stages and 0 <= (index := turn - number + 1) < len(parts):
-                    tensors = self._empty(number - 1, len(parts[index]), training=False, device=self.runtime.device)
-                    arrived[number, index] = tensors
+                index = turn - number
+                if 0 <= index < len(parts):
+                    received = arrived.pop((number, index)) if number else (self._inputs(parts[index]),)
+                    outputs = self.stages[number](*received)
+                    if number == last:
+                        totals += self._measured(outputs, parts[index])
+                    elif number + 1 in self.stages:
+                        arrived[number + 1, index] = outputs
+                    else:
+                        transfers += [dist.P2POp(dist.isend, t, self._peer(number + 1), self.group) for t in outputs]
+                following = index + 1
+                if number and number - 1 not in self.stages and 0 <= following < len(parts):
+                    specs, samples = self.plan.sends[False][number - 1], len(parts[following])
+                    tensors = tuple(spec.empty(samples, self.computing.dtype, device) for spec in specs)
+                    arrived[number, following] = tensors
                     transfers += [dist.P2POp(dist.irecv, t, self._peer(number - 1), self.group) for t in tensors]
             for work in dist.batch_isend_irecv(transfers) if transfers else ():
                 work.wait()
@@ -192,7 +176,7 @@ class PipelineEngine(TrainingEngine):
     def place(self) -> str:
         mine = " and ".join(map(str, self.stages))
         peers = sorted({near for number in self.stages for near in (number - 1, number + 1)} - set(self.stages))
-        others = ", ".join(f"stage {peer} on rank {self._peer(peer)}" for peer in peers if 0 <= peer < self.plan.stages)
+        others = ", ".join(f"stage {peer} on rank {self._peer(peer)}" for peer in peers if 0 <= peer < self.placement.stages)
         return f"stage {mine} on rank {self.runtime.rank}, beside {others}"
 
 

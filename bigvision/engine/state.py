@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -18,7 +19,7 @@ from bigvision.runtime import Runtime, all_or_none
 
 RUNNING = ("running_mean", "running_var")
 BUCKET = 16 * 2**20
-"""Numbers exchanged at a time."""
+"""Numbers exchanged at a time: the tensor that reaches as many is the last of its bucket."""
 
 Located = tuple[Tensor, int, tuple[int, int]]
 """(this rank's values of a tensor as a 1-D view, their start in the whole tensor, (which copy, number of copies))."""
@@ -125,13 +126,14 @@ class Statistics:
     each type, so that keeping, restoring, checking and averaging them is one operation, whatever their number.
     """
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[nn.Module], device: torch.device) -> None:
         self.frozen = [norm for part in parts for norm in part.modules() if is_frozen(norm)]
         still = set(self.frozen)
         moving = [module for part in parts for module in part.modules() if module not in still]
         self.running = _flattened(moving, RUNNING)
         self.live = [*self.running, *_flattened(moving, ("num_batches_tracked",))]
         self.kept = [flat.clone() for flat in self.live]
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
 
     def keep(self) -> None:
         """Remember them as they are now."""
@@ -143,14 +145,13 @@ class Statistics:
         for kept, live in zip(self.kept, self.live):
             torch.where(skipped, kept, live, out=live)
 
-    def largest(self) -> Tensor | None:
-        """The largest magnitude of all, 0-D on the device; not finite where any is not. None where there are none.
+    def largest(self) -> Tensor:
+        """The largest magnitude of all, float64 and 0-D on the device; not finite where any is not.
 
         A variance may overflow where outputs, which are divided by it, do not.
         """
-        if not self.running:
-            return None
-        return torch.stack([torch.linalg.vector_norm(flat, ord=math.inf).float() for flat in self.running]).max()
+        norms = [torch.linalg.vector_norm(flat, ord=math.inf).double() for flat in self.running]
+        return torch.stack(norms).max() if norms else self._zero
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -166,36 +167,29 @@ def _flattened(modules: list[nn.Module], names: tuple[str, ...]) -> list[Tensor]
         for name in names:
             if (buffer := module._buffers.get(name)) is not None:
                 kinds.setdefault(buffer.dtype, []).append((module, name, buffer))
+    flats: list[Tensor] = []
     for found in kinds.values():
-        flat = torch.cat([buffer.reshape(-1) for *_, buffer in found])
-        for (module, name, buffer), values in zip(found, flat.split([buffer.numel() for *_, buffer in found])):
+        flats.append(torch.cat([buffer.reshape(-1) for *_, buffer in found]))
+        for (module, name, buffer), values in zip(found, flats[-1].split([buffer.numel() for *_, buffer in found])):
             module._buffers[name] = values.view(buffer.shape)
-        kinds[flat.dtype] = [flat]  # type: ignore[list-item]
-    return [flat for (flat,) in kinds.values()]  # type: ignore[misc]
+    return flats
 
 
 def average(tensors: Iterable[Tensor], runtime: Runtime) -> None:
     """Replace each tensor by its mean over the data-parallel ranks, exchanging many at a time."""
     if runtime.data_ranks == 1:
         return
-    for bucket in _buckets(tensors):
+    left = list(tensors)
+    while left:
+        sizes = itertools.accumulate(one.numel() for one in left)
+        count = 1 + sum(size < BUCKET for size in sizes)
+        bucket, left = left[:count], left[count:]
         flat = torch.cat([one.detach().reshape(-1).float() for one in bucket])
         dist.all_reduce(flat, group=runtime.data_group)
         flat /= runtime.data_ranks
         with torch.no_grad():
             for one, values in zip(bucket, flat.split([one.numel() for one in bucket])):
                 one.copy_(values.view_as(one))
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(one.numel() for one in bucket) >= BUCKET:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
 
 
 # Fragments of what a torch optimizer steps.

@@ -11,14 +11,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from bigvision.config import WHOLE, Config
-from bigvision.engine.base import REQUESTS
-from bigvision.engine.parallelize import Spread, settle_shards
-from bigvision.engine.precision import LossScale
+from bigvision.engine.parallelize import Spread
+from bigvision.engine.results import reduce_with
 from bigvision.engine.state import (
     Statistics,
     allocate,
@@ -47,7 +46,9 @@ class NativeStep:
         self.scale = LossScale(config.parallel.precision, runtime.device)
         for part in spread.parts:
             allocate(part, runtime.device)
-        settle_shards(spread)
+            if isinstance(part, FSDPModule):
+                # FSDP pads its shards now, once they have storage: it would replace them in the first forward pass.
+                part._get_fsdp_state()._lazy_init()
         self.held = held = spread.held()
         # Sharded tensors cost a fused step five times the host time of plain ones; an optimizer that takes norms of whole
         # tensors needs them all the same.
@@ -64,7 +65,7 @@ class NativeStep:
         absent = self.shapes.keys() - held.keys()
         self.absent = state_layout(optim) if absent else {}
         fill(blueprint, config.seed, self.model_fragments(), spread.parts, runtime.device, restored)
-        self.statistics = Statistics(spread.parts)
+        self.statistics = Statistics(spread.parts, runtime.device)
 
     # The step.
 
@@ -92,15 +93,9 @@ class NativeStep:
         average([gradient for gradient in unreduced if gradient is not None], self.runtime)
         for tensor, parameter in self.local:
             tensor.grad = None if parameter.grad is None else local_tensor(parameter.grad)
-        totals = torch.zeros(3 + len(REQUESTS), dtype=torch.float64, device=self.runtime.device)
-        totals[0] = loss_sum
-        totals[1] = self._squared_norm()
-        if (largest := self.statistics.largest()) is not None:
-            totals[2] = largest * 0.0  # not a number where it is not finite
-        for place, name in enumerate(REQUESTS, start=3):
-            if name in requests:
-                totals[place].fill_(1.0)
-        dist.all_reduce(totals)  # the one collective beyond the strategy's own
+        # The third is not a number where a running statistic is not finite.
+        numbers = torch.stack([loss_sum, self._squared_norm(), self.statistics.largest() * 0.0])
+        totals = reduce_with(requests, numbers)
         skipped = ~torch.isfinite(totals[:3]).all()
         norm = totals[1].sqrt() / self.scale.scale
         for group in self.optimizer.param_groups:
@@ -128,11 +123,9 @@ class NativeStep:
             optimizer.step()
         elif not bool(skipped):  # waits for the device
             if factor is not None:
-                torch._foreach_mul_([local_tensor(gradient) for gradient in self._gradients()], factor.float())
+                stepped = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+                torch._foreach_mul_([local_tensor(p.grad) for p in stepped if p.grad is not None], factor.float())
             self.optimizer.step()
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def _squared_norm(self) -> Tensor:
         """A part of the gradient's squared norm, float64 and 0-D; summed over all ranks it is the whole."""
@@ -182,3 +175,48 @@ def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     if not pieces:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(pieces)).double().square().sum()
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018), on the device; 1 and constant for the other formats."""
+
+    growth_interval = 2000
+
+    def __init__(self, precision: str, device: torch.device) -> None:
+        self.dynamic = precision == "fp16"
+        self.scale = torch.tensor(2.0**16 if self.dynamic else 1.0, device=device)
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def factor(self) -> Tensor | float:
+        """What losses are multiplied with."""
+        return self.scale if self.dynamic else 1.0
+
+    def update(self, skipped: Tensor, finite_loss: Tensor) -> Tensor:
+        """Halve the scale after an overflow; double it after :attr:`growth_interval` steps without one.
+
+        A loss that is not finite is no overflow, since it does not depend on the scale: it leaves the scale as it is.
+
+        Args:
+            skipped, finite_loss: bool, 0-D, on the device.
+
+        Returns:
+            Whether the step overflowed while the scale could still fall, bool and 0-D.
+        """
+        if not self.dynamic:
+            return torch.zeros_like(skipped)
+        overflow = skipped & finite_loss & (self.scale > 1.0)
+        steps = torch.where(overflow, 0, self.steps + ~skipped)
+        grown = steps == self.growth_interval
+        self.scale.copy_(torch.where(overflow, (self.scale / 2).clamp(min=1.0), torch.where(grown, self.scale * 2, self.scale)))
+        self.steps.copy_(torch.where(grown, 0, steps))
+        return overflow
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; waits for the device."""
+        return {"loss_scale": self.scale.item() if self.dynamic else None, "good_steps": int(self.steps)}
+
+    def restore(self, scalars: dict[str, Any]) -> None:
+        if self.dynamic and scalars["loss_scale"] is not None:
+            self.scale.fill_(scalars["loss_scale"])
+            self.steps.fill_(scalars["good_steps"])

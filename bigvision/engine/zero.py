@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
+import os
+import re
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +19,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from bigvision.config import Config
-from bigvision.engine.base import REQUESTS
-from bigvision.engine.engine import TrainingEngine
+from bigvision.config import Config, deepspeed_settings
+from bigvision.engine.engine import Engine
 from bigvision.engine.parallelize import wrap_blocks
-from bigvision.engine.precision import COMPUTE_DTYPES
+from bigvision.engine.results import reduce_with
 from bigvision.engine.state import Statistics, allocate, fill
-from bigvision.engine.zero_settings import deepspeed_settings, forget_models, load_deepspeed
+from bigvision.errors import UserError
 from bigvision.fragments import Fragment
-from bigvision.models import Blueprint
-from bigvision.optim import build_optimizer, parameter_groups
+from bigvision.models import Blueprint, formats
+from bigvision.optim import build_optimizer, parameter_groups, state_layout
 from bigvision.runtime import Runtime
 
 
-class ZeroEngine(TrainingEngine):
+class ZeroEngine(Engine):
     """ZeRO stages 1 to 3 (Rajbhandari et al. 2020) and ZeRO-Offload (Ren et al. 2021) through ``deepspeed.initialize``.
 
     DeepSpeed holds, gathers and reduces tensors, clips and steps; the parameter groups, the learning rate, the number of
@@ -36,7 +41,7 @@ class ZeroEngine(TrainingEngine):
     def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
         # Autocast, if any, inside the model: DeepSpeed switches off one under which it is entered.
         self.computing.apply(self.parts, blocks, True, self.runtime.device)
-        wrap_blocks(blocks, self.config, self.runtime.device)
+        self.notes += wrap_blocks(blocks, self.config, self.runtime.device)
         self.stepper = ZeroStep(self.module, blocks, blueprint, self.config, self.runtime, self.restoring)
         self.forward = self.stepper.forward
 
@@ -51,10 +56,10 @@ class ZeroStep:
         deepspeed = load_deepspeed(runtime.device)
         parallel = config.parallel
         self.weights_sharded = parallel.strategy == "zero3"
-        dtype = COMPUTE_DTYPES[parallel.precision]
+        dtype = formats.COMPUTE_DTYPES[parallel.precision]
         largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
         total = sum(p.numel() for p in module.parameters())
-        settings = deepspeed_settings(config, runtime.world_size, runtime.device, total, largest)
+        settings = deepspeed_settings(config, runtime.world_size, runtime.device.type, total, largest)
         # Now, while every parameter has its shape.
         groups = parameter_groups(module, config.optim.weight_decay, config.optim.layer_decay)
         if self.weights_sharded:
@@ -83,9 +88,10 @@ class ZeroStep:
         self.names = {id(p): name for name, p in module.named_parameters()}
         # DeepSpeed keeps fp32 values of what it trains only: of what is frozen, each rank keeps a share in host memory.
         self.frozen = {name: torch.empty(self._share(p)[1]) for name, p in named.items() if not p.requires_grad}
+        self.state_keys = tuple(state_layout(config.optim))
         self._allocate_state()
         fill(blueprint, config.seed, self.model_fragments(), [module], runtime.device, restored)
-        self.statistics = Statistics([module])
+        self.statistics = Statistics([module], runtime.device)
         self.finite = torch.ones((), dtype=torch.bool, device=runtime.device)
         if not restored:
             self.refresh()
@@ -102,9 +108,7 @@ class ZeroStep:
 
     def backward(self, loss: Tensor, factor: float) -> None:
         # DeepSpeed skips a step by its gradients alone; with this factor whatever is not finite makes them so too.
-        whole = torch.isfinite(loss.detach())
-        if (largest := self.statistics.largest()) is not None:
-            whole &= torch.isfinite(largest)
+        whole = torch.isfinite(loss.detach()) & torch.isfinite(self.statistics.largest())
         self.finite = self.finite & whole
         self.deepspeed.backward(loss * torch.where(whole, factor, math.nan), scale_wrt_gas=False)
 
@@ -115,13 +119,8 @@ class ZeroStep:
         before = copy.copy(vars(scaler)) if scaler is not None else {}
         may_fall = scaler is not None and scaler.cur_scale > scaler.min_scale
         self.deepspeed.step()
-        totals = torch.zeros(2 + len(REQUESTS), dtype=torch.float64, device=loss_sum.device)
-        totals[0], totals[1] = loss_sum, ~self.finite
+        totals = reduce_with(requests, torch.stack([loss_sum, (~self.finite).double()]))
         self.finite = torch.ones_like(self.finite)
-        for place, name in enumerate(REQUESTS, start=2):
-            if name in requests:
-                totals[place].fill_(1.0)
-        dist.all_reduce(totals)
         norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float64, device=loss_sum.device)
         skipped, overflowed = not self.deepspeed.was_step_applied(), False
         if skipped:
@@ -137,10 +136,7 @@ class ZeroStep:
 
     def model_fragments(self) -> Iterator[Fragment]:
         for name, tensor in self.module.state_dict(keep_vars=True).items():
-            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-                values = self.frozen[self.names[id(tensor)]]
-                yield Fragment("model", name, whole_shape(tensor), self._share(tensor)[0], values, (0, 1))
-            elif isinstance(tensor, nn.Parameter):
+            if isinstance(tensor, nn.Parameter):
                 values, start = self._run(tensor, None)
                 yield Fragment("model", name, whole_shape(tensor), start, values, (0, 1))
             else:
@@ -158,7 +154,7 @@ class ZeroStep:
 
     def optimizer_fragments(self) -> Iterator[Fragment]:
         for parameter in self.module.parameters():
-            for key in self._state_keys() if parameter.requires_grad else ():
+            for key in self.state_keys if parameter.requires_grad else ():
                 values, start = self._run(parameter, key)
                 yield Fragment("optimizer", f"{self.names[id(parameter)]}/{key}", whole_shape(parameter), start, values, (0, 1))
 
@@ -171,14 +167,15 @@ class ZeroStep:
 
     def _run(self, parameter: nn.Parameter, key: str | None) -> tuple[Tensor, int]:
         """This rank's fp32 values of a parameter (*key* None) or of its optimizer state, and their start in the whole."""
+        start, length = self._share(parameter)
+        if not parameter.requires_grad:
+            return self.frozen[self.names[id(parameter)]], start
         if self.weights_sharded:
-            group, offset, size = self.sharded.grad_position[self.sharded.get_param_id(parameter)]
+            # The last ranks' pieces are padded to the size of the others'.
+            group, offset, _ = self.sharded.grad_position[self.sharded.get_param_id(parameter)]
             flat = self.sharded.fp32_partitioned_groups_flat[group]
             flat = flat if key is None else self.inner.state[flat][key]
-            numel = parameter.ds_numel  # type: ignore[attr-defined]
-            # The last ranks' pieces are padded to the size of the others'.
-            start = min(size * self.runtime.rank, numel)
-            return flat.detach()[offset : offset + min(size, numel - start)], start
+            return flat.detach()[offset : offset + length], start
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return torch.empty(0, device=self.runtime.device), 0
@@ -190,18 +187,11 @@ class ZeroStep:
             return self.sharded.fp32_partitioned_groups_flat
         return [flat for group in self.inner.param_groups for flat in group["params"]]
 
-    def _state_keys(self) -> tuple[str, ...]:
-        if self.config.optim.name == "adamw":
-            return ("exp_avg", "exp_avg_sq")
-        if self.config.optim.name == "lion":
-            return ("exp_avg",)
-        return ("momentum_buffer",) if self.config.optim.momentum else ()
-
     def _allocate_state(self) -> None:
         """Create the state that the optimizer would create at its first step, so that it can be saved and restored before."""
         for flat in self._flats():
             state = self.inner.state[flat]
-            for key in self._state_keys():
+            for key in self.state_keys:
                 state[key] = torch.zeros_like(flat, requires_grad=False)
             if self.config.optim.name == "adamw":
                 state["step"] = 0 if self._is_cpu_adam() else torch.zeros((), device=flat.device)
@@ -326,3 +316,69 @@ def _unpack(kept: Any) -> Tensor:
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter, also where this rank holds only a piece."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+# DeepSpeed as a library.
+
+
+def load_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for *device*, with its log at warnings and without what an earlier run in this process left."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    # What it says of compilers and CUDA is said by check_cpu_adam, in one line, where it matters.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    from deepspeed.utils import groups
+    from timm.optim import Lion
+
+    accelerator: Any = get_accelerator()
+    counted: Any = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls them by names that newer releases of torch replace.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", FutureWarning)
+    # It warns of those that it has not tested; tests/engine has.
+    ZERO_SUPPORTED_OPTIMIZERS.extend({torch.optim.SGD, Lion} - set(ZERO_SUPPORTED_OPTIMIZERS))
+    groups._release_process_group_references()
+    deepspeed.comm.comm.cdb = None
+    # Ranks compare these counters, and need not have run the same before.
+    deepspeed.zero.Init.param_id = 0
+    counted.__defaults__[0][0] = 0
+    forget_models()
+    if device.type == "cpu":
+        # It asks for matrix instructions that few processors have; torch computes fp16 on every one.
+        accelerator.is_fp16_supported = lambda: True
+        # A library for inference that it would else compile first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(accelerator.communication_backend_name(), dist_init_required=False)
+    return deepspeed
+
+
+def forget_models() -> None:
+    """Empty the list in which DeepSpeed keeps every model of stage 3."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+
+
+def check_cpu_adam(device: torch.device) -> None:
+    """Compile DeepSpeed's CPU Adam, or find it compiled (in torch's cache of extensions).
+
+    Raises:
+        UserError: there is no working compiler.
+    """
+    deepspeed = load_deepspeed(device)
+    # DeepSpeed requires the package ninja; the folder of its program is on PATH only in an activated environment.
+    os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    try:
+        deepspeed.ops.op_builder.CPUAdamBuilder().load(verbose=False)
+    except (Exception, SystemExit) as error:
+        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        cause = next((line for line in said if re.search(r"not found|error:|required", line)), said[0])[:200]
+        raise UserError(
+            "parallel.offload: the optimizer's step on the CPU is compiled once, and here it cannot be "
+            f"({cause}): install a C++ compiler (g++) and ninja, or use parallel.offload none"
+        ) from None

@@ -1,13 +1,14 @@
 """What ``accelerate launch`` asks for through the environment, in the words of our configuration.
 
 Each setting is honoured (it has a key of ours), neutral (it changes nothing here, and the reason stands beside it) or refused
-by name. Nothing is ignored: a setting that the table does not know is refused as well.
+by name. Nothing is ignored: a setting that the table does not know is refused as well. A launch without FSDP and DeepSpeed asks
+for no strategy, and "no" is the precision that every launch has when nobody chose one: both leave the recipe's values.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from bigvision.config import read_ds_file
@@ -19,6 +20,9 @@ YES, NO = ("true", "1", "yes", "on", "y", "t"), ("false", "0", "no", "off", "n",
 ANY = None
 # FSDP1's strategies, by name and by torch's number, as values of parallel.reshard.
 SHARDING = {"full_shard": "forward", "1": "forward", "shard_grad_op": "never", "2": "never"}
+# Those that shard inside each host only, and the one that does not shard.
+HYBRID = {"hybrid_shard": "forward", "4": "forward", "hybrid_shard_zero2": "never", "5": "never"}
+UNSHARDED = {"no_shard": None, "3": None}
 
 
 class Rule(NamedTuple):
@@ -28,6 +32,8 @@ class Rule(NamedTuple):
     """Why any value is neutral or, for the values that are not accepted, what the user reads: the reason and the fix."""
     key: str = ""
     """Our key that a mapped value sets."""
+    usual: tuple[str, ...] = ()
+    """For a setting with any value: the values of which nobody expects anything. Another one gets a line with the note."""
 
 
 RULES: dict[str, Rule] = {
@@ -35,12 +41,11 @@ RULES: dict[str, Rule] = {
     "ACCELERATE_USE_DEEPSPEED": Rule(YES + NO, "use true or false"),
     "ACCELERATE_USE_MEGATRON_LM": Rule(NO, "Megatron-LM is not for vision backbones; use distributed_type: FSDP"),
     "ACCELERATE_USE_SAGEMAKER": Rule(NO, "start the ranks with compute_environment: LOCAL_MACHINE"),
-    "ACCELERATE_USE_FSDP": Rule(
-        dict.fromkeys(YES, "fsdp") | dict.fromkeys(NO, "ddp"), "use true or false", "parallel.strategy"
-    ),
+    "ACCELERATE_USE_FSDP": Rule(dict.fromkeys(YES, "fsdp") | dict.fromkeys(NO), "use true or false", "parallel.strategy"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": Rule(YES + NO, "only says that PARALLELISM_CONFIG_* are there"),
     "ACCELERATE_USE_CPU": Rule(dict.fromkeys(YES, "cpu") | dict.fromkeys(NO), "use true or false", "parallel.device"),
-    "ACCELERATE_CPU_AFFINITY": Rule(NO, "bigvision does not bind ranks to cores; drop enable_cpu_affinity"),
+    "ACCELERATE_CPU_AFFINITY": Rule(ANY, "bigvision does not bind ranks to cores", usual=NO),
+    "ACCELERATE_DOWNCAST_BF16": Rule(ANY, "is for TPUs", usual=NO),
     "ACCELERATE_DEBUG_MODE": Rule(ANY, "checks accelerate's own collectives"),
     "ACCELERATE_ENABLE_RICH": Rule(ANY, "how accelerate itself prints"),
     "ACCELERATE_LOG_LEVEL": Rule(ANY, "how accelerate itself prints"),
@@ -57,16 +62,16 @@ RULES: dict[str, Rule] = {
         "bigvision compiles with inductor; use dynamo_backend: INDUCTOR or NO",
         "parallel.compile",
     ),
-    "ACCELERATE_DYNAMO_MODE": Rule(("default",), "drop dynamo_mode"),
-    "ACCELERATE_DYNAMO_USE_DYNAMIC": Rule(NO, "bigvision compiles for the shapes it meets; drop dynamo_use_dynamic"),
-    "ACCELERATE_DYNAMO_USE_FULLGRAPH": Rule(NO, "a block may have graph breaks; drop dynamo_use_fullgraph"),
+    "ACCELERATE_DYNAMO_MODE": Rule(ANY, "bigvision compiles in the default mode", usual=("default",)),
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": Rule(ANY, "bigvision compiles for the shapes it meets", usual=NO),
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": Rule(ANY, "a block may have graph breaks", usual=NO),
     "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": Rule(YES + NO, "bigvision always compiles block by block"),
     # DeepSpeed: which kind of ZeRO. What is read together is in _deepspeed.
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": Rule(ANY, "see _deepspeed"),
     "ACCELERATE_CONFIG_DS_FIELDS": Rule(ANY, "names the keys of accelerate's own file; see _deepspeed"),
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": Rule(
-        {"1": "zero1", "2": "zero2", "3": "zero3"},
-        "use zero_stage: 1, 2 or 3; without ZeRO use distributed_type: MULTI_GPU or FSDP",
+        {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"},
+        "use zero_stage: 0, 1, 2 or 3",
         "parallel.strategy",
     ),
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": Rule(("cpu",), "bigvision offloads to CPU memory; use cpu or none"),
@@ -80,18 +85,16 @@ RULES: dict[str, Rule] = {
     # FSDP: how the model is sharded.
     "FSDP_VERSION": Rule(("1", "2"), "use fsdp_version: 2. Both give the same shards and numbers; bigvision uses fully_shard"),
     "FSDP_SHARDING_STRATEGY": Rule(
-        SHARDING,
-        "bigvision shards everything; use FULL_SHARD or SHARD_GRAD_OP, with --parallel.replicas N for hybrid sharding",
+        SHARDING | HYBRID | UNSHARDED,
+        "use FULL_SHARD, SHARD_GRAD_OP, HYBRID_SHARD, HYBRID_SHARD_ZERO2 or NO_SHARD",
         "parallel.reshard",
     ),
     "FSDP_RESHARD_AFTER_FORWARD": Rule(
-        SHARDING | dict.fromkeys(YES, "forward") | dict.fromkeys(NO, "never"), "use true or false", "parallel.reshard"
+        SHARDING | HYBRID | dict.fromkeys(YES, "forward") | dict.fromkeys(NO, "never"), "use true or false", "parallel.reshard"
     ),
-    "FSDP_AUTO_WRAP_POLICY": Rule(
-        ("transformer_based_wrap",), "bigvision shards each block of the model; use TRANSFORMER_BASED_WRAP or drop it"
-    ),
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": Rule((), "bigvision finds the blocks itself; drop fsdp_transformer_layer_cls_to_wrap"),
-    "FSDP_MIN_NUM_PARAMS": Rule(ANY, "read by SIZE_BASED_WRAP only, which is refused"),
+    "FSDP_AUTO_WRAP_POLICY": Rule(ANY, "bigvision shards each block of the model", usual=("transformer_based_wrap",)),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": Rule(ANY, "bigvision finds the blocks of the model itself", usual=("none",)),
+    "FSDP_MIN_NUM_PARAMS": Rule(ANY, "read by SIZE_BASED_WRAP only; bigvision shards each block"),
     "FSDP_IGNORED_MODULES": Rule((), "bigvision shards every parameter; drop fsdp_ignored_modules"),
     "FSDP_OFFLOAD_PARAMS": Rule(NO, "bigvision keeps parameters on the device; use fsdp_offload_params: false"),
     # FSDP: memory and overlap.
@@ -104,9 +107,7 @@ RULES: dict[str, Rule] = {
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": Rule(
         NO, "activations are recomputed, not offloaded; use fsdp_activation_checkpointing_offload: false"
     ),
-    "FSDP_BACKWARD_PREFETCH": Rule(
-        ("backward_pre", "1"), "bigvision gathers the next block before one has run; use BACKWARD_PRE or drop it"
-    ),
+    "FSDP_BACKWARD_PREFETCH": Rule(ANY, "the next block is gathered before one has run", usual=("backward_pre", "1")),
     # Every launch says false when nothing was asked for.
     "FSDP_FORWARD_PREFETCH": Rule(YES + NO, "the next block is always gathered while one runs"),
     # FSDP: what does not arise in bigvision.
@@ -135,10 +136,11 @@ DEEPSPEED_VALUES = (
 )
 
 
-def overrides(environ: Mapping[str, str]) -> Overrides:
+def overrides(environ: Mapping[str, str], say: Callable[[str], None] = lambda text: None) -> Overrides:
     """Our keys that ``accelerate launch`` decides: ``{"parallel.precision": ("bf16", "ACCELERATE_MIXED_PRECISION")}``.
 
     Empty without accelerate. The launcher always sets ACCELERATE_MIXED_PRECISION; a user may set ACCELERATE_USE_* by hand.
+    *say* gets a line for each setting from which somebody may expect more than it does here.
 
     Raises:
         UserError: a setting that bigvision does not have, or one that it does not know, or a DeepSpeed file that is refused.
@@ -154,10 +156,12 @@ def overrides(environ: Mapping[str, str]) -> Overrides:
     # In the table's order, so that the broadest mistake is reported first; then the names that it does not have.
     order = [*RULES, *sorted(set(environ) - set(RULES))]
 
-    asked: Overrides = {"parallel.strategy": ("ddp", "ACCELERATE_USE_FSDP (not set)")}
+    asked: Overrides = {}
     settled: set[str] = set()
     if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
         asked, settled = _deepspeed(environ)
+    elif not _is_on(environ, "ACCELERATE_USE_FSDP") and environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() == "no":
+        settled = {"ACCELERATE_MIXED_PRECISION"}
     settled |= _of_another_fsdp_version(environ)
     for name in order:
         text = environ.get(name, "")
@@ -173,7 +177,25 @@ def overrides(environ: Mapping[str, str]) -> Overrides:
             raise UserError(f"{name}={text} is refused: {rule.note}")
         if isinstance(rule.accepts, Mapping) and rule.accepts[value] is not None:
             asked[rule.key] = (rule.accepts[value], name)
+        if rule.usual and value not in rule.usual:
+            say(f"{name}={text} has no meaning here: {rule.note}")
+        if name in ("FSDP_SHARDING_STRATEGY", "FSDP_RESHARD_AFTER_FORWARD"):
+            asked |= _sharded_over(environ, name, value)
     return asked | _mesh(environ)
+
+
+def _sharded_over(environ: Mapping[str, str], name: str, sharding: str) -> Overrides:
+    """What FSDP1's strategy says beside resharding: a copy of the model on each host, or on each rank."""
+    if sharding in UNSHARDED:
+        return {"parallel.strategy": ("ddp", name)}
+    if sharding not in HYBRID:
+        return {}
+    ranks, local = environ.get("WORLD_SIZE", "1"), environ.get("LOCAL_WORLD_SIZE", environ.get("WORLD_SIZE", "1"))
+    if not ranks.isdecimal() or not local.isdecimal() or not int(local) or int(ranks) % int(local):
+        raise UserError(
+            f"{name}={environ[name]}: WORLD_SIZE={ranks} is no multiple of LOCAL_WORLD_SIZE={local}: use FULL_SHARD"
+        )
+    return {"parallel.replicas": (int(ranks) // int(local), name)}
 
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:

@@ -26,7 +26,7 @@ def train(
     *,
     model: str | GivenModel | None = None,
     devices: Devices = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     callbacks: Sequence[Callback] = (),
     max_restarts: int = 0,
     **keys: Any,
@@ -45,7 +45,7 @@ def train(
         devices: how many ranks to start on this host, one on each CUDA device where there are any; ``[0, 1]``: these CUDA
             devices; ``"cpu"``: one rank on the CPU; ``"auto"``: all CUDA devices, or one rank on the CPU. By default, and
             under a launcher, none are started: this process joins the launcher's ranks, or is the only one.
-        image_size: ``model.image_size``, the side of the square input in pixels.
+        image_size: ``model.image_size``, the side of a square input in pixels, or height and width.
         callbacks: functions that rank 0 calls with each `Event`. What one raises ends the run on all ranks.
         max_restarts: how often the ranks that are started here are started again after a fault; they resume.
         keys: any other section of a recipe as a mapping (``optim={"lr": 1e-3}``), ``out``, ``seed``, or dotted keys

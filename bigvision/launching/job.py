@@ -26,7 +26,10 @@ class Job:
     """How often it may be started again."""
     seconds: int | None = None
     """The longest that it may take."""
-    partition: str | None = None
+    cpus_per_rank: int = 1
+    """For the rank itself and its data workers."""
+    directives: tuple[tuple[str, str], ...] = ()
+    """More options of sbatch, by their long names; "" for one without a value."""
     image: str | None = None
     claim: tuple[str, str] | None = None
     """A volume claim and the folder where the container sees it."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from bigvision.config import Config, resolve
+from bigvision.config.paths import AUTO
 from bigvision.config.resolve import flatten
 from bigvision.config.values import leaves
 from bigvision.errors import UserError, either, nearest
+from bigvision.models import given_name
+from bigvision.runtime import identify
 
 Recipe = str | Path | Mapping[str, Any] | Config | None
 """The path of a YAML file, a mapping like one, a configuration, or None for the defaults."""
@@ -33,7 +37,13 @@ class Objects:
 
 
 def configured(
-    caller: str, recipe: Recipe, model: Any, data: Any, val: Any, image_size: int | None, keys: Mapping[str, Any]
+    caller: str,
+    recipe: Recipe,
+    model: Any,
+    data: Any,
+    val: Any,
+    image_size: int | tuple[int, int] | None,
+    keys: Mapping[str, Any],
 ) -> tuple[Config, Objects]:
     """The configuration that is asked for, keywords before the recipe, and the objects.
 
@@ -67,16 +77,26 @@ def configured(
         raise UserError(f"data: {caller} got a dataset in val, but none to train on: give both")
     if "data" in objects and "val" not in objects:
         objects["val"] = given.pop("data.val")
+    names = {"model": ("model.name", given_name), "data": ("data.train", _class_name), "val": ("data.val", _class_name)}
+    for name, value in objects.items():
+        key, named = names[name]
+        given[key] = value if isinstance(value, str) else named(value)  # what a folder is named after
     if isinstance(recipe, Config):
-        if not given:
-            return recipe, Objects(**objects)
+        if not given and recipe.out != AUTO:
+            return recipe, Objects()
         recipe = recipe.to_dict()
     if recipe is not None and not isinstance(recipe, (str, Path, Mapping)):
         raise UserError(f"{caller}: {type(recipe).__name__} is no recipe: give a path, a mapping or a Config")
-    overrides = {
-        key: (str(value) if isinstance(value, Path) else value, f"{caller}(...)") for key, value in given.items()
-    }  # fmt: skip
-    return resolve(recipe, (), overrides)[0], Objects(**objects)
+    keywords = {key: (str(value) if isinstance(value, Path) else value, f"{caller}(...)") for key, value in given.items()}
+    notes: list[str] = []
+    config, _ = resolve(recipe, keywords=keywords, say=notes.append)
+    if notes and identify(os.environ).rank == 0:
+        print("\n".join(notes))
+    return config, Objects(**objects)
+
+
+def _class_name(data: Any) -> str:
+    return f"python:{type(data).__name__}"
 
 
 def _check_names(caller: str, keys: Mapping[str, Any], known: Mapping[str, Any]) -> None:

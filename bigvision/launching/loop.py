@@ -13,13 +13,13 @@ from torch import Tensor
 
 from bigvision import checkpoint
 from bigvision.config import parse_size
-from bigvision.data import Batch
+from bigvision.data import Batch, StepBatch
 from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError
 from bigvision.launching.keywords import Recipe, configured
 from bigvision.models import GivenModel, check_model
-from bigvision.runtime import all_or_none, deterministic, operations_named, start
-from bigvision.training.build import build_model, with_model
+from bigvision.runtime import all_or_none, deterministic, from_main, operations_named, start
+from bigvision.training.build import build_model, with_model, without_weights
 from bigvision.training.saving import progress_of
 
 
@@ -46,7 +46,8 @@ class Engine:
         num_classes: int | None = None,
         steps: int | None = None,
         global_batch: int | None = None,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        resume: bool | str | Path = False,
         **keys: Any,
     ) -> None:
         """Build and shard the model.
@@ -57,7 +58,9 @@ class Engine:
             num_classes: ``model.num_classes``; not needed with a module of your own.
             steps: ``train.steps``, of the whole loop: the learning rate's schedule.
             global_batch: ``train.global_batch``, samples of a step over all ranks.
-            image_size: ``model.image_size``.
+            image_size: ``model.image_size``, the side of a square, or height and width.
+            resume: True, or a folder: take over a checkpoint as :meth:`resume` does, without computing first values or
+                reading pretrained weights before.
             keys: sections and dotted keys, as in `bigvision.train`.
 
         Raises:
@@ -71,29 +74,36 @@ class Engine:
         if made.model.num_classes is None and not isinstance(objects.model, torch.nn.Module):
             raise UserError("model.num_classes: bigvision.Engine does not see the data: give num_classes=...")
         self.config = with_model(made, objects.model)
+        self._out = Path(self.config.out)
         self._stack = ExitStack()
         try:
-            self._build(objects.model)
+            self._build(objects.model, resume)
         except BaseException:
             self._stack.close()
             raise
 
-    def _build(self, model: Any) -> None:
+    def _build(self, model: Any, resume: bool | str | Path) -> None:
         parallel, steps = self.config.parallel, self.config.train.steps
         assert steps is not None
         self._stack.enter_context(deterministic(self.config.train.deterministic, parallel.device))
         self.runtime = self._stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks))
         all_or_none(lambda: check_engine(self.config, self.runtime))
-        all_or_none(lambda: check_model(self.config.model, model))
+        found = self._find(None if resume is True else resume) if resume else None
+        config = self.config if found is None else without_weights(self.config)
+        all_or_none(lambda: check_model(config.model, model))
         channels = self.config.model.options.get("in_chans", getattr(model, "in_chans", 3))
         self.engine, blueprint, self._card = build_model(
-            self.config, self.config.model.num_classes or 1, self.runtime, steps, self._say, channels, model
+            config, config.model.num_classes or 1, self.runtime, steps, self._say, channels, model, found is not None
         )
         self._stack.callback(self.engine.close)
         self._savers: dict[Path, checkpoint.Saver] = {}
-        self.image_size: int = blueprint.image_size
+        height, width = blueprint.image_size
+        self.image_size: int | tuple[int, int] = height if height == width else (height, width)
+        """The side of a square, or height and width."""
         self.mean, self.std = blueprint.mean, blueprint.std
         """What uint8 images in 0..1 are normalised with, per channel."""
+        if found is not None:
+            self._restore(found)
 
     @property
     def step(self) -> int:
@@ -117,7 +127,7 @@ class Engine:
     def device(self) -> torch.device:
         return self.runtime.device
 
-    def train_step(self, images: Tensor | Batch, labels: Tensor | None = None) -> StepResult:
+    def train_step(self, images: Tensor | Batch | StepBatch, labels: Tensor | None = None) -> StepResult:
         """Take one optimizer step on this rank's part of the global batch.
 
         Args:
@@ -146,30 +156,35 @@ class Engine:
         """Measure this rank's samples, as many on each rank. Add up what is returned, and ask it for its ``means()``."""
         self.engine.synchronize()
         with operations_named():
-            return self.engine.eval_step(_batch(images, labels))
+            return self.engine.eval_step(_batch(images, labels).whole())
 
     def save(self, out: str | Path | None = None, metrics: dict[str, float] | None = None) -> Path:
         """Save a checkpoint in the folder *out* (the configuration's by default), and return its step folder.
 
         It is what a run saves: `bigvision.train` and :meth:`resume` go on from it, on any number of ranks.
 
+        From the first save on until :meth:`close` the folder is locked: no other run or engine can write there.
+
         Args:
             metrics: numbers to be kept with it.
 
         Raises:
+            UserError: another run or engine writes in the folder, or it cannot be written.
             RankFailure: it could not be written; the same on every rank.
         """
         folder, keep = Path(out or self.config.out), self.config.checkpoint
-        if self.is_main:
-            checkpoint.prepare_folder(folder)
         if folder not in self._savers:
+            all_or_none(lambda: self._take(folder) if self.is_main else None)
+            checkpoint.check_shared(folder)
             self._savers[folder] = checkpoint.Saver(
                 folder, parse_size(keep.shard_size, "checkpoint.shard_size"),
                 checkpoint.Retention(keep.keep, None, keep.keep_every), background=False, writer=keep.writer,
-                timeout=keep.timeout, say=self._say,
+                verify=keep.verify_after_save, timeout=keep.timeout, say=self._say,
             )  # fmt: skip
+        self._out = folder
         self.engine.synchronize()
-        progress = progress_of(self.engine, replace(self.config, out=str(folder)), metrics or {})
+        evaluated = self.step if metrics else None
+        progress = progress_of(self.engine, replace(self.config, out=str(folder)), metrics or {}, evaluated)
         documents = {"config.json": self._card, "progress.json": progress}
         self._savers[folder].save(self.step, self.engine.fragments(), documents)
         return folder / checkpoint.folder_name(self.step)
@@ -177,21 +192,35 @@ class Engine:
     def resume(self, folder: str | Path | None = None) -> int:
         """Take over a checkpoint's whole state, and return its step; 0 where there is none.
 
+        Where it is known before the engine is made, ``Engine(..., resume=True)`` spares the first values.
+
         Args:
-            folder: a step folder; by default what ``checkpoint.resume`` means, "auto" being the newest in ``out``.
+            folder: a step folder, or the folder that was given to :meth:`save`, of which it takes the newest. By default what
+                ``checkpoint.resume`` means, "auto" being the newest in the folder of the last :meth:`save`, else in ``out``.
 
         Raises:
             UserError: it is not valid, or of another model.
         """
-        verify = self.config.checkpoint.verify
-        if folder is not None:
-            found = checkpoint.open_checkpoint(Path(folder), verify, "checkpoint.resume")
-        else:
-            found = checkpoint.find(self.config.checkpoint.resume, Path(self.config.out), verify, self._say)
-        if found is not None:
-            found = found.restore_or_older(list(self.engine.fragments()), self._say)
-            self.engine.restored(found.progress["scalars"])
+        if (found := self._find(folder)) is not None:
+            self._restore(found)
         return self.step
+
+    def _find(self, folder: str | Path | None) -> checkpoint.Checkpoint | None:
+        verify = self.config.checkpoint.verify
+        if folder is None:
+            return checkpoint.find(self.config.checkpoint.resume, self._out, verify, self._say)
+        if from_main(checkpoint.is_step_folder(Path(folder))):
+            return checkpoint.open_checkpoint(Path(folder), verify, "checkpoint.resume")
+        return checkpoint.find("auto", Path(folder), verify, self._say)
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        found = found.restore_or_older(list(self.engine.fragments()), self._say)
+        self.engine.restored(found.progress["scalars"])
+
+    def _take(self, folder: Path) -> None:
+        """Lock *folder*, and remove what a killed run has left half done there."""
+        self._stack.callback(checkpoint.Lock(folder, self._say).release)
+        checkpoint.prepare_folder(folder)
 
     def close(self) -> None:
         """Release the model. The last engine of a process that closes leaves the other ranks."""
@@ -211,8 +240,8 @@ class Engine:
             print(text)
 
 
-def _batch(images: Tensor | Batch, labels: Tensor | None) -> Batch:
-    if isinstance(images, Batch):
+def _batch(images: Tensor | Batch | StepBatch, labels: Tensor | None) -> Batch | StepBatch:
+    if isinstance(images, Batch | StepBatch):
         return images
     if labels is None or images.ndim != 4 or labels.shape != images.shape[:1]:
         got = f"{tuple(images.shape)} and {None if labels is None else tuple(labels.shape)}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigvision.config import Config, resolve
 from bigvision.errors import Stopped, UserError, one_line
-from bigvision.launching.arguments import take, whole
+from bigvision.launching.arguments import take, take_recipe, whole
 from bigvision.launching.job import RESTARTS
 from bigvision.launching.ray_worker import Bell, rank, ranks
 from bigvision.runtime import RankFailure
@@ -49,14 +49,16 @@ class Ask:
     """Of a running cluster."""
 
 
-def run(arguments: Sequence[str], default_recipe: Path) -> int:
+def run(arguments: Sequence[str]) -> int:
     """``bigvision ray [RECIPE.yaml] [--workers N] ... [--section.key value ...]``."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0
     ask, rest = read_ask(arguments)
-    recipe = rest.pop(0) if rest and not rest[0].startswith("-") else str(default_recipe)
-    config, _ = resolve(recipe, rest, prog="bigvision ray")
+    recipe, flags, note = take_recipe(rest)
+    notes = [note] if note else []
+    config, _ = resolve(recipe, flags, prog="bigvision ray", say=notes.append)
+    print("\n".join(notes), end="\n" if notes else "")
     result = train(config, ask)
     # What the ranks print comes with Ray's marks, and perhaps late.
     print(f"checkpoint  {result.checkpoint}")

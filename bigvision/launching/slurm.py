@@ -15,28 +15,35 @@ LEFT_SECONDS = 60
 exit codes of their own, and a mistake looked like a run that is to go on."""
 
 
+GPUS = {"gres", "gpus", "gpus-per-node"}
+"""The options that ask for GPUs."""
+
+
 def script(job: Job) -> str:
     """The script: srun starts a rank for each task, and a run that did not get to its end is put into the queue again."""
     options = {
         "job-name": job.name,
         "nodes": job.nodes,
         "ntasks-per-node": job.ranks_per_node,
-        "gpus-per-node": job.gpus_per_node or None,
-        "partition": job.partition,
+        "cpus-per-task": job.cpus_per_rank,
+        "gpus-per-node": None if GPUS & {name for name, _ in job.directives} else job.gpus_per_node or None,
         "time": None if job.seconds is None else _time(job.seconds),
         "output": f"{job.name}-%j.log",
         # To the ranks, not to this script.
         "signal": f"USR1@{GRACE_SECONDS}",
     }
     lines = ["#!/bin/bash"]
-    lines += [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
+    options |= dict(job.directives)
+    lines += [f"#SBATCH --{name}={value}".removesuffix("=") for name, value in options.items() if value is not None]
     lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
+    # Since Slurm 22.05 srun does not take --cpus-per-task over from the job: ranks would share one core with their workers.
+    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LEFT_SECONDS}", f"--cpus-per-task={job.cpus_per_rank}"]
     program = [sys.executable, "-m", "bigvision.cli", "train", str(job.recipe), *job.flags]
     return (
         "\n".join(lines)
         + "\n"
         + BODY.format(
-            program=shlex.join(["srun", "--kill-on-bad-exit=0", f"--wait={LEFT_SECONDS}", *program]),
+            program=shlex.join([*srun, *program]),
             mistake=int(Exit.MISTAKE),
             restarts=job.restarts,
         )

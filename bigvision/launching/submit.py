@@ -7,13 +7,13 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigvision.config import Config, resolve
 from bigvision.errors import Exit, UserError, either
 from bigvision.launching import kubeflow, local, slurm
-from bigvision.launching.arguments import take, whole
+from bigvision.launching.arguments import take, take_all, whole
 from bigvision.launching.job import RESTARTS, Job
 
 USAGE = """usage: bigvision submit --to local|slurm|k8s RECIPE.yaml [--dry-run] [options] [--section.key value ...]
@@ -28,20 +28,62 @@ USAGE = """usage: bigvision submit --to local|slurm|k8s RECIPE.yaml [--dry-run] 
   --restarts N            how often it is started again, from its newest checkpoint,
                           when it did not end or was stopped; 100 without it         local, slurm
   --time D-HH:MM:SS       the longest it may take, also HH:MM:SS or minutes          slurm, k8s
-  --partition NAME        where it may run                                           slurm
+  --cpus-per-task N       CPUs of each rank; without it one, and one for each of data.workers
+                          slurm
+  --mem SIZE              memory of each node, such as 64G; also --mem-per-cpu, --mem-per-gpu
+                          slurm
+  --partition NAME        where it may run; also --account, --qos, --constraint, --reservation, --nodelist, --exclude
+                          slurm
+  --gres GRES             in the place of a GPU for each rank, such as gpu:h100:8; also --gpus, --gpus-per-node
+                          slurm
+  --sbatch OPTION         any other option of sbatch, such as --sbatch --exclusive --sbatch --mail-type=END
+                          slurm
   --image IMAGE           the container's image, which has bigvision in it           k8s, needed
   --claim CLAIM:/PATH     a volume claim and where the container sees it; `out` has
                           to be on one, or a restart begins anew                     k8s
   --section.key value     the flags of bigvision train; with the recipe they are checked before anything is handed over"""
 
+NAMES = r"[A-Za-z0-9_][A-Za-z0-9_.@-]*(,[A-Za-z0-9_][A-Za-z0-9_.@-]*)*"
+HOSTS = r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*"
+SIZE, COUNT = r"[0-9]{1,9}[KMGT]?", r"([A-Za-z][A-Za-z0-9_.-]*:)?[1-9][0-9]{0,5}"
+SLURM = {
+    "--partition": (NAMES, "names of partitions, such as gpu,long"),
+    "--account": (NAMES, "the name of an account"),
+    "--qos": (NAMES, "the name of a quality of service"),
+    "--mem": (SIZE, "a size, such as 64G, or 0 for all"),
+    "--mem-per-cpu": (SIZE, "a size, such as 4G"),
+    "--mem-per-gpu": (SIZE, "a size, such as 64G"),
+    "--gres": (r"[A-Za-z0-9_]+(:[A-Za-z0-9_.-]+){0,2}(,[A-Za-z0-9_]+(:[A-Za-z0-9_.-]+){0,2})*", "such as gpu:h100:8"),
+    "--gpus": (COUNT, "a number, such as 8 or h100:8"),
+    "--gpus-per-node": (COUNT, "a number, such as 8 or h100:8"),
+    "--constraint": (r"[A-Za-z0-9_(\[][A-Za-z0-9_.,&|*()\[\]-]*", "features of nodes, such as h100&ib"),
+    "--reservation": (NAMES, "the name of a reservation"),
+    "--nodelist": (HOSTS, "hosts, such as node[1-4]"),
+    "--exclude": (HOSTS, "hosts, such as node[1-4]"),
+}
+"""Options of sbatch that are passed on, with what they may look like and words for that."""
+ONE_OF = (("--mem", "--mem-per-cpu", "--mem-per-gpu"), ("--gres", "--gpus", "--gpus-per-node"))
+SBATCH = r"--([a-z][a-z0-9-]{0,40})(?:=([A-Za-z0-9_.,:;@%+/()\[\]&|*=-]{1,300}))?"
+TAKEN = {
+    **dict.fromkeys(("job-name", "nodes", "time", *(option[2:] for option in SLURM)), "it has a flag of its own"),
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core"), "use --ranks-per-node"),
+    "cpus-per-task": "it has a flag of its own",
+    "gpus-per-task": "each rank has to see all GPUs of its host: use --gpus-per-node",
+    **dict.fromkeys(("signal", "requeue", "no-requeue", "open-mode"), "a run could not save and go on"),
+    **dict.fromkeys(("array", "wrap", "wait", "test-only", "parsable", "chdir"), "it changes what is run"),
+}
+"""Options of sbatch that --sbatch cannot set, and why."""
+
 ONLY_FOR = {
     "--restarts": ("local", "slurm"),
     "--time": ("slurm", "k8s"),
-    "--partition": ("slurm",),
+    "--cpus-per-task": ("slurm",),
+    **dict.fromkeys(SLURM, ("slurm",)),
+    "--sbatch": ("slurm",),
     "--image": ("k8s",),
     "--claim": ("k8s",),
 }
-OPTIONS = ("--to", "--nodes", "--ranks-per-node", "--name", *ONLY_FOR)
+OPTIONS = ("--to", "--nodes", "--ranks-per-node", "--name", *(option for option in ONLY_FOR if option != "--sbatch"))
 
 NAME = r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?"
 IMAGE = r"[a-z0-9][A-Za-z0-9._/-]*(:[0-9]+/[A-Za-z0-9._/-]+)?(:[A-Za-z0-9_.-]+)?(@sha256:[0-9a-f]{64})?"
@@ -87,7 +129,9 @@ def read_job(arguments: Sequence[str]) -> tuple[str, Job]:
         UserError: an option that is missing, is not of its kind or is not for this target; a recipe or a flag that
             ``bigvision train`` would refuse.
     """
-    given, rest = take(arguments, OPTIONS)
+    more, rest = take_all(arguments, "--sbatch")
+    given, rest = take(rest, OPTIONS)
+    given |= {"--sbatch": more[0]} if more else {}
     to = given.get("--to", "")
     if to not in TARGETS:
         raise UserError(f"--to: {to!r} must be {either(list(TARGETS))}")
@@ -102,7 +146,8 @@ def read_job(arguments: Sequence[str]) -> tuple[str, Job]:
             raise UserError(f"submit: {argument!r} has characters that cannot be printed: rename it, or write it otherwise")
     recipe, flags = rest[0], rest[1:]
     config, _ = resolve(recipe, flags, prog="bigvision submit --to TARGET RECIPE")
-    return to, _job(to, Path(recipe), flags, config, given)
+    job = _job(to, Path(recipe), flags, config, given)
+    return to, replace(job, directives=(*job.directives, *map(_directive, more)))
 
 
 def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[str, str]) -> Job:
@@ -112,12 +157,15 @@ def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[st
     name = given.get("--name") or _name_of(recipe)
     _matches("--name", name, NAME, "a-z, 0-9 and -, begin with a letter, end with no -, and have at most 50 characters")
     for option, pattern, words in (
-        ("--partition", r"[A-Za-z0-9_][A-Za-z0-9_.-]*(,[A-Za-z0-9_][A-Za-z0-9_.-]*)*", "names of partitions, such as gpu,long"),
+        *((option, *rule) for option, rule in SLURM.items()),
         ("--image", IMAGE, "the name of an image, such as registry.example/bigvision:0.1"),
         ("--claim", r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?:(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+", "CLAIM:/PATH, such as runs:/runs"),
     ):
         if option in given:
             _matches(option, given[option], pattern, words)
+    for options in ONE_OF:
+        if len(several := [option for option in options if option in given]) > 1:
+            raise UserError(f"{several[0]} and {several[1]} ask for the same: drop one of the two")
     if to == "k8s" and "--image" not in given:
         raise UserError("--image: missing: name the container's image, such as --image registry.example/bigvision:0.1")
     claim, _, mount = given.get("--claim", "").partition(":")
@@ -128,9 +176,21 @@ def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[st
     gpus = 0 if config.parallel.device == "cpu" else ranks
     return Job(
         name=name, recipe=recipe.absolute(), flags=tuple(flags), nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus,
-        restarts=restarts, seconds=seconds, partition=given.get("--partition"), image=given.get("--image"),
+        restarts=restarts, seconds=seconds, image=given.get("--image"),
+        cpus_per_rank=whole("--cpus-per-task", given.get("--cpus-per-task", str(1 + config.data.workers))),
+        directives=tuple((option[2:], given[option]) for option in SLURM if option in given),
         claim=(claim, mount) if claim else None,
     )  # fmt: skip
+
+
+def _directive(text: str) -> tuple[str, str]:
+    """The name and the value of an option of sbatch."""
+    found = re.fullmatch(SBATCH, text, re.ASCII)
+    if found is None:
+        raise UserError(f"--sbatch: {text!r} must be a long option of sbatch without spaces, such as --sbatch --exclusive")
+    if why := TAKEN.get(found[1]):
+        raise UserError(f"--sbatch: {text}: {why}")
+    return found[1], found[2] or ""
 
 
 def _matches(option: str, text: str, pattern: str, words: str) -> None:

@@ -5,6 +5,7 @@ from bigvision.models.build import Blueprint, blueprint
 from bigvision.models.card import model_card
 from bigvision.models.check import check_model
 from bigvision.models.given import GivenModel, given_card, given_name
+from bigvision.models.rates import kinds, share_rates
 
 __all__ = [
     "Block",
@@ -16,6 +17,8 @@ __all__ = [
     "find_blocks",
     "given_card",
     "given_name",
+    "kinds",
     "model_card",
+    "share_rates",
     "trace",
 ]

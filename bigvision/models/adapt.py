@@ -192,7 +192,11 @@ def _mapped(file: WeightsFile, module: nn.Module, loading: Loading) -> dict[str,
     state: dict[str, Tensor] = {}
     for shard in sorted({place.file for place in file.places.values()}):
         with safe_open(file.folder / shard, "pt") as opened:
-            state |= {name: opened.get_tensor(name) for name, place in file.places.items() if place.file == shard}
+            state |= {
+                name: opened.get_tensor(file.stored.get(name, name))
+                for name, place in file.places.items()
+                if place.file == shard
+            }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # should it draw, all ranks must draw the same
         return _load(module, loading, state)

@@ -19,6 +19,12 @@ RESERVED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoin
 RESERVED |= {"device", "dtype", "pretrained_model_args"}
 
 
+def image_size(config: ModelConfig) -> tuple[int, int] | None:
+    """``model.image_size`` as height and width."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else size
+
+
 def create_arguments(config: ModelConfig, num_classes: int) -> dict[str, Any]:
     """What the configuration asks for. Raises `UserError` for an option that has a key of its own or is not ours to pass."""
     for option in config.options:
@@ -27,8 +33,9 @@ def create_arguments(config: ModelConfig, num_classes: int) -> dict[str, Any]:
         if option in RESERVED:
             raise UserError(f"model.options.{option}: is not an option of the architecture; remove it")
     arguments: dict[str, Any] = {"pretrained": config.weights is not None or config.pretrained, "num_classes": num_classes}
-    if config.image_size is not None:
-        arguments["img_size"] = config.image_size
+    if (size := image_size(config)) is not None:
+        # Of a square the side: some constructors take no pair.
+        arguments["img_size"] = size[0] if size[0] == size[1] else size
     # Also when it is 0: some of timm's constructors have another default.
     arguments["drop_path_rate"] = config.drop_path
     return {**arguments, **config.options}
@@ -73,8 +80,8 @@ def blame(config: ModelConfig, num_classes: int, error: Exception) -> UserError:
     arguments = create_arguments(config, num_classes)
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if "img_size" in arguments and _on_meta(config.name, _without(arguments, "img_size")) is not None:
-        size = config.image_size
-        return UserError(f"model.image_size: {config.name} cannot take {size} x {size} pixels ({reason}); try another size")
+        height, width = image_size(config) or (0, 0)
+        return UserError(f"model.image_size: {config.name} cannot take {height} x {width} pixels ({reason}); try another size")
     for option, value in config.options.items():
         if _on_meta(config.name, _without(arguments, option)) is not None:
             return UserError(f"model.options.{option}: {config.name} cannot be built with {value!r} ({reason}); change it")

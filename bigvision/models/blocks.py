@@ -16,17 +16,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import fx, nn
 
-from bigvision.models.tracing import (
-    CONTAINERS,
-    TraceFailed,
-    calls,
-    holders,
-    is_piece,
-    read_directly,
-    shares_nothing,
-    size,
-    trace,
-)
+from bigvision.models.tracing import CONTAINERS, TraceFailed, holders, is_piece, shares_nothing, size, tensors_of, trace
 
 
 @dataclass(frozen=True)
@@ -51,10 +41,6 @@ class Blocks(Sequence[Block]):
     max_share: float
     """What :func:`find_blocks` was given."""
 
-    @property
-    def traced(self) -> bool:
-        return self.graph is not None
-
     def __len__(self) -> int:
         return len(self.blocks)
 
@@ -69,17 +55,19 @@ class Blocks(Sequence[Block]):
         return iter(self.blocks)
 
 
-def find_blocks(module: nn.Module, image_size: int | None = None, max_share: float = 0.25) -> Blocks:
+def find_blocks(module: nn.Module, image_size: int | tuple[int, int] | None = None, max_share: float = 0.25) -> Blocks:
     """Find the blocks of a timm model on meta. Nothing is computed and the module is left as it is.
 
     A block has at most `max_share` of the parameters, as far as modules can be opened. A lone layer is a block only where
     the layers outside of blocks would else be larger together than a block may be. A model that cannot be traced is
-    watched with one image of `image_size` pixels (its own size by default).
+    watched with one image of `image_size`: the side of a square, or height and width (its own size by default).
     """
     try:
-        graph = trace(module, max_share)
-        once = [path for path, count in calls(graph.graph).items() if count == 1]
-        direct, reason = read_directly(graph.graph, module), None
+        graph, reason = trace(module, max_share), None
+        nodes = list(graph.graph.nodes)
+        calls = Counter(str(node.target) for node in nodes if node.op == "call_module")
+        once = [path for path, count in calls.items() if count == 1]
+        direct = {id(tensor) for node in nodes if node.op == "get_attr" for tensor in tensors_of(node, module)}
     except TraceFailed as failure:
         graph, once, direct, reason = None, _watched(module, image_size, _members(module, max_share)), set(), str(failure)
     candidates = _independent([Block(path, part := module.get_submodule(path), size(part)) for path in once], direct, module)
@@ -121,7 +109,7 @@ def _members(module: nn.Module, max_share: float) -> list[str]:
     return found
 
 
-def _watched(module: nn.Module, image_size: int | None, paths: list[str]) -> list[str]:
+def _watched(module: nn.Module, image_size: int | tuple[int, int] | None, paths: list[str]) -> list[str]:
     """Those of `paths` that a forward of one image calls exactly once, in that order; all, when meta cannot run it."""
     twin = copy.deepcopy(module).to("meta")
     called: Counter[str] = Counter()
@@ -134,7 +122,8 @@ def _watched(module: nn.Module, image_size: int | None, paths: list[str]) -> lis
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             channels, *size = resolve_model_data_config(twin)["input_size"]
-            twin(torch.empty(1, channels, *([image_size] * 2 if image_size else size), device="meta"))
+            size = [image_size] * 2 if isinstance(image_size, int) else image_size or size
+            twin(torch.empty(1, channels, *size, device="meta"))
     except Exception:
         return paths
     return [path for path, count in called.items() if count == 1]

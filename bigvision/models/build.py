@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Set
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import timm
 import timm.data
@@ -16,8 +17,8 @@ from bigvision.config import ModelConfig
 from bigvision.errors import UserError
 from bigvision.models import weights
 from bigvision.models.adapt import Adapted, Loading, capture
-from bigvision.models.arguments import accepted, blame
-from bigvision.models.check import check_model
+from bigvision.models.arguments import accepted, blame, image_size
+from bigvision.models.check import check_model, current_name
 from bigvision.models.exact_init import FirstValues, construct, named_tensors
 from bigvision.models.given import GivenModel, built, call_arguments, failed, on_meta, outputs_of
 
@@ -32,15 +33,17 @@ class Blueprint:
     """
 
     module: nn.Module
-    image_size: int
-    """Side of the square input in pixels."""
+    image_size: tuple[int, int]
+    """Height and width of the input in pixels."""
     in_chans: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """Per channel, of inputs in [0, 1]."""
     interpolation: str
     crop_pct: float
-    """How timm resizes for evaluation: the filter, and the share of the shorter side that the centre crop keeps."""
+    crop_mode: Literal["center", "squash", "border"]
+    """How timm resizes for evaluation: the filter, the share of the resized sides that the crop keeps, and which sides are
+    resized to the input's."""
     recorded: bool
     """False: the model was built normally, which gives the same numbers and needs the memory of the whole model, or was given
     with its values."""
@@ -67,20 +70,25 @@ class Blueprint:
             self.notes += notes
         data = timm.data.resolve_model_data_config(self.module)
         self.in_chans = getattr(self.module, "in_chans", data["input_size"][0])
-        self.image_size = config.image_size or data["input_size"][-1]
-        self.interpolation, self.crop_pct = data["interpolation"], data["crop_pct"]
+        self.image_size = image_size(config) or tuple(data["input_size"][1:])
+        self.interpolation, self.crop_pct, self.crop_mode = (data[key] for key in ("interpolation", "crop_pct", "crop_mode"))
         # timm's cards keep three values for any number of channels.
         self.mean, self.std = (_per_channel(data[key], self.in_chans) for key in ("mean", "std"))
         if model is not None:
             if config.image_size is None and not hasattr(self.module, "pretrained_cfg"):
                 raise UserError(f"model.image_size: {config.name} does not say which it takes: give the side of the images")
-            self.outputs = outputs_of(config, self.module, self.in_chans, self.image_size)
+            self.outputs = outputs_of(config, self.module, self.input_shape)
             if self.outputs is not None and self.outputs < num_classes:
                 raise UserError(f"model: {config.name} has {self.outputs} outputs, but there are {num_classes} classes")
         elif config.image_size is not None:
             # A model made for this size is judged by it; another one also by whether meta can run it at all.
-            usual = None if "img_size" in self.arguments else data["input_size"][-1]
-            _check_size(config, self.module, self.in_chans, usual)
+            usual = None if "img_size" in self.arguments else tuple(data["input_size"][1:])
+            _check_size(config, self.module, self.input_shape, usual)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.in_chans, *self.image_size
 
     @property
     def note(self) -> str | None:
@@ -135,7 +143,12 @@ def blueprint(config: ModelConfig, num_classes: int, model: GivenModel | None = 
     Raises `UserError` for names, options, sizes and weight files that do not fit each other.
     """
     check_model(config, model)
-    return Blueprint(config, num_classes, model)
+    if model is not None:
+        return Blueprint(config, num_classes, model)
+    name, note = current_name(config.name)
+    plan = Blueprint(replace(config, name=name), num_classes)
+    plan.notes[:0] = [note] if note else []
+    return plan
 
 
 def _construct(
@@ -167,20 +180,21 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (math.fsum(values) / len(values),) * channels
 
 
-def _check_size(config: ModelConfig, module: nn.Module, channels: int, usual: int | None) -> None:
-    """Raise `UserError` when the model cannot take `image_size` although it takes its `usual` one. Nothing is computed."""
+def _check_size(config: ModelConfig, module: nn.Module, shape: tuple[int, int, int], usual: tuple[int, ...] | None) -> None:
+    """Raise `UserError` when the model cannot take images of *shape* although it takes its *usual* size, on meta."""
 
-    def runs(size: int) -> Exception | None:
+    def runs(size: tuple[int, ...]) -> Exception | None:
         twin = copy.deepcopy(module).eval()  # some models keep what they compute in evaluation mode
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                twin(torch.empty(1, channels, size, size, device="meta"))
+                twin(torch.empty(1, shape[0], *size, device="meta"))
         except Exception as error:
             return error
         return None
 
-    size = config.image_size
-    assert size is not None
+    size = shape[1:]
     if (error := runs(size)) is not None and (usual is None or runs(usual) is None):
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.image_size: {config.name} cannot take {size} x {size} pixels ({reason}); try another size")
+        raise UserError(
+            f"model.image_size: {config.name} cannot take {size[0]} x {size[1]} pixels ({reason}); try another size"
+        )

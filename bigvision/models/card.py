@@ -18,17 +18,17 @@ def model_card(
     num_classes: int,
     module: nn.Module,
     *,
-    image_size: int,
+    image_size: tuple[int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> dict[str, Any]:
     """The content of ``config.json`` with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes this model.
 
-    `module` is the timm model, on any device and sharded or not: only its attributes are read. `image_size` is in pixels;
-    `mean` and `std` are those the images were normalised with. The drop rates of training are left out, as timm does.
+    `module` is the timm model, on any device and sharded or not: only its attributes are read. `image_size` is height and width
+    in pixels; `mean` and `std` are those the images were normalised with. As in timm, the drop rates of training are left out.
     """
     channels = getattr(module, "in_chans", len(mean))
-    data = {"input_size": (channels, image_size, image_size), "mean": tuple(mean), "std": tuple(std)}
+    data = {"input_size": (channels, *image_size), "mean": tuple(mean), "std": tuple(std)}
     with TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
         save_config_for_hf(module, str(path), data_config=data)

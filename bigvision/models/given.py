@@ -91,8 +91,8 @@ def on_meta(module: nn.Module) -> tuple[nn.Module, list[Attribute]]:
         raise UserError(f"model: {given_name(module)} cannot be copied ({one_line(error)}); give a function instead") from error
 
 
-def outputs_of(config: ModelConfig, module: nn.Module, channels: int, size: int) -> int | None:
-    """How many outputs *module* (on meta) has; None where it cannot be run there.
+def outputs_of(config: ModelConfig, module: nn.Module, shape: tuple[int, int, int]) -> int | None:
+    """How many outputs *module* (on meta) has for images of *shape*; None where it cannot be run there.
 
     Raises:
         UserError: it cannot take the images, or returns something else than one vector for each.
@@ -100,13 +100,13 @@ def outputs_of(config: ModelConfig, module: nn.Module, channels: int, size: int)
     twin = copy.deepcopy(module).eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            outputs = twin(torch.empty(2, channels, size, size, device="meta"))
+            outputs = twin(torch.empty(2, *shape, device="meta"))
     except NotImplementedError:
         return None
     except Exception as error:
         if "meta" in str(error):
             return None
-        words = f"{config.name} cannot take images of {channels} x {size} x {size} ({one_line(error)})"
+        words = f"{config.name} cannot take images of {' x '.join(map(str, shape))} ({one_line(error)})"
         raise UserError(f"model.image_size: {words}; try another size") from error
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 2:
         what = f"a tensor {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -114,11 +114,11 @@ def outputs_of(config: ModelConfig, module: nn.Module, channels: int, size: int)
     return outputs.shape[1]
 
 
-def given_card(name: str, outputs: int | None, channels: int, size: int, **normalised: Any) -> dict[str, Any]:
+def given_card(name: str, outputs: int | None, shape: tuple[int, int, int], **normalised: Any) -> dict[str, Any]:
     """config.json of its checkpoints: what is known, and that timm cannot build it."""
     return {
         "architecture": name,
         "num_classes": outputs,
-        "pretrained_cfg": {"input_size": [channels, size, size], **normalised},
+        "pretrained_cfg": {"input_size": list(shape), **normalised},
         "note": "This model was given from Python and is none of timm's: load model.safetensors into your own module.",
     }

@@ -1,8 +1,9 @@
-"""A coarse torch.fx trace of a timm model: the forward written in terms of whole modules."""
+"""A coarse torch.fx trace of a timm model: the forward written in terms of whole modules; how it is made, read and run."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_list
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -197,17 +199,34 @@ def _pieces(module: nn.Module) -> list[nn.Module]:
     return [child for child in module.children() if is_piece(child)]
 
 
-def calls(graph: fx.Graph) -> dict[str, int]:
-    """How often each module is called, by path in the order of the first call."""
-    counts: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
-    return counts
+def tensors_of(node: fx.Node, module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of *module* that *node*, of a trace of it, uses."""
+    if node.op == "get_attr":
+        found = functools.reduce(lambda part, name: getattr(part, name, None), str(node.target).split("."), module)
+        return [found] if isinstance(found, Tensor) else []  # a constant that the trace made is none of the module's
+    if node.op == "call_module":
+        part = module.get_submodule(str(node.target))
+        return [*part.parameters(), *part.buffers()]
+    return []
 
 
-def read_directly(graph: fx.Graph, module: nn.Module) -> set[int]:
-    """The ids of the parameters that the graph uses without calling the module that has them."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    targets = (str(node.target) for node in graph.nodes if node.op == "get_attr")
-    return {id(parameters[target]) for target in targets if target in parameters}
+class Runner(fx.Interpreter):
+    """Runs a graph; modules get lists and dicts of their own, which they may change."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self.env = {}  # else the last output would keep its activations until the next run
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_module(target, _plain(args), _plain(kwargs))
+
+
+def _plain(value: Any) -> Any:
+    """*value* with torch.fx's immutable lists and dicts as plain ones."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, immutable_list):
+        return [_plain(item) for item in value]
+    return tuple(map(_plain, value)) if type(value) is tuple else value

@@ -21,18 +21,23 @@ def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adap
     if not loading:
         raise UserError(f"{key}: timm loads no weights into {config.name}; leave it out")
     card = dict(loading["pretrained_cfg"])
+    heads = card.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
     if config.weights is not None:
         file = WeightsFile(config.weights, key)
         # The classes are compared below, with the file and not with the card of timm's own weights.
         card.update(num_classes=loading["num_classes"], label_offset=0)
+        # A classifier may start fresh, and files written before torch counted batches lack the counters.
+        names = [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
+        fitted = file.fit([name for name in names if not _is_head(name, heads)])
     else:
+        fitted = None
         file = WeightsFile(timm_file(config.name, card), key)
     values = Adapted(file, module, {**loading, "pretrained_cfg": card})
-    heads = card.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
     fresh = _check(file, config, module, values, heads)
-    notes = [f"the classifier ({fresh[0]}) starts fresh: the classes of {file.source} are others"] if fresh else []
-    return values, [*notes, *([values.note] if values.note else [])]
+    why = "the classes of {} are others" if fresh and fresh[0] in values.likes else "{} has none"
+    notes = [f"the classifier ({fresh[0]}) starts fresh: {why.format(file.source)}"] if fresh else []
+    return values, [note for note in (fitted, *notes, values.note) if note]
 
 
 def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Adapted, heads: tuple[str, ...]) -> list[str]:
@@ -41,10 +46,9 @@ def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Ad
     tensors = dict(named_tensors(module))
     given = values.likes
 
-    def is_head(name: str) -> bool:
-        return any(name.startswith(f"{head}.") for head in heads)
-
-    fresh = [name for name in expected if is_head(name) and (name not in given or given[name].shape != expected[name].shape)]
+    fresh = [
+        name for name in expected if _is_head(name, heads) and (name not in given or given[name].shape != expected[name].shape)
+    ]
     for name in fresh:
         if name in given and config.num_classes is not None and config.weights is not None and given[name].dim():
             theirs, ours = given[name].shape[0], expected[name].shape[0]
@@ -64,7 +68,7 @@ def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Ad
     }
     # Files written before torch counted batches lack the counters; torch's own loader lets that pass too.
     missing = [n for n in expected if n not in sources and n not in fresh and not n.endswith("num_batches_tracked")]
-    unexpected = [name for name in given if name not in expected and not is_head(name)]
+    unexpected = [name for name in given if name not in expected and not _is_head(name, heads)]
     for names, what in ((missing, "lacks"), (unexpected, "has, unknown to the model,")):
         if names:
             raise file.mistake(f"{what} {names[0]} ({len(names)} such)", "check model.name and model.options")
@@ -77,3 +81,7 @@ def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Ad
         )
     values.take(sources, {name: tensors[name].dtype for name in sources})
     return fresh
+
+
+def _is_head(name: str, heads: tuple[str, ...]) -> bool:
+    return any(name.startswith(f"{head}.") for head in heads)

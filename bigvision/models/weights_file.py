@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shlex
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bigvision.errors import UserError
+from bigvision.models.prefixes import COUNTERS, find_prefix, plain_name
 from bigvision.tensorfile import TYPES, Place, bytes_of, read_header, read_into, unique
 
 PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"}
@@ -21,6 +24,8 @@ CHUNK = 8 << 20
 """Bytes held at a time where values are converted or go to another device."""
 LARGEST_INDEX = 100_000_000
 """Bytes; safetensors' own limit for a header."""
+MARK = "?prefix="
+"""Between a file and the prefix of the tensors that are meant."""
 REPAIR = "fetch or write it again"
 
 
@@ -30,10 +35,16 @@ class WeightsFile:
     def __init__(self, source: str, key: str) -> None:
         """Open what *source* names: a .safetensors file, an index or a folder that holds one of the two.
 
+        ``SOURCE?prefix=teacher.backbone.`` names the tensors of which `fit` takes the rest of the name.
+
         Raises:
             UserError: it is not such a file, or damaged; names *key*.
         """
+        source, marked, prefix = source.partition(MARK)
         self.source, self.key = source, key
+        self.prefix = prefix if marked else None
+        self.stored: dict[str, str] = {}
+        """The file's own name of each tensor that `fit` renamed."""
         path = _locate(source, key)
         self.folder = path.parent
         self.places: dict[str, Place] = {}
@@ -42,6 +53,33 @@ class WeightsFile:
                 self._add(shard, names)
         else:
             self._add(path.name, None)
+
+    def fit(self, expected: Collection[str]) -> str | None:
+        """Take of each name what a model that has the names *expected* calls the tensor; returns a line about a prefix.
+
+        Raises:
+            UserError: several parts of the file fit the model, or nothing has the prefix that was asked for.
+        """
+        prefix = self.prefix
+        plain = {name: plain_name(name) for name in self.places}
+        if prefix is None:
+            prefix = find_prefix(plain.values(), expected, f"{self.key}: {self.source}", f"{self.source}{MARK}")
+        taken = {name: short.removeprefix(prefix) for name, short in plain.items() if short.startswith(prefix)}
+        if not prefix:
+            taken = {name: short for name, short in taken.items() if short not in COUNTERS}
+        if not taken:
+            raise self.mistake(
+                f"has no tensor whose name begins with {prefix}", "look at its names, such as " + next(iter(plain), "-")
+            )
+        if twice := [name for name, count in Counter(taken.values()).items() if count > 1]:
+            raise self.mistake(f"has {twice[0]} under several names", "name one of them with ?prefix=")
+        left = [name for name in self.places if name not in taken]
+        self.places = {short: self.places[name] for name, short in taken.items()}
+        self.stored = {short: name for name, short in taken.items()}
+        if not prefix:
+            return None
+        more = f"; {len(left)} others are left out, such as {left[0]}" if left else ""
+        return f"{self.key}: the {len(taken)} tensors of {self.source} whose names begin with {prefix}{more}"
 
     def mistake(self, what: str, mend: str = REPAIR) -> UserError:
         """The error that names the key, the source and *what* is wrong with it, in one line whatever names the file has."""

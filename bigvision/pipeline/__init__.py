@@ -1,7 +1,7 @@
 """Pipeline stages: a traced model is cut between blocks, and each stage runs under a schedule of torch's.
 
-Read in this order: ``stages`` (what a stage is, and the plan), ``cutting`` (what crosses a cut), ``costs`` and ``balance``
-(where to cut), ``schedules`` (which rank has which stage, and when it runs), ``memory`` (what a stage needs of its device).
+Read in this order: ``stages`` (what a stage is, and the plan), ``cutting`` (what crosses a cut), ``balance`` (where to
+cut), ``schedules`` (which rank has which stage, and when it runs), ``memory`` (what a stage needs of its device).
 """
 
 from bigvision.pipeline.memory import StageMemory

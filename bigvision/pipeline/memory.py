@@ -8,11 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 
-from bigvision.config import ONE_STAGE, Config, OptimConfig
-from bigvision.optim import allocate_state, build_optimizer, parameter_groups
-from bigvision.pipeline.costs import Cost
+from bigvision.config import ONE_STAGE, Config
+from bigvision.models.costs import Cost
+from bigvision.optim import state_layout
 from bigvision.pipeline.schedules import SCHEDULES, Placement, torch_schedule
 from bigvision.runtime import Runtime
 
@@ -49,12 +48,13 @@ class StageMemory:
         count = config.train.global_batch // runtime.data_ranks // micro_batch
         # Under autocast some activations stay fp32: there they are counted as if all did.
         compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(parallel.precision, torch.float32)
+        moments = sum(dtype.itemsize for dtype in state_layout(config.optim).values())
         capacity = None
         if runtime.device.type == "cuda":
             capacity = USABLE * torch.cuda.get_device_properties(runtime.device).total_memory
         return cls(
             placement, micro_batches_kept(parallel.schedule, placement, count), count, micro_batch,
-            runtime.mesh["shard"].size(), moment_bytes(config.optim), compute, parallel.recompute != "none", capacity,
+            runtime.mesh["shard"].size(), moments, compute, parallel.recompute != "none", capacity,
         )  # fmt: skip
 
     def needed(self, stage: int, cost: Cost) -> float:
@@ -100,12 +100,3 @@ def micro_batches_kept(name: str, placement: Placement, count: int) -> list[int]
         for stage in most:
             kept[stage] = most[stage]
     return kept
-
-
-def moment_bytes(config: OptimConfig) -> int:
-    """Bytes that the optimizer keeps for each element of a parameter."""
-    layer = nn.Linear(2, 2, bias=False)
-    optimizer = build_optimizer(parameter_groups(layer, 0.0), config)
-    allocate_state(optimizer)
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(value.element_size() for value in states if value.shape == layer.weight.shape)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import stage_backward_weight
 
-from bigvision.config import ONE_STAGE, SPLIT_BACKWARD, ParallelConfig
-from bigvision.runtime import Runtime
+from bigvision.config import ONE_STAGE
 
 SCHEDULES = {
     "gpipe": schedules.ScheduleGPipe,
@@ -30,10 +29,6 @@ class Placement:
     ranks: int
     per_rank: int
     back: bool
-
-    @classmethod
-    def of(cls, parallel: ParallelConfig, runtime: Runtime) -> Placement:
-        return cls(runtime.pipeline_ranks, parallel.per_rank, parallel.schedule in SPLIT_BACKWARD)
 
     @property
     def stages(self) -> int:

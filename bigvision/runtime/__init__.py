@@ -1,6 +1,6 @@
 """Who am I: launcher environments, process groups, device and mesh."""
 
-from bigvision.runtime.collectives import RankFailure, all_or_none, from_main, gather_json
+from bigvision.runtime.collectives import RankFailure, all_or_none, from_main, gather_json, lacks_shared_memory
 from bigvision.runtime.determinism import deterministic, operations_named
 from bigvision.runtime.environment import Identity
 from bigvision.runtime.identity import identify
@@ -19,6 +19,7 @@ __all__ = [
     "from_main",
     "gather_json",
     "identify",
+    "lacks_shared_memory",
     "operations_named",
     "start",
 ]

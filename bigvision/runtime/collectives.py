@@ -1,8 +1,10 @@
-"""Small facts exchanged between ranks: as JSON and over the CPU, never as pickled objects."""
+"""Small facts exchanged between ranks: as JSON and over the CPU, never as pickled objects; and the memory that NCCL needs."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +15,8 @@ import torch.distributed as dist
 from bigvision.errors import UserError
 
 T = TypeVar("T")
+SHARED_PER_RANK = 64 << 20
+"""Bytes of /dev/shm that NCCL may take for a rank: some segments of 10 MB. Its manual asks for 1 GB in a container."""
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -67,3 +71,20 @@ def all_or_none(work: Callable[[], T], group: dist.ProcessGroup | None = None) -
 
 def _words(error: Exception) -> str:
     return str(error) if isinstance(error, (UserError, RankFailure)) else f"{type(error).__name__}: {error}"
+
+
+def lacks_shared_memory(device: torch.device, ranks: int) -> str | None:
+    """A warning where /dev/shm is small for NCCL between *ranks* of this host; None where it is not needed or large enough."""
+    if device.type != "cuda" or ranks == 1 or os.environ.get("NCCL_SHM_DISABLE") == "1":
+        return None
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    free, needed = found.f_bavail * found.f_frsize, ranks * SHARED_PER_RANK
+    if free >= needed:
+        return None
+    return (
+        f"warning: /dev/shm of {platform.node()} has {free >> 20} MB left, but NCCL between {ranks} ranks of a host may need "
+        f"{needed >> 20} MB: start the container with --shm-size=1g (Kubernetes: mount an emptyDir of medium Memory there)"
+    )

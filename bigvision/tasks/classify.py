@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigvision.tasks.base import Task
 
-class Classify:
+
+class Classify(Task):
     """Cross-entropy with label smoothing (Szegedy et al. 2016); top-1 and top-5 accuracy."""
 
     metrics = ("loss", "top1", "top5")
@@ -15,29 +17,34 @@ class Classify:
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
 
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of the samples' losses.
 
         Args:
             outputs: logits, (B, classes).
-            labels: int64, (B,); or for mixed samples (B, 3): the label, the other's, and the share of the first.
+            targets: int64, (B,); or for mixed samples (B, 3): the label, the other's, and the share of the first.
         """
-        if labels.ndim == 2:
-            own, other, share = labels.unbind(1)
+        if targets.ndim == 2:
+            own, other, share = targets.unbind(1)
             losses = [
                 F.cross_entropy(outputs.float(), part.long(), label_smoothing=self.label_smoothing, reduction="none")
                 for part in (own, other)
             ]
             return (losses[0] * share.float() + losses[1] * (1 - share.float())).sum()
-        return F.cross_entropy(outputs.float(), labels, label_smoothing=self.label_smoothing, reduction="sum")
+        return F.cross_entropy(outputs.float(), targets, label_smoothing=self.label_smoothing, reduction="sum")
 
-    def measure(self, outputs: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """Return sums over the valid samples of the loss (without smoothing) and of hits in the first and first five."""
+    def measure(self, outputs: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        """Return sums over the valid samples of the loss (without smoothing) and of hits in the first and first five.
+
+        Logits of few bits often tie. A label that ties with others for the last places counts as the share of them that is
+        left to it, which is what picking among them at random gives on average; so a model that answers all classes alike is
+        at chance level. NaN is ahead of every label, as in `torch.topk`, and a label's own NaN or infinity is a miss.
+        """
         outputs = outputs.float()
-        loss = F.cross_entropy(outputs, labels, reduction="none")
-        # A tie counts as a miss, and so does NaN: a model that answers all classes alike has learned nothing.
-        own = outputs.gather(1, labels[:, None])
-        others_ahead = (outputs >= own).sum(dim=1) - 1
+        loss = F.cross_entropy(outputs, targets, reduction="none")
+        own = outputs.gather(1, targets[:, None])
+        ahead = ((outputs > own) | outputs.isnan()).sum(dim=1).double()
+        alike = (outputs == own).sum(dim=1).clamp(min=1)
         known = torch.isfinite(own[:, 0])
-        top1, top5 = (known & (others_ahead >= 0) & (others_ahead < k) for k in (1, 5))
+        top1, top5 = (((k - ahead) / alike).clamp(0, 1) * known for k in (1, 5))
         return torch.stack([(value.double() * valid).sum() for value in (loss, top1, top5)])

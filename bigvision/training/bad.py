@@ -24,6 +24,8 @@ class BadSamples:
         self.lengths = lengths
         self.known: dict[str, set[int]] = {split: set() for split in lengths}
         self.path: Path | None = None
+        self.example = ""
+        """The last one that was found: where it is, and why it cannot be read."""
 
     def keep_in(self, path: Path, runtime: Runtime, resumed: bool) -> None:
         """List what is found in the file *path* from now on; what a *resumed* run lists there already is known."""
@@ -44,7 +46,7 @@ class BadSamples:
         return f"{' and '.join(counts)} could not be read: {self.path}" if counts else ""
 
     def exchange(self, split: str, found: list[BadSample]) -> int:
-        """Take note of what each rank has found since the last time, and return how many that are over all ranks.
+        """Record what each rank has found since the last time, and return how many different samples these are.
 
         Raises:
             UserError: too many are bad; on every rank.
@@ -56,14 +58,16 @@ class BadSamples:
                 if self.path is not None:
                     with self.path.open("a", encoding="utf-8") as file:
                         file.write(json.dumps({"split": split} | sample._asdict()) + "\n")
+        if samples:
+            self.example = f"such as {samples[-1].where}: {samples[-1].reason}"
         allowed = self.budget if self.budget >= 1 else self.budget * self.lengths[split]
         if (count := self.count(split)) > allowed:
-            example = f", such as {samples[-1].where}: {samples[-1].reason}" if samples else ""
+            example = f", {self.example}" if self.example else ""
             raise UserError(
                 f"data.bad_budget: {self.budget:g} allows {int(allowed)} of {self.lengths[split]} samples of data.{split} to "
                 f"be unreadable, {count} are{example}; mend them, or allow more"
             )
-        return len(samples)
+        return len({sample.id for sample in samples})
 
 
 def _read(path: Path) -> list[tuple[str, int]]:

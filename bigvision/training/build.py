@@ -28,11 +28,13 @@ from bigvision.models import (
     given_name,
     model_card,
 )
-from bigvision.runtime import Runtime, all_or_none, from_main
+from bigvision.runtime import Runtime, all_or_none, from_main, gather_json, lacks_shared_memory
 from bigvision.tasks import build_task
 from bigvision.training import bad
 from bigvision.training.data import Data, Given, open_data
+from bigvision.training.lineage import applied_origin, check_same_run, data_facts, record
 from bigvision.training.memory import with_micro_batch
+from bigvision.training.one_sample import check_one_sample
 from bigvision.training.starts import Starts
 
 
@@ -58,6 +60,10 @@ class Build:
     """Its step."""
     evaluation_owed: bool = False
     """Whether the run was stopped in the evaluation of its last step."""
+    evaluated: int | None = None
+    """The step that `metrics` are of."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """The fingerprints of the data, for progress.json of every checkpoint (see `lineage`)."""
     faults: dict[str, Any] = field(default_factory=dict)
     """What the run before knew of its faults (`Numbers.state`)."""
 
@@ -89,7 +95,12 @@ def build(
 
     # Together, also where every rank would find the same by itself: one that left early would break the others' start.
     all_or_none(check)
-    found = checkpoint.find(config.checkpoint.resume, out, config.checkpoint.verify, say)
+    checkpoint.check_shared(out)
+    warnings = gather_json(lacks_shared_memory(runtime.device, runtime.identity.local_world_size))
+    for text in dict.fromkeys(text for text in warnings if text is not None):
+        say(text)
+    resume = applied_origin(config, runtime, say)
+    found = checkpoint.find(resume, out, config.checkpoint.verify, say)
     starts = Starts(config, runtime)
     begin = (lambda: starts.begin(found.progress["step"] if found else 0)) if runtime.is_main else lambda: None
     smaller = from_main(all_or_none(begin))
@@ -99,15 +110,21 @@ def build(
         config = with_micro_batch(config, smaller)
     fresh = config if found is None else without_weights(config)
     all_or_none(lambda: check_model(fresh.model, model))
-    data = open_data(config, runtime, given)
+    data = open_data(config, runtime, given, say)
     steps = total_steps(config, len(data.train))
     if found and found.progress["step"] > steps:
         raise UserError(
             f"train.{'epochs' if config.train.steps is None else 'steps'}: the run would end at step {steps}, "
-            f"but {found.folder} is at step {found.progress['step']}: train for longer, or choose another --out"
+            f"but out: {out} holds a run that is at step {found.progress['step']}: name another folder for this one "
+            f"(--out, or out= in Python), or more than {found.progress['step']} steps to train that one for longer"
         )
+    facts = data_facts(config, data, runtime)
+    if found:
+        check_same_run(found, facts, data.train.classes, config.checkpoint.allow, say)
     resumes = found is not None
     engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say, data.train.channels, model, resumes)
+    if data.train.classes:
+        card["label_names"] = list(data.train.classes)  # timm's key
     stack.callback(engine.close)
     starts.engine = engine
     data.bad.keep_in(out / bad.NAME, runtime, resumed=found is not None)
@@ -121,29 +138,33 @@ def build(
 
     def note() -> None:
         if runtime.is_main:
-            if config.checkpoint.resume.isdigit():
+            if found and resume != "auto" and found.is_in(out):
                 checkpoint.set_aside_later(out, engine.step, say)
+            record(config, facts, data.train.classes, found, resume, say)
             checkpoint.replace(out / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
 
     all_or_none(note)
     if found is None:
-        return Build(config, starts, engine, data, plan, card, steps, metrics)
-    owed = found.progress.get("evaluation_owed", False)
-    return Build(config, starts, engine, data, plan, card, steps, metrics, found.folder, engine.step, owed, faults)
+        return Build(config, starts, engine, data, plan, card, steps, metrics, facts=facts)
+    return Build(
+        config, starts, engine, data, plan, card, steps, metrics, found.folder, engine.step,
+        found.progress.get("evaluation_owed", False), found.progress.get("evaluated"), facts, faults,
+    )  # fmt: skip
 
 
 def build_model(
     config: Config, num_classes: int, runtime: Runtime, steps: int, say: Callable[[str], None], channels: int = 3,
-    model: GivenModel | None = None, restored: bool = False,
+    model: GivenModel | None = None, restored: bool = False, trains: bool = True,
 ) -> tuple[Engine, Blueprint, dict[str, Any]]:  # fmt: skip
     """Build the sharded model with its first values; returns the engine, the blueprint and the model card.
 
     Args:
         model: the caller's own, or a function that builds it, in the place of timm's.
         restored: the caller restores a checkpoint right afterwards: only what no checkpoint contains gets first values.
+        trains: whether the caller takes steps, or only evaluates.
 
     Raises:
-        UserError: the model, its options, its weights and the number of classes do not fit together.
+        UserError: the model, its options, its weights, the number of classes and the micro-batch do not fit together.
     """
     outputs = config.model.num_classes or num_classes
     if outputs < num_classes:
@@ -159,8 +180,8 @@ def build_model(
                 say(note)
         if model is not None:
             card = given_card(
-                config.model.name, plan.outputs, plan.in_chans, plan.image_size, mean=plan.mean, std=plan.std,
-                interpolation=plan.interpolation, crop_pct=plan.crop_pct,
+                config.model.name, plan.outputs, plan.input_shape, mean=plan.mean, std=plan.std,
+                interpolation=plan.interpolation, crop_pct=plan.crop_pct, crop_mode=plan.crop_mode,
             )  # fmt: skip
         else:
             card = model_card(
@@ -171,6 +192,8 @@ def build_model(
                 f"model.options.in_chans: {plan.in_chans}, but the images have {channels} channels: "
                 f"{'remove it' if channels == 3 else f'use {channels}'}"
             )
+        if trains:
+            check_one_sample(config, plan, runtime)
         return plan, blocks, card
 
     plan, blocks, card = all_or_none(plan_model)

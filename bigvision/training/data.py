@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -14,25 +13,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigvision.config import Config
+from bigvision.config import Config, micro_batch
 from bigvision.data import (
     BadSample,
     Batch,
     Batches,
     Mixer,
     Source,
+    StepBatch,
     Stream,
     Transform,
     eval_batches,
-    open_source,
+    open_both,
+    sources,
     train_batches,
     transform,
 )
-from bigvision.data.mixing import Mix
+from bigvision.data.batch import Mix
+from bigvision.data.decode import Decoding
+from bigvision.data.report import describe
 from bigvision.data.transforms import check_channels
 from bigvision.errors import UserError
 from bigvision.models import Blueprint
 from bigvision.runtime import Runtime, all_or_none
+from bigvision.tasks import build_task
 from bigvision.training.bad import BadSamples
 
 
@@ -67,25 +71,20 @@ def with_data(config: Config, data: Any, val: Any) -> tuple[Config, Given | None
     return replace(config, data=replace(config.data, train=names[0], val=names[1])), (data, val)
 
 
-def open_data(config: Config, runtime: Runtime, given: Given | None = None) -> Data:
+def open_data(config: Config, runtime: Runtime, given: Given | None = None, say: Callable[[str], None] | None = None) -> Data:
     """Open both sources on every rank; what has to be downloaded or indexed is so by rank 0 alone.
+
+    Args:
+        say: told on rank 0 what was found.
 
     Raises:
         UserError: a source is unknown, missing, empty or does not fit the other; the same on every rank.
     """
 
-    names = (config.data.train, config.data.val)
-
-    def open_both(first: bool) -> tuple[Source, Source]:
-        shared = config.data.train == config.data.val
-        train = open_source(
-            (given or names)[0], "train", key="data.train", root=config.data.root, first=first, shared=shared,
-            class_file=config.data.classes,
-        )  # fmt: skip
-        val = open_source(
-            (given or names)[1], "val", key="data.val", root=config.data.root, first=first, shared=shared,
-            classes=train.classes,
-        )  # fmt: skip
+    def open_all(first: bool) -> tuple[Source, Source]:
+        train, val = open_both(
+            *(given or (config.data.train, config.data.val)), root=config.data.root, first=first, class_file=config.data.classes
+        )
         if train.channels != val.channels:
             raise UserError(f"data.val: images of {val.channels} channels, but those of data.train have {train.channels}")
         if config.data.augment:
@@ -93,13 +92,31 @@ def open_data(config: Config, runtime: Runtime, given: Given | None = None) -> D
         return train, val
 
     # On its own host each rank finds what rank 0 left on a shared disk.
-    opened = all_or_none(lambda: open_both(first=True) if runtime.is_main else None)
-    train, val = all_or_none(lambda: opened or open_both(first=False))
+    opened = all_or_none(lambda: open_all(first=True) if runtime.is_main else None)
+    train, val = all_or_none(lambda: opened or open_all(first=False))
+    if say is not None and runtime.is_main:
+        for line in describe(train, val):
+            say(line)
     return Data(train, val, BadSamples(config.data.bad_budget, {"train": len(train), "val": len(val)}))
 
 
-class Feed(Iterator[Batch]):
-    """This rank's training batches from a step on, without end."""
+def open_validation(config: Config, runtime: Runtime, classes: list[str]) -> Data:
+    """Open the validation data alone, whose labels follow the *classes* of a checkpoint; it stands for both.
+
+    Raises:
+        UserError: as `open_data`.
+    """
+
+    def open_it(first: bool) -> Source:
+        return sources.open_validation(config.data.train, config.data.val, classes=classes, root=config.data.root, first=first)
+
+    opened = all_or_none(lambda: open_it(first=True) if runtime.is_main else None)
+    val = all_or_none(lambda: opened or open_it(first=False))
+    return Data(val, val, BadSamples(config.data.bad_budget, {"train": 0, "val": len(val)}))
+
+
+class Feed(Iterator[StepBatch]):
+    """This rank's training batches from a step on, without end. After each, call :meth:`finish`."""
 
     def __init__(
         self, config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, *, step: int, steps: int, position: int,
@@ -112,6 +129,7 @@ class Feed(Iterator[Batch]):
         """
         self.say, self.restarts = say, 0
         self.seconds, self.given = 0.0, 0
+        self.batch: StepBatch | None = None
         self.data, self.runtime, self.step, self.steps, self.every = data, runtime, step, steps, config.monitor.every
         settings = config.data
         apart, total = settings.repeats, config.train.global_batch
@@ -123,15 +141,20 @@ class Feed(Iterator[Batch]):
             config.seed, data.train.parts, repeats=apart, block=settings.shuffle_block, window=settings.shuffle_window
         )  # fmt: skip
         self.batches: Batches | None = None
+        collate = build_task(config.task).collate
+        self.share = total // runtime.data_ranks
+        # The schedules of pipelines take a step's micro-batches all at once.
+        size = self.share if runtime.pipeline_ranks > 1 else micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
+        self.size = size
 
         def begin(position: int) -> Iterator[Batch]:
             if runtime.stage == 0:
                 self.batches = train_batches(
                     data.train, _transform(config, data.train, blueprint, train=True), seed=config.seed, position=position,
                     global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks, workers=settings.workers,
-                    device=runtime.device, stream=stream, mixer=mixer,
+                    device=runtime.device, stream=stream, mixer=mixer, micro_batch=size, collate=collate,
                 )  # fmt: skip
-            return _relayed(self.batches, runtime, total // runtime.data_ranks, apart if mixer else None)
+            return _relayed(self.batches, runtime, self.share, apart if mixer else None)
 
         self.begin, self.relayed = begin, begin(position)
         self.trace: IO[str] | None = None
@@ -139,11 +162,22 @@ class Feed(Iterator[Batch]):
             # Every rank adds whole lines to one file.
             self.trace = Path(settings.trace).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
-    def __next__(self) -> Batch:
-        """Raises `UserError` where too many samples cannot be read."""
-        began = time.perf_counter()
-        batch = next(self.relayed)
-        self.seconds, self.given = self.seconds + time.perf_counter() - began, self.given + 1
+    def __next__(self) -> StepBatch:
+        if self.batch is not None:
+            self.finish()
+        self.batch = StepBatch(self.relayed, self.share, self.size)
+        return self.batch
+
+    def finish(self) -> None:
+        """Note what the last batch has brought, once its step is launched.
+
+        Raises:
+            UserError: too many samples cannot be read.
+        """
+        assert self.batch is not None
+        batch, self.batch = self.batch, None
+        batch.finish()
+        self.seconds, self.given = self.seconds + batch.waited, self.given + 1
         self.step += 1
         if self.batches is not None and self.batches.restarts > self.restarts:
             self.restarts = self.batches.restarts
@@ -153,7 +187,6 @@ class Feed(Iterator[Batch]):
             self.trace.write(json.dumps(line) + "\n")
         if self.step % self.every == 0 or self.step == self.steps:
             self.data.bad.exchange("train", _taken(self.batches))
-        return batch
 
     def go_to(self, step: int, position: int) -> None:
         """Go on from another position, at which *step* steps were taken."""
@@ -184,6 +217,7 @@ class Validation(Iterator[Batch]):
             self.batches = eval_batches(
                 data.val, _transform(config, data.val, blueprint, train=False), batch=batch, rank=runtime.data_rank,
                 ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device,
+                collate=build_task(config.task).collate,
             )  # fmt: skip
         number = -(-len(data.val) // (batch * runtime.data_ranks))
         self.relayed = _relayed(self.batches, runtime, batch, None, number)
@@ -251,6 +285,7 @@ def _transform(config: Config, source: Source, blueprint: Blueprint, train: bool
     settings = config.data
     return transform(
         source.style, blueprint.image_size, train=train, augment=settings.augment, interpolation=blueprint.interpolation,
-        crop_pct=blueprint.crop_pct, scale=settings.crop_scale, policy=settings.policy, jitter=settings.jitter,
-        erase=settings.erase, reduce=settings.reduce, channels=source.channels,
+        crop_pct=blueprint.crop_pct, crop_mode=blueprint.crop_mode, mean=blueprint.mean, scale=settings.crop_scale,
+        policy=settings.policy, jitter=settings.jitter, erase=settings.erase, reduce=settings.reduce, channels=source.channels,
+        decoding=Decoding(settings.max_pixels, settings.image_range),
     )  # fmt: skip

@@ -10,10 +10,11 @@ from pathlib import Path
 from bigvision import checkpoint
 from bigvision.config import Config
 from bigvision.engine import Engine, Metrics
+from bigvision.errors import UserError
 from bigvision.models import Blueprint
-from bigvision.runtime import Runtime, Watchdog, collective_timeout, identify, start
+from bigvision.runtime import Runtime, Watchdog, collective_timeout, deterministic, identify, start
 from bigvision.training.build import build_model, restore_model, without_weights
-from bigvision.training.data import Data, Validation, open_data
+from bigvision.training.data import Data, Validation, open_data, open_validation
 
 
 def evaluate(
@@ -48,6 +49,8 @@ def evaluate(
         batches.close()
     assert total is not None
     assert int(total.count) + unreadable == len(data.val)
+    if not total.count:
+        raise UserError(f"data.val: none of its samples can be read, {data.bad.example}; check the path and the files")
     return total.means()
 
 
@@ -55,20 +58,25 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
     """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank.
 
     Raises:
-        UserError: the folder is not a valid checkpoint or is of another model.
+        UserError: the folder is not a valid checkpoint or is of another model; or ``train.deterministic`` and an operation
+            without a deterministic form.
     """
     config = _for_ranks(without_weights(config), identify(os.environ).world_size)
     parallel, timeout = config.parallel, collective_timeout(config.limits)
     with (
+        deterministic(config.train.deterministic, parallel.device),
         Watchdog(config.limits) as watch,
         start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout) as runtime,
         watch.naming(),
     ):
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
-        data = open_data(config, runtime)
+        classes = found.card.get("label_names")
+        # Earlier versions saved no class names: theirs are those of the training data.
+        data = open_validation(config, runtime, classes) if isinstance(classes, list) else open_data(config, runtime)
         engine, blueprint, _ = build_model(
-            config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.train.channels, restored=True
-        )
+            config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True,
+            trains=False,
+        )  # fmt: skip
         try:
             restore_model(found, engine)
             metrics = evaluate(config, engine, data, blueprint, runtime, watch)

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from bigvision.config import Config
-from bigvision.engine import check_sizes, micro_batch
+from bigvision.config import Config, check_batches, micro_batch
 from bigvision.errors import UserError, lacks_memory, one_line
 from bigvision.models import Blueprint
 from bigvision.runtime import RankFailure, Runtime
@@ -52,7 +51,7 @@ def smaller(config: Config, blueprint: Blueprint, runtime: Runtime) -> tuple[int
     reason = ""
     for found in range(half, 0, -1):
         try:
-            check_sizes(with_micro_batch(config, found), runtime)
+            check_batches(with_micro_batch(config, found), runtime.data_ranks, runtime.pipeline_ranks)
             return found, f"start again to go on with train.micro_batch {found} instead of {size}"
         except UserError as error:
             reason = reason or str(error)

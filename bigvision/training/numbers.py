@@ -8,7 +8,7 @@ from typing import Any
 
 from bigvision import checkpoint
 from bigvision.config import Config
-from bigvision.data import Batch
+from bigvision.data import StepBatch
 from bigvision.engine import Engine, StepResult
 from bigvision.monitor import Monitor
 from bigvision.runtime import from_main, gather_json
@@ -56,7 +56,7 @@ class Numbers:
         if self.config.faults.rollback and not from_main(checkpoint.steps_in(Path(self.config.out))):
             saving.save(metrics)
 
-    def take(self, batch: Batch) -> StepResult:
+    def take(self, batch: StepBatch) -> StepResult:
         """Launch a step on *batch*, or skip it because it made a spike before."""
         engine, size = self.engine, self.config.train.global_batch
         # Of a run that went on with another global batch, all that overlap.
@@ -137,6 +137,7 @@ class Numbers:
         self.passed_over.append([at, self.config.train.global_batch])
         batches.go_to(engine.step, engine.samples)
         metrics: dict[str, float] = found.progress["metrics"]
+        saving.evaluated = found.progress.get("evaluated")
         self.monitor.begin(engine.step, self.monitor.steps, metrics)
         facts = {"rolled_back": {"from_step": step, "passes_over": at} | asdict(spike)}
         words = f"step {step}: back to {found.folder.name}; the batch from sample {at} on will be passed over"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bigvision import checkpoint
 from bigvision.checkpoint import Retention, Saver, folder_name
 from bigvision.config import Config, parse_size
 from bigvision.engine import Engine
-from bigvision.runtime import Runtime, gather_json
+from bigvision.runtime import Runtime, all_or_none, from_main, gather_json
 from bigvision.signals import SIGNALS
+from bigvision.training.build import Build
 from bigvision.training.callbacks import Callbacks, Event
 from bigvision.training.digest import check_copies
 
@@ -19,20 +22,25 @@ from bigvision.training.digest import check_copies
 class Saving:
     """Saves a run by steps, by epochs, by minutes and when asked to. Every rank has one and calls all of its methods."""
 
-    def __init__(
-        self, config: Config, engine: Engine, card: dict[str, Any], runtime: Runtime, say: Callable[[str], None],
-        faults: Callable[[], dict[str, Any]] = dict,
-    ) -> None:  # fmt: skip
+    def __init__(self, run: Build, runtime: Runtime, say: Callable[[str], None], faults: Callable[[], dict[str, Any]]) -> None:
         """Args: *faults* gives what a restarted run has to know of them (`Numbers.state`)."""
-        self.faults = faults
-        self.config, self.engine, self.card, self.runtime = config, engine, card, runtime
-        keep = config.checkpoint
+        self.faults, self.runtime = faults, runtime
+        self.config, self.engine, self.card, self.facts = run.config, run.engine, run.card, run.facts
+        self.evaluated = run.evaluated
+        """The step of the last evaluation, whose metrics are saved."""
+        keep, out = self.config.checkpoint, Path(self.config.out)
+        self.best: float | None = None
+        """The best value of `checkpoint.keep_best` that a checkpoint was evaluated with."""
+        if (metric := keep.keep_best) is not None:
+            value = all_or_none(lambda: checkpoint.best_value(out, metric, run.engine.step) if runtime.is_main else None)
+            self.best = from_main(value)
         self.saver = Saver(
-            Path(config.out),
+            out,
             parse_size(keep.shard_size, "checkpoint.shard_size"),
             Retention(keep.keep, keep.keep_best, keep.keep_every),
             background=keep.background,
             writer=keep.writer,
+            verify=keep.verify_after_save,
             timeout=keep.timeout,
             say=say,
         )
@@ -75,6 +83,17 @@ class Saving:
         """
         self.hear({name for names in gather_json(sorted(self.wishes())) for name in names})
 
+    def take(self, metrics: dict[str, float]) -> None:
+        """Take note of the evaluation of the step just taken, and ask for a save where it is the best so far.
+
+        Every rank has the same metrics.
+        """
+        self.evaluated, name = self.engine.step, self.config.checkpoint.keep_best
+        if name is None or not math.isfinite(value := metrics[name]):
+            return
+        if self.best is None or checkpoint.sign(name) * value > checkpoint.sign(name) * self.best:
+            self.best, self.requested = value, True
+
     def due(self, epoch_ended: bool) -> bool:
         """Whether the step just taken is to be saved; the same on every rank."""
         plan, step = self.config.checkpoint, self.engine.step
@@ -97,7 +116,8 @@ class Saving:
         engine.synchronize()
         if self.config.faults.digest_every is not None:
             check_copies(engine)
-        progress = progress_of(engine, self.config, metrics) | {"evaluation_owed": owed, "faults": self.faults()}
+        progress = progress_of(engine, self.config, metrics, self.evaluated)
+        progress |= {"evaluation_owed": owed, "faults": self.faults(), "data": self.facts}
         self.saver.save(engine.step, engine.fragments(), {"config.json": self.card, "progress.json": progress})
         self.saved, self.requested, self.since = engine.step, False, time.monotonic()
         self.untold.append(engine.step)
@@ -131,12 +151,13 @@ class Saving:
         self.saver.close()
 
 
-def progress_of(engine: Engine, config: Config, metrics: dict[str, float]) -> dict[str, Any]:
-    """What progress.json of a checkpoint says."""
+def progress_of(engine: Engine, config: Config, metrics: dict[str, float], evaluated: int | None = None) -> dict[str, Any]:
+    """What progress.json of a checkpoint says; *evaluated* is the step that *metrics* are of."""
     return {
         "step": engine.step,
         "samples": engine.samples,
         "scalars": engine.scalars(),
         "metrics": metrics,
+        "evaluated": evaluated,
         "config": config.to_dict(),
     }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bigvision.config import Config
-from bigvision.data import Batch
+from bigvision.data import StepBatch
 from bigvision.engine import Engine, StepResult
 from bigvision.errors import Stopped
 from bigvision.models import GivenModel
@@ -37,7 +37,7 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """The lines of metrics.jsonl, also those of starts before this one."""
+    """The lines of metrics.jsonl, also those of starts before this one; on rank 0, which writes them."""
 
 
 def train(
@@ -79,7 +79,8 @@ def train(
         if loop.unfinished:
             raise Stopped(loop.saving.stopped_by, run.engine.step, folder)
         monitor.farewell(folder, loop.metrics, run.data.bad.summary())
-        return Result(run.engine.step, folder, loop.metrics, read_history(config.out))
+        history = read_history(config.out) if runtime.is_main else []
+        return Result(run.engine.step, folder, loop.metrics, history)
 
 
 class Loop:
@@ -103,7 +104,7 @@ class Loop:
         )
         stack.callback(self.batches.close)
         self.numbers = Numbers(config, engine, monitor, run.faults)
-        self.saving = Saving(config, engine, run.card, runtime, monitor.say, self.numbers.state)
+        self.saving = Saving(run, runtime, monitor.say, self.numbers.state)
         stack.callback(self.saving.close)
         monitor.begin(engine.step, run.steps, run.metrics)
         self.numbers.begin(self.saving, run.metrics)
@@ -122,6 +123,8 @@ class Loop:
         saving.ask()  # a signal may have come while the run was built
         if not saving.stopped_by and self.owed:
             self.measure()
+            if saving.requested:
+                self.save()
         while engine.step < self.steps and not saving.stopped_by:
             self.watch.beat("step", engine.step + 1)
             batch = next(self.batches)
@@ -144,10 +147,11 @@ class Loop:
                 self.save()
             saving.tell(self.told)
 
-    def _launch(self, batch: Batch) -> None:
+    def _launch(self, batch: StepBatch) -> None:
         """Take a step whose numbers are read later."""
         self.engine.requests = self._wishes()
         result = self.numbers.take(batch)
+        self.batches.finish()
         if result.passed_over:
             self.saving.ask()
         waited = self.batches.waited() if self.monitor.due(result.step) else None
@@ -192,6 +196,7 @@ class Loop:
         self.owed = found is None
         if found is not None:
             self.metrics = found
+            self.saving.take(found)
             self.monitor.after_evaluation(self.engine.step, self.engine.samples, found)
             self.told.tell(Event("evaluation", self.engine.step, found))
 
@@ -225,11 +230,15 @@ class Loop:
 
 
 def read_history(out: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none on a host that does not share the folder."""
+    """The lines of a run's metrics.jsonl, without those that were cut by a kill or a full disk."""
+    found = []
     try:
-        return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
+        for line in Path(out, "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    except OSError:
+        pass  # the run is over and saved: what it logged is no reason to fail it
+    return [line for line in found if isinstance(line, dict)]
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def made_up() -> Report:
     seconds = {OWN: 1.0, f"{OWN} (again)": 1.0, REDUCED: 0.5, BYTES: 0.95, CEILING: 0.76}
     seconds |= dict(zip(PEERS, (1.6, 1.4, 2.0, 1.5)))
     times = {name: [second * factor for factor in drift] for name, second in seconds.items()}
-    return Report("Made up", times, 512, [0.06, 0.002, 0.004], {"cores": 2})
+    return Report("Made up", times, 512, [0.06, 0.002, 0.004], {64: [2.0, 1.0], 4096: [1.5, 3.0]}, 96.3, {"cores": 2})
 
 
 def test_targets_are_ratios_of_times_in_the_same_rounds(tmp_path: Path) -> None:
@@ -63,6 +63,8 @@ def test_targets_are_ratios_of_times_in_the_same_rounds(tmp_path: Path) -> None:
         "images/s: bigvision over no loader": (0.76, False),
         "images/s: bigvision, uint8 batches over no loader": (0.8, False),
         "finding 256 samples in the middle of an epoch of 1,000,000,000": (4.0, True),
+        "time to the first micro-batch: batch 4,096 over 64": (1.5, True),
+        "shared memory of batch 4,096": (96.3, True),
     }
     report.write(tmp_path / "found")
     text = (tmp_path / "found.md").read_text()
@@ -85,7 +87,7 @@ def test_every_side_comes_to_figures(tmp_path: Path, workers: int) -> None:
     assert torch.get_num_threads() == threads
     assert set(report.times) == {OWN, f"{OWN} (again)", REDUCED, BYTES, *PEERS, CEILING}
     assert all(len(times) == 1 and times[0] > 0 for times in report.times.values())
-    assert len(report.targets()) == 7 and report.images == 4
+    assert len(report.targets()) == 9 and report.images == 4
     report.write(tmp_path / "found")
     assert "timm, prefetcher" in (tmp_path / "found.md").read_text()
 

@@ -34,6 +34,7 @@ class Mutation:
 
 POWER, CRASH, ERRORS = "test_power_loss.py", "test_crashes.py", "test_disk_errors.py"
 SAVER, FORMAT, DAMAGE = "test_saver.py", "test_format.py", "test_damage.py test_tampering.py"
+LOCK, READING = "test_lock.py", "test_reading.py"
 
 MUTATIONS = [
     Mutation("fsync of pieces", "writer.py", "        os.fsync(self.descriptors[0])", "        pass", POWER),
@@ -50,7 +51,7 @@ MUTATIONS = [
     Mutation("moving it back at the next start", "commit.py", "                    entry.rename(out / match[1])", "                    remove(entry)", FORMAT),
     Mutation("renaming before removing", "retention.py", "    folder.rename(gone)\n    sync_folder(folder.parent)\n    shutil.rmtree(gone, ignore_errors=True)", "    shutil.rmtree(folder, ignore_errors=True)", f"{CRASH} {POWER}"),
     Mutation("pruning after the commit", "commit.py", "            _finish(unfinished, content, documents, runs)", "            prune(out, Retention(0), step - 1)\n            _finish(unfinished, content, documents, runs)", f"{CRASH} {ERRORS}"),
-    Mutation("only valid ones are counted", "retention.py", "        except Damaged:\n            continue\n", "        except Damaged:\n            progress = {}\n", FORMAT),
+    Mutation("only valid ones are counted", "retention.py", "        except Damaged:\n            continue\n", "        except Damaged:\n            found[step] = {}\n", FORMAT),
     Mutation("vote on making files", "commit.py", "all_or_none(prepare, group)", "prepare()", f"{ERRORS} {SAVER}"),
     Mutation("vote on writing", "commit.py", "all_or_none(write, group)", "write()", f"{SAVER} {ERRORS}"),
     Mutation("vote on the commit", "commit.py", "all_or_none(publish, group)", "publish()", f"{ERRORS} {SAVER}"),
@@ -59,21 +60,27 @@ MUTATIONS = [
     Mutation("checksums of tensors", "reader.py", "checksum(view) != self.checksum", "False", f"{FORMAT} {DAMAGE}"),
     Mutation("checksums of documents and headers", "manifest.py", "    if checksum(data) != run.checksum:", "    if False:", DAMAGE),
     Mutation("the manifest's checksum", "manifest.py", "        if text != _text(manifest | {\"checksum\": found}) or found != checksum(_text(manifest)):", "        if False:", DAMAGE),
-    Mutation("sizes", "manifest.py", "        if (size := path.stat().st_size) != file[\"size\"]:", "        if (size := path.stat().st_size) < 0:", DAMAGE),
+    Mutation("sizes", "manifest.py", "        if (size := _size(folder / name)) != file[\"size\"]:", "        if (size := _size(folder / name)) < 0:", DAMAGE),
     Mutation("runs that cover the file", "manifest.py", "complete = all(_covered(file) for file in files.values())", "complete = True", DAMAGE),
     Mutation("names are no paths", "manifest.py", "        if not PLAIN.fullmatch(name):", "        if not name:", DAMAGE),
-    Mutation("links are not read", "manifest.py", "        if path.is_symlink() or not path.is_file():", "        if not path.exists():", DAMAGE),
+    Mutation("links are not read", "manifest.py", "    if not stat.S_ISREG(status.st_mode):", "    if False:", DAMAGE),
     Mutation("the header's length", "reader.py", "        if length != head.length - 8:", "        if False:", DAMAGE),
-    Mutation("all ranks agree on damage", "resume.py", "        return next((text for text in gather_json(problem) if text is not None), None)", "        gather_json(problem)\n        return problem", f"{FORMAT} ../training/test_resume.py"),
-    Mutation("the lock", "lock.py", "            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "            pass", SAVER),
-    Mutation("the lock within a process", "lock.py", "        _held.add(self.identity)\n", "", SAVER),
-    Mutation("the lock is no link", "lock.py", " | os.O_NOFOLLOW", "", SAVER),
+    Mutation("all ranks agree on damage", "resume.py", "    if not all(verdicts):", "    if False:", READING),
+    Mutation("the lock", "lock.py", "            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "            pass", LOCK),
+    Mutation("the lock within a process", "lock.py", "        _held[self.identity] = self\n", "", LOCK),
+    Mutation("the lock is no link", "lock.py", "os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW", "os.O_RDWR | os.O_CREAT", LOCK),
+    Mutation("heartbeats", "lock.py", "                os.utime(self.descriptor)\n", "", LOCK),
+    Mutation("waiting for a heartbeat", "lock.py", "os.stat(self.path).st_mtime > first", "False", LOCK),
+    Mutation("a lock that was taken over", "commit.py", "        check_held(out)\n", "", LOCK),
+    Mutation("what was written is read back", "commit.py", "            all_or_none(lambda: _read_back(unfinished, some), group)\n", "", READING),
+    Mutation("reading is tried again", "manifest.py", "for pause in (*PAUSES, None):", "for pause in (None,):", READING),
+    Mutation("short reads go on", "disk.py", "    while offset < end and (part := os.pread(descriptor, end - offset, offset)):", "    if part := os.pread(descriptor, end - offset, offset):", READING),
     Mutation("files are no links", "disk.py", "flags | os.O_NOFOLLOW | os.O_CLOEXEC", "flags | os.O_CLOEXEC", f"{DAMAGE} {ERRORS}"),
     Mutation("files are new", "disk.py", "os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE", "os.O_CREAT | os.O_CLOEXEC, FILE_MODE", f"{DAMAGE} {ERRORS} {SAVER}"),
     Mutation("the copy", "background.py", "            return Plan(content.layouts, self.arena.copy(content.pieces))", "            return content", SAVER),
     Mutation("one save at a time", "background.py", "        self.wait()\n        content", "        content", SAVER),
     Mutation("errors in the background are asked for", "background.py", "[*requests, self.failure is not None]", "[*requests, False]", SAVER),
-    Mutation("errors of the owner of a file", "relay.py", "    if failure is not None:\n        raise failure\n", "", SAVER),
+    Mutation("errors of the owner of a file", "writer.py", "    if failure is not None:\n        raise failure\n", "", SAVER),
 ]  # fmt: skip
 
 

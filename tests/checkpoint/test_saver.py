@@ -16,59 +16,12 @@ import torch
 import torch.distributed as dist
 
 from bigvision import checkpoint
-from bigvision.checkpoint import Lock, Retention, Saver, commit, memory, pieces, writer
+from bigvision.checkpoint import Retention, Saver, commit, memory, pieces, writer
 from bigvision.checkpoint.manifest import CHUNK
-from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, gather_json, start
 from tests.checkpoint.test_format import DOCUMENTS, digests, load_on_rank, make_fragments, save_on_rank, whole_tensors
-from tests.distributed import run_ranks, start_ranks
-
-# The lock.
-
-
-def hold(out: Path) -> None:
-    with Lock(out):
-        (out / "held").touch()
-        time.sleep(600)
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def test_a_second_run_is_refused_by_name_and_a_dead_one_is_not(tmp_path: Path) -> None:
-    owner = start_ranks(hold, 1, tmp_path)[0]
-    try:
-        wait_for(tmp_path / "held")
-        with pytest.raises(UserError, match=f"in use by process {owner.pid} on .* since .*choose another --out"):
-            Lock(tmp_path)
-    finally:
-        owner.kill()
-        owner.join()
-    Lock(tmp_path).release()
-
-
-def test_one_process_cannot_lock_twice(tmp_path: Path) -> None:
-    out = tmp_path / "new" / "folder"
-    with Lock(out):
-        for _ in range(2):
-            with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
-                Lock(out)
-    with Lock(out):
-        pass
-
-
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").write_text("precious")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="cannot be written"):
-        Lock(tmp_path / "out")
-    assert (tmp_path / "elsewhere").read_text() == "precious"
-
+from tests.distributed import run_ranks
 
 # In the background.
 

@@ -205,6 +205,41 @@ def test_an_evaluation_does_not_need_the_file_that_the_run_had(tmp_path: Path, m
     assert code == 2 and "gone.json" in message
 
 
+def test_a_plain_model_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weights of a run it has the metrics of the run's checkpoint, on any number of ranks."""
+    run_ranks(run, 1, recipe(tmp_path / "out", train={"steps": 2}))
+    folder, made = str(tmp_path / "out" / "step-00000002"), recipe(tmp_path)["model"]
+    fp32 = ["--parallel.precision", "fp32", "--parallel.device", "cpu", "--data.workers", "0"]
+    flags = ["--data.val", "synthetic:53x32", "--model.image_size", "32", "--model.options", json.dumps(made["options"]), *fp32]
+    code, out, err = command(["eval", folder])
+    assert code == 0, err
+    weights = ["--model.weights", folder, "--model.num_classes", "10"]
+    for ranks in (1, 2):
+        code, again, err = run_ranks(command, ranks, ["eval", made["name"], *flags, *weights])[0]
+        assert code == 0 and json.loads(again) == pytest.approx(json.loads(out), rel=1e-5), err
+    code, out, err = command(["eval", "vit_tiny_patch16_224_in21k", *flags, "--model.pretrained", "false"])
+    assert code == 0 and set(json.loads(out)) == {"loss", "top1", "top5"}
+    assert "vit_tiny_patch16_224_in21k is called vit_tiny_patch16_224.augreg_in21k" in err
+    refused(["eval", made["name"]], "vit_tiny_patch16_224 on which images", "--data.val", ranks=2)
+    refused(["eval", made["name"], *flags], "data.val: 10 classes", "1000 outputs", "data.classes")
+    refused(["eval", "resnet18.a9", "--data.val", "digits"], "timm has no weights 'resnet18.a9'", "resnet18.a")
+    refused(["eval", "resnet81", "--data.val", "digits"], "resnet81 is not a step folder of a run, and not a timm model")
+
+
+def test_a_part_of_imagenet_has_the_labels_of_the_whole(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from bigvision.config import load_config
+    from bigvision.launching import evaluate
+
+    for name in ("n01440764", "n02102040", "n03888257"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "val" / name / "x.png")
+    config = load_config({"model": {"name": "resnet18", "pretrained": True}, "data": {"train": f"imagefolder:{tmp_path}"}})
+    val, outputs = evaluate._open(config, True)
+    assert outputs == 1000 and [val.label(index) for index in range(3)] == [0, 217, 701]
+
+
 def test_what_is_right(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, train={"steps": 2})
     for spelling in (["--local_rank=0"], ["--local-rank=0"], ["--local_rank", "0"], ["--local-rank", "0"]):
@@ -229,3 +264,37 @@ def test_what_is_right(tmp_path: Path) -> None:
     code, out, _ = run_ranks(command, 1, ["train", "--help"])[0]
     assert code == 0 and "--train.global_batch" in out
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "words"),
+    [
+        (["--train.micro_batch", "3", "--train.global_batch", "16"], 1, ["train.micro_batch: 3 cuts the 16", "use 2 or 4"]),
+        (["--train.micro_batch", "1", "--train.global_batch", "9"], 1, ["train.micro_batch: 1 cuts the 9 samples", "use 3"]),
+        (["--train.global_batch", "2"], 2, ["train.global_batch: 2 gives each of 2", "use at least 4"]),
+        (
+            ["--parallel.strategy", "pipeline", "--parallel.microbatches", "8", "--train.global_batch", "8"], 2,
+            ["parallel.microbatches: 8 cuts the 8 samples", "use at most 4"],
+        ),
+        (["--train.micro_batch", "6", "--train.global_batch", "13", "--model.name", "resnetv2_50"], 1, ["one is alone"]),
+    ],
+)  # fmt: skip
+def test_a_micro_batch_of_one_sample_for_batchnorm(tmp_path, flags, ranks, words):
+    path = write_recipe(tmp_path, model="resnet")
+    flags = ["--model.name", "resnet10t", "--model.options", "{}", "--train.micro_batch", "null", *flags]
+    refused(["train", path, *flags], *words, "a single value of each channel", ranks=ranks)
+    assert not list((tmp_path / "out").glob("step-*"))
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_tiny_patch16_224", 32), ("resnet10t", 64)])
+def test_one_sample_is_enough_where_norms_see_more_of_it(name, size):
+    """LayerNorm, and BatchNorm over several places of an image."""
+    from bigvision.config import ModelConfig
+    from bigvision.models import blueprint
+    from bigvision.training.one_sample import refusing_norm
+
+    plan = blueprint(ModelConfig(name=name, image_size=size), 10)
+    modes = [part.training for part in plan.module.modules()]
+    assert refusing_norm(plan.module, (3, size, size)) is None
+    assert [part.training for part in plan.module.modules()] == modes
+    assert not any(part._forward_pre_hooks for part in plan.module.modules())

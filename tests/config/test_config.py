@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,12 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config.to_dict()))
     assert load_config(path) == config
-    assert load_config(Config().to_dict()) == Config()
+    made = load_config(Config().to_dict())
+    assert made == replace(Config(), out=made.out)
+    pairs = load_config({"model": {"image_size": [64, 32]}}, ["--data.image_range", "[-160, 240]"])
+    assert pairs.model.image_size == (64, 32) and pairs.data.image_range == (-160.0, 240.0)
+    path.write_text(yaml.safe_dump(pairs.to_dict()))
+    assert load_config(path) == pairs
 
 
 @pytest.mark.parametrize(
@@ -56,6 +62,13 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
         ({}, ["stray"], ["stray"]),
         ({"checkpoint": {"shard_size": "5XB"}}, [], ["checkpoint.shard_size", "5XB", "5GB"]),
         ({"train": {"global_batch": 0}}, [], ["train.global_batch: 0"]),
+        ({"model": {"image_size": 0}}, [], ["model.image_size: 0", "[height, width]"]),
+        ({"model": {"image_size": [32, 0]}}, [], ["model.image_size: [32, 0]"]),
+        ({"model": {"image_size": [32]}}, [], ["model.image_size: [32]", "list of 2 numbers"]),
+        ({}, ["--model.image_size", "32x64"], ["model.image_size: 32x64"]),
+        ({"data": {"image_range": [255, 0]}}, [], ["data.image_range: [255.0, 0.0]", "the smaller first"]),
+        ({"data": {"image_range": [0, float("inf")]}}, [], ["data.image_range", "finite"]),
+        ({"data": {"max_pixels": 0}}, [], ["data.max_pixels: 0"]),
         ({"optim": {"clip": 0}}, [], ["optim.clip"]),
         ({"optim": {"lr": 10**400}}, [], ["optim.lr", "a number"]),
         ({"train": {"epochs": 0}}, [], ["train.epochs"]),
@@ -71,14 +84,114 @@ def test_a_mistake_is_one_line_that_names_it(recipe: dict, flags: list[str], wor
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1", "!!python/object/apply:os.system [ls]", "3"])
-def test_a_recipe_that_is_not_a_mapping_of_sections(tmp_path: Path, text: str) -> None:
-    (tmp_path / "r.yaml").write_text(text)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", ["not valid YAML", "line 1"]),
+        ("- 1", ["must hold sections", "not a list"]),
+        ("!!python/object/apply:os.system [ls]", ["not valid YAML", "python/object"]),
+        ("3", ["must hold sections"]),
+        ("# nothing\n", ["is empty"]),
+        ("", ["is empty"]),
+        ("train: {steps: 3}\noptim: {lr: 1}\ntrain: {epochs: 2}\n", ["train is written twice", "lines 1 and 3"]),
+        ("train:\n  steps: 3\n  global_batch: 4\n  steps: 5\n", ["train.steps is written twice", "lines 2 and 4"]),
+        ("model: {options: {depth: 2, depth: 3}}", ["model.options.depth is written twice", "line 1"]),
+        ("train: {steps: 3}\ntrain.steps: 5\n", ["train.steps is written twice", "with a dot"]),
+        ("train:\n\tsteps: 3\n", ["line 2", "tab", "spaces"]),
+        ("seed: 010\n", ["line 1", "seed: 010", "octal"]),
+        ("limits:\n  step: 10:00\n", ["line 2", "limits.step: 10:00", "base 60"]),
+        ("a: &a [*a]", ["line 1", "contains itself"]),
+        ("out: {{ folder }}", ["not valid YAML"]),
+        ("seed: 1\n---\nseed: 2\n", ["not valid YAML", "another document"]),
+        ("model: {name: on}", ["model.name: true", "in quotes"]),
+        ("out: 1.10", ["out: 1.1", "in quotes"]),
+        ("1: 2", ["unknown key '1'"]),
+        (b"out: caf\xe9\n", ["line 1", "UTF-8"]),
+    ],
+)
+def test_a_recipe_that_is_not_what_it_looks_like(tmp_path: Path, text: str | bytes, words: list[str]) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(UserError, match=r"r\.yaml") as caught:
-        load_config(tmp_path / "r.yaml")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="No such file"):
-        load_config(tmp_path / "missing.yaml")
+        load_config(path)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+def test_what_yaml_reads_otherwise_and_is_meant_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    text = "optim: {lr: 1e-3, clip: 5e-1}\ntrain: {steps: 1e4, deterministic: yes}\n"
+    text += "out: 2024-01-31\ncheckpoint: {resume: 200}\n"
+    for content in (text.encode(), b"\xef\xbb\xbf" + text.encode(), text.encode("utf-16")):
+        path.write_bytes(content)
+        config = load_config(path)
+        assert (config.optim.lr, config.optim.clip, config.train.steps, config.train.deterministic) == (1e-3, 0.5, 10_000, True)
+        assert (config.out, config.checkpoint.resume) == ("2024-01-31", "200")
+    path.write_text("model:\n  options: {<<: &x {depth: 2, num_heads: 3}, depth: 4}\ntrain:\n  # steps: 3\n")
+    assert load_config(path).model.options == {"depth": 4, "num_heads": 3}, "a merged key gives way, an empty section is one"
+
+
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    for text, path in {
+        "~/runs/a": f"{tmp_path}/runs/a", "~": str(tmp_path), "$HOME/a": f"{tmp_path}/a", "${SCRATCH}/a/": "/scratch/me/a",
+        "runs/a/": "runs/a", "./a": "a", "a$HOME": "a$HOME", "2024": "2024", "null": "null",
+    }.items():  # fmt: skip
+        assert load_config(None, ["--out", text]).out == load_config({"out": text}).out == path
+    tree = {"data": dict.fromkeys(("root", "trace", "classes"), "~/x"), "model": {"weights": "~/x"}}
+    config = load_config(tree | {"checkpoint": {"resume": "~/x"}})
+    data = config.data
+    assert {data.root, data.trace, data.classes, config.model.weights, config.checkpoint.resume} == {f"{tmp_path}/x"}
+    assert [load_config({"checkpoint": {"resume": word}}).checkpoint.resume for word in ("auto", "200")] == ["auto", "200"]
+    for text, words in {
+        "": "names nothing", "  ": "names nothing", " a": "space", "a\nb": "cannot be seen", "$NOT_SET/a": "NOT_SET is not set",
+        "~nobody_of_that_name/a": "no home folder", "s3://bucket/a": "cannot be written to a URL yet", "gs:/b/a": "URL",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=f"^out: .*{words}") as caught:
+            load_config({"out": text})
+        assert "\n" not in str(caught.value)
+    for section, key in (("model", "weights"), ("data", "root"), ("data", "classes"), ("checkpoint", "resume")):
+        with pytest.raises(UserError, match=rf"^{section}\.{key}: https://host/x: .*URL"):
+            load_config({section: {key: "https://host/x"}})
+    for url in ("https://host/r.yaml", "s3://bucket/r.yaml"):
+        with pytest.raises(UserError, match=f"^recipe {url}: .*not from URLs"):
+            load_config(url)
+
+
+@pytest.mark.parametrize(
+    ("train", "model", "folder"),
+    [
+        ("imagefolder:pets", "vit_base_patch16_224", "pets-vit_base_patch16_224"),
+        ("imagefolder:/data/pets/train/", "resnet50.a1_in1k", "pets-resnet50.a1_in1k"),
+        ("webdataset:/data/in1k/train/flowers-{000..099}.tar", "resnet18", "flowers-resnet18"),
+        ("webdataset:/data/flowers/train-{000..099}.tar", "resnet18", "flowers-resnet18"),
+        ("parquet:hub/pets/data/train-*.parquet?image=img", "resnet18", "pets-resnet18"),
+        ("0.7*imagefolder:A + 0.3*webdataset:B", "resnet18", "A-B-resnet18"),
+        ("synthetic:53x32", "hf-hub:timm/resnet18.a1_in1k", "synthetic-resnet18.a1_in1k"),
+        ("cifar10", "python:Net", "cifar10-Net"),
+        ("python:Pets", "resnet18", "Pets-resnet18"),
+        ("imagefolder:Blüten und Blätter", "resnet18", "Blüten-und-Blätter-resnet18"),
+    ],
+)
+def test_out_is_made_of_recipe_data_and_model(tmp_path: Path, train: str, model: str, folder: str) -> None:
+    tree = {"data": {"train": train}, "model": {"name": model}}
+    said: list[str] = []
+    config, origins = resolve(tree, say=said.append)
+    assert (config.out, config.data.val) == (f"checkpoints/{folder}", train) and said == [f"out: {config.out}"]
+    assert "model.name" in origins["out"] and origins["data.val"] == "data.train"
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(tree))
+    assert load_config(tmp_path / "first.yaml").out == f"checkpoints/first-{folder}"
+    assert load_config(tmp_path / "first.yaml", ["--out", "auto", "--data.val", "digits"]).out == f"checkpoints/first-{folder}"
+
+
+def test_out_has_to_be_given_where_it_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for train in ("imagefolder:/", "imagefolder:---", " + ".join(f"imagefolder:a_long_name_{n}" for n in range(9))):
+        with pytest.raises(UserError, match=r"^out: no folder .*--out"):
+            load_config({"data": {"train": train}})
+        assert load_config({"data": {"train": train}, "out": "x"}).out == "x"
+    monkeypatch.chdir(tmp_path)
+    assert load_config({"data": {"train": "imagefolder:."}}).out.startswith(f"checkpoints/{tmp_path.name}-")
 
 
 def test_a_launcher_and_a_flag_that_disagree() -> None:

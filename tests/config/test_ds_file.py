@@ -54,6 +54,10 @@ def test_the_shipped_files(path: str) -> None:
         ({}, 1, {"parallel.strategy": "zero1"}),
         ({}, 3.0, {"parallel.strategy": "zero3"}),
         ({}, "auto", {}),
+        ({}, "3", {"parallel.strategy": "zero3"}),
+        ({}, 0, {"parallel.strategy": "ddp"}),
+        ({"train_batch_size": "256", "gradient_clipping": "0.5"}, 2, {"train.global_batch": 256, "optim.clip": 0.5}),
+        ({"bf16": {"enabled": "true"}}, 2, {"parallel.precision": "bf16"}),
         ({"train_batch_size": 256}, 2, {"train.global_batch": 256}),
         ({"train_micro_batch_size_per_gpu": 8}, 2, {"train.micro_batch": 8}),
         ({"gradient_clipping": 0.5}, 2, {"optim.clip": 0.5}),
@@ -61,7 +65,7 @@ def test_the_shipped_files(path: str) -> None:
         ({"fp16": {"enabled": True}}, 2, {"parallel.precision": "fp16"}),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": False}}, 2, {"parallel.precision": "bf16"}),
         ({"bfloat16": {"enabled": True}}, 2, {"parallel.precision": "bf16"}),
-        ({"bf16": {"enabled": False}, "fp16": {"enabled": False}}, 2, {"parallel.precision": "fp32"}),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": False, "opt_level": "O1"}}, 2, {"parallel.precision": "fp32"}),
         ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, 2, {}),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, 2, {"parallel.offload": "optimizer"}),
         ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, 2, {"parallel.offload": "none"}),
@@ -88,6 +92,11 @@ def test_the_shipped_files(path: str) -> None:
             2,
             {"optim.name": "sgd", "optim.momentum": 0.8, "optim.weight_decay": 0},
         ),
+        (
+            {"optimizer": {"type": "FusedAdam", "params": {"lr": "1e-1", "eps": "1e-8"}}},
+            2,
+            {"optim.name": "adamw", "optim.lr": 0.1},
+        ),
         ({"optimizer": {"type": "auto", "params": {"lr": "auto"}}}, 2, {}),
         (
             {"scheduler": {"type": "WarmupLR", "params": {
@@ -101,15 +110,20 @@ def test_the_shipped_files(path: str) -> None:
             2,
             {"optim.schedule": "cosine", "train.steps": 90},
         ),
+        (
+            {"scheduler": {"type": "WarmupDecayLR", "params": {
+                "warmup_type": "linear", "warmup_num_steps": 9, "warmup_max_lr": "auto", "total_num_steps": 90}}},
+            2,
+            {"optim.schedule": "linear", "optim.warmup": 9, "train.steps": 90},
+        ),
     ],
 )  # fmt: skip
 def test_what_a_file_asks_of_our_keys(tmp_path: Path, tree: dict, stage: Any, asked: dict) -> None:
     file = read_ds_file(write(tmp_path, tree, stage))
-    expected = {"parallel.strategy": "zero2", **asked} if stage == 2 else asked
-    assert {key: value for key, (value, _) in file.asked.items()} == (
-        {"parallel.strategy": "zero3"} if stage == 3 else {}
-    ) | expected
-    strategy = [] if stage != "auto" else ["--parallel.strategy", "zero2"]
+    if stage in (2, 3):
+        asked = {"parallel.strategy": f"zero{stage}"} | asked
+    assert {key: value for key, (value, _) in file.asked.items()} == asked
+    strategy = ["--parallel.strategy", "zero2"] if stage == "auto" else []
     config, origins = resolve(None, ["--parallel.deepspeed", file.path, *strategy])
     assert all(origins[key] == file.path for key in file.asked)
     assert list(config.optim.betas) == file.asked.get("optim.betas", ([0.9, 0.999],))[0]
@@ -154,8 +168,11 @@ def test_knobs_are_passed_on_as_they_stand(tmp_path: Path) -> None:
         ('{"gradient_clipping": 1e999}', ["1e999"]),
         ('{"steps_per_print": ' + "9" * 5000 + "}", ["not valid JSON"]),
         ('{"fp16": ' + "[" * 100_000, ["not valid JSON"]),
-        ("{}", ["zero_optimization.stage", "--parallel.strategy ddp"]),
-        ("// a comment\n{}", ["not valid JSON"]),
+        ("// a comment\n{}", ["not valid JSON", "line 1", "no comments"]),
+        ('{"fp16": {},  # here\n}', ["line 1", "no comments"]),
+        ('{"a": [1, 2,]}', ["line 1", "no comma before"]),
+        ("{'a': 1}", ["double quotes"]),
+        ('{"fp16": {"enabled": True}}', ["line 1", "true, false"]),
     ],
 )
 def test_a_file_that_cannot_be_read(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -177,7 +194,8 @@ def test_a_path_that_names_no_file(tmp_path: Path) -> None:
         ({"train_batch_size": 1.5}, ["train_batch_size: 1.5", "whole number"]),
         ({"train_batch_size": 0}, ["train_batch_size: 0", "from 1 on"]),
         ({"train_batch_size": True}, ["train_batch_size: true"]),
-        ({"gradient_accumulation_steps": "4"}, ['gradient_accumulation_steps: "4"']),
+        ({"gradient_accumulation_steps": "four"}, ['gradient_accumulation_steps: "four"']),
+        ({"train_batch_size": "1e999"}, ["train_batch_size"]),
         ({"gradient_clipping": -1}, ["gradient_clipping: -1"]),
         ({"gradient_clipping": None}, ["gradient_clipping: null"]),
         ({"fp16": True}, ["fp16: true", "section"]),
@@ -187,7 +205,6 @@ def test_a_path_that_names_no_file(tmp_path: Path) -> None:
         ({"zero_optimization": {"overlap_comm": "yes"}}, ["zero_optimization.overlap_comm"]),
         ({"zero_optimization": {"reduce_bucket_size": 0}}, ["zero_optimization.reduce_bucket_size: 0"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage: 4"]),
-        ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage: 0", "--parallel.strategy ddp"]),
         ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, ["optimizer.params.betas: [0.9]", "2 numbers"]),
         ({"optimizer": {"type": "AdamW", "params": []}}, ["optimizer.params: []", "section"]),
         ({"log_level": "loud"}, ['log_level: "loud"', "warning"]),
@@ -205,27 +222,24 @@ def test_a_path_that_names_no_file(tmp_path: Path) -> None:
         ({"zero_optimization": {"compute_grad_norm": False}}, ["compute_grad_norm"]),
         ({"zero_optimization": {"elastic_checkpoint": True}}, ["elastic_checkpoint"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, ['device: "nvme"', "CPU"]),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "nvme_path": "/x"}}}, ["nvme_path"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, ["ratio: 0.5"]),
         # What bigvision does itself, or not at all.
-        ({"activation_checkpointing": {"cpu_checkpointing": True}}, ["parallel.recompute: blocks"]),
-        ({"compile": {"deepcompile": True}}, ["parallel.compile"]),
         ({"torch_autocast": {"enabled": True}}, ["parallel.precision"]),
-        ({"tensorboard": {"enabled": True}}, ["tensorboard", "metrics.jsonl"]),
-        ({"flops_profiler": {"enabled": True}}, ["flops_profiler"]),
         ({"data_efficiency": {"enabled": True}}, ["data_efficiency"]),
-        ({"autotuning": {"enabled": True}}, ["autotuning"]),
-        ({"comms_logger": {"enabled": True}}, ["comms_logger"]),
-        ({"checkpoint": {"load_universal": True}}, ["checkpoint"]),
-        ({"pipeline": {}}, ["pipeline"]),
         ({"tensor_parallel": {"autotp_size": 2}}, ["tensor_parallel"]),
-        ({"aio": {}}, ["aio"]),
-        ({"zero_optimization": {"zenflow": {}}}, ["zenflow"]),
         ({"zero_optimization": {"cpu_offload": True}}, ["cpu_offload", "offload_optimizer"]),
         # Removed.
-        ({"elasticity": {"enabled": False}}, ["elasticity", "removed", "drop"]),
+        ({"elasticity": {"enabled": True}}, ["elasticity", "removed", "drop"]),
+        ({"curriculum_learning": {"enabled": True}}, ["curriculum_learning", "removed"]),
+        ({"compression_training": {"a": {"enabled": False}, "b": {"c": {"enabled": True}}}}, ["compression_training"]),
+        ({"pipeline": {"stages": 2}}, ["pipeline"]),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, ["zenflow"]),
+        ({"sparse_gradients": True}, ["sparse_gradients", "removed"]),
+        (
+            {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2},
+            ["train_batch_size: 10", "train_micro_batch_size_per_gpu: 4", "gradient_accumulation_steps: 2", "ranks"],
+        ),
         ({"amp": {"enabled": True}}, ["amp", "removed", "parallel.precision"]),
-        ({"sparse_gradients": False}, ["sparse_gradients", "removed"]),
         ({"zero_optimization": {"mics_shard_size": 4}}, ["mics_shard_size", "removed"]),
         ({"optimizer": {"type": "OneBitAdam"}}, ["OneBitAdam", "removed"]),
         # Unknown.
@@ -260,7 +274,8 @@ def test_a_path_that_names_no_file(tmp_path: Path) -> None:
         ({"optimizer": {"type": "SGD", "params": {"betas": [0.9, 0.99], "nesterov": True}}}, ["betas", "SGD"]),
         ({"scheduler": {"params": {}}}, ["scheduler.type", "missing"]),
         ({"scheduler": {"type": "OneCycle"}}, ["OneCycle", "WarmupCosineLR"]),
-        ({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 3}}}, ["WarmupDecayLR"]),
+        ({"scheduler": {"type": "LRRangeTest"}}, ["LRRangeTest", "WarmupDecayLR (linear)"]),
+        ({"scheduler": {"type": "WarmupDecayLR", "params": {"cos_min_ratio": 0}}}, ["cos_min_ratio", "WarmupDecayLR"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["warmup_type", '"log"', '"linear"']),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "log"}}}, ["warmup_type", '"linear"']),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "linear"}}}, ["warmup_num_steps", '"auto"']),
@@ -280,6 +295,84 @@ def test_a_path_that_names_no_file(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_refused_in_one_line(tmp_path: Path, tree: dict, words: list[str]) -> None:
     refused(tmp_path, tree, *words)
+
+
+OFF = {
+    "amp": {"enabled": False, "opt_level": "O1"},
+    "elasticity": {"enabled": False, "max_train_batch_size": 2000},
+    "nebula": {"enabled": False},
+    "curriculum_learning": {"enabled": False, "curriculum_type": "seqlen"},
+    "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}, "different_groups": {}}},
+    "eigenvalue": {"enabled": "false"},
+    "sparse_gradients": False,
+    "pipeline": {},
+    "flops_profiler": {"enabled": False, "profile_step": 1},
+    "autotuning": {"enabled": False},
+    "wandb": {"enabled": False, "project": "x"},
+    "csv_monitor": {"output_path": "logs"},
+    "activation_checkpointing": {},
+    "communication_data_type": None,
+    "gradient_predivide_factor": "1.0",
+    "zero_optimization": {"cpu_offload": False, "mics_shard_size": -1, "offload_optimizer": {"device": "none"}},
+}
+UNUSED = {
+    "aio": {"block_size": 1048576},
+    "activation_checkpointing": {"partition_activations": True},
+    "tensorboard": {"enabled": True},
+    "flops_profiler": {"enabled": True},
+    "comms_logger": {"enabled": True},
+    "checkpoint": {"tag_validation": "Warn"},
+    "compile": {"deepcompile": True},
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"round_robin_gradients": True, "offload_optimizer": {"device": "cpu", "nvme_path": "/x"}},
+}
+
+
+def test_what_is_switched_off_or_has_no_meaning_here(tmp_path: Path) -> None:
+    """The first asks for nothing; of the second a line tells that it does nothing. Neither reaches DeepSpeed."""
+    file = read_ds_file(write(tmp_path, OFF))
+    assert file.asked.keys() == {"parallel.strategy", "parallel.offload"} and not file.knobs and not file.notes
+    file = read_ds_file(write(tmp_path, UNUSED))
+    assert file.asked.keys() == {"parallel.strategy", "parallel.offload"} and not file.knobs
+    names = {name for note in file.notes for name in note.partition(": has no meaning here: ")[0].split(", ")}
+    zero = {"zero_optimization.round_robin_gradients", "zero_optimization.offload_optimizer.nvme_path"}
+    assert names == UNUSED.keys() - {"zero_optimization"} | zero
+    said: list[str] = []
+    resolve({"parallel": {"deepspeed": file.path, "strategy": "zero1"}, "out": "x"}, say=said.append)
+    assert said[0] == f"parallel.strategy: zero2 ({file.path}) takes the place of zero1 (the given mapping)"
+    assert said[1:] == [f"{file.path}: {note}" for note in file.notes]
+
+
+AUTO = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "schedule"),
+    [
+        ({"type": "WarmupLR", "params": AUTO}, "constant"),
+        ({"type": "WarmupDecayLR", "params": {**AUTO, "total_num_steps": "auto", "last_batch_iteration": -1}}, "linear"),
+        ({"type": "WarmupCosineLR", "params": {"warmup_num_steps": "auto", "total_num_steps": "auto"}}, "cosine"),
+    ],
+)
+def test_a_scheduler_that_leaves_the_warm_up_to_us(tmp_path: Path, scheduler: dict, schedule: str) -> None:
+    """As the examples of transformers and accelerate have it: DeepSpeed's shape for what is left out is reported."""
+    file = read_ds_file(write(tmp_path, {"scheduler": scheduler}))
+    assert file.asked["optim.schedule"][0] == schedule and "optim.warmup" not in file.asked
+    (note,) = file.notes
+    assert 'warmup_type ("log" in DeepSpeed)' in note and ("cosine" in note) == (schedule == "cosine")
+
+
+def test_a_file_that_shards_nothing_is_data_parallel(tmp_path: Path) -> None:
+    for tree in ("{}", '{"zero_optimization": {"stage": 0}}', '{"zero_optimization": {}, "steps_per_print": 10}'):
+        path = write(tmp_path, tree)
+        assert load_config(None, ["--parallel.deepspeed", path]).parallel.strategy == "ddp"
+        (note,) = read_ds_file(path).notes
+        assert "shards nothing" in note
+    with pytest.raises(UserError, match=r"stage: 0 contradicts parallel\.strategy: zero2 \(flag\)"):
+        load_config(None, ["--parallel.deepspeed", write(tmp_path, {}, 0), "--parallel.strategy", "zero2"])
+    path = write(tmp_path, "{}")
+    config = load_config(None, ["--parallel.deepspeed", path, "--parallel.strategy", "zero2"])
+    assert config.parallel.strategy == "zero2", "a file without a stage leaves it to the flag"
 
 
 RECIPE = {"optim": {"clip": 1.0}, "parallel": {"strategy": "fsdp"}, "train": {"global_batch": 64, "micro_batch": None}}

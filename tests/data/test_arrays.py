@@ -125,7 +125,7 @@ def test_classes(tmp_path):
     assert open_source(f"arrays:{plain}", "val", shared=False, classes=["a", "b", "c"]).classes == ["a", "b", "c"]
     with pytest.raises(UserError, match=r"the 2 classes of .* are not the 3"):
         open_source(f"arrays:{tmp_path}/named", "val", classes=["a", "b", "c"])
-    assert "are 0 to 1, but must be from 0 to 0" in refusal(plain, classes=["a"])
+    assert "has label 1, but labels are 0 to 0" in refusal(plain, classes=["a"])
 
 
 def test_workers_map_the_file_themselves(tmp_path):
@@ -159,10 +159,10 @@ def test_mistakes(tmp_path):
         (pixels(6, 4, 5, 2), labels, "(6, 4, 5, 2); they must be"),
         (good, labels[:4], "6 images and 4 labels"),
         (good[:0], labels[:0], "0 images and 0 labels"),
-        (good, labels * 1.0, "float64 (6,); they must be integers"),
-        (good, np.zeros((6, 14), int), "int64 (6, 14); they must be integers (N,) or (N, 1)"),
-        (good, labels - 1, "are -1 to 4"),
-        (good, np.array(0), "int64 ()"),
+        (good, labels * 0.5, "numbers that are no classes (0.5); that is for a task 'regress'"),
+        (good, np.zeros((6, 14), int), "several labels for an image (int64 (6, 14), not one-hot)"),
+        (good, labels - 1, "has label -1, but labels are 0 or more"),
+        (good, np.array(0), "int64 (); they must be"),
         (good[:1], labels[:1], "none can be held out"),
     ):
         assert said in refusal(write(folder, images, wrong))

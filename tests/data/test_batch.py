@@ -12,7 +12,7 @@ def test_split_covers_the_batch_with_a_short_last_part():
     whole = batch_of(7)
     parts = whole.split(3)
     assert [len(part) for part in parts] == [3, 3, 1]
-    for name in ("images", "labels", "ids", "valid"):
+    for name in ("images", "targets", "ids", "valid"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 

@@ -6,7 +6,7 @@ import pytest
 from photo_files import write_photos
 
 from bigvision.data import open_source
-from bigvision.data.sources.files import read_classes
+from bigvision.data.labels import read_classes
 from bigvision.errors import UserError
 
 FORMS = {

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Subset, TensorDataset, random_split
 from torchvision import datasets
 
 from bigvision.data import MapStyle, UnreadableSample, eval_batches, open_source, transform
 from bigvision.data.decode import open_picture
+from bigvision.data.sources import open_both
 from bigvision.data.sources.custom import as_source
 from bigvision.errors import UserError
 
@@ -78,8 +80,8 @@ def test_every_kind_of_label(label):
         ((torch.zeros(3, 8, 6), 0), "Tensor of float32"),
         ((torch.zeros(8, 6, dtype=torch.uint8), 0), "Tensor of uint8 \\(8, 6\\)"),
         ((None, 0), "is NoneType"),
-        ((PIXELS, 0.0), "label of sample 0 is float, not an integer"),
-        ((PIXELS, "a"), "label of sample 0 is str"),
+        ((PIXELS, 0.5), "label of sample 0 is float, not an integer"),
+        ((PIXELS, "z"), "label of sample 0 is 'z', which is none of the 2 classes"),
         ((PIXELS, 2), "label of sample 0 is 2, but there are 2 classes"),
         ((PIXELS, -1), "is -1"),
     ],
@@ -103,7 +105,7 @@ def test_classes_and_labels():
         assert [source.label(0), source.label(1)] == [0, 2]
     with pytest.raises(UserError, match="neither classes nor targets"):
         MapStyle(Listed(items))
-    with pytest.raises(UserError, match="labels are from 0 to 2, but there are 2 classes"):
+    with pytest.raises(UserError, match="has label 2, but labels are 0 to 1"):
         MapStyle(Listed(items, targets=[0, 2]), ["a", "b"])
     with pytest.raises(UserError, match="no samples"):
         MapStyle(Listed([]), ["a"])
@@ -154,6 +156,142 @@ def test_workers():
     assert lazy.read(0).label == 0
     with pytest.raises(UserError, match=r"^mine: it cannot be sent to worker processes \(.*lambda.*data.workers 0$"):
         eval_batches(lazy, plain, workers=1, **options)
+
+
+# Rows that are dicts, wrappers and other people's datasets
+
+
+def items(count: int = 6) -> list:
+    return [(RANDOM.integers(0, 256, (8, 8, 3), dtype=np.uint8), index % 3) for index in range(count)]
+
+
+def rows(image: str, label: str, **more) -> list[dict]:
+    return [{"id": 7, image: pixels, label: value, **more} for pixels, value in items()]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "columns"),
+    [
+        (rows("image", "label"), None),
+        (rows("img", "Class"), None),
+        (rows("image", "label", mask=PIXELS, labels=1), None),
+        (rows("scan", "grade", photo=PIXELS), ("scan", "grade")),
+        ([{"what": 1, "file": {"bytes": b"x", "path": None}}], None),
+    ],
+)
+def test_rows_that_are_dicts(dataset, columns):
+    source = open_source(MapStyle(Listed(dataset), ["a", "b", "c"], columns=columns), "train")
+    label = columns[1] if columns else next(name for name in dataset[0] if name in ("label", "Class", "what"))
+    assert [source.read(index).label for index in range(len(dataset))] == [row[label] for row in dataset]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        (
+            rows("scan", "label"),
+            "have the columns id, scan, label, of which none is known as the image; give",
+        ),
+        (rows("image", "fine_label", coarse_label=1), "fine_label or coarse_label may be the label; give MapStyle"),
+        ([{"image": PIXELS, "label": 0.5}], "the label of sample 0 is float"),
+        ([{"image": PIXELS, "label": [0, 1]}], "is list of 2; several labels for an image are for a task 'multilabel'"),
+        ([(PIXELS, 0, "x")], r"sample 0 is tuple of 3; it must be \(image, label\) or a dict"),
+        ([PIXELS], "sample 0 is ndarray; it must be"),
+        ([(torch.zeros(3, 8, 8), 0)], "Tensor of float32 .* take ToTensor and Normalize out of the dataset"),
+        ([(PIXELS / 255, 0)], "ndarray of float64 .* take ToTensor"),
+        ([(PIXELS.astype(np.int32), 0)], "ndarray of int32"),
+        ([(PIXELS, "fox")], "is 'fox', which is none of the 3 classes"),
+    ],
+)
+def test_the_first_sample_is_checked_before_the_run(dataset, said):
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=said) as caught:
+        open_source(Listed(dataset, classes=["a", "b", "c"]), "train")
+    assert str(caught.value).startswith("data.train: ") and "\n" not in str(caught.value)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_labels_that_are_listed_otherwise_than_read():
+    with pytest.raises(UserError, match=r"sample 0 has label 0, but 1 in the labels that the dataset lists"):
+        open_source(Listed([(PIXELS, 0), (PIXELS, 1)], targets=[1, 0]), "train")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([1, 2, 3], ["1", "2", "3"]),
+        ([90000, 100, 90000], ["100", "90000"]),
+        (["dog", "cat", "dog"], ["cat", "dog"]),
+        ([True, False, True], ["False", "True"]),
+        ([1.0, 0.0, 1.0], ["0", "1"]),
+    ],
+)
+def test_labels_of_every_form(labels, classes):
+    dataset = Listed([(PIXELS, label) for label in labels], targets=labels)
+    train = open_source(dataset, "train")
+    assert train.classes == classes and bool(train.notes) == (classes[0] in ("1", "100"))
+    wanted = [classes.index(str(label).removesuffix(".0")) for label in labels]
+    for source in (train, open_source(Listed(dataset.items), "val", classes=classes)):
+        assert [source.read(index).label for index in range(3)] == [source.label(index) for index in range(3)] == wanted
+    with pytest.raises(UserError, match=r"^data.val: Listed: .* (is not one of the|has label 7, but labels are 0 to 1)"):
+        other = "fox" if isinstance(labels[0], str) else 7
+        open_source(Listed([(PIXELS, other)], targets=[other]), "val", classes=classes)
+
+
+def test_torch_wrappers_know_what_they_wrap(tmp_path):
+    for index, name in enumerate(("ant", "bee", "ant", "cow")):
+        photo(tmp_path / name / f"{index}.jpg", 50 * index)
+    folder = datasets.ImageFolder(tmp_path)
+    nested = Subset(Subset(folder, [3, 2, 1]), [0, 2])
+    source = open_source(nested, "train")
+    assert source.classes == ["ant", "bee", "cow"] and [source.label(0), source.label(1)] == [2, 0]
+    assert source.read(0).label == 2 and isinstance(source.read(0).image, Image.Image)
+    source = open_source(ConcatDataset([folder, nested]), "train")
+    assert source.classes == folder.classes and [source.label(index) for index in range(6)] == [0, 0, 1, 2, 2, 0]
+    assert [source.read(index).label for index in range(6)] == [0, 0, 1, 2, 2, 0]
+    images = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
+    tensors = TensorDataset(images, torch.arange(9) % 3 + 4)
+    train, val = (open_source(part, "train") for part in random_split(tensors, [6, 3]))
+    # Of all labels, whichever of them a part has.
+    assert train.classes == val.classes == ["4", "5", "6"] and [len(train), len(val)] == [6, 3]
+    assert all(one.read(index).label == one.label(index) for one in (train, val) for index in range(3))
+    assert open_source(TensorDataset(images, torch.zeros(9, 1)), "train").label(3) == 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        (
+            ConcatDataset([Listed([(PIXELS, 0)], classes=["a"]), Listed([(PIXELS, 0)], classes=["b"])]),
+            "joins datasets of other",
+        ),
+        (TensorDataset(torch.zeros(2, 3, 4, 4), torch.zeros(2)), "Tensor of float32 .* take ToTensor"),
+        (TensorDataset(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)), "has 1 tensors; give TensorDataset"),
+        (TensorDataset(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5)), "several labels for an image"),
+        (TensorDataset(torch.zeros(2, 3, 4, 4), torch.tensor([0.5, 1])), "numbers that are no classes"),
+        (Subset(Listed([(PIXELS, 0)]), [0]), "neither classes nor targets"),
+        (DataLoader(Listed([(PIXELS, 0)])), "a DataLoader makes batches, which is done here; give its dataset"),
+        (ChainDataset([]), "ChainDataset can only be iterated over"),
+        ({"test": Listed([(PIXELS, 0)], targets=[0])}, "dict has test but no train"),
+        ({"train": iter(())}, "has no __len__ and __getitem__"),
+        (Listed([(PIXELS, 0)] * 3, targets=[1, 2, 3], classes=["a", "b", "c"]), "labels count from 0: subtract 1"),
+        (Listed([(PIXELS, 0)], targets=[-1]), "has label -1, but"),
+    ],
+)
+def test_datasets_that_are_refused(dataset, said):
+    with pytest.raises(UserError, match=said) as caught:
+        open_source(dataset, "train")
+    assert str(caught.value).startswith("data.train: ") and "\n" not in str(caught.value)
+
+
+def test_parts_by_name():
+    parts = {
+        name: Listed(items(count), targets=[index % 3 for index in range(count)]) for name, count in (("train", 6), ("test", 3))
+    }
+    assert (len(open_source(parts, "train")), len(open_source(parts, "val"))) == (6, 3)
+    # Given as both, its parts are the training and the validation data; a single dataset is divided.
+    assert [len(source) for source in open_both(parts, parts)] == [6, 3]
+    assert [len(source) for source in open_both(parts["train"], parts["train"])] == [5, 1]
 
 
 # torchvision's

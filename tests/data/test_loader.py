@@ -12,7 +12,18 @@ import pytest
 import torch
 from photo_files import write_photos
 
-from bigvision.data import Batch, Batches, Sample, Source, Stream, eval_batches, open_source, train_batches, transform
+from bigvision.data import (
+    Batch,
+    Batches,
+    Sample,
+    Source,
+    StepBatch,
+    Stream,
+    eval_batches,
+    open_source,
+    train_batches,
+    transform,
+)
 
 LENGTH = 23
 GLOBAL = 12
@@ -28,7 +39,7 @@ PLAIN = transform("photo", 8, train=False)
 
 
 def join(batches: list[Batch]) -> Batch:
-    return Batch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "labels", "ids", "valid")))
+    return Batch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "targets", "ids", "valid")))
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
@@ -102,6 +113,55 @@ def test_resumed_with_another_global_batch(noise, reference):
     assert_equal(join(parts), join([reference.split(120)[0]]))
 
 
+@pytest.mark.parametrize(
+    ("micro_batch", "workers", "ranks"), [(1, 2, 1), (5, 0, 2), (5, 2, 2), (40, 2, 1), (70, 2, 1), (None, 1, 1)]
+)
+def test_micro_batches_change_nothing(noise, micro_batch, workers, ranks):
+    """Neither those that are a part of what a worker is asked for, nor those that several workers make together."""
+    share, size = 120 // ranks, micro_batch or 120 // ranks
+    options = {"seed": 3, "position": 0, "global_batch": 120, "ranks": ranks, "workers": workers, "micro_batch": micro_batch}
+    found = []
+    for rank in range(ranks):
+        with train_batches(noise, AUGMENTED, rank=rank, **options) as loader:
+            steps = [list(StepBatch(loader, share, size).split(size)) for _ in range(2)]
+        assert [len(part) for part in steps[1]] == [min(size, share - begin) for begin in range(0, share, size)]
+        found.append([join(step) for step in steps])
+    assert_equal(join([part for step in zip(*found) for part in step]), join(train(noise, 2, global_batch=120)))
+
+
+def test_a_step_nobody_wants_is_taken_from_the_loader(noise):
+    options = {"seed": 3, "position": 0, "global_batch": 70, "rank": 0, "ranks": 1, "workers": 2, "micro_batch": 4}
+    with train_batches(noise, AUGMENTED, **options) as loader:
+        StepBatch(loader, 70, 4).finish()
+        half = StepBatch(loader, 70, 4)
+        for _, part in zip(range(3), half.split(4)):
+            assert len(part) == 4
+        half.finish()
+        third = StepBatch(loader, 70, 4)
+        assert third.waited >= 0 and third.whole().ids.tolist() == third.ids.tolist()
+    with train_batches(noise, AUGMENTED, **options | {"position": 140, "workers": 0}) as loader:
+        assert torch.equal(StepBatch(loader, 70, 4).whole().ids, third.ids)
+
+
+def test_the_first_micro_batch_does_not_wait_for_the_others(noise, tmp_path):
+    """Of 64 micro-batches, workers have made only a few when the first of them is there."""
+    options = {"seed": 0, "position": 0, "global_batch": 4096, "rank": 0, "ranks": 1, "workers": 2, "micro_batch": 64}
+    with train_batches(noise, Counted(tmp_path), **options) as loader:
+        next(loader)
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= (2 * 2 + 2) * 64
+        assert loader._slots is None, "its size is not known before"
+
+
+class Counted:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, image, target):
+        with open(self.folder / str(os.getpid()), "a") as file:
+            file.write(".")
+        return AUGMENTED(image, target)
+
+
 def test_a_global_batch_larger_than_the_source(noise, reference):
     assert_equal(join(train(noise, 2, global_batch=60, ranks=4)), reference)
 
@@ -156,9 +216,9 @@ def test_the_global_generators_are_left_alone(noise, workers):
 class Drawing:
     """Draws from each of the three generators."""
 
-    def __call__(self, image):
+    def __call__(self, image, target):
         values = [torch.rand(()).item(), random.random(), np.random.rand()]
-        return (torch.tensor(values) * 255).to(torch.uint8).view(3, 1, 1).expand(3, 2, 2)
+        return (torch.tensor(values) * 255).to(torch.uint8).view(3, 1, 1).expand(3, 2, 2), target
 
 
 def test_all_three_generators_are_seeded_for_each_sample(noise):
@@ -288,7 +348,7 @@ def test_every_order_is_the_same_on_ranks_and_workers_and_after_a_resume(noise, 
 
     whole = run(1, 0, 0, 7)
     assert_equal(run(3, 1, 0, 7), whole)
-    rest = Batch(*(getattr(whole, name)[3 * GLOBAL :] for name in ("images", "labels", "ids", "valid")))
+    rest = Batch(*(getattr(whole, name)[3 * GLOBAL :] for name in ("images", "targets", "ids", "valid")))
     assert_equal(run(4, 0, 3, 7), rest)
     if options.get("repeats"):
         images = whole.images[: options["repeats"]]
@@ -309,8 +369,8 @@ def test_a_mixture(photos):
 class Pids:
     """Gives the worker's process id instead of pixels."""
 
-    def __call__(self, image):
-        return torch.tensor(list(os.getpid().to_bytes(4, "little")), dtype=torch.uint8).view(1, 2, 2).expand(3, 2, 2)
+    def __call__(self, image, target):
+        return torch.tensor(list(os.getpid().to_bytes(4, "little")), dtype=torch.uint8).view(1, 2, 2).expand(3, 2, 2), target
 
 
 def worker_of(batch: Batch) -> int:
@@ -348,11 +408,11 @@ class Killed:
     def __init__(self, folder, times):
         self.folder, self.times = folder, times
 
-    def __call__(self, image):
+    def __call__(self, image, target):
         if torch.utils.data.get_worker_info() and len(os.listdir(self.folder)) < self.times and torch.rand(()) < 0.3:
             (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return AUGMENTED(image)
+        return AUGMENTED(image, target)
 
 
 def test_workers_that_die_are_started_again_and_no_sample_is_lost_or_doubled(noise, reference, tmp_path):
@@ -403,7 +463,7 @@ def test_workers_end_when_their_process_is_killed(tmp_path):
 
 
 class Stuck:
-    def __call__(self, image):
+    def __call__(self, image, target):
         time.sleep(1000)
 
 
@@ -429,7 +489,7 @@ def test_sources_and_transforms_pickle(photos):
         source = open_source(spec, "train")
         change = transform(source.style, 16, train=True)
         copy, same = pickle.loads(pickle.dumps((source, change)))  # noqa: S301
-        assert len(copy) == len(source) and same(copy.read(0).image).shape == (3, 16, 16)
+        assert len(copy) == len(source) and same(copy.read(0).image, 0)[0].shape == (3, 16, 16)
 
 
 # Evaluation
@@ -444,9 +504,10 @@ def test_evaluation_sees_each_sample_once(length, ranks):
     assert all(len(batch) == 3 for part in parts for batch in part)
     whole = join([batch for step in zip(*parts) for batch in step])
     assert whole.ids[whole.valid].tolist() == list(range(length))
-    for index, image, label in zip(whole.ids.tolist(), whole.images, whole.labels.tolist()):
+    for index, image, label in zip(range(length), whole.images[whole.valid], whole.labels[whole.valid].tolist()):
         assert label == index % 10
-        assert torch.equal(image, PLAIN(source.read(index).image))
+        assert torch.equal(image, PLAIN(source.read(index).image, label)[0])
+    assert not whole.images[~whole.valid].any()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

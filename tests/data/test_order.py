@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from bigvision.data import Stream
-from bigvision.data.order import Order, permuted
-from bigvision.data.position import Part
+from bigvision.data.order import Order, Part, permuted
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 16, 17, 99, 100, 101, 1023, 65_537])

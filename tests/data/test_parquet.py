@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_shards import check_batches, jpeg, open_below
 
-from bigvision.data import UnreadableSample, open_source, watched
+from bigvision.data import UnreadableSample, open_source, workers
 from bigvision.data.sources import parquet as module
 from bigvision.errors import UserError
 
@@ -144,6 +144,80 @@ def test_rows_without_an_image(tmp_path):
     assert source.read(1).image == source.read(3).image == b"x"
 
 
+# Labels of every type
+
+
+def with_labels(path: Path, labels, kind=None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    column = labels if isinstance(labels, (pa.Array, pa.ChunkedArray)) else pa.array(labels, kind)
+    pq.write_table(pa.table({"image": [b"x"] * len(column), "label": column}), path, row_group_size=2)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "classes", "values"),
+    [
+        ([True, False, True], None, ["False", "True"], [1, 0, 1]),
+        *(([0, 2, 1], getattr(pa, f"{sign}int{bits}")(), ["0", "1", "2"], [0, 2, 1]) for sign in ("", "u") for bits in (8, 64)),
+        ([0.0, 1.0, 0.0], pa.float16(), ["0", "1"], [0, 1, 0]),
+        ([0, 1, 0], pa.float64(), ["0", "1"], [0, 1, 0]),
+        ([0, 1, 0], pa.decimal128(5, 2), ["0", "1"], [0, 1, 0]),
+        (["b", "a", "b"], pa.large_string(), ["a", "b"], [1, 0, 1]),
+        (["b", "a", "b"], pa.string_view(), ["a", "b"], [1, 0, 1]),
+        (["1", "0", "1"], None, ["0", "1"], [1, 0, 1]),
+        ([b"b", b"a", b"b"], None, ["a", "b"], [1, 0, 1]),
+        (["low", "high", "low"], pa.dictionary(pa.int8(), pa.string()), ["high", "low"], [1, 0, 1]),
+        ([1, 0, 1], pa.dictionary(pa.int32(), pa.int64()), ["0", "1"], [1, 0, 1]),
+        ([3, 1, 2], pa.int16(), ["1", "2", "3"], [2, 0, 1]),
+        ([90000, 100, 100], None, ["100", "90000"], [1, 0, 0]),
+        ([2**64 - 1, 100, 100], pa.uint64(), ["100", str(2**64 - 1)], [1, 0, 0]),
+    ],
+)
+def test_every_type_of_label(tmp_path, labels, kind, classes, values):
+    with_labels(tmp_path / "x.parquet", labels, kind)
+    source = opened(tmp_path)
+    assert source.classes == classes and [source.label(row) for row in range(3)] == values
+    assert bool(source.notes) == (classes[0] not in ("0", "False", "a", "high"))
+    # Validation data of fewer classes, and in another file of another width.
+    with_labels(tmp_path / "val/y.parquet", labels[1:2], kind)
+    assert opened(tmp_path / "val", "val", classes=classes).label(0) == values[1]
+
+
+def test_files_of_other_label_types_agree(tmp_path):
+    with_labels(tmp_path / "0.parquet", [1, 3], pa.int8())
+    with_labels(tmp_path / "1.parquet", pa.array([2, 1]).dictionary_encode())
+    with_labels(tmp_path / "2.parquet", ["3"])
+    source = opened(tmp_path)
+    assert source.classes == ["1", "2", "3"] and [source.label(row) for row in range(5)] == [0, 2, 1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (pa.array([[1], [2, 3]]), "has several labels for an image (list<"),
+        (pa.array([[1, 2]], pa.list_(pa.int8(), 2)), "has several labels for an image (fixed_size_list<"),
+        (pa.array([{"a": 1}]), "its labels are struct<a: int64>; they must be whole numbers or names"),
+        (pa.array([0.25, 3.0]), "numbers that are no classes (0.25)"),
+        (pa.array([1, 2], pa.timestamp("s")), "are datetime; use whole numbers or names"),
+        (pa.array([None, None]), "has no labels"),
+        (pa.array(["a", None, None]), "row 1 of "),
+        (pa.array([0.0, float("nan")]), "row 1 of "),
+        (pa.array(["a", ""]), "row 1 of "),
+        (pa.array(["a", None]).dictionary_encode(), "row 1 of "),
+        (pa.array([-1, -1]), "has label -1"),
+    ],
+)
+def test_labels_that_are_refused(tmp_path, labels, said):
+    with_labels(tmp_path / "x.parquet", labels)
+    assert said in refusal(tmp_path)
+
+
+def test_a_column_twice(tmp_path):
+    table = pa.Table.from_arrays([pa.array([b"x"]), pa.array([0]), pa.array([1])], names=["image", "label", "label"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert "has 2 columns 'label'; rename all but one" in refusal(tmp_path)
+
+
 # What is read when
 
 
@@ -269,8 +343,7 @@ def test_files_and_patterns(tmp_path):
         ({"img": [b"x"], "jpg": [b"x"], "label": [0]}, "of which img or jpg may be the image; add ?image=NAME to the path"),
         ({"image": ["x"], "label": [0]}, "its images are string"),
         ({"image": [{"path": "x"}], "label": [0]}, "its images are struct<path: string>"),
-        ({"image": [b"x"], "label": [0.5]}, "its labels are double"),
-        ({"image": [b"x"], "label": [True]}, "its labels are bool"),
+        ({"image": [b"x"], "label": [0.5]}, "numbers that are no classes (0.5); that is for a task 'regress'"),
         ({"image": [b"x", b"y"], "label": [0, None]}, "row 1"),
         ({"image": [b"x"], "label": [-1]}, "has label -1"),
         ({"image": [b"x", b"x"], "label": ["1", "cat"]}, "numbers (1) and names ('cat')"),
@@ -403,7 +476,7 @@ def test_validation_data_of_the_same_columns_is_held_out(tmp_path):
 def test_word_of_files_that_take_long(tmp_path, monkeypatch, capsys):
     for number in range(3):
         write(tmp_path / f"{number}.parquet", rows(3))
-    monkeypatch.setattr(watched, "EVERY", 0.01)
+    monkeypatch.setattr(workers, "EVERY", 0.01)
     slow = module._File
     monkeypatch.setattr(module, "_File", lambda *of: time.sleep(0.2) or slow(*of))
     opened(tmp_path, first=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from bigvision.data import Sample, Source, eval_batches, train_batches, transform
-from bigvision.data.position import Stream, seed_everything
+from bigvision.data.order import Stream, seed_everything
 from bigvision.data.reading import BadSample
 from bigvision.seeds import seed_from
 
@@ -50,7 +50,7 @@ def test_the_random_crop_and_flip_are_torchvisions(files: list[bytes], mode: str
         for file in files:
             for given in (file, decoded(file), decoded(file).contiguous()):
                 seed_everything(seed)
-                found, state = ours(given), torch.get_rng_state()
+                found, state = ours(given, 0)[0], torch.get_rng_state()
                 seed_everything(seed)
                 assert torch.equal(found, theirs(decoded(file)))
                 assert torch.equal(state, torch.get_rng_state()), "as much was drawn, for the steps that follow"
@@ -63,7 +63,7 @@ def test_the_centre_crop_is_torchvisions(files: list[bytes], mode: str) -> None:
     ours = transform("photo", 40, train=False, interpolation=mode, crop_pct=0.8)
     theirs = v2.Compose([v2.Resize(50, interpolation=InterpolationMode(mode), antialias=True), v2.CenterCrop(40)])
     for file in files:
-        assert torch.equal(ours(file), theirs(decoded(file)))
+        assert torch.equal(ours(file, 0)[0], theirs(decoded(file)))
 
 
 class Photos(Source):
@@ -105,5 +105,5 @@ def test_a_bad_sample_is_black_beside_the_others(files: list[bytes]) -> None:
     with eval_batches(Photos([files[0], b"no image", files[1]]), change, batch=4, rank=0, ranks=1, workers=0) as batches:
         batch = next(batches)
         assert batches.bad == [BadSample(1, "photos, sample 1", batches.bad[0].reason)]
-    assert torch.equal(batch.images[0], change(files[0])) and torch.equal(batch.images[2], change(files[1]))
+    assert torch.equal(batch.images[0], change(files[0], 0)[0]) and torch.equal(batch.images[2], change(files[1], 0)[0])
     assert not batch.images[1].any() and batch.valid.tolist() == [True, False, True, False]

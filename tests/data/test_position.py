@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bigvision.data import Stream
-from bigvision.data.position import Part, generators_kept, seed_everything, shares
+from bigvision.data.order import Part, generators_kept, seed_everything, shares
 from bigvision.seeds import seed_from
 
 
@@ -76,7 +76,7 @@ def test_shares(lengths, weights, wanted):
 
 def test_seeds_are_the_same_in_another_process():
     # The figures pin the stream of existing runs: a change here makes every old checkpoint resume elsewhere.
-    code = "from bigvision.data.position import *; print(seed_from('augment', 0, 1, 2, 0))"
+    code = "from bigvision.data.order import *; print(seed_from('augment', 0, 1, 2, 0))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert other == f"{seed_from('augment', 0, 1, 2, 0)}\n"
     assert seed_from("augment", 0, 1, 2) == 17935655439119338817

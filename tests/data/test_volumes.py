@@ -268,11 +268,12 @@ def test_objects_are_not_loaded(tmp_path):
 def test_augmentation_of_any_number_of_channels(style, channels):
     image = torch.arange(channels, dtype=torch.uint8).view(-1, 1, 1).expand(-1, 40, 50) * 20 + 10
     for train in (True, False):
-        found = transform(style, 24, train=train, channels=channels)(image)
+        found = transform(style, 24, train=train, channels=channels)(image, 0)[0]
         assert found.shape == (channels, 24, 24) and found.dtype == torch.uint8
         assert (found[:, 12, 12] == image[:, 12, 12]).all()
     torch.manual_seed(0)
-    erased = transform(style, 24, train=True, erase=1.0, channels=channels)(torch.zeros(channels, 40, 50, dtype=torch.uint8))
+    change = transform(style, 24, train=True, erase=1.0, channels=channels)
+    erased, _ = change(torch.zeros(channels, 40, 50, dtype=torch.uint8), 0)
     assert (erased == 115).any() and (erased == 0).any()
 
 

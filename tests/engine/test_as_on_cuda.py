@@ -66,9 +66,9 @@ class Watch(TorchDispatchMode):
 
 def watch_steps(plain: dict[str, Any], first: int, steps: int) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     """Train; return what *steps* steps in a row, from *first* on, wait for and send, with all that is between them."""
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
 
-    train_step, watch = TrainingEngine.train_step, Watch()
+    train_step, watch = Engine.train_step, Watch()
 
     def watched(self: Any, batch: Any) -> Any:
         if self.step == first:
@@ -77,7 +77,7 @@ def watch_steps(plain: dict[str, Any], first: int, steps: int) -> tuple[dict[str
             watch.__exit__(None, None, None)
         return train_step(self, batch)
 
-    with patch.object(TrainingEngine, "train_step", watched):
+    with patch.object(Engine, "train_step", watched):
         run(plain)
     return dict(watch.waits), dict(watch.sent)
 

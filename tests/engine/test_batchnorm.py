@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bigvision import load_config, train
-from bigvision.engine import check_engine, parallelize
-from bigvision.engine.engine import TrainingEngine
-from bigvision.engine.precision import compute_in
+from bigvision.engine import Engine, check_engine, parallelize
 from bigvision.engine.state import Statistics, is_frozen
 from bigvision.errors import UserError
+from bigvision.models.formats import compute_in
 from bigvision.runtime import start
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks
@@ -99,7 +98,7 @@ def test_synchronized_norms_are_norms(name: str) -> None:
     assert all(module.get_submodule(path) is norm and type(norm) is kinds[path] for path, norm in norms.items())
     assert is_frozen(first)
     module.to_empty(device="cpu")
-    statistics = Statistics([module])
+    statistics = Statistics([module], torch.device("cpu"))
     assert statistics.frozen == [first] and sum(map(torch.numel, statistics.running)) == sum(
         2 * norm.num_features for norm in norms.values() if norm is not first
     )
@@ -109,7 +108,9 @@ def test_synchronized_norms_are_norms(name: str) -> None:
     assert module(torch.randn(2, 3, 32, 32)).dtype == torch.bfloat16
 
 
-def test_what_cannot_be_synchronized_is_refused() -> None:
+def test_what_cannot_be_synchronized_is_refused_or_noted() -> None:
+    (note,) = parallelize.synchronize_norms(nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), CUDA)
+    assert note == "model.sync_batchnorm: true changes nothing: the model has no BatchNorm"
     with pytest.raises(UserError, match=r"model.sync_batchnorm: true, but 1 is a SplitBatchNorm2d"):
         parallelize.synchronize_norms(nn.Sequential(nn.Conv2d(3, 4, 1), SplitBatchNorm2d(4)), CUDA)
     config = load_config({"model": {"sync_batchnorm": True}, "parallel": {"device": "cpu"}})
@@ -177,7 +178,7 @@ def in_evaluation() -> nn.Module:
 def looks_for_unused(plain: dict[str, Any], make: Any) -> bool:
     with start("cpu") as runtime:
         engine, _, _ = build_model(load_config(plain), 10, runtime, 4, lambda text: None, model=make())
-        assert isinstance(engine, TrainingEngine) and isinstance(engine.forward, DistributedDataParallel)
+        assert isinstance(engine, Engine) and isinstance(engine.forward, DistributedDataParallel)
         return engine.forward.find_unused_parameters
 
 

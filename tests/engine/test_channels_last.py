@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bigvision import load_config, train
-from bigvision.engine.parallelize import likes_channels_last
 from bigvision.engine.state import make_contiguous
+from bigvision.models.formats import likes_channels_last
 from bigvision.runtime import start
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks

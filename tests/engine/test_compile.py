@@ -24,10 +24,11 @@ from bigvision.config import load_config
 from bigvision.data import Batch
 from bigvision.engine import check_engine
 from bigvision.engine import compile as engine_compile
-from bigvision.engine.compile import compile_blocks, decide, kinds, why_not
+from bigvision.engine.compile import compile_blocks, why_eager
 from bigvision.engine.parallelize import wrap_blocks
 from bigvision.errors import UserError
-from bigvision.models import find_blocks
+from bigvision.models import find_blocks, kinds
+from bigvision.models.rates import RATES
 from bigvision.runtime import start
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks
@@ -148,7 +149,7 @@ def test_compiled_rates(graphs: Counting, make: Callable[[float], nn.Module]) ->
         assert (kept == 0).float().mean().item() == pytest.approx(rate, abs=0.13 if rate % 1 else 0)
         assert torch.equal(block.eval()(x), x)
     blocks[0].train()
-    setattr(blocks[0].noise, engine_compile.RATES[type(blocks[1].noise).__mro__[1]], 1.0)
+    setattr(blocks[0].noise, RATES[type(blocks[1].noise).__mro__[1]], 1.0)
     assert not blocks[0](x[::100]).any(), "a rate that is set later does not count"
     assert graphs.count == 2, "one for training, one for evaluation"
 
@@ -181,19 +182,23 @@ def configured(**parallel: Any) -> Any:
 def test_auto_compiles_on_cuda_where_blocks_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_compile, "_missing", lambda device: None)
     repeating, resnet, single = blocks_of(vit(0.1, depth=4)), blocks_of(timm.create_model("resnet50")), blocks_of(vit(0.1, 1))
-    assert decide(configured(), repeating, CUDA) and decide(configured(), resnet, CUDA)
-    assert not decide(configured(), repeating, CPU)
-    assert decide(configured(compile=True), repeating, CPU) and not decide(configured(compile=False), repeating, CUDA)
+    assert why_eager(configured(), repeating, CUDA) is None and why_eager(configured(), resnet, CUDA) is None
+    assert why_eager(configured(compile=True), repeating, CPU) is None
+    assert why_eager(configured(compile=False), repeating, CUDA)
     for parallel, blocks, word in (
         ({"strategy": "pipeline", "schedule": "zbv"}, repeating, "zbv"),
         ({"strategy": "zero3"}, repeating, "zero3"),
         ({"recompute": "blocks"}, resnet, "BatchNorm"),
         ({}, single, "repeat"),
     ):
-        assert word in (why_not(configured(**parallel), blocks, CUDA) or "")
-    assert decide(configured(recompute="blocks"), repeating, CUDA)
+        assert word in (why_eager(configured(**parallel), blocks, CUDA) or "")
+        (note,) = wrap_blocks(blocks, configured(**parallel), CUDA)
+        assert note.startswith("parallel.compile: auto compiles nothing: ") and word in note and "\n" not in note
+    assert wrap_blocks(repeating, configured(compile=False), CPU) == []
+    assert "not CUDA" in wrap_blocks(repeating, configured(), CPU)[0]
+    assert why_eager(configured(recompute="blocks"), repeating, CUDA) is None
     monkeypatch.setattr(engine_compile, "_missing", lambda device: "a compiler")
-    assert "a compiler" in (why_not(configured(), repeating, CUDA) or "")
+    assert "a compiler" in (why_eager(configured(), repeating, CUDA) or "")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +273,7 @@ def graphs_of_a_run(plain: dict[str, Any]) -> list[float]:
             engine, plan, _ = build_model(load_config(plain), 10, runtime, steps=10, say=lambda text: None)
             number = len(kinds(blocks_of(plan.module)))
             seen.append(counting.count)
-            images = torch.randint(0, 256, (12, 3, plan.image_size, plan.image_size), dtype=torch.uint8)
+            images = torch.randint(0, 256, (12, *plan.input_shape), dtype=torch.uint8)
             labels, every = torch.arange(12) % 10, torch.ones(12, dtype=torch.bool)
             for _ in range(2):
                 engine.train_step(Batch(images, labels, labels, every))

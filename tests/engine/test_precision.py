@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from bigvision.config import Config, ModelConfig, load_config
 from bigvision.data import Batch
 from bigvision.engine import Engine
-from bigvision.engine.engine import TrainingEngine
 from bigvision.engine.parallelize import Computing, choose_computing
-from bigvision.engine.precision import CAST_BUFFERS, LossScale, OneType, why_not
 from bigvision.engine.state import allocate
+from bigvision.engine.step import LossScale
 from bigvision.errors import UserError
 from bigvision.models import Blueprint, blueprint, find_blocks
+from bigvision.models.formats import CAST_BUFFERS, OneType, why_not
 from bigvision.runtime import Runtime, start
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks
@@ -66,7 +66,7 @@ def random_batch(runtime: Runtime, size: int = 4) -> Batch:
 def overflow(plain: dict[str, Any]) -> None:
     with start("cpu") as runtime:
         engine, _ = engine_on_rank(plain, runtime)
-        assert isinstance(engine, TrainingEngine)
+        assert isinstance(engine, Engine)
         batch = random_batch(runtime)
         engine.stepper.scale.scale.fill_(2.0**8)
         assert not engine.train_step(batch).skipped
@@ -189,7 +189,7 @@ def test_every_timm_module_trains_in_bf16_without_autocast(entry: Entry) -> None
     plan.fill_attributes(module, CPU)
     module.train()
     draw = torch.Generator().manual_seed(0)
-    outputs = module(torch.randn(2, plan.in_chans, plan.image_size, plan.image_size, generator=draw))
+    outputs = module(torch.randn(2, *plan.input_shape, generator=draw))
     loss = F.cross_entropy(outputs.float(), torch.tensor([1, 7]))
     loss.backward()
     assert outputs.dtype == BF16 and torch.isfinite(loss)

@@ -124,7 +124,7 @@ def overflow_and_go_on(plain: dict[str, Any], resumed: str | None) -> list[Any]:
         engine, plan, _ = build_model(load_config(plain), 10, runtime, steps=99, say=print)
         if resumed:
             engine.restored(json.loads(resumed))
-        images = torch.full((4, 3, plan.image_size, plan.image_size), 99, dtype=torch.uint8)
+        images = torch.full((4, *plan.input_shape), 99, dtype=torch.uint8)
         batch = Batch(images, torch.arange(4), torch.arange(4), torch.ones(4, dtype=torch.bool))
         told = []
         for _ in range(8):
@@ -205,7 +205,7 @@ def held_after_closing(plain: dict[str, Any]) -> list[int]:
     for _ in range(3):
         with start("cpu") as runtime:
             engine, plan, _ = build_model(load_config(plain), 10, runtime, steps=9, say=print)
-            images = torch.zeros(8, 3, plan.image_size, plan.image_size, dtype=torch.uint8)
+            images = torch.zeros(8, *plan.input_shape, dtype=torch.uint8)
             labels = torch.zeros(8, dtype=torch.int64)
             engine.train_step(Batch(images, labels, labels, torch.ones(8, dtype=torch.bool)))
             engine.close()

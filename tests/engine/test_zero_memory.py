@@ -47,7 +47,7 @@ def measure(plain: dict[str, Any], warm: bool) -> None:
     batch = Batch(images, labels, ids, torch.ones(samples, dtype=torch.bool))
     with start("cpu") as runtime:
         if strategy.startswith("zero"):
-            from bigvision.engine.zero_settings import load_deepspeed
+            from bigvision.engine.zero import load_deepspeed
 
             load_deepspeed(runtime.device)
         if warm:

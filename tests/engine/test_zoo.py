@@ -19,13 +19,13 @@ def one_step(plain: dict[str, Any]) -> tuple[float, list[Part]]:
     """Take a plain SGD step on noise; return the loss and this rank's parameters: (name, start, values)."""
     from bigvision.config import load_config
     from bigvision.data import Batch
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
     from bigvision.runtime import start
     from bigvision.training.build import build_model
 
     with start("cpu") as runtime:
         engine, plan, _ = build_model(load_config(plain), 10, runtime, steps=1, say=lambda text: None)
-        assert isinstance(engine, TrainingEngine)
+        assert isinstance(engine, Engine)
         # Masks are drawn per rank.
         for module in engine.module.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -33,7 +33,7 @@ def one_step(plain: dict[str, Any]) -> tuple[float, list[Part]]:
             if isinstance(getattr(module, "drop_rate", None), float):
                 module.drop_rate = 0.0  # pyright: ignore
         count = 4 // runtime.world_size
-        images = torch.randint(0, 256, (4, 3, plan.image_size, plan.image_size), generator=torch.Generator().manual_seed(0))
+        images = torch.randint(0, 256, (4, *plan.input_shape), generator=torch.Generator().manual_seed(0))
         mine = slice(runtime.rank * count, (runtime.rank + 1) * count)
         labels, every = torch.tensor([1, 7, 3, 9])[mine], torch.ones(count, dtype=torch.bool)
         loss = engine.train_step(Batch(images[mine].to(torch.uint8), labels, labels, every)).loss.item()

@@ -61,7 +61,7 @@ def measured_accuracy(model: torch.nn.Module, source: Source, size: int) -> floa
     with torch.no_grad():
         for start in range(0, len(source), 64):
             samples = [source.read(index) for index in range(start, min(start + 64, len(source)))]
-            images = torch.stack([see(sample.image) for sample in samples])
+            images = torch.stack([see(sample.image, sample.label)[0] for sample in samples])
             outputs = model(normalize(images, card["mean"], card["std"]))
             hits += int((outputs.argmax(dim=1) == torch.tensor([sample.label for sample in samples])).sum())
     return hits / len(source)

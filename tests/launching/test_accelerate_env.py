@@ -71,11 +71,20 @@ def test_the_fsdp_launch() -> None:
     }
 
 
-def test_a_launch_without_fsdp_is_ddp() -> None:
-    asked = overrides(DDP)
-    assert asked["parallel.strategy"] == ("ddp", "ACCELERATE_USE_FSDP (not set)")
-    assert overrides(DDP | {"FSDP_OFFLOAD_PARAMS": "true"}) == asked, "accelerate does not read FSDP_* then"
-    assert overrides(DDP | {"ACCELERATE_USE_FSDP": "false"})["parallel.strategy"][0] == "ddp"
+def test_a_plain_launch_leaves_the_recipes_values() -> None:
+    """It always sets a precision of "no", also when nobody chose one."""
+    assert overrides(DDP) == {}
+    assert overrides(DDP | {"FSDP_OFFLOAD_PARAMS": "true"}) == {}, "accelerate does not read FSDP_* then"
+    assert overrides(DDP | {"ACCELERATE_USE_FSDP": "false"}) == {}
+    asked = overrides(DDP | {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DOWNCAST_BF16": "no"})
+    assert asked == {"parallel.precision": ("bf16", "ACCELERATE_MIXED_PRECISION")}
+    said: list[str] = []
+    recipe = {"parallel": {"strategy": "zero2", "precision": "fp16"}}
+    config, _ = resolve(recipe | {"out": "x"}, [], asked, say=said.append)
+    assert (config.parallel.strategy, config.parallel.precision) == ("zero2", "bf16")
+    assert said == [
+        "parallel.precision: bf16 (ACCELERATE_MIXED_PRECISION) takes the place of fp16 (the given mapping)"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -89,6 +98,7 @@ def test_a_launch_without_fsdp_is_ddp() -> None:
         ("FSDP_RESHARD_AFTER_FORWARD", "false", "parallel.reshard", "never"),
         ("FSDP_RESHARD_AFTER_FORWARD", "FULL_SHARD", "parallel.reshard", "forward"),
         ("FSDP_RESHARD_AFTER_FORWARD", "SHARD_GRAD_OP", "parallel.reshard", "never"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "HYBRID_SHARD", "parallel.replicas", 1),
     ],
 )
 def test_honoured(name: str, value: str, key: str, ours: object) -> None:
@@ -118,10 +128,29 @@ def test_neutral(name: str, value: str) -> None:
     ("name", "value"),
     [
         ("ACCELERATE_CPU_AFFINITY", "1"),
-        ("ACCELERATE_DYNAMO_BACKEND", "CUDAGRAPHS"),
         ("ACCELERATE_DYNAMO_MODE", "max-autotune"),
         ("ACCELERATE_DYNAMO_USE_DYNAMIC", "True"),
         ("ACCELERATE_DYNAMO_USE_FULLGRAPH", "True"),
+        ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP"),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP"),
+        ("FSDP_BACKWARD_PREFETCH", "BACKWARD_POST"),
+        ("FSDP_BACKWARD_PREFETCH", "NO_PREFETCH"),
+        ("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block,PatchEmbed"),
+    ],
+)
+def test_neutral_with_a_line_that_says_so(name: str, value: str) -> None:
+    said: list[str] = []
+    assert overrides(FSDP | {name: value}, said.append) == overrides(FSDP)
+    (line,) = said
+    assert line.startswith(f"{name}={value} has no meaning here: ")
+    said.clear()
+    assert overrides(FSDP, said.append) and not said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "CUDAGRAPHS"),
         ("ACCELERATE_FP8_BACKEND", "TE"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
         ("ACCELERATE_MIXED_PRECISION", "fp8"),
@@ -129,18 +158,11 @@ def test_neutral(name: str, value: str) -> None:
         ("ACCELERATE_USE_MEGATRON_LM", "true"),
         ("ACCELERATE_USE_SAGEMAKER", "true"),
         ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true"),
-        ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP"),
-        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP"),
-        ("FSDP_BACKWARD_PREFETCH", "BACKWARD_POST"),
-        ("FSDP_BACKWARD_PREFETCH", "NO_PREFETCH"),
         ("FSDP_IGNORED_MODULES", "head.*"),
         ("FSDP_OFFLOAD_PARAMS", "true"),
         ("FSDP_RESHARD_AFTER_FORWARD", "NO_SHARD"),
-        ("FSDP_SHARDING_STRATEGY", "HYBRID_SHARD"),
-        ("FSDP_SHARDING_STRATEGY", "NO_SHARD"),
         ("FSDP_SHARDING_STRATEGY", "SHARD_GRAD_OP"),
         ("FSDP_SOMETHING_NEW", "true"),
-        ("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block"),
         ("FSDP_VERSION", "3"),
     ],
 )
@@ -158,6 +180,12 @@ def test_each_fsdp_version_has_its_own_name_for_resharding() -> None:
         asked = overrides(first | {sharding: value})
         assert asked["parallel.reshard"] == ("never", sharding)
         assert resolve(overrides=asked)[0].parallel.reshard == "never"
+    hosts = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    asked = overrides(first | hosts | {sharding: "HYBRID_SHARD_ZERO2"})
+    assert (asked["parallel.replicas"], asked["parallel.reshard"]) == ((2, sharding), ("never", sharding))
+    assert overrides(first | {sharding: "NO_SHARD"})["parallel.strategy"] == ("ddp", sharding)
+    with pytest.raises(UserError, match=r"WORLD_SIZE=8 is no multiple of LOCAL_WORLD_SIZE=3"):
+        overrides(first | hosts | {sharding: "4", "LOCAL_WORLD_SIZE": "3"})
     by_hand = {"ACCELERATE_USE_FSDP": "true"}
     assert "parallel.reshard" not in overrides(by_hand), "the recipe's value stays"
     assert overrides(by_hand | {sharding: "SHARD_GRAD_OP"})["parallel.reshard"][0] == "never", "version 1 by default"
@@ -172,10 +200,11 @@ def test_the_deepspeed_launch() -> None:
     stage = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
     assert overrides(ZERO) == fp32 | {"parallel.strategy": ("zero2", stage)}
     assert overrides(ZERO | {stage: "3"})["parallel.strategy"] == ("zero3", stage)
+    assert overrides(ZERO | {stage: "0"})["parallel.strategy"] == ("ddp", stage)
     unset = {name: value for name, value in ZERO.items() if name != stage}
     assert overrides(unset)["parallel.strategy"] == ("zero2", "ACCELERATE_USE_DEEPSPEED"), "accelerate's own default"
     off = ZERO | {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_GRADIENT_CLIPPING": "1.0"}
-    assert overrides(off)["parallel.strategy"][0] == "ddp" and "optim.clip" not in overrides(off), "accelerate reads it not"
+    assert overrides(off) == {}, "accelerate does not read the rest"
 
 
 OPTIMIZER, PARAM = (f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE" for name in ("OPTIMIZER", "PARAM"))
@@ -227,7 +256,7 @@ def test_deepspeed_settings_that_are_neutral(name: str, value: str) -> None:
         ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu"),
         ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH", "/disk"),
         ("ACCELERATE_DEEPSPEED_SOMETHING_NEW", "true"),
-        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"),
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "4"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
         ("ACCELERATE_GRADIENT_CLIPPING", "nan"),
         ("ACCELERATE_GRADIENT_CLIPPING", "much"),

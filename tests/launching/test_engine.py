@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bigvision
+from bigvision.models import Blueprint
 from tests.distributed import run_ranks
 from tests.launching.programs import small
 from tests.recipes import losses, run
@@ -30,15 +31,15 @@ def own_loop(plain: dict[str, Any], floats: bool = False) -> tuple[list[float], 
         for _ in range(2):
             if engine.step == 0:
                 batches = feed(Feed, config, data, engine)
-            batch = next(batches)
+            batch = next(batches).whole()
             images = normalize(batch.images, engine.mean, engine.std) if floats else batch.images
             kept = images.clone()
             found.append(float(engine.train_step(images, batch.labels).loss))
             assert torch.equal(images, kept)
         batches.close()
         first = engine.save(metrics={"mine": 0.5})
-    with bigvision.Engine(plain, **keys) as engine:
-        assert engine.resume() == 2 and engine.step == 2
+    with bigvision.Engine(plain, **keys, resume=floats) as engine:
+        assert (engine.step if floats else engine.resume()) == engine.step == 2
         batches = feed(Feed, config, data, engine)
         while engine.step < engine.config.train.steps:
             found.append(float(engine.train_step(next(batches)).loss))
@@ -64,10 +65,10 @@ def feed(kind: Any, config: Any, data: Any, engine: bigvision.Engine) -> Any:
 class Shape:
     """What the run's own feed asks of a model."""
 
-    interpolation, crop_pct = "bicubic", 0.9
+    interpolation, crop_pct, crop_mode = "bicubic", 0.9, "center"
 
     def __init__(self, engine: bigvision.Engine) -> None:
-        self.image_size = engine.image_size
+        self.image_size, self.mean = engine.image_size, engine.mean
 
 
 @pytest.mark.parametrize(("strategy", "floats"), [("ddp", False), ("fsdp", True)])
@@ -102,6 +103,28 @@ def test_mistakes(tmp_path: Path) -> None:
         with pytest.raises(bigvision.UserError, match=r"images, labels: got \(5, 3, 32, 32\) and \(4,\)"):
             engine.train_step(images, torch.zeros(4))
         assert engine.resume() == 0
+    assert not torch.distributed.is_initialized()
+
+
+def test_resume_is_known_before_the_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, asked = small(tmp_path) | {"out": str(tmp_path)}, []
+    tensors = Blueprint.tensors
+    monkeypatch.setattr(Blueprint, "tensors", lambda self, seed, names: asked.append(set(names)) or tensors(self, seed, names))
+
+    def state(engine: bigvision.Engine) -> dict[str, Any]:
+        return {f"{fragment.group} {fragment.name}": fragment.values.tolist() for fragment in engine.engine.fragments()}
+
+    with bigvision.Engine(plain, num_classes=3, resume=True) as engine:
+        assert asked.pop(), "nothing to resume: first values"
+        # Not after a step: no backward pass may run in this process, which other tests fork.
+        folder, expected = engine.save(), state(engine)
+    for resume in (True, folder):
+        lost = {"model.weights": str(tmp_path / "gone.safetensors"), "seed": 5}
+        with bigvision.Engine(plain, num_classes=3, resume=resume, **lost) as engine:
+            assert state(engine) == expected
+        assert asked.pop() == set() and not asked, "first values were computed"
+    with pytest.raises(bigvision.UserError, match=r"checkpoint.resume: .*step-00000009"):
+        bigvision.Engine(plain, num_classes=3, resume=tmp_path / "step-00000009")
     assert not torch.distributed.is_initialized()
 
 

@@ -51,22 +51,25 @@ def test_local(path: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_slurm(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--nodes=2", "--ranks-per-node=4", "--time", "90", "--partition", "gpu,long", "--name", "my-run", "--restarts=7"]
-    said = rendered(capsys, "--to", "slurm", path, *options, "--parallel.device", "cuda", "--out", HOSTILE)
+    said = rendered(
+        capsys, "--to", "slurm", path, *options, "--data.workers", "3", "--parallel.device", "cuda", "--out", HOSTILE
+    )
     assert said.split("\n") == [
         "#!/bin/bash",
         "#SBATCH --job-name=my-run",
         "#SBATCH --nodes=2",
         "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --cpus-per-task=4",
         "#SBATCH --gpus-per-node=4",
-        "#SBATCH --partition=gpu,long",
         "#SBATCH --time=0-01:30:00",
         "#SBATCH --output=my-run-%j.log",
         "#SBATCH --signal=USR1@120",
+        "#SBATCH --partition=gpu,long",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
         "",
-        f"srun --kill-on-bad-exit=0 --wait=60 {sys.executable} -m bigvision.cli train {shlex.quote(path)} "
-        f"--parallel.device cuda --out {shlex.quote(HOSTILE)}",
+        f"srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task=4 {sys.executable} -m bigvision.cli train {shlex.quote(path)} "
+        f"--data.workers 3 --parallel.device cuda --out {shlex.quote(HOSTILE)}",
         "code=$?",
         "",
         "# A mistake stays one. All else, as a run that a signal stopped and saved (75), goes on from its newest checkpoint.",
@@ -78,6 +81,21 @@ def test_slurm(path: str, capsys: pytest.CaptureFixture[str]) -> None:
         "",
     ]
     assert "gpus-per-node" not in rendered(capsys, "--to", "slurm", path)  # parallel.device: cpu
+
+
+def test_what_else_slurm_is_asked_for(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--cpus-per-task=12", "--mem", "64G", "--account", "lab.a", "--qos=high", "--gres", "gpu:h100:4", "--constraint"]
+    options += ["h100&ib", "--exclude", "node[1-3,7]", "--sbatch", "--exclusive", "--sbatch=--mail-user=me@host.org"]
+    options += ["--sbatch", "--output=logs/%x-%j.log", "--parallel.device", "cuda"]
+    said = rendered(capsys, "--to", "slurm", path, *options).splitlines()
+    expected = {
+        "cpus-per-task=12", "mem=64G", "account=lab.a", "qos=high", "gres=gpu:h100:4", "constraint=h100&ib",
+        "exclude=node[1-3,7]", "exclusive", "mail-user=me@host.org", "output=logs/%x-%j.log",
+    }  # fmt: skip
+    assert {f"#SBATCH --{line}" for line in expected} <= set(said)
+    names = [line.removeprefix("#SBATCH --").partition("=")[0] for line in said if line.startswith("#SBATCH")]
+    assert len(names) == len(set(names)) and "gpus-per-node" not in names
+    assert any(line.startswith("srun ") and " --cpus-per-task=12 " in line for line in said)
 
 
 def programs(folder: Path, **bodies: str) -> dict[str, str]:
@@ -110,6 +128,7 @@ def test_what_the_script_runs(code: int, restarted: str, requeued: bool, path: s
     assert given == [
         "--kill-on-bad-exit=0",
         "--wait=60",
+        "--cpus-per-task=1",
         sys.executable,
         "-m",
         "bigvision.cli",
@@ -158,6 +177,24 @@ def test_k8s(path: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--to", "k8s", *IMAGE, "--name", "a" * 51], "--name: 'aaa"),
         (["--to", "slurm", "--partition", "a b"], "--partition: 'a b'"),
         (["--to", "slurm", "--partition", "--uid=0"], "--partition: '--uid=0'"),
+        (["--to", "slurm", "--account", "a\n#SBATCH --uid=0"], "--account: 'a\\n#SBATCH"),
+        (["--to", "slurm", "--account", "$(id)"], "--account: '$(id)' must be"),
+        (["--to", "slurm", "--qos", "-x"], "--qos: '-x' must be"),
+        (["--to", "slurm", "--mem", "64 GB"], "--mem: '64 GB' must be a size"),
+        (["--to", "slurm", "--mem", "1G", "--mem-per-cpu", "1G"], "--mem and --mem-per-cpu ask for the same"),
+        (["--to", "slurm", "--gres", "gpu:4;ls"], "--gres: 'gpu:4;ls' must be"),
+        (["--to", "slurm", "--gpus", "0"], "--gpus: '0' must be a number"),
+        (["--to", "slurm", "--gres", "gpu:4", "--gpus", "4"], "--gres and --gpus ask for the same"),
+        (["--to", "slurm", "--cpus-per-task", "0"], "--cpus-per-task: '0' must be a whole number"),
+        (["--to", "local", "--account", "a"], "--account: a is for --to slurm, not local"),
+        (["--to", "k8s", *IMAGE, "--sbatch", "--exclusive"], "--sbatch: --exclusive is for --to slurm, not k8s"),
+        (["--to", "slurm", "--sbatch", "exclusive"], "--sbatch: 'exclusive' must be a long option"),
+        (["--to", "slurm", "--sbatch", "--comment=a b"], "--sbatch: '--comment=a b' must be a long option"),
+        (["--to", "slurm", "--sbatch", "--comment=`ls`"], "--sbatch: '--comment=`ls`' must be"),
+        (["--to", "slurm", "--sbatch", "--x\n"], "--sbatch: '--x\\n' must be"),
+        (["--to", "slurm", "--sbatch", "--ntasks=3"], "--sbatch: --ntasks=3: use --ranks-per-node"),
+        (["--to", "slurm", "--sbatch", "--signal=TERM"], "--sbatch: --signal=TERM: a run could not save"),
+        (["--to", "slurm", "--sbatch"], "--sbatch: a value is missing"),
         (["--to", "slurm", "--time", "1:00; ls"], "--time: '1:00; ls' must be minutes"),
         (["--to", "slurm", "--time", "0"], "--time: '0'"),
         (["--to", "slurm", "--time", "1:60:00"], "--time: '1:60:00'"),

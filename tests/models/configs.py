@@ -11,7 +11,7 @@ class Model:
     name: str = "vit_tiny_patch16_224"
     pretrained: bool = False
     weights: str | None = None
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     num_classes: int | None = None
     drop_path: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)

@@ -33,8 +33,8 @@ def test_every_module_of_timm_has_blocks(entry):
     before = describe(module)
     blocks = find_blocks(module, module.pretrained_cfg["input_size"][-1])
     assert describe(module) == before
-    assert blocks.traced == (entry.module not in NOT_TRACED), blocks.reason
-    assert (blocks.reason is None) == blocks.traced
+    assert (blocks.graph is not None) == (entry.module not in NOT_TRACED), blocks.reason
+    assert (blocks.reason is None) == (blocks.graph is not None)
     assert len(blocks) > 1 or entry.module == "vgg"  # mostly one module that timm lets no trace into
 
     paths = [block.path for block in blocks]
@@ -47,7 +47,7 @@ def test_every_module_of_timm_has_blocks(entry):
     for block in blocks:
         assert block.module is module.get_submodule(block.path)
         assert block.parameters == size(block.module) > 0
-        if blocks.traced and block.parameters > 0.25 * size(module) and not is_notrace_module(type(block.module)):
+        if blocks.graph and block.parameters > 0.25 * size(module) and not is_notrace_module(type(block.module)):
             assert not has_parts(block.module), f"{block.path} is too large and could be opened"
     if blocks.graph is not None:
         called = [str(node.target) for node in blocks.graph.graph.nodes if node.op == "call_module"]

@@ -94,13 +94,17 @@ def test_every_fifth_architecture_of_timm_is_recorded(name):
         ("test_resnet", 64, {}),
         ("hiera_tiny_224", 224, {"stages": (1, 1, 1, 1)}),
         ("levit_128s", 224, {}),
+        ("vit_tiny_patch16_224", (32, 64), {"depth": 2, "patch_size": 8}),
+        ("swin_tiny_patch4_window7_224", (96, 64), {"depths": (1, 1, 1, 1)}),
+        ("convnext_atto", (64, 96), {"depths": (1, 1, 1, 1)}),
     ],
 )
 def test_the_forward_of_a_materialised_module_is_the_normal_one(name, size, options):
     plan = blueprint(Model(name, image_size=size, options=options), 10)
     module = materialised(plan).eval()
     reference = normal(name, **plan.arguments).eval()
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    assert plan.image_size == (size if isinstance(size, tuple) else (size, size))
+    images = torch.randn(2, *plan.input_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(module(images), reference(images))
 

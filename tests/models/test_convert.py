@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -66,6 +67,38 @@ def test_what_is_taken_is_what_timm_takes(files, content, said):
     with safe_open(target, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
     assert {path.name for path in target.parent.iterdir()} == {"in.pth", "out.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "said"),
+    [
+        ({"blocks.0._orig_mod.weight": torch.ones(2), "n_averaged": torch.tensor(3)}, {"blocks.0.weight"}, None),
+        (
+            {"net": prefixed("model."), "optimizer": {"state": {0: plain()}}},
+            prefixed("model."),
+            "took 'net', left out optimizer",
+        ),
+        ({"teacher": {"backbone": plain()}, "epoch": 3}, prefixed("backbone."), "took 'teacher', left out epoch"),
+        ({"model": plain(), "ema": {"module": averaged()}}, plain(), "took 'ema', left out model"),
+        ({"state_dict": plain(), "best": np.float64(8.5), "n": np.arange(3)}, plain(), "took 'state_dict', left out best, n"),
+    ],
+)
+def test_what_other_programs_write(files, content, names, said):
+    source, target = files
+    torch.save(content, source)
+    lines = convert(str(source), str(target))
+    assert load_file(target).keys() == set(names) and lines[1:] == ([said] if said else [])
+
+
+def test_which_of_several_weights_is_taken(files):
+    source, target = files
+    torch.save({"teacher": averaged(), "student": plain(), "optimizer": {"state": {0: plain()}}}, source)
+    with pytest.raises(UserError, match=r"only teacher, student; take one of them, such as --take teacher"):
+        convert(str(source), str(target))
+    with pytest.raises(UserError, match=r"has no weights 'tutor', only teacher, student"):
+        convert(str(source), str(target), "tutor")
+    assert main(["convert", str(source), str(target), "--take", "teacher"]) == 0
+    assert torch.equal(load_file(target)["weight"], averaged()["weight"])
 
 
 def test_shared_windows_and_transposed_tensors_and_what_is_none(files):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from bigvision.errors import UserError
 from bigvision.models import blueprint, check_model, model_card
+from bigvision.models.check import current_name
 from tests.models.configs import TINY, Model
 from tests.models.test_build import materialised
 
@@ -107,17 +108,84 @@ def test_a_normal_build_takes_the_file_too(file, monkeypatch):
     "config, message",
     [
         (Model("vit_tiny_patch16_244"), r"^model\.name: 'vit_tiny_patch16_244' is not a timm .*mean 'vit_tiny_patch16_"),
-        (Model("hf-hub:timm/resnet18"), r"^model\.name: "),
-        (Model("resnet18.a9_in1k"), r"^model\.name: timm has no weights 'resnet18\.a9_in1k'; did you mean 'resnet18\.a"),
+        (Model("hf-hub:timm/resnet18"), r"^model\.name: 'hf-hub:timm/resnet18' is not one of timm's repositories"),
+        (Model("facebook/dinov2-base"), r"^model\.name: 'facebook/dinov2-base' is not .* model\.weights"),
+        (Model("local-dir:/no/such"), r"^model\.name: local-dir:/no/such: write the architecture .* model\.weights: /no/such"),
+        (Model("ResNet18"), r"^model\.name: 'ResNet18' is not a timm model; did you mean 'resnet18'"),
+        (Model("resnet18.a9_in1k"), r"timm has no weights 'resnet18\.a9_in1k'; did you mean 'resnet18\.a.* or .*\(7 in all"),
         (Model("vit_tiny_patch16_224", pretrained=True, weights="x.safetensors"), "exclude each other; keep one"),
         (Model(drop_path=1.0), r"^model\.drop_path: 1\.0 is not a rate"),
         (Model(image_size=0), r"^model\.image_size: 0 is not a size"),
+        (Model(image_size=(32, 0)), r"^model\.image_size: \(32, 0\) is not a size"),
     ],
 )
 def test_mistakes_seen_before_building(config, message):
     with pytest.raises(UserError, match=message) as caught:
         check_model(config)
     assert "\n" not in str(caught.value)
+
+
+PREFIXES = ["module.", "model.", "backbone.", "net.encoder.", "module.visual.", "_orig_mod.base_model.", "ema.module."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_with_what_a_training_program_puts_before_them(vit, tmp_path, prefix):
+    """Per-block compile in them too, and beside them what is no part of the model."""
+    state = {prefix + name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in vit.state_dict().items()}
+    state |= {"n_averaged": torch.tensor(3), "loss.weight": torch.ones(10)}
+    save_file(state, tmp_path / "x.safetensors")
+    plan = blueprint(model(weights=str(tmp_path / "x.safetensors"), num_classes=10), 10)
+    values = dict(plan.tensors(0))
+    assert all(torch.equal(values[name], value) for name, value in vit.state_dict().items())
+    begin = prefix.removeprefix("_orig_mod.")
+    assert f"whose names begin with {begin}; 2 others are left out, such as" in plan.note
+    assert set(plan.runs()) == values.keys(), "read run by run, as without a prefix"
+
+
+def test_a_student_and_a_teacher(vit, tmp_path):
+    path, state = tmp_path / "dino.safetensors", vit.state_dict()
+    both = {f"student.backbone.{name}": value for name, value in state.items()}
+    both |= {f"teacher.backbone.{name}": value + 1 for name, value in state.items() if not name.startswith("head")}
+    save_file(both, path)
+    words = r"^model\.weights: .* under student\.backbone\. or teacher\.backbone\.: .*\?prefix=teacher\.backbone\.$"
+    with pytest.raises(UserError, match=words):
+        blueprint(model(weights=str(path)), 10)
+    plan = blueprint(model(weights=f"{path}?prefix=teacher.backbone."), 10)
+    assert torch.equal(dict(plan.tensors(0))["norm.weight"], state["norm.weight"] + 1)
+    assert "(head.weight) starts fresh" in plan.note and "has none" in plan.note
+    with pytest.raises(UserError, match=r"has no tensor whose name begins with tutor\."):
+        blueprint(model(weights=f"{path}?prefix=tutor."), 10)
+    with pytest.raises(UserError, match=r"check model\.name and model\.options"):
+        blueprint(model(weights=f"{path}?prefix="), 10)
+    save_file({"student.x": torch.ones(1), "weight": torch.ones(1)}, path)
+    with pytest.raises(UserError, match=r"check model\.name and model\.options"):
+        blueprint(model(weights=str(path)), 10)
+
+
+@pytest.mark.parametrize(
+    "name, current",
+    [
+        ("vit_tiny_patch16_224_in21k", "vit_tiny_patch16_224.augreg_in21k"),
+        ("tf_efficientnet_b0_ns", "tf_efficientnet_b0.ns_jft_in1k"),
+        ("efficientnet_b2a", "efficientnet_b2"),
+        ("hf-hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("hf_hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("resnet18", "resnet18"),
+    ],
+)
+def test_older_names_and_those_of_timms_repositories(name, current):
+    assert current_name(name)[0] == current and (current_name(name)[1] is None) == (name == current)
+    check_model(Model(name, pretrained="b2" not in name))
+
+
+def test_an_older_name_builds_what_it_is_called_now():
+    for old, new in (("vit_tiny_patch16_224_in21k", "vit_tiny_patch16_224.augreg_in21k"),):
+        plans = [blueprint(Model(name, image_size=32, options=dict(TINY)), 10) for name in (old, new)]
+        assert plans[0].note == f"model.name: {old} is called {new} in timm {timm.__version__}" and plans[1].note is None
+        values = [dict(plan.tensors(3)) for plan in plans]
+        assert values[0].keys() == values[1].keys() and all(torch.equal(values[0][n], values[1][n]) for n in values[0])
+    assert all(current_name(name)[0] == current for name, current in timm.models.get_deprecated_models().items())
 
 
 @pytest.mark.parametrize(
@@ -130,6 +198,8 @@ def test_mistakes_seen_before_building(config, message):
         (Model("hrnet_w18_small", options={"dept": 3}), r"^model\.options\.dept: "),
         (Model("vgg11", drop_path=0.1), r"^model\.drop_path: vgg11 has no stochastic depth"),
         (Model(image_size=8), r"^model\.image_size: .*8 x 8 pixels"),
+        (Model(image_size=(8, 32)), r"^model\.image_size: .*8 x 32 pixels"),
+        (Model("convnext_atto", image_size=(64, 8)), r"^model\.image_size: .*64 x 8 pixels"),
         (Model("convnext_atto", image_size=8), r"^model\.image_size: .*8 x 8 pixels"),
     ],
 )
@@ -173,8 +243,12 @@ def test_pretrained_without_network_says_what_to_do(monkeypatch):
         Model("test_resnet", image_size=64),
         Model("swin_tiny_patch4_window7_224", image_size=64, options={"depths": (1, 1, 1, 1)}),
         Model("vit_tiny_patch16_224.augreg_in21k", image_size=48, options={"depth": 2, "in_chans": 1, "patch_size": 8}),
+        model(image_size=(64, 32)),
+        Model("test_vit.r160_in1k", image_size=(64, 32)),
+        Model("convnextv2_nano.fcmae_ft_in22k_in1k_384", image_size=64, options={"depths": (1, 1, 1, 1)}),  # squash
+        Model("deepseek_vit_412m.deepseek_v4_flash_vision_exp", image_size=56, options={"depth": 1}),  # border
     ],
-    ids=lambda config: config.name,
+    ids=lambda config: f"{config.name} {config.image_size}",
 )
 def test_timm_opens_what_the_card_describes(config, tmp_path):
     plan = blueprint(config, 7)
@@ -183,12 +257,16 @@ def test_timm_opens_what_the_card_describes(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(card))
     save_file(module.state_dict(), tmp_path / "model.safetensors")
     opened = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    images = torch.randn(2, plan.in_chans, plan.image_size, plan.image_size)
+    images = torch.randn(2, *plan.input_shape)
     with torch.no_grad():
         assert torch.equal(opened(images), module(images))
     data = timm.data.resolve_model_data_config(opened)
-    assert data["input_size"] == (plan.in_chans, plan.image_size, plan.image_size)
+    assert data["input_size"] == plan.input_shape
     assert (tuple(data["mean"]), tuple(data["std"])) == (plan.mean, plan.std)
+    seen = [data[key] for key in ("interpolation", "crop_pct", "crop_mode")]
+    assert seen == [plan.interpolation, plan.crop_pct, plan.crop_mode]
+    normal = timm.data.resolve_model_data_config(timm.create_model(config.name, **plan.arguments | {"pretrained": False}))
+    assert seen == [normal[key] for key in ("interpolation", "crop_pct", "crop_mode")]
 
 
 def test_a_tied_tensor_may_be_in_the_file_under_any_of_its_names(tmp_path):

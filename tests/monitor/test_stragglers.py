@@ -24,9 +24,9 @@ LATE = 0.4
 def run_late(plain: dict[str, Any], late: int, where: str, until: int) -> tuple[Any, str]:
     """Train and return what was said; rank *late* is late in each step before *until*."""
     from bigvision.data.loader import Batches
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
 
-    home, name = {"data": (Batches, "__next__"), "forward": (TrainingEngine, "_outputs")}[where]
+    home, name = {"data": (Batches, "__next__"), "forward": (Engine, "_outputs")}[where]
     before, calls = getattr(home, name), 0
 
     def slow(self: Any, *args: Any) -> Any:

@@ -127,6 +127,8 @@ def test_schedule() -> None:
     assert all(a < b for a, b in pairwise(rates[:10])) and all(a > b for a, b in pairwise(rates[10:]))
     assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
     assert [learning_rate(OptimConfig(lr=2.0, warmup=4), step, 100) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    linear = OptimConfig(lr=2.0, warmup=2, schedule="linear")
+    assert [learning_rate(linear, step, 6) for step in range(6)] == [1.0, 2.0, 2.0, 1.5, 1.0, 0.5]
     constant = OptimConfig(lr=2.0, warmup=0, schedule="constant")
     assert {learning_rate(constant, step, 10) for step in range(10)} == {2.0}
     assert all(math.isfinite(learning_rate(config, step, 1)) for step in range(3))

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError
-from bigvision.models import blueprint, find_blocks
-from bigvision.pipeline import Stage, plan_stages
+from bigvision.models import Blocks, blueprint, find_blocks
+from bigvision.pipeline import Placement, Stage, StageMemory, StagePlan, plan_stages
+from bigvision.pipeline.stages import imbalance
 from tests.models.zoo import ZOO, Entry
 
 PAGE = Path(__file__).parents[2] / "docs" / "stages.md"
@@ -33,6 +34,17 @@ class Staged:
     imbalance: float
     crossing: int
     """Most tensors that cross a cut."""
+
+
+def unlimited(stages: int) -> StageMemory:
+    """Of devices that have enough: AdamW in fp32 under 1f1b, six micro-batches of three images."""
+    kept = [stages - stage for stage in range(stages)]
+    return StageMemory(Placement(stages, 1, False), kept, 6, 3, 1, 8, torch.float32, False)
+
+
+def cut(model: nn.Module, blocks: Blocks, image_shape: tuple[int, int, int], stages: int) -> StagePlan:
+    """*model*, on meta, in *stages* stages for the CPU."""
+    return plan_stages(model, blocks, image_shape, torch.device("cpu"), unlimited(stages))
 
 
 def run(stages: list[Stage], images: Tensor) -> tuple[list[tuple[Tensor, ...]], list[Any]]:
@@ -78,13 +90,13 @@ def compare(entry: Entry, count: int) -> Staged:
         size = resolve_model_data_config(model)["input_size"]
         images = torch.randn(2, *size)
     meta = blueprint(ModelConfig(entry.name, options=entry.options), 10).module
-    plan = plan_stages(meta, blocks := find_blocks(meta), size, count)
+    plan = cut(meta, blocks := find_blocks(meta), size, count)
     whole = model(images)
     total(whole).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    stages = plan.build(model, range(count))
+    stages = [plan.build(model, number) for number in range(count)]
     held = [name for stage in stages for name, _ in stage.named_parameters(remove_duplicate=False)]
     assert sorted(name for name in held if name in expected) == sorted(expected), (
         "each parameter is on one stage, under timm's name"
@@ -97,7 +109,7 @@ def compare(entry: Entry, count: int) -> Staged:
     gradients = difference(*(torch.cat([pair[side].reshape(-1) for pair in pairs]) for side in (0, 1)))
     first, last = ([value] if isinstance(value, Tensor) else value for value in (whole, outputs[-1]))
     apart = max(difference(a, b) for a, b in zip(last, first, strict=True))
-    return Staged(len(blocks), apart, gradients, plan.imbalance, max(map(len, plan.sends[True][:-1])))
+    return Staged(len(blocks), apart, gradients, imbalance(plan.costs), max(map(len, plan.sends[True][:-1])))
 
 
 def describe(entry: Entry) -> tuple[bool, str]:

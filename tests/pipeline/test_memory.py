@@ -17,12 +17,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from bigvision.config import OptimConfig
 from bigvision.errors import UserError
 from bigvision.models import find_blocks, trace
+from bigvision.models.costs import Cost, node_costs
 from bigvision.models.tracing import size as size_of
+from bigvision.optim import state_layout
 from bigvision.pipeline import Placement, StageMemory, plan_stages
-from bigvision.pipeline.costs import Cost, node_costs
-from bigvision.pipeline.memory import micro_batches_kept, moment_bytes
+from bigvision.pipeline.memory import micro_batches_kept
 from tests.distributed import run_ranks
 from tests.engine.test_pipeline import pipeline
+from tests.pipeline.staged import cut, unlimited
 from tests.recipes import run
 
 
@@ -64,7 +66,7 @@ def saved_in_a_run(plain: dict[str, Any]) -> tuple[int, float]:
     """Train; the most bytes that this rank's stages had saved for backward passes, and the estimate."""
     from bigvision.pipeline import Stage, StagePlan
 
-    meter, plans = Meter(), []
+    meter, built = Meter(), []
     forward, build = Stage.forward, StagePlan.build
 
     def metered(self: Stage, *received: Tensor) -> Any:
@@ -74,19 +76,17 @@ def saved_in_a_run(plain: dict[str, Any]) -> tuple[int, float]:
             # The images are a part of the batch's storage.
             return forward(self, *(tensor if tensor.requires_grad else tensor.clone() for tensor in received))
 
-    def remembered(self: StagePlan, model: nn.Module, numbers: Any) -> Any:
-        numbers = list(numbers)
-        plans.append((self, numbers))
-        return build(self, model, numbers)
+    def remembered(self: StagePlan, model: nn.Module, number: int) -> Stage:
+        built.append((self, number))
+        return build(self, model, number)
 
     Stage.forward, StagePlan.build = metered, remembered  # type: ignore[method-assign]
     try:
         run(plain)
     finally:
         Stage.forward, StagePlan.build = forward, build  # type: ignore[method-assign]
-    [(plan, numbers)] = plans
-    memory = plan.memory
-    return meter.most, sum(memory.micro_batch * memory.kept[i] * plan.costs[i].activations for i in numbers)
+    estimates = [plan.memory.micro_batch * plan.memory.kept[i] * plan.costs[i].activations for plan, i in built]
+    return meter.most, sum(estimates)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_a_stage_keeps_nothing_of_its_last_pass() -> None:
     options: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 4}
     with torch.device("meta"):
         meta = timm.create_model("vit_tiny_patch16_224", **options)
-    plan = plan_stages(meta, find_blocks(meta, 32), (3, 32, 32), 2)
-    stage = plan.build(timm.create_model("vit_tiny_patch16_224", **options), [0])[0]
+    plan = cut(meta, find_blocks(meta, 32), (3, 32, 32), 2)
+    stage = plan.build(timm.create_model("vit_tiny_patch16_224", **options), 0)
     meter = Meter()
     with meter.hooks():
         sent = stage(torch.randn(2, 3, 32, 32))
@@ -153,7 +153,7 @@ def test_activations_in_the_compute_type(name: str) -> None:
     ("changes", "expected"), [({}, 8), ({"name": "sgd"}, 4), ({"name": "sgd", "momentum": 0.0}, 0), ({"name": "lion"}, 4)]
 )
 def test_moments_are_those_of_the_optimizer(changes: dict[str, Any], expected: int) -> None:
-    assert moment_bytes(replace(OptimConfig(), **changes)) == expected
+    assert sum(dtype.itemsize for dtype in state_layout(replace(OptimConfig(), **changes)).values()) == expected
 
 
 def test_micro_batches_kept() -> None:
@@ -170,11 +170,8 @@ MIB = 2**20
 LOAD = Cost(parameters=MIB, trained=MIB // 2, activations=100.0, recomputed=30.0, received=5.0, sent=7.0)
 
 
-def memory(capacity: float | None = None, stages: int = 2, **changes: Any) -> StageMemory:
-    """Of AdamW in fp32 under 1f1b: six micro-batches of three images."""
-    kept = [stages - stage for stage in range(stages)]
-    made = StageMemory(Placement(stages, 1, False), kept, 6, 3, 1, 8, torch.float32, False, capacity)
-    return replace(made, **changes)
+def memory(capacity: float | None = None, **changes: Any) -> StageMemory:
+    return replace(unlimited(2), capacity=capacity, **changes)
 
 
 def test_what_a_stage_needs() -> None:
@@ -198,15 +195,15 @@ def test_stages_of_one_rank_share_its_device() -> None:
 def test_what_does_not_fit_a_device_is_cut_elsewhere() -> None:
     with torch.device("meta"):
         model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=8)
-    blocks, size = find_blocks(model, 64), (3, 64, 64)
+    arguments = model, find_blocks(model, 64), (3, 64, 64), torch.device("cpu")
     free = memory(micro_batch=60)
-    even = plan_stages(model, blocks, size, 2, memory=free)
+    even = plan_stages(*arguments, free)
     needs = [free.needed(stage, even.costs[stage]) for stage in (0, 1)]
     assert needs[0] > 1.4 * needs[1], "the first stage keeps two micro-batches, the second one"
     limit = 0.9 * needs[0]
-    uneven = plan_stages(model, blocks, size, 2, memory=replace(free, capacity=limit))
+    uneven = plan_stages(*arguments, replace(free, capacity=limit))
     assert uneven.costs[0].parameters < even.costs[0].parameters
     assert sum(uneven.costs, Cost()).parameters == size_of(model) == sum(even.costs, Cost()).parameters
     assert max(free.needed(stage, uneven.costs[stage]) for stage in (0, 1)) <= limit
     with pytest.raises(UserError, match=r"fits the devices' memory .*stage 0 needs 2\.\d+ times"):
-        plan_stages(model, blocks, size, 2, memory=replace(free, capacity=needs[0] / 2.2))
+        plan_stages(*arguments, replace(free, capacity=needs[0] / 2.2))

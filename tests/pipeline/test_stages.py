@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from bigvision.errors import UserError
 from bigvision.models import find_blocks
-from bigvision.pipeline import StagePlan, plan_stages
+from bigvision.models.costs import node_costs
+from bigvision.pipeline import StagePlan
+from bigvision.pipeline.cutting import Flow
+from bigvision.pipeline.stages import imbalance
 from tests.models.zoo import ZOO, Entry
-from tests.pipeline.staged import backward, compare, run, total
+from tests.pipeline.staged import backward, compare, cut, run, total
 
 QUICK = {"vision_transformer", "resnet"}
 REFUSED = {"twins": "cannot be traced", "gemma4_vit": "cannot be traced", "vgg": "has 1 blocks: use fewer stages"}
@@ -53,25 +56,22 @@ def large(name: str, stages: int = 4) -> tuple[nn.Module, StagePlan, Any]:
         model = timm.create_model(name)
     blocks = find_blocks(model)
     size: Any = resolve_model_data_config(model)["input_size"]
-    return model, plan_stages(model, blocks, size, stages), blocks
+    return model, cut(model, blocks, size, stages), blocks
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["vit_giant_patch14_224", "convnext_xxlarge", "swin_large_patch4_window7_224"])
 def test_large_models_are_cut_evenly(name: str) -> None:
     model, plan, blocks = large(name)
-    assert plan.imbalance <= 1.05
-    assert plan.imbalance <= equal_counts(model, blocks)
+    assert imbalance(plan.costs) <= 1.05
+    assert imbalance(plan.costs) <= equal_counts(model, blocks)
     assert sum(cost.parameters for cost in plan.costs) == sum(p.numel() for p in model.parameters())
 
 
 def equal_counts(model: nn.Module, blocks: Any, stages: int = 4) -> float:
     """The imbalance of a cut into stages of equally many blocks."""
-    from bigvision.pipeline.costs import node_costs
-    from bigvision.pipeline.cutting import Flow
-
     size: Any = resolve_model_data_config(model)["input_size"]
-    flow = Flow(blocks.graph, size)
+    flow = Flow(blocks.graph, size, torch.device("cpu"))
     costs = node_costs(blocks.graph, size, torch.device("cpu"))
     starts = {blocks[round(number * len(blocks) / stages)].path for number in range(1, stages)}
     work, number = [0.0] * stages, 0
@@ -170,9 +170,9 @@ def test_what_a_forward_may_do_with_its_values(case: str, samples: int) -> None:
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     meta = copy.deepcopy(model).to("meta")
-    plan = plan_stages(meta, find_blocks(meta, 8, 0.3), (3, 6, 8), 4)
+    plan = cut(meta, find_blocks(meta, 8, 0.3), (3, 6, 8), 4)
     assert plan.owners["scale"] == [0] and len(plan.blocks) == 4
-    stages = plan.build(model, range(4))
+    stages = [plan.build(model, number) for number in range(4)]
     inputs, outputs = run(stages, images)
     assert torch.equal(outputs[-1], model(images))
     backward(inputs, outputs, total(outputs[-1]))
@@ -190,7 +190,7 @@ def tied_model(first: int, second: int) -> Model:
 
 def test_tied_parameters_stay_on_one_stage() -> None:
     model = tied_model(1, 2)
-    plan = plan_stages(model, find_blocks(model, 8, 0.6), (3, 6, 8), 2)
+    plan = cut(model, find_blocks(model, 8, 0.6), (3, 6, 8), 2)
     assert plan.owners["blocks.1.first.weight"] == plan.owners["blocks.2.second.weight"]
     assert len(plan.owners["blocks.1.first.weight"]) == 1
 
@@ -198,18 +198,18 @@ def test_tied_parameters_stay_on_one_stage() -> None:
 def test_parameters_tied_across_every_cut_are_refused_by_name() -> None:
     model = tied_model(0, 3)
     with pytest.raises(UserError, match=r"parallel.stages.*blocks.0.first.weight is shared"):
-        plan_stages(model, find_blocks(model, 8, 0.6), (3, 6, 8), 2)
+        cut(model, find_blocks(model, 8, 0.6), (3, 6, 8), 2)
 
 
 def test_more_stages_than_blocks() -> None:
     model = Model(plain, last).to("meta")
     with pytest.raises(UserError, match="5 stages, but Model has 4 blocks"):
-        plan_stages(model, find_blocks(model, 8, 0.3), (3, 6, 8), 5)
+        cut(model, find_blocks(model, 8, 0.3), (3, 6, 8), 5)
 
 
 def test_a_stage_holds_only_its_own_and_computes_nothing_at_the_cut() -> None:
     model, plan, _ = large("vit_base_patch16_224")
     assert all(parameter.is_meta for parameter in model.parameters())
-    stages = plan.build(model, [1])
-    assert {name for name, _ in stages[0].named_parameters()} == {n for n, at in plan.owners.items() if at == [1]}
-    assert all(name.startswith("blocks.") for name, _ in stages[0].named_parameters())
+    stage = plan.build(model, 1)
+    assert {name for name, _ in stage.named_parameters()} == {n for n, at in plan.owners.items() if at == [1]}
+    assert all(name.startswith("blocks.") for name, _ in stage.named_parameters())

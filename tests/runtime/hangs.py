@@ -81,15 +81,15 @@ def at(place: str, act: Callable[[], None], mark: Path, delay: float = 0.0) -> N
     """Have this process do *act* when it comes to *place*, and *delay* seconds later; *mark* then has the time."""
     from bigvision.checkpoint import background
     from bigvision.data import loader
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
     from bigvision.monitor import Monitor
     from bigvision.training import build
 
     homes: dict[str, tuple[Any, str, int]] = {
         "start": (build, "build_engine", 1),
-        "step": (TrainingEngine, "train_step", 3),
+        "step": (Engine, "train_step", 3),
         "data": (loader.Batches, "__next__", 3),
-        "evaluate": (TrainingEngine, "eval_step", 2),
+        "evaluate": (Engine, "eval_step", 2),
         "save": (background.Saver, "save", 1),
         "commit": (background, "commit", 1),
         "end": (Monitor, "farewell", 1),
@@ -144,17 +144,17 @@ def train_unless(folder: Path, absent: int) -> None:
 
 def run_slowly(plain: dict[str, Any], seconds: float) -> list[float]:
     """:func:`tests.recipes.run`, with a first step that takes so long on rank 0."""
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
     from tests.recipes import run
 
-    train_step = TrainingEngine.train_step
+    train_step = Engine.train_step
 
     def slow(self: Any, batch: Any) -> Any:
         if self.step == 0 and os.environ["RANK"] == "0":
             time.sleep(seconds)
         return train_step(self, batch)
 
-    with mock.patch.object(TrainingEngine, "train_step", slow):
+    with mock.patch.object(Engine, "train_step", slow):
         return run(plain)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import bigvision
+import bigvision.training.evaluate as evaluation
+from bigvision.config import load_config
 from bigvision.errors import UserError
 from bigvision.runtime import RankFailure, deterministic, operations_named, process, start
 from bigvision.runtime.determinism import WORKSPACE
@@ -130,6 +132,16 @@ def test_the_operation_is_named() -> None:
         raise RuntimeError("in a compiled block") from RuntimeError(words)
     with pytest.raises(RuntimeError, match="something else"), operations_named():
         raise RuntimeError("something else")
+
+
+def test_an_evaluation_is_deterministic_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen, before = recipe(tmp_path, train={"steps": 1, "deterministic": True}), [], settings()
+    with bigvision.Engine(plain, num_classes=10) as engine:
+        folder = engine.save()
+    monkeypatch.setattr(evaluation, "evaluate", lambda *given: seen.append(settings()) or put())
+    with pytest.raises(UserError, match=LINE):
+        evaluation.evaluate_checkpoint(folder, load_config(plain))
+    assert seen == [ON] and settings() == before
 
 
 def train_with_put(folder: Path, plain: dict[str, Any], where: str) -> None:

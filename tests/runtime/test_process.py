@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 
 from bigvision.config import LimitsConfig
 from bigvision.errors import Exit, UserError
-from bigvision.runtime import Identity, Watchdog, process, start
+from bigvision.runtime import Identity, Watchdog, lacks_shared_memory, process, start
 from bigvision.runtime.watchdog import NCCL_DEFAULTS
 from tests.distributed import run_ranks
 
@@ -145,3 +145,32 @@ def test_the_trace_of_nccl_is_written_beside_the_stacks(tmp_path: Path, capfd: p
     assert "pg_config" in json.loads((tmp_path / "stacks" / "nccl-3.json").read_text())
     assert process.nccl_trace() == b"", "without NCCL"
     assert capfd.readouterr().err.count("error: rank 3: the words") == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "megabytes", "disabled", "warns"),
+    [
+        ("cuda", 8, 64, "", True),
+        ("cuda", 2, 64, "", True),
+        ("cuda", 8, 1024, "", False),
+        ("cuda", 1, 1, "", False),
+        ("cuda", 8, 64, "1", False),
+        ("cpu", 8, 1, "", False),
+    ],
+)
+def test_a_small_dev_shm_is_reported_before_nccl_fails(
+    device: str, ranks: int, megabytes: int, disabled: str, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_SHM_DISABLE", disabled)
+    monkeypatch.setattr(os, "statvfs", lambda path: mock.Mock(f_bavail=megabytes << 8, f_frsize=4096))
+    text = lacks_shared_memory(torch.device(device), ranks)
+    assert (text is not None) == warns
+    assert text is None or (f"has {megabytes} MB left" in text and f"need {64 * ranks} MB" in text and "--shm-size=1g" in text)
+
+
+def test_without_dev_shm_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: str) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "statvfs", missing)
+    assert lacks_shared_memory(torch.device("cuda"), 8) is None

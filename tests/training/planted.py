@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from bigvision.engine.engine import TrainingEngine
+from bigvision.engine import Engine
 from bigvision.tasks import Classify
 from bigvision.training.numbers import BadNumbers
 from tests.recipes import run
@@ -28,7 +28,7 @@ def planted(kind: str, steps: list[int], rank: int | None = 0, index: int = 2) -
             "gradient": the other way round. "spike": the loss is ten times as large.
         index: of the sample in its rank's batch.
     """
-    train_step, inputs, loss = TrainingEngine.train_step, TrainingEngine._inputs, Classify.loss
+    train_step, inputs, loss = Engine.train_step, Engine._inputs, Classify.loss
     ids: list[int] = []
 
     def step(self: Any, batch: Any) -> Any:
@@ -55,8 +55,8 @@ def planted(kind: str, steps: list[int], rank: int | None = 0, index: int = 2) -
         return found * 10 if HERE["kind"] == "spike" else found
 
     with (
-        patch.object(TrainingEngine, "train_step", step),
-        patch.object(TrainingEngine, "_inputs", spoiled),
+        patch.object(Engine, "train_step", step),
+        patch.object(Engine, "_inputs", spoiled),
         patch.object(Classify, "loss", spoiled_loss),
     ):
         yield ids
@@ -74,14 +74,14 @@ def run_planted(plain: dict[str, Any], kind: str, steps: list[int], rank: int | 
 
 def run_without(plain: dict[str, Any], steps: list[int]) -> None:
     """Train as a run that never sees the batches *steps*."""
-    train_step = TrainingEngine.train_step
+    train_step = Engine.train_step
 
     def passing(self: Any, batch: Any) -> Any:
         if self.step not in steps:
             return train_step(self, batch)
         return self.pass_over(batch)
 
-    with patch.object(TrainingEngine, "train_step", passing):
+    with patch.object(Engine, "train_step", passing):
         run(plain)
 
 

@@ -12,8 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import bigvision
+from bigvision import load_config
+from bigvision.training.evaluate import evaluate_checkpoint
 from tests.cli.test_mistakes import refused, write_recipe
 from tests.distributed import run_ranks
 from tests.recipes import lines, recipe, run
@@ -52,6 +56,52 @@ def test_mixing_changes_the_losses(tmp_path: Path, mixed: list[float]) -> None:
 def test_pairs_that_would_be_cut(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, task={"mixup": 0.8})
     refused(["train", path, "--train.micro_batch", "5"], "task.mixup", "micro-batches of 5", "multiples of 2")
+
+
+def with_a_wide_image(plain: dict[str, Any]) -> tuple[list[float], Any, Any]:
+    """The losses of a run, what evaluating its checkpoint gives, and the shape of what `bigvision.Engine` takes."""
+    found = run(plain)
+    folder = next(Path(plain["out"]).glob("step-*"))
+    metrics = evaluate_checkpoint(folder, load_config(plain))
+    keys = {"num_classes": 10, "steps": 1, "global_batch": 6, "image_size": (48, 32), "out": plain["out"] + "-own"}
+    with bigvision.Engine({key: plain[key] for key in ("model", "parallel")}, **keys) as engine:
+        images = torch.zeros(6 // engine.runtime.data_ranks, 3, *engine.image_size, dtype=torch.uint8)
+        loss = float(engine.train_step(images, torch.zeros(len(images), dtype=torch.int64)).loss)
+    return found, metrics, (engine.image_size, loss)
+
+
+def test_images_that_are_not_square(tmp_path: Path) -> None:
+    found = {}
+    for name, ranks, parallel in (("ddp", 1, {}), ("fsdp", 2, {"strategy": "fsdp"}), ("pipeline", 2, {"strategy": "pipeline"})):
+        plain = recipe(
+            tmp_path / name, parallel=parallel, data={"train": "synthetic:53x40", "val": "synthetic:7x40"},
+            task={"mixup": 0.8, "cutmix": 1.0}, train={"steps": 3, "micro_batch": 6},
+        )  # fmt: skip
+        plain["model"] = plain["model"] | {"image_size": [48, 32]}
+        found[name] = run_ranks(with_a_wide_image, ranks, plain)[0]
+        card = json.loads(next((tmp_path / name).glob("step-*/config.json")).read_text())
+        assert card["pretrained_cfg"]["input_size"] == [3, 48, 32]
+    for name in ("fsdp", "pipeline"):
+        assert found[name][0] == pytest.approx(found["ddp"][0], rel=1e-5)
+        assert found[name][1] == pytest.approx(found["ddp"][1], rel=1e-5)
+        assert found[name][2][0] == (48, 32) and found[name][2][1] == pytest.approx(found["ddp"][2][1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mixing", [{"mixup": 0.8}, pytest.param({"cutmix": 1.0}, marks=pytest.mark.long)], ids=["mixup", "cutmix"]
+)
+def test_mixing_is_switched_on_in_the_middle(tmp_path: Path, mixing: dict[str, float]) -> None:
+    """After 21 samples, which are no whole pairs, with another global batch, and with repetitions."""
+    before = recipe(tmp_path / "run", train={"steps": 3, "global_batch": 7, "micro_batch": 3}, checkpoint={"every": 3})
+    run_ranks(run, 1, before)
+    found = []
+    for ranks in (1, 2):
+        shutil.copytree(tmp_path / "run", tmp_path / f"{ranks}")
+        after = recipe(
+            tmp_path / f"{ranks}", task=mixing, data={"repeats": 2}, train={"steps": 6, "global_batch": 16, "micro_batch": 4}
+        )  # fmt: skip
+        found.append(run_ranks(run, ranks, after)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and len(found[0]) == 6
 
 
 # The ids of a run
@@ -135,9 +185,10 @@ def write_folder(root: Path, good: int) -> tuple[set[str], int]:
 def test_one_percent_of_bad_files(tmp_path: Path, ranks: int) -> None:
     bad, files = write_folder(tmp_path / "data", 700)
     assert len(bad) == pytest.approx(0.01 * files, rel=0.05)
-    spec = f"imagefolder:{tmp_path}/data"
+    write_folder(tmp_path / "val", 700)
+    train, val = f"imagefolder:{tmp_path}/data", f"imagefolder:{tmp_path}/val"
     plain = recipe(
-        tmp_path / "out", data={"train": spec, "val": spec + "/", "workers": 1}, parallel={"strategy": "fsdp"},
+        tmp_path / "out", data={"train": train, "val": val, "workers": 1}, parallel={"strategy": "fsdp"},
         train={"steps": None, "epochs": 1.2, "global_batch": 96, "micro_batch": 32}, monitor={"every": 2},
     )  # fmt: skip
     (said, *_) = [said for _, said in run_ranks(run_and_listen, ranks, plain)]
@@ -154,8 +205,9 @@ def test_one_percent_of_bad_files(tmp_path: Path, ranks: int) -> None:
 
 def test_too_many_bad_files_are_an_error(tmp_path: Path) -> None:
     write_folder(tmp_path / "data", 60)
-    spec = f"imagefolder:{tmp_path}/data"
-    path = write_recipe(tmp_path, data={"train": spec, "val": spec + "/"}, monitor={"every": 1, "progress": False})
+    write_folder(tmp_path / "val", 60)
+    train, val = f"imagefolder:{tmp_path}/data", f"imagefolder:{tmp_path}/val"
+    path = write_recipe(tmp_path, data={"train": train, "val": val}, monitor={"every": 1, "progress": False})
     said = ("data.bad_budget: 3 allows 3 of 73 samples of data.train", "such as", "mend them")
     refused(["train", path, "--data.bad_budget", "3", "--train.steps", "9"], *said, ranks=2)
 
@@ -163,11 +215,12 @@ def test_too_many_bad_files_are_an_error(tmp_path: Path) -> None:
 def test_the_stages_of_a_pipeline_agree_on_what_stands_in_for_a_bad_file(tmp_path: Path) -> None:
     """The last stage has the labels and never saw the image."""
     bad, files = write_folder(tmp_path / "data", 40)
-    spec = f"imagefolder:{tmp_path}/data"
+    write_folder(tmp_path / "val", 40)
+    train, val = f"imagefolder:{tmp_path}/data", f"imagefolder:{tmp_path}/val"
     found = []
     for name, ranks, parallel in (("one", 1, {"strategy": "ddp"}), ("two", 2, {"strategy": "pipeline"})):
         plain = recipe(
-            tmp_path / name, data={"train": spec, "val": spec + "/", "bad_budget": 0.2}, parallel=parallel,
+            tmp_path / name, data={"train": train, "val": val, "bad_budget": 0.2}, parallel=parallel,
             train={"steps": 5, "micro_batch": 6},
         )  # fmt: skip
         found.append(run_ranks(run, ranks, plain)[0])

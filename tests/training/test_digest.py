@@ -21,9 +21,9 @@ def run_flipped(plain: dict[str, Any], rank: int, name: str, step: int, computin
     Args:
         computing: after the step, in the copy that computes.
     """
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
 
-    train_step = TrainingEngine.train_step
+    train_step = Engine.train_step
 
     def flip(self: Any) -> None:
         tensors = self.copies() if computing else self.fragments()
@@ -40,7 +40,7 @@ def run_flipped(plain: dict[str, Any], rank: int, name: str, step: int, computin
             flip(self)
         return result
 
-    with patch.object(TrainingEngine, "train_step", flipped):
+    with patch.object(Engine, "train_step", flipped):
         try:
             run(plain)
         except Corruption as error:

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 from safetensors.torch import load_file
 
-from bigvision.engine.engine import TrainingEngine
+from bigvision.engine import Engine
 from bigvision.engine.zero import ZeroEngine
 from tests.distributed import run_ranks
 from tests.recipes import lines, losses, recipe
@@ -179,7 +179,7 @@ def run_half(plain: dict[str, Any], scale: float, kind: str, steps: list[int]) -
 
         return patch.object(engine, attribute, built)
 
-    with scaled(TrainingEngine, "_build"), scaled(ZeroEngine, "_build"):
+    with scaled(Engine, "_build"), scaled(ZeroEngine, "_build"):
         return run_planted(plain, kind, steps)[1]
 
 

@@ -40,11 +40,11 @@ def starve(rank: int, limits: dict[int, int], where: str) -> None:
         limits: step → the largest micro-batch that its memory holds from that step on.
         where: "forward", "backward", "evaluate".
     """
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
 
     if os.environ.get("RANK", "0") != str(rank):
         return
-    train_step, eval_step, now = TrainingEngine.train_step, TrainingEngine.eval_step, ["", 0]
+    train_step, eval_step, now = Engine.train_step, Engine.eval_step, ["", 0]
 
     def training(self: Any, batch: Any) -> Any:
         now[:] = ["train", self.step]
@@ -68,7 +68,7 @@ def starve(rank: int, limits: dict[int, int], where: str) -> None:
             elif where != "backward":
                 fail()
 
-    TrainingEngine.train_step, TrainingEngine.eval_step = training, evaluating  # type: ignore[method-assign]
+    Engine.train_step, Engine.eval_step = training, evaluating  # type: ignore[method-assign]
     register_module_forward_pre_hook(before)
 
 
@@ -168,19 +168,19 @@ def test_where_it_is_not_allowed_the_error_stands(
 
 
 def error_of(made: dict[str, Any]) -> str:
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
 
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError(ERROR)
 
-    before = TrainingEngine._passes
-    TrainingEngine._passes = fail  # type: ignore[assignment]
+    before = Engine._passes
+    Engine._passes = fail  # type: ignore[assignment]
     try:
         run(made)
     except torch.OutOfMemoryError as error:
         return f"OutOfMemoryError: {error}"
     finally:
-        TrainingEngine._passes = before  # type: ignore[method-assign]
+        Engine._passes = before  # type: ignore[method-assign]
     return ""
 
 

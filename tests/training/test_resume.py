@@ -66,9 +66,9 @@ def test_every_strategy_resumes_every_other_and_writes_the_same_bytes(
 
 def run_with_trace(plain: dict[str, Any]) -> None:
     """As :func:`run`, and note the sample ids of every step."""
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
 
-    step = TrainingEngine.train_step
+    step = Engine.train_step
     path = Path(plain["out"]) / f"ids-{os.environ['RANK']}.jsonl"
 
     def traced(self: Any, batch: Any) -> Any:
@@ -76,7 +76,7 @@ def run_with_trace(plain: dict[str, Any]) -> None:
             file.write(json.dumps([self.step, batch.ids.tolist()]) + "\n")
         return step(self, batch)
 
-    TrainingEngine.train_step = traced  # type: ignore[method-assign]
+    Engine.train_step = traced  # type: ignore[method-assign]
     run(plain)
 
 

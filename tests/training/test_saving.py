@@ -19,16 +19,16 @@ from tests.training.test_resume import digests, run_and_listen
 
 def ask_at(plain: dict[str, Any], step: int, rank: int) -> None:
     """Run, and send the signal to *rank* in the middle of *step*."""
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
 
-    train_step = TrainingEngine.train_step
+    train_step = Engine.train_step
 
     def asked(self: Any, batch: Any) -> Any:
         if self.step == step and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGUSR2)
         return train_step(self, batch)
 
-    TrainingEngine.train_step = asked  # type: ignore[method-assign]
+    Engine.train_step = asked  # type: ignore[method-assign]
     run(plain)
 
 

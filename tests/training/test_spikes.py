@@ -133,9 +133,9 @@ def test_the_checkpoint_of_a_spike_is_not_saved_and_the_beginning_is(tmp_path: P
 
 def run_until(made: dict[str, Any], passes: int, step: int) -> None:
     """Train, and be killed when the batch of *step* comes for the time number *passes*."""
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
 
-    train_step, seen = TrainingEngine.train_step, []
+    train_step, seen = Engine.train_step, []
 
     def killed(self: Any, batch: Any) -> Any:
         seen.append(self.step)
@@ -143,7 +143,7 @@ def run_until(made: dict[str, Any], passes: int, step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(self, batch)
 
-    with patch.object(TrainingEngine, "train_step", killed):
+    with patch.object(Engine, "train_step", killed):
         run_planted(made, "spike", [AT], None)
 
 

@@ -26,10 +26,10 @@ from tests.training.test_stopping import ended, train, written
 
 def train_and_crash(path: str, rank: int, step: int) -> None:
     """The command; *rank* raises at *step* (-1: while the model is built), each time."""
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
     from bigvision.training import build
 
-    owner, name = (build, "build_engine") if step < 0 else (TrainingEngine, "_passes")
+    owner, name = (build, "build_engine") if step < 0 else (Engine, "_passes")
     inner = getattr(owner, name)
 
     def crash(*args: Any, **kwargs: Any) -> Any:

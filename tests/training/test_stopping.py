@@ -43,12 +43,12 @@ def train(path: str) -> None:
 def train_and_signal(path: str, place: str, count: int, rank: int, number: int) -> None:
     """The command; *rank* gets a signal in the *count*-th call of a *place*, once it is in there."""
     from bigvision.checkpoint import background
-    from bigvision.engine.engine import TrainingEngine
+    from bigvision.engine import Engine
     from bigvision.training import build, data
 
     places: dict[str, tuple[Any, str]] = {
         "load": (build, "build_model"),
-        "step": (TrainingEngine, "train_step"),
+        "step": (Engine, "train_step"),
         "evaluate": (data.Validation, "__next__"),
         "save": (background, "commit"),
     }

@@ -1,23 +1,29 @@
-"""Datasets by name: ``digits``, ``imagefolder:PATH``, ``webdataset:PATH``, ``parquet:PATH``, ``arrays:PATH``, ``volumes:PATH``,
-torchvision's, ``synthetic:SAMPLESxSIZE``, and several of them with weights: ``0.7*imagefolder:A + 0.3*webdataset:B``."""
+"""Datasets by name: ``digits``, ``imagefolder:PATH``, ``webdataset:PATH``, ``parquet:PATH``, ``csv:PATH``, ``hf:PATH``,
+``arrays:PATH``, ``volumes:PATH``, torchvision's, ``synthetic:SAMPLESxSIZE``, and several of them with weights:
+``0.7*imagefolder:A + 0.3*webdataset:B``."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from bigvision.data.labels import read_classes
 from bigvision.data.sources.arrays import Synthetic, open_arrays, open_digits
-from bigvision.data.sources.base import Source, Split
+from bigvision.data.sources.base import Mixture, Source, Split
 from bigvision.data.sources.custom import MapDataset, as_source
-from bigvision.data.sources.files import read_classes
+from bigvision.data.sources.files import matching
 from bigvision.data.sources.folder import open_image_folder
-from bigvision.data.sources.mixture import Mixture
+from bigvision.data.sources.huggingface import open_saved
+from bigvision.data.sources.table import open_table
 from bigvision.data.sources.torchvision_sets import TORCHVISION, open_torchvision
+from bigvision.data.sources.wrappers import choose_part
+from bigvision.data.splits import check_local, from_the_hub, hold_out, in_both
 from bigvision.errors import UserError, nearest
 
-FILES = ("imagefolder", "webdataset", "parquet", "arrays", "volumes")
+FILES = ("imagefolder", "webdataset", "parquet", "csv", "tsv", "hf", "arrays", "volumes")
 """Those that are in a folder of the user's, whose path follows the name."""
 DATASETS = ("digits", *FILES, *TORCHVISION, "synthetic")
 
@@ -53,25 +59,105 @@ def open_source(
             one open with it before the others do without.
         shared: whether training and validation both name this dataset. Files without a validation part are split only then.
         classes: of the training data, when opening the validation data: labels will follow them.
-        class_file: has the classes, instead of the data's own order (see :func:`~bigvision.data.sources.files.read_classes`).
+        class_file: has the classes, instead of the data's own order (see :func:`~bigvision.data.labels.read_classes`).
 
     Raises:
         UserError: unknown, missing or malformed data, or classes that do not agree; one line that names *key*.
     """
     key = key or f"data.{split}"
-    known = (
-        list(classes) if classes is not None else read_classes(class_file, "data.classes") if class_file is not None else None
-    )
+    known = list(classes) if classes is not None else _classes_in(class_file)
     if not isinstance(spec, str):
-        return as_source(spec, key=key, classes=known)
+        return as_source(spec, split, key=key, classes=known)
+    parts = _weighted(spec, key)
+    return _mixed(spec, _open_parts(spec, split, key, root, first, [shared] * len(parts), known), key)
+
+
+def open_both(
+    train: str | Source | MapDataset, val: str | Source | MapDataset, *, root: str | None = None, first: bool = False,
+    class_file: str | None = None,
+) -> tuple[Source, Source]:  # fmt: skip
+    """Open the training and the validation data of a run; the arguments are those of :func:`open_source`.
+
+    Resolved paths tell whether both name one dataset, whole or as a part of a mixture. What has no validation part of its own
+    is then divided: a tenth is held out.
+
+    Raises:
+        UserError: as :func:`open_source`, or files that are in both without being the same dataset.
+    """
+    keys = ("data.train", "data.val")
+    if not isinstance(train, str) or not isinstance(val, str):
+        first_source = open_source(train, "train", root=root, first=first, class_file=class_file, shared=False)
+        second = open_source(val, "val", root=root, first=first, classes=first_source.classes, shared=False)
+        if choose_part(train, "train", keys[0]) is not choose_part(val, "val", keys[1]):
+            return first_source, second
+        if len(first_source) < 2:
+            raise UserError("data.val: the training data is one sample, none can be held out; give validation data")
+        return hold_out(first_source, "train"), hold_out(first_source, "val")
+    ids = [[_identity(one, key) for one, _ in _weighted(spec, key)] for spec, key in zip((train, val), keys)]
+    known = _classes_in(class_file)
+    opened = _open_parts(train, "train", keys[0], root, first, [one in ids[1] for one in ids[0]], known)
+    held = _open_parts(val, "val", keys[1], root, first, [one in ids[0] for one in ids[1]], opened[0].classes)
+    for one, source in zip(ids[0], opened):
+        for other, checked in zip(ids[1], held):
+            if one == other and source.location == checked.location:
+                continue  # divided, or of splits of its own
+            if both := in_both(source, checked):
+                raise UserError(
+                    f"data.val: {checked.name} has {len(both):,} files that data.train, {source.name}, trains on, as "
+                    f"{min(both)!r}: give other validation data, or the same in both so that a tenth is held out"
+                )
+    return _mixed(train, opened, keys[0]), _mixed(val, held, keys[1])
+
+
+def open_validation(
+    train: str, val: str, *, classes: Sequence[str], root: str | None = None, first: bool = False
+) -> Source:  # fmt: skip
+    """Open the validation data that :func:`open_both` opens, without the training data, which may be gone.
+
+    Args:
+        classes: of the training data, which labels follow.
+    """
+    keys = ("data.train", "data.val")
+    ids = [[_identity(one, key) for one, _ in _weighted(spec, key)] for spec, key in zip((train, val), keys)]
+    parts = _open_parts(val, "val", keys[1], root, first, [one in ids[0] for one in ids[1]], list(classes))
+    return _mixed(val, parts, keys[1])
+
+
+def _classes_in(file: str | None) -> list[str] | None:
+    if file is None:
+        return None
+    check_local(file, "data.classes")
+    return read_classes(file, "data.classes")
+
+
+def _identity(spec: str, key: str) -> tuple[str, object]:
+    """What is equal for two names of one dataset: resolved paths, without the options after them."""
+    name, argument = _parse(spec, key)
+    if name not in FILES:
+        return name, argument
+    path = os.path.expanduser(re.sub(r"\?\w+=.*$", "", argument, flags=re.DOTALL))
+    if not os.path.exists(path) and name in ("webdataset", "parquet", "csv", "tsv"):
+        suffix = ".tar" if name == "webdataset" else f".{name}"
+        return name, tuple(sorted(os.path.realpath(file) for file in matching(path, suffix, key)))
+    return name, os.path.realpath(path)
+
+
+def _mixed(spec: str, sources: list[Source], key: str) -> Source:
+    parts = _weighted(spec, key)
+    return sources[0] if len(sources) == 1 else Mixture(sources, [weight for _, weight in parts])
+
+
+def _open_parts(
+    spec: str, split: Split, key: str, root: str | None, first: bool, shared: Sequence[bool], known: list[str] | None
+) -> list[Source]:
     parts = _weighted(spec, key)
     sources: list[Source] = []
-    for one, _ in parts:
-        sources.append(_open(one, split, key, root, first, shared, known))
+    for (one, _), divided in zip(parts, shared):
+        sources.append(_open(one, split, key, root, first, divided, known))
         known = sources[0].classes
         if sources[-1].channels != sources[0].channels or sources[-1].style != sources[0].style:
             raise UserError(f"{key}: {one} has other images ({sources[-1].style}) than {parts[0][0]}; mix what is alike")
-    return sources[0] if len(sources) == 1 else Mixture(sources, [weight for _, weight in parts])
+    return sources
 
 
 def _open(
@@ -88,6 +174,10 @@ def _open(
         from bigvision.data.sources.parquet import open_parquet
 
         return open_parquet(argument, split, key=key, shared=shared, classes=classes, first=first)
+    if name in ("csv", "tsv"):
+        return open_table(name, argument, split, key=key, shared=shared, classes=classes)
+    if name == "hf":
+        return open_saved(argument, split, key=key, shared=shared, classes=classes)
     if name == "volumes":
         from bigvision.data.sources.volumes import open_volumes
 
@@ -123,12 +213,15 @@ def _weighted(spec: str, key: str) -> list[tuple[str, float]]:
 
 
 def _parse(spec: str, key: str) -> tuple[str, str]:
+    check_local(spec, key)
     name, colon, argument = spec.partition(":")
     if name == "python":
         raise UserError(f"{key}: the data of this run was given from Python ({argument}): name a dataset to read instead")
     if name not in DATASETS:
         if ("/" in spec or not nearest(name, DATASETS)) and spec and Path(spec).expanduser().is_dir():
             raise UserError(f"{key}: unknown dataset {spec!r}; did you mean 'imagefolder:{spec}'?")
+        if hub := from_the_hub(spec):
+            raise UserError(f"{key}: {spec!r} is no folder here; if it is a dataset of the Hugging Face Hub, {hub}")
         hint = nearest(name, DATASETS) or f"; known are {', '.join(DATASETS)}"
         raise UserError(f"{key}: unknown dataset {spec!r}{hint}")
     if name in FILES and not argument:

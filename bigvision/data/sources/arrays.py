@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigvision.data.labels import Coded, coded, label_samples, other_task, read_classes
 from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
-from bigvision.data.sources.files import read_classes
-from bigvision.data.sources.folder import VAL_FOLDERS
-from bigvision.data.splits import hold_out
+from bigvision.data.splits import VAL_FOLDERS, hold_out
 from bigvision.errors import UserError, one_line
 from bigvision.seeds import seed_from
 
@@ -113,7 +112,8 @@ def open_arrays(
     ``validation``, ``test``). A file holds ``images`` and ``labels``, or ``train_images``, ``train_labels``, ``val_images``
     and ``val_labels``, as MedMNIST's do. Without a validation part all is used for both, or, when *shared* by training and
     validation, a fixed tenth is held out. Images are uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, labels
-    integers (N,) or (N, 1). A ``classes.txt`` beside them has a name on each line.
+    whole numbers or names, (N,) or (N, 1), or one-hot (N, number of classes). A ``classes.txt`` beside them has a name on
+    each line.
 
     Args:
         classes: of the training data, which data without ``classes.txt`` takes over.
@@ -143,21 +143,16 @@ def open_arrays(
             f"{key}: the images of {argument!r} are {images.dtype} {images.shape}; "
             "they must be uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3"
         )
-    if labels.dtype.kind not in "iu" or labels.ndim == 0 or labels.shape[1:] not in ((), (1,)):
-        raise UserError(
-            f"{key}: the labels of {argument!r} are {labels.dtype} {labels.shape}; they must be integers (N,) or (N, 1)"
-        )
+    column, listed = _label_column(labels, key, repr(argument))
     if len(images) != len(labels) or not len(labels):
         raise UserError(f"{key}: {argument!r} has {len(images)} images and {len(labels)} labels; it must have as many of both")
     if hold and len(labels) < 2:
         raise UserError(f"{key}: {argument!r} has one image, none can be held out; add images or a validation part")
 
-    names = own or classes or [str(label) for label in range(int(labels.max()) + 1)]
-    if not 0 <= labels.min() <= labels.max() < len(names):
-        raise UserError(
-            f"{key}: the labels of {argument!r} are {labels.min()} to {labels.max()}, but must be from 0 to {len(names) - 1}"
-        )
-    values = torch.from_numpy(labels.reshape(-1).astype(np.int64))
+    found = label_samples(
+        column, own or classes or listed, key=key, where=repr(argument), at=lambda index: f"sample {index} of {argument!r}"
+    )
+    names, values = found.classes, torch.from_numpy(found.values)
     name = f"arrays:{argument}"
     style: Style = "photo" if min(_channels_first(images).shape[2:]) >= 64 else "tiny"
     source: Source
@@ -165,7 +160,21 @@ def open_arrays(
         source = MappedArray(name, style, names, path / part / "images.npy", values)
     else:
         source = ArraySource(name, style, names, _channels_first(torch.from_numpy(images)), values)
+    source.location, source.notes = str(path / part if path.is_dir() else path), found.notes
     return hold_out(source, split) if hold else source
+
+
+def _label_column(labels: np.ndarray, key: str, where: str) -> tuple[Coded, list[str] | None]:
+    """The label of each sample, and which classes there are where *labels* are one-hot. Raises `UserError` for others."""
+    if labels.ndim and labels.shape[1:] in ((), (1,)) and labels.dtype.kind in "biufUS":
+        return coded(labels.reshape(-1)), None
+    if labels.ndim == 2 and labels.dtype.kind in "biuf":
+        if np.isin(labels, (0, 1)).all() and (labels.sum(1, dtype=np.int64) == 1).all():
+            return coded(labels.argmax(1)), [str(label) for label in range(labels.shape[1])]
+        raise other_task("labels", f"{labels.dtype} {labels.shape}, not one-hot", key=key, where=where)
+    raise UserError(
+        f"{key}: the labels of {where} are {labels.dtype} {labels.shape}; they must be whole numbers or names, (N,) or (N, 1)"
+    )
 
 
 def _open_folder(path: Path, split: Split, shared: bool, key: str) -> tuple[np.ndarray, np.ndarray, str, bool]:

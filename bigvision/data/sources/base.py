@@ -1,33 +1,73 @@
-"""What a dataset is to the rest of bigvision."""
+"""What a dataset is to the rest of bigvision, and several of them as one."""
 
 from __future__ import annotations
 
+import io
+import warnings
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
-from bigvision.data.position import Part
+from bigvision.data.order import Part, shares
 
 Split = Literal["train", "val"]
 Style = Literal["photo", "tiny", "digit"]
 """What the images are like; picks the default training augmentation (see `bigvision.data.transforms`)."""
 
+HEADER = 1 << 16
+"""Bytes at the start of an image file that tell its size, unless much else is before it."""
+
 
 class Sample(NamedTuple):
     image: bytes | Tensor | Image.Image
     """An image file's content, still encoded; or pixels: a uint8 tensor (C, H, W), or an image from Pillow."""
-    label: int
+    target: Any
+    """What the task is to learn of it: a label, several numbers, a mask, a dict of such; None where there is none."""
+
+    @property
+    def label(self) -> Any:
+        """The target, as classification calls it."""
+        return self.target
+
+
+class PassedOver(dict[str, tuple[int, str]]):
+    """What a source did not take: for each reason the number of files, members or rows, and the first of them."""
+
+    def add(self, reason: str, example: str) -> None:
+        """Count one more. *reason* is a noun phrase that follows a number: "hidden", ".txt", "without an image"."""
+        count, first = self.get(reason, (0, example))
+        self[reason] = (count + 1, first)
+
+    def include(self, other: Mapping[str, tuple[int, str]]) -> None:
+        """Count what *other* counts, too."""
+        for reason, (more, example) in other.items():
+            count, first = self.get(reason, (0, example))
+            self[reason] = (count + more, first)
 
 
 class Source(ABC):
     """Labelled images by index. It is sent to worker processes, so it must pickle, and reading must not change it."""
 
     name: str
+    """As the configuration names it, for messages."""
     classes: list[str]
     style: Style = "photo"
     channels: int = 3
+    location: str = ""
+    """The folder or file that the samples of this split were read from, where there is one."""
+    linked: bool = False
+    """Whether symbolic links were followed below it, so that samples may lie elsewhere."""
+    noun: str = "image"
+    """What a sample is, in the report at the start."""
+    passed_over: Mapping[str, tuple[int, str]] = PassedOver()
+    """See `PassedOver`; reported at the start."""
+    notes: tuple[str, ...] = ()
+    """What else the user should know, as how labels were mapped to classes; a line each, reported at the start."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -37,17 +77,96 @@ class Source(ABC):
         """Return the sample *index*, the same at every call. Raises `UnreadableSample`, with the reason alone."""
 
     @abstractmethod
-    def label(self, index: int) -> int:
-        """Return the label of the sample *index* without reading its image."""
+    def label(self, index: int) -> Any:
+        """Return the target of the sample *index* without reading its image; any of its shape where that cannot be had."""
 
     def where(self, index: int) -> str:
         """What messages call the sample: its file, where it has one."""
         return f"{self.name}, sample {index}"
 
+    def key(self, index: int) -> bytes:
+        """The sample's name within its data, the same wherever the data lie: a relative path or a key; b"" without one."""
+        return b""
+
+    def size(self, index: int) -> int:
+        """Bytes of the encoded image where they are known without reading it, else 0. For files this is a call of stat."""
+        return 0
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        """Height and width of the image as it is stored, where they are known without decoding it."""
+        return None
+
+    def origins(self) -> Iterable[str]:
+        """The files that the samples are read from, to find what is in the training data and in the validation data."""
+        return ()
+
     @property
     def parts(self) -> list[Part]:
         """The runs of indices that are mixed with weights; most sources are one."""
         return [Part(0, len(self), len(self))]
+
+
+class Mixture(Source):
+    """The samples of *sources* one after the other; an epoch has of each as many as its weight says."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
+        self.sources = list(sources)
+        self.name = " + ".join(f"{weight:g}*{source.name}" for weight, source in zip(weights, sources))
+        self.classes, self.style, self.channels = sources[0].classes, sources[0].style, sources[0].channels
+        self.notes = tuple(f"{source.name}: {note}" for source in sources for note in source.notes)
+        lengths = [len(source) for source in sources]
+        self._ends = list(accumulate(lengths))
+        begins = [end - length for end, length in zip(self._ends, lengths)]
+        self._parts = [Part(*part) for part in zip(begins, lengths, shares(lengths, weights))]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, index: int) -> Sample:
+        source, index = self._find(index)
+        return source.read(index)
+
+    def label(self, index: int) -> int:
+        source, index = self._find(index)
+        return source.label(index)
+
+    def where(self, index: int) -> str:
+        source, index = self._find(index)
+        return source.where(index)
+
+    def key(self, index: int) -> bytes:
+        # Two datasets may have samples of the same name.
+        number = bisect_right(self._ends, index)
+        source, index = self._find(index)
+        return b"%d/%s" % (number, source.key(index))
+
+    def size(self, index: int) -> int:
+        source, index = self._find(index)
+        return source.size(index)
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        source, index = self._find(index)
+        return source.image_size(index)
+
+    @property
+    def parts(self) -> list[Part]:
+        return self._parts
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        number = bisect_right(self._ends, index)
+        return self.sources[number], index - (self._ends[number] - len(self.sources[number]))
+
+
+def size_in_header(path: str, offset: int = 0) -> tuple[int, int] | None:
+    """Height and width of the image in the file *path* from the byte *offset* on; None where its first bytes do not tell."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            start = io.BytesIO(file.read(HEADER))
+        with warnings.catch_warnings(action="ignore"), Image.open(start) as image:
+            return image.height, image.width
+    except Exception:  # Pillow raises many types; reading the sample will name the reason
+        return None
 
 
 class UnreadableSample(RuntimeError):

@@ -1,9 +1,8 @@
-"""Datasets in a few large files: which files are a split's, what their labels mean, and which samples are held out."""
+"""Datasets in a few large files: which files are a split's, and which samples are held out."""
 
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,16 +10,13 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from bigvision.data.sources.base import Split
-from bigvision.data.sources.folder import VAL_FOLDERS
-from bigvision.data.splits import HELD_OUT
+from bigvision.data.labels import CLASS_FILES
+from bigvision.data.sources.base import PassedOver, Split
+from bigvision.data.splits import VAL_FOLDERS, by_role, first_val, from_the_hub, near_path, split_name
 from bigvision.errors import UserError
 
-CLASS_FILES = ("classes.txt", "classnames.txt")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
-MOST_FILES = MOST_LABELS = 1_000_000
+MOST_FILES = 1_000_000
 
 
 class Chosen(NamedTuple):
@@ -29,128 +25,47 @@ class Chosen(NamedTuple):
     """Whether training and validation share these files, so that a part of the samples is to be held out."""
     folders: list[Path]
     """Where a file with the classes may lie."""
+    passed_over: PassedOver
+    """Other files in the folder."""
 
 
 def choose_files(argument: str, split: Split, suffix: str, *, key: str, shared: bool) -> Chosen:
     """Find the files of *split* in *argument*: a file, a pattern (with ``{000..009}``, ``{a,b}``, ``*``, ``?``), or a folder.
 
-    A folder's files belong to the splits whose names (train; val, valid, validation, test) its subfolders have, or else words
-    of the files' names; without such names they are used whole. So are a pattern's, unless it matches files of both splits.
+    A folder's files belong to the splits whose names (train; val, valid, validation, test; or another spelling) its subfolders
+    have, or else words of the files' names; without such names they are used whole. So are a pattern's, unless it matches
+    files of both splits.
 
     Raises:
         UserError: there are none, they are compressed, or the split is missing; the message names *key*.
     """
-    path = Path(argument).expanduser()
+    path, passed_over = Path(argument).expanduser(), PassedOver()
     try:
         if path.is_dir():
             found, folders = _in_folder(path, suffix, key)
+            _count_others([path] if "" in found else [files[0].parent for files in found.values()], suffix, passed_over)
         else:
-            files = [path] if path.is_file() else _matching(str(path), suffix, key)
+            files = [path] if path.is_file() else matching(str(path), suffix, key)
             for file in files:
                 _refuse_compressed(file, key)
             found, folders = _by_name(files), [files[0].parent, files[0].parent.parent]
-            if "train" not in found or not _val(found):
+            if "train" not in found or not first_val(found):
                 found = {"": files}
     except OSError as error:
         raise UserError(f"{key}: cannot list {error.filename!r}: {error.strerror}; make it readable") from error
     if "" in found and len(found) > 1:
         raise UserError(f"{key}: is {str(found[''][0])!r} for training or validation? rename it, or name files by a pattern")
-    train, val = found.get("train"), _val(found)
+    train, val = found.get("train"), first_val(found)
     if not train and not val:
-        return Chosen(found[""], shared, folders)
+        return Chosen(found[""], shared, folders, passed_over)
     if not train and split == "train":
         raise UserError(f"{key}: {argument!r} has {val} but no train; add it, or name the training files by a pattern")
     if not val and split == "val" and not shared:
         raise UserError(f"{key}: {argument!r} has train but no val; add it, or name the validation files by a pattern")
     if val and split == "val":
-        return Chosen(found[val], False, folders)
+        return Chosen(found[val], False, folders, passed_over)
     assert train
-    return Chosen(train, shared and not val, folders)
-
-
-def label_by(
-    names: Sequence[str], known: Sequence[str] | None, folders: Sequence[Path], *, key: str, where: str
-) -> tuple[list[str], list[int]]:
-    """Return the classes, and the label that each of the different *names* stands for.
-
-    Whole numbers are labels themselves, everything else is the name of a class. The classes are *known*, or a class file's in
-    *folders*, or else the numbers up to the largest, or the sorted names.
-
-    Raises:
-        UserError: numbers and names are mixed, or one is not of the classes; the message names *key* and *where*.
-    """
-    if known is None:
-        file = next((folder / name for folder in folders for name in CLASS_FILES if (folder / name).is_file()), None)
-        if file is not None:
-            known = read_classes(str(file), key)
-    numbers = [name for name in names if re.fullmatch(r"-?[0-9]{1,18}", name)]
-    if numbers and len(numbers) < len(names):
-        other = next(name for name in names if name not in set(numbers))
-        raise UserError(f"{key}: {where} has numbers ({numbers[0]}) and names ({other!r}) as labels; use one of them")
-    if numbers:
-        values = [int(name) for name in numbers]
-        count = len(known) if known is not None else min(max(values) + 1, MOST_LABELS)
-        wrong = next((value for value in values if not 0 <= value < count), None)
-        if wrong is not None:
-            raise UserError(f"{key}: {where} has label {wrong}, but labels are 0 to {count - 1}; mend it or the classes")
-        return (list(known) if known is not None else [str(value) for value in range(count)]), values
-    classes = list(known) if known is not None else sorted(names)
-    return classes, by_name(names, classes, key=key, where=where)
-
-
-def read_classes(file: str, key: str) -> list[str]:
-    """The classes in *file*, in the order of their labels: a name on each line, a JSON list, or ImageNet's class index
-    (``{"0": ["n01440764", "tench"], ...}``), of which the first names are taken.
-
-    Raises:
-        UserError: the file is missing or holds something else; the message names *key*.
-    """
-    try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
-        if text.lstrip()[:1] in ("[", "{"):
-            found = json.loads(text)
-            if isinstance(found, dict):
-                found = [found[str(label)] for label in range(len(found))]
-            names = [name[0] if isinstance(name, list) else name for name in found]
-        else:
-            names = [line.strip() for line in text.splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"{key}: {file!r} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{key}: {file!r} is no list of names and no class index from 0 on ({error})") from error
-    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise UserError(f"{key}: {file!r} must name each class once")
-    return names
-
-
-def by_name(names: Sequence[str], classes: Sequence[str], *, key: str, where: str) -> list[int]:
-    """Return the place of each of *names* in *classes*.
-
-    Raises:
-        UserError: one is not there; the message names *key* and *where*.
-    """
-    labels = {name: label for label, name in enumerate(classes)}
-    missing = next((name for name in names if name not in labels), None)
-    if missing is not None:
-        raise UserError(f"{key}: class {missing!r} in {where} is not one of the {len(classes)} classes; remove or name it")
-    return [labels[name] for name in names]
-
-
-def part(hashes: np.ndarray, labels: np.ndarray, split: Split) -> np.ndarray:
-    """The samples that belong to *split* of a set that training and validation share: a fixed tenth of each class is held out.
-
-    Args:
-        hashes: (N,) of what each sample is called, so that samples added later hardly move others between the splits.
-        labels: (N,) whole numbers.
-
-    Returns:
-        Ascending indices, int64. At least one of each class stays for training.
-    """
-    order = np.lexsort((hashes, labels))
-    _, begin, which, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
-    held = np.minimum(np.maximum(1, np.rint(HELD_OUT * counts)), counts - 1)
-    is_held = np.arange(len(order)) - begin[which] < held[which]
-    return np.sort(order[is_held if split == "val" else ~is_held])
+    return Chosen(train, shared and not val, folders, passed_over)
 
 
 def stamp(file: os.stat_result) -> tuple[int, int]:
@@ -159,15 +74,45 @@ def stamp(file: os.stat_result) -> tuple[int, int]:
 
 
 def _in_folder(root: Path, suffix: str, key: str) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The files by split, "" where there are no splits, and the folders in which a file with the classes may lie."""
     parts = {name: _listed(root / name, suffix, key) for name in ("train", *VAL_FOLDERS)}
+    if not any(parts.values()):
+        parts = _other_spellings(root, suffix, key)
     if any(parts.values()):
-        folders = [root, *(root / name for name, files in parts.items() if files)]
+        folders = [root, *dict.fromkeys(files[0].parent for files in parts.values() if files)]
         return {name: files for name, files in parts.items() if files}, folders
     # The Hub keeps a dataset's files in data/.
     for folder in (root, root / "data"):
         if files := _listed(folder, suffix, key):
             return _by_name(files), [root, folder]
+    inside = [entry for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    if len(inside) == 1:  # one more level, as archives have it
+        found, folders = _in_folder(Path(inside[0].path), suffix, key)
+        return found, [root, *folders]
     raise UserError(f"{key}: {str(root)!r} holds no *{suffix} file, nor do train/, val/ or data/ in it; give their folder")
+
+
+def _other_spellings(root: Path, suffix: str, key: str) -> dict[str, list[Path]]:
+    """The files in subfolders such as Train and Validation, by the role of the split."""
+    parts: dict[str, list[Path]] = {}
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        name = split_name(entry.name)
+        if name is None or name.rest or not (files := _listed(Path(entry.path), suffix, key)):
+            continue
+        if name.role in parts:
+            other = parts[name.role][0].parent.name
+            raise UserError(f"{key}: {str(root)!r} could mean {other}/ or {entry.name}/ as a split; name files by a pattern")
+        parts[name.role] = files
+    return parts
+
+
+def _count_others(folders: Sequence[Path], suffix: str, passed_over: PassedOver) -> None:
+    for folder in folders:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.is_dir() or entry.name.lower().endswith((suffix, ".index")) or entry.name in CLASS_FILES:
+                continue
+            reason = os.path.splitext(entry.name)[1].lower() or "without an extension"
+            passed_over.add("hidden" if entry.name.startswith(".") else reason, entry.name)
 
 
 def _listed(folder: Path, suffix: str, key: str) -> list[Path]:
@@ -194,14 +139,14 @@ def _by_name(files: Sequence[Path]) -> dict[str, list[Path]]:
     for file in files:
         words = re.split(r"[-_.]", file.name.lower())
         found.setdefault(next((word for word in words if word in ("train", *VAL_FOLDERS)), ""), []).append(file)
+    if "" in found and (roles := by_role(file.stem for file in files)):
+        # Words such as "training" and "dev" count where all files have one.
+        return {role: [file for file in files if file.stem in stems] for role, stems in roles.items()}
     return found
 
 
-def _val(found: dict[str, list[Path]]) -> str | None:
-    return next((name for name in VAL_FOLDERS if name in found), None)
-
-
-def _matching(pattern: str, suffix: str, key: str) -> list[Path]:
+def matching(pattern: str, suffix: str, key: str) -> list[Path]:
+    """The files that *pattern* names, those ending in *suffix* or compressed. Raises `UserError` where there are none."""
     files: dict[str, None] = {}
     for name in _braces(pattern, key):
         if glob.has_magic(name):
@@ -210,7 +155,8 @@ def _matching(pattern: str, suffix: str, key: str) -> list[Path]:
         elif os.path.isfile(name):
             files[name] = None
         else:
-            raise UserError(f"{key}: no file {name!r}; give an existing file, pattern or folder")
+            hint = near_path(name) or f"; {from_the_hub(pattern) or 'give an existing file, pattern or folder'}"
+            raise UserError(f"{key}: no file {name!r}{hint}")
     if not files:
         raise UserError(f"{key}: no file matches {pattern!r}; give an existing file, pattern or folder")
     return [Path(file) for file in files]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from bigvision.data.decode import EXTENSIONS
-from bigvision.data.sources.base import Sample, Source, Split, UnreadableSample
+from bigvision.data.layouts import Layout, Tree, find_layout
+from bigvision.data.sources.base import PassedOver, Sample, Source, Split, UnreadableSample, size_in_header
 from bigvision.data.sources.columns import Column, Texts
-from bigvision.data.splits import HELD_OUT
-from bigvision.errors import UserError
-
-VAL_FOLDERS = ("val", "valid", "validation", "test")
+from bigvision.data.splits import hash_file_names, near_path, part
+from bigvision.errors import UserError, nearest
 
 
 class Kind(NamedTuple):
@@ -37,7 +37,7 @@ class ImageFolder(Source):
         self, root: Path, classes: Sequence[str], files: Sequence[tuple[str, int]], dataset: str = IMAGES.dataset
     ) -> None:
         self.name = f"{dataset}:{root}"
-        self.root = str(root)
+        self.root = self.location = str(root)
         self.classes = list(classes)
         self._names = Texts.of([os.fsencode(name) for name, _ in files])
         self._labels = Column(torch.tensor([label for _, label in files]))
@@ -61,6 +61,21 @@ class ImageFolder(Source):
     def label(self, index: int) -> int:
         return self._labels[index]
 
+    def key(self, index: int) -> bytes:
+        return self._names[index]
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        return size_in_header(self.path(index))
+
+    def origins(self) -> Iterable[str]:
+        return map(self.path, range(len(self)))
+
+    def size(self, index: int) -> int:
+        try:
+            return os.stat(self.path(index)).st_size
+        except OSError:
+            return 0  # reading it will name the reason
+
 
 def _content(path: str) -> bytes:
     """What `Path.read_bytes` returns, with half of its calls of the system, which are not free where a sandbox takes them."""
@@ -78,105 +93,61 @@ def _content(path: str) -> bytes:
 def open_image_folder(
     argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None, kind: Kind = IMAGES
 ) -> ImageFolder:
-    """Open the folder *argument* for *split*.
-
-    With subfolders ``train`` and ``val`` (or ``valid``, ``validation``, ``test``) of class folders, those are the
-    splits. Otherwise the folder holds the class folders itself: it is used whole, or, when *shared* by training and
-    validation, split by file name, a fixed tenth of each class for validation.
+    """Open the folder *argument* for *split*, in one of the layouts of :func:`~bigvision.data.layouts.find_layout`.
 
     Args:
+        shared: by training and validation: a folder without splits is divided, by hashes of the file names.
         classes: label by these classes instead of by the folder's own.
         kind: of the files, which may be others than images.
 
     Raises:
         UserError: the folder is missing, empty, or not as described; the message names *key*.
     """
-    root = Path(argument).expanduser()
-    if not root.exists():
-        raise UserError(f"{key}: no folder {argument!r}; give an existing one as {kind.dataset}:PATH")
-    if not root.is_dir():
+    root = os.path.expanduser(argument)
+    if not os.path.exists(root):
+        hint = near_path(root) or f"; give an existing one as {kind.dataset}:PATH"
+        raise UserError(f"{key}: no folder {argument!r}{hint}")
+    if not os.path.isdir(root):
         raise UserError(f"{key}: {argument!r} is not a folder; give the folder that holds the class folders")
+    tree = Tree(kind.extensions)
     try:
-        folder, hold_out, labelled = _choose(root, split, key, shared, kind)
-        known = list(classes) if classes is not None else _class_folders(labelled, key, kind)
-        return ImageFolder(folder, known, _files(folder, known, split if hold_out else None, key, kind))
+        layout = find_layout(
+            tree, str(Path(root)), split, shared=shared, known=classes, key=key, dataset=kind.dataset, noun=kind.noun
+        )
+        files, skipped = _files(tree, layout, key, kind)
     except OSError as error:
         raise UserError(f"{key}: cannot list {error.filename!r}: {error.strerror}; make it readable") from error
-
-
-def _choose(root: Path, split: Split, key: str, shared: bool, kind: Kind) -> tuple[Path, bool, Path]:
-    """Return the folder with the files of *split*, whether to hold out a part of it, and the folder that names the classes."""
-    train = root / "train"
-    val = next((root / name for name in VAL_FOLDERS if _holds_folders(root / name, kind)), None)
-    if not _holds_folders(train, kind):
-        if val is None:
-            return root, shared, root
-        if split == "val":
-            return val, False, val
-        raise UserError(f"{key}: {str(root)!r} has {val.name}/ but no train/; add one, or name the training folder itself")
-    if val is None and split == "val" and not shared:
-        raise UserError(f"{key}: {str(root)!r} has train/ but no val/; add one, or name the validation folder itself")
-    if val is None:
-        return train, shared, train
-    return (val if split == "val" else train), False, train
-
-
-def _files(folder: Path, classes: Sequence[str], part: Split | None, key: str, kind: Kind) -> list[tuple[str, int]]:
-    """Return each file's path relative to *folder* and its label; with *part* only that part of each class."""
-    labels = {name: label for label, name in enumerate(classes)}
-    files: list[tuple[str, int]] = []
-    for name in _class_folders(folder, key, kind):
-        if name not in labels:
-            raise UserError(f"{key}: class {name!r} in {str(folder)!r} is not a class of the training data; remove it")
-        images = _images(folder, name, kind)
-        if not images:
-            raise UserError(f"{key}: class folder {str(folder / name)!r} holds no {kind.noun} ({', '.join(kind.extensions)})")
-        files += [(image, labels[name]) for image in (_part(images, part) if part else images)]
+    if layout.hold_out:
+        kept = part(hash_file_names(name for name, _ in files), np.array([label for _, label in files]), split)
+        files = [files[index] for index in kept]
     if not files:
         raise UserError(
-            f"{key}: {str(folder)!r} has one {kind.noun} per class, none can be held out; add {kind.noun}s or a val/ folder"
+            f"{key}: {layout.folder!r} has one {kind.noun} per class, none can be held out; add {kind.noun}s or a val/ folder"
         )
-    return files
+    source = ImageFolder(Path(layout.folder), layout.known, files, kind.dataset)
+    passed_over = PassedOver()
+    for reason, path in [*layout.skipped, *skipped]:
+        passed_over.add(reason, os.path.relpath(path, root) + (os.sep if path.endswith(os.sep) else ""))
+    source.passed_over, source.linked = passed_over, tree.linked
+    return source
 
 
-def _holds_folders(folder: Path, kind: Kind) -> bool:
-    """Whether *folder* may be a split: a class that happens to be called "train" or "test" holds its images directly."""
-    if not folder.is_dir():
-        return False
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    return any(entry.is_dir() for entry in entries) and not any(_is_one(entry.name, kind) for entry in entries)
-
-
-def _class_folders(folder: Path, key: str, kind: Kind) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise UserError(
-            f"{key}: {str(folder)!r} holds no class folder; put each class's {kind.noun}s in a folder named after it"
-        )
-    return names
-
-
-def _images(folder: Path, name: str, kind: Kind) -> list[str]:
-    """Return the files at any depth below ``folder/name``, relative to *folder*, sorted."""
-    images = []
-    for parent, folders, files in os.walk(folder / name, onerror=_raise, followlinks=True):
-        folders[:] = [entry for entry in folders if not entry.startswith(".")]
-        relative = os.path.relpath(parent, folder)
-        images += [os.path.join(relative, file) for file in files if _is_one(file, kind)]
-    return sorted(images)
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error  # os.walk would leave the folder out
-
-
-def _is_one(name: str, kind: Kind) -> bool:
-    return name.lower().endswith(kind.extensions) and not name.startswith(".")
-
-
-def _part(images: list[str], split: Split) -> list[str]:
-    """Return the part of one class's images that belongs to *split*; at least one stays for training."""
-    count = min(max(1, round(HELD_OUT * len(images))), len(images) - 1)
-    # Ranked by a hash of the name, so that images added later hardly move others between the splits.
-    ranked = sorted(images, key=lambda name: hashlib.blake2b(os.fsencode(name)).digest())
-    return sorted(ranked[:count] if split == "val" else ranked[count:])
+def _files(tree: Tree, layout: Layout, key: str, kind: Kind) -> tuple[list[tuple[str, int]], list[tuple[str, str]]]:
+    """Return each file's path relative to the layout's folder and its label, and the reasons and paths of what is skipped."""
+    labels = {name: label for label, name in enumerate(layout.known)}
+    composed = {unicodedata.normalize("NFC", name): label for name, label in labels.items()}
+    files: list[tuple[str, int]] = []
+    skipped: list[tuple[str, str]] = []
+    for name in layout.classes:
+        label = labels.get(name, composed.get(unicodedata.normalize("NFC", name)))
+        if label is None:
+            where = f"class {name!r} in {layout.folder!r}"
+            hint = nearest(name, labels) or "; remove it"
+            raise UserError(f"{key}: {where} is not a class of the training data{hint}")
+        found: list[str] = []
+        for path, listing in tree.walk(os.path.join(layout.folder, name, layout.inner.get(name, ""))):
+            relative = os.path.relpath(path, layout.folder)
+            found += [os.path.join(relative, file) for file in listing.files]
+            skipped += [(reason, os.path.join(path, other)) for reason, other in listing.skipped]
+        files += [(file, label) for file in sorted(found)]
+    return files, skipped

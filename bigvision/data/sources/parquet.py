@@ -9,17 +9,23 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from bigvision.data.sources.base import Sample, Source, Split, UnreadableSample
 from bigvision.data.sources.columns import Column
-from bigvision.data.sources.files import by_name, choose_files, label_by, part, stamp
-from bigvision.data.sources.parquet_columns import Asked, class_names, find_columns, parse_asked
-from bigvision.data.splits import Subset
-from bigvision.data.watched import each
+from bigvision.data.sources.files import choose_files, stamp
+from bigvision.data.sources.tabular import (
+    arrow_labels,
+    check_images,
+    class_names,
+    encoded_image,
+    find_columns,
+    held_out_rows,
+    label_rows,
+    parse_asked,
+)
+from bigvision.data.workers import each
 from bigvision.errors import UserError, one_line
 
 CACHE = 256 << 20
@@ -59,18 +65,17 @@ class Parquet(Source):
         number = int(self._groups[self._group(index), 0])
         return f"{self.files[number]}: row {index - self._firsts[number]}"
 
+    def key(self, index: int) -> bytes:
+        number = int(self._groups[self._group(index), 0])
+        return os.fsencode(f"{os.path.basename(self.files[number])}/{index - self._firsts[number]}")
+
+    def origins(self) -> Sequence[str]:
+        return self.files
+
     def read(self, index: int) -> Sample:
         group = self._group(index)
         value = self._column(group)[index - int(self._begins[group])].as_py()
-        if isinstance(value, dict):
-            content = value["bytes"]
-            if content is None and value.get("path"):
-                content = _beside(self.files[int(self._groups[group, 0])], value["path"])
-        else:
-            content = value
-        if content is None:
-            raise UnreadableSample("the row has no image")
-        return Sample(content, self._labels[index])
+        return Sample(encoded_image(value, self.files[int(self._groups[group, 0])]), self._labels[index])
 
     def _group(self, row: int) -> int:
         return int(torch.searchsorted(self._begins, row, right=True)) - 1
@@ -111,31 +116,26 @@ class Parquet(Source):
 
 
 class _File:
-    """What is needed of a file from the start."""
+    """What is needed of a file from the start, as `RowFile`."""
 
-    def __init__(self, path: Path, key: str, asked: Asked) -> None:
+    def __init__(self, path: Path, key: str, asked: dict[str, str]) -> None:
         """Raises `UserError`: it is damaged, or lacks a column of the right type."""
         import pyarrow as pa
 
-        self.path, shown = path, str(path)
+        self.path, shown = path, repr(str(path))
         try:
             self.stamp = stamp(path.stat())
             with _parquet().ParquetFile(path) as file:
                 schema = file.schema_arrow
-                self.columns = find_columns(schema, asked, key=key, where=repr(shown))
-                _check_types(schema.field(self.columns.image).type, schema.field(self.columns.label).type)
+                self.columns = find_columns(schema, asked, key=key, where=shown)
+                check_images(schema.field(self.columns.image).type)
                 self.classes = class_names(schema, self.columns.label)
                 self.groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-                coded = file.read(columns=[self.columns.label]).column(0).combine_chunks().dictionary_encode()
+                self.labels = arrow_labels(file.read(columns=[self.columns.label]).column(0), key=key, where=shown)
         except TypeError as error:
-            raise UserError(f"{key}: {shown!r}: {error}") from error
+            raise UserError(f"{key}: {shown}: {error}") from error
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{key}: {shown!r} cannot be read: {one_line(error)}; copy or write it again") from error
-        if coded.null_count:
-            row = coded.is_null().index(True).as_py()
-            raise UserError(f"{key}: row {row} of {shown!r} has no label; remove or mend it")
-        self.codes: np.ndarray = coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        self.names = [str(name) for name in coded.dictionary.to_pylist()]
+            raise UserError(f"{key}: {shown} cannot be read: {one_line(error)}; copy or write it again") from error
 
 
 def open_parquet(
@@ -143,9 +143,9 @@ def open_parquet(
 ) -> Source:  # fmt: skip
     """Open the Parquet files *argument* (see :func:`~bigvision.data.sources.files.choose_files`) for *split*.
 
-    One column has encoded images, as binary or in a struct's ``bytes``, and one labels, integers or strings: those that
-    ``?image=NAME&label=NAME`` at the end of *argument* names, or that :func:`find_columns` finds. The classes' names are
-    those of the Hugging Face ``ClassLabel``, where there is one.
+    One column has encoded images, as binary or in a struct's ``bytes``, and one labels, whole numbers, truth values or texts:
+    those that ``?image=NAME&label=NAME`` at the end of *argument* names, or that :func:`find_columns` finds. The classes'
+    names are those of the Hugging Face ``ClassLabel``, where there is one.
 
     Args:
         shared: by training and validation; without a validation part a tenth of each class is held out by file and row.
@@ -162,60 +162,14 @@ def open_parquet(
     argument, asked = parse_asked(argument, key)
     chosen = choose_files(argument, split, ".parquet", key=key, shared=shared)
     opened = each(lambda path: _File(path, key, asked), chosen.files, f"{key}: Parquet files read", tell=first)
-    files = [file for file in opened if file.groups and len(file.codes)]
+    files = [file for file in opened if file.groups and len(file.labels.codes)]
     if not files:
         raise UserError(f"{key}: the files of {argument!r} have no rows; write them again")
-    other = next((file for file in files if file.columns != files[0].columns), None)
-    if other is not None:
-        raise UserError(
-            f"{key}: {str(other.path)!r} has its images and labels in {' and '.join(other.columns)}, {str(files[0].path)!r} in "
-            f"{' and '.join(files[0].columns)}; open one of them"
-        )
-    other = next((file for file in files if file.classes != files[0].classes), None)
-    if other is not None:
-        raise UserError(f"{key}: {str(other.path)!r} names other classes than {str(files[0].path)!r}; open one of them")
-    names = list(dict.fromkeys(name for file in files for name in file.names))
-    own, where = files[0].classes, repr(argument)
-    known, values = label_by(names, classes if own is None else own, chosen.folders, key=key, where=where)
-    if classes is not None and known != list(classes):
-        # By their names they agree with the training data's, whose order may be another.
-        if len(set(known)) < len(known):
-            raise UserError(f"{key}: {where} names a class twice, and not the same classes as the training data; use its own")
-        known, values = list(classes), by_name([known[value] for value in values], classes, key=key, where=where)
-    label = dict(zip(names, values))
-    labels = np.concatenate([np.array([label[name] for name in file.names])[file.codes] for file in files])
-    source = Parquet(f"parquet:{argument}", known, files, torch.from_numpy(labels))
-    if chosen.hold_out:
-        rows = [f"{file.path.name}/{row}" for file in files for row in range(len(file.codes))]
-        hashes = np.array([xxhash.xxh3_64_intdigest(row.encode()) for row in rows], dtype=np.uint64)
-        kept = part(hashes, labels, split)
-        if not len(kept):
-            raise UserError(f"{key}: {argument!r} has one image per class, none can be held out; add images or val files")
-        return Subset(source, kept)
-    return source
-
-
-def _check_types(image: Any, label: Any) -> None:
-    """Raise `TypeError` where the columns hold something else than images and labels."""
-    types = _arrow().types
-    content = image.field("bytes").type if types.is_struct(image) and image.get_field_index("bytes") >= 0 else image
-    if not (types.is_binary(content) or types.is_large_binary(content)):
-        raise TypeError(f"its images are {image}; they must be encoded, as binary or in a struct's 'bytes'")
-    if not (types.is_integer(label) or types.is_string(label) or types.is_large_string(label)):
-        raise TypeError(f"its labels are {label}; they must be integers or strings")
-
-
-def _beside(file: str, path: str) -> bytes:
-    """The image at *path*, which is relative to the folder of *file* and may not leave it."""
-    folder = os.path.realpath(os.path.dirname(file))
-    try:
-        found = os.path.realpath(os.path.join(folder, path))
-        if os.path.commonpath([folder, found]) != folder or not os.path.isfile(found):
-            raise UnreadableSample(f"the row has no bytes, and its path {path!r} is no file in the folder of the Parquet file")
-        with open(found, "rb") as image:
-            return image.read()
-    except (OSError, ValueError) as error:
-        raise UnreadableSample(f"the row has no bytes, and its path {path!r} cannot be read: {one_line(error)}") from error
+    labels = label_rows(files, classes, chosen.folders, key=key, where=repr(argument))
+    source = Parquet(f"parquet:{argument}", labels.classes, files, torch.from_numpy(labels.values))
+    source.location, source.notes = str(files[0].path.parent), labels.notes
+    source.passed_over = chosen.passed_over
+    return held_out_rows(source, files, labels.values, split, key, repr(argument)) if chosen.hold_out else source
 
 
 def _arrow() -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bigvision.data.sources.base import Sample, Source, Split, UnreadableSample
+from bigvision.data.labels import label_by
+from bigvision.data.sources.base import PassedOver, Sample, Source, Split, UnreadableSample, size_in_header
 from bigvision.data.sources.columns import Column, Texts
-from bigvision.data.sources.files import choose_files, label_by, part, stamp
+from bigvision.data.sources.files import choose_files, stamp
 from bigvision.data.sources.tar import samples
-from bigvision.data.splits import Subset
-from bigvision.data.watched import each
+from bigvision.data.splits import Subset, part
+from bigvision.data.workers import each
 from bigvision.errors import UserError
 
 VERSION = "1"
@@ -39,6 +41,8 @@ class Shards(Source):
         """Args: *labels* int64 (N,), of all samples."""
         self.name, self.classes = name, list(classes)
         self.files = [str(file) for file in files]
+        self.location = os.path.commonpath(list(map(os.path.abspath, self.files)))
+        self.linked = any(map(os.path.islink, self.files)) or len({os.path.dirname(file) for file in self.files}) > 1
         self._stamps = torch.tensor([index.stamp for index in indexes])
         shard = torch.arange(len(files)).repeat_interleave(torch.tensor([len(index.offsets) for index in indexes]))
         self._files = Column(shard)
@@ -59,9 +63,17 @@ class Shards(Source):
     def where(self, index: int) -> str:
         return f"{self.files[self._files[index]]}: {os.fsdecode(self.key(index))}"
 
-    def key(self, row: int) -> bytes:
-        """The key of a sample, which counts from the first one of the first file."""
-        return self._keys[row]
+    def key(self, index: int) -> bytes:
+        return self._keys[index]
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        return size_in_header(self.files[self._files[index]], self._offsets[index])
+
+    def origins(self) -> Iterable[str]:
+        return self.files
+
+    def size(self, index: int) -> int:
+        return self._sizes[index]
 
     def read(self, index: int) -> Sample:
         offset = self._offsets[index]
@@ -121,10 +133,14 @@ def open_shards(
     what = f"{key}: shards indexed"
     indexes = each(lambda file: _indexed(file, key, write=first), chosen.files, what, tell=first)
     names = list(dict.fromkeys(name for index in indexes for name in index.names))
-    known, values = label_by(names, classes, chosen.folders, key=key, where=repr(argument))
-    label = dict(zip(names, values))
+    known, values, notes = label_by(names, classes, chosen.folders, key=key, where=repr(argument))
+    label = dict(zip(names, values.tolist()))
     labels = torch.cat([torch.tensor([label[name] for name in index.names])[index.labels] for index in indexes])
     source = Shards(f"webdataset:{argument}", known, chosen.files, indexes, labels)
+    for index in indexes:
+        chosen.passed_over.include(index.passed_over)
+    source.passed_over = chosen.passed_over
+    source.notes = notes
     if chosen.hold_out:
         hashes = np.array([xxhash.xxh3_64_intdigest(source.key(row)) for row in range(len(source))], dtype=np.uint64)
         kept = part(hashes, labels.numpy(), split)
@@ -151,6 +167,8 @@ class Index(NamedTuple):
     size: int
     """Of the tar file when it was gone through, and its time of change in nanoseconds."""
     mtime_ns: int
+    passed_over: PassedOver
+    """Members of the tar file that are in no sample."""
 
     @property
     def stamp(self) -> tuple[int, int]:
@@ -197,14 +215,15 @@ def _indexed(file: Path, key: str, *, write: bool) -> Index:
 
 
 def _made(descriptor: int, now: tuple[int, int]) -> Index:
-    found = list(samples(descriptor))
+    passed_over = PassedOver()
+    found = list(samples(descriptor, passed_over))
     if not found:
         raise ValueError("it holds no image; a sample is KEY.jpg (or another kind of image) and KEY.cls")
     numbers: dict[str, int] = {}
     labels = [numbers.setdefault(sample.label, len(numbers)) for sample in found]
     places = torch.tensor([(sample.offset, sample.size) for sample in found]).T.contiguous()
     keys, names = _strung([sample.key for sample in found]), _strung([name.encode() for name in numbers])
-    return Index(places[0], places[1], *keys, torch.tensor(labels), *names, *now)
+    return Index(places[0], places[1], *keys, torch.tensor(labels), *names, *now, passed_over)
 
 
 def _strung(texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
@@ -216,17 +235,32 @@ def _read_index(beside: Path, now: tuple[int, int]) -> Index | None:
     wanted = {"version": VERSION, "size": str(now[0]), "mtime_ns": str(now[1])}
     try:
         with safe_open(beside, "pt") as file:
-            if file.metadata() != wanted or set(file.keys()) != set(Index._fields[:7]):
+            metadata = file.metadata() or {}
+            # Indexes of earlier versions do not have what was passed over: it is not worth to go through all shards again.
+            passed_over = _read_counts(metadata.pop("passed_over", "{}"))
+            if metadata != wanted or passed_over is None or set(file.keys()) != set(Index._fields[:7]):
                 return None
-            index = Index._make([*(file.get_tensor(name) for name in Index._fields[:7]), *now])
+            index = Index._make([*(file.get_tensor(name) for name in Index._fields[:7]), *now, passed_over])
             return index if index.is_sound() else None
     except (SafetensorError, OSError):
         return None
 
 
+def _read_counts(text: str) -> PassedOver | None:
+    """What `_write_index` wrote of the members that were passed over; None where it is something else."""
+    try:
+        found = {reason: (count, example) for reason, (count, example) in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    sound = all(type(count) is int and count > 0 and isinstance(example, str) for count, example in found.values())
+    return PassedOver(found) if sound else None
+
+
 def _write_index(beside: Path, index: Index) -> None:
     temporary = beside.with_name(f".{beside.name}.{secrets.token_hex(4)}")
     metadata = {"version": VERSION, "size": str(index.size), "mtime_ns": str(index.mtime_ns)}
+    if index.passed_over:
+        metadata["passed_over"] = json.dumps(index.passed_over)
     try:
         save_file({name: getattr(index, name) for name in Index._fields[:7]}, temporary, metadata)
         os.replace(temporary, beside)

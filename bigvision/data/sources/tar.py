@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from bigvision.data.decode import EXTENSIONS
+from bigvision.data.sources.base import PassedOver
 
 BLOCK = 512
 WINDOW = 1 << 14
@@ -19,7 +20,7 @@ LARGEST_TEXT = 1 << 24
 """Of a label's file, or of a name."""
 IMAGES = tuple(extension[1:].encode() for extension in EXTENSIONS)
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
-REGULAR, NO_CONTENT = b"07\0", b"123456"
+REGULAR, NO_CONTENT, LINKS = b"07\0", b"123456", b"12"
 
 
 class Place(NamedTuple):
@@ -32,10 +33,11 @@ class Place(NamedTuple):
     label: str
 
 
-def samples(descriptor: int) -> Iterator[Place]:
+def samples(descriptor: int, passed_over: PassedOver) -> Iterator[Place]:
     """Find the samples, in order: consecutive files whose names agree up to the first dot, one of which is an image.
 
-    Files that belong to no image are passed over, and so are hidden ones.
+    Args:
+        passed_over: counts what is no part of a sample: hidden files, links, files without an image, and of other kinds.
 
     Raises:
         ValueError: the file is no tar, damaged or cut, or a sample has no label or several images; one line.
@@ -43,21 +45,24 @@ def samples(descriptor: int) -> Iterator[Place]:
     """
     file = _Window(descriptor)
     sample: _Sample | None = None
-    for name, offset, size in _members(file):
+    for name, offset, size in _members(file, passed_over):
         folder, slash, base = name.removeprefix(b"./").rpartition(b"/")
         stem, _, extension = base.partition(b".")
         if not stem or name.startswith(b"/"):
+            passed_over.add("with absolute names" if stem else "hidden", os.fsdecode(name))
             continue
         key, extension = folder + slash + stem, extension.lower()
         if sample is None or sample.key != key:
-            if sample is not None and sample.images:
+            if sample is not None and sample.is_one(passed_over):
                 yield sample.place()
             sample = _Sample(key)
         if extension.endswith(IMAGES) and extension.rpartition(b".")[2] in IMAGES:
-            sample.images.append((extension not in IMAGES, offset, size))
+            sample.images.append((extension not in IMAGES, extension, offset, size))
         elif extension in (b"cls", b"json"):
             sample.texts[extension] = file.text(offset, size)
-    if sample is not None and sample.images:
+        else:
+            sample.others.append(extension)
+    if sample is not None and sample.is_one(passed_over):
         yield sample.place()
 
 
@@ -66,15 +71,30 @@ class _Sample:
 
     def __init__(self, key: bytes) -> None:
         self.key = key
-        self.images: list[tuple[bool, int, int]] = []
+        self.images: list[tuple[bool, bytes, int, int]] = []
+        """For each whether its extension has a dot, its extension, its first byte and its size."""
         self.texts: dict[bytes, bytes] = {}
+        self.others: list[bytes] = []
+        """Extensions of further files."""
+
+    def is_one(self, passed_over: PassedOver) -> bool:
+        """Whether there is an image; what is not part of the sample is counted."""
+        if not self.images:
+            for extension in (*self.texts, *self.others):
+                passed_over.add("without an image", os.fsdecode(self.key + b"." + extension))
+            return False
+        self.images.sort()
+        for extension in (*self.others, *(extension for _, extension, _, _ in self.images[1:])):
+            reason = f".{os.fsdecode(extension)}" if extension else "without an extension"
+            passed_over.add(reason, f"{self}{reason if extension else ''}")
+        return True
 
     def place(self) -> Place:
         # KEY.jpg is the image, whatever KEY.mask.png there may be beside it.
-        images = sorted(self.images)
+        images = self.images
         if len(images) > 1 and images[0][0] == images[1][0]:
             raise ValueError(f"sample {self} has more than one image; a key has no dot, and each sample its own")
-        return Place(self.key, *images[0][1:], self._label())
+        return Place(self.key, *images[0][2:], self._label())
 
     def _label(self) -> str:
         try:
@@ -116,7 +136,7 @@ class _Window:
         return self.at(offset, size)
 
 
-def _members(file: _Window) -> Iterator[tuple[bytes, int, int]]:
+def _members(file: _Window, passed_over: PassedOver) -> Iterator[tuple[bytes, int, int]]:
     """The name, first byte and size of each regular file, in order."""
     position, name, long_size = 0, None, None
     while True:
@@ -154,6 +174,8 @@ def _members(file: _Window) -> Iterator[tuple[bytes, int, int]]:
             name = long_size = None
             if kind in REGULAR and not own.endswith(b"/"):
                 yield own, data, size
+            elif kind in LINKS:
+                passed_over.add("links", os.fsdecode(own))
         if kind == b"S":
             raise ValueError("it holds sparse files; write it without --sparse")
 

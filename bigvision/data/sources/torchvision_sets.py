@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bigvision.data.sources.arrays import ArraySource
-from bigvision.data.sources.base import Source, Split, Style
+from bigvision.data.sources.base import Source, Split, Style, size_in_header
 from bigvision.data.sources.custom import MapStyle
-from bigvision.data.splits import hold_out
+from bigvision.data.splits import check_local, hold_out
 from bigvision.errors import UserError, one_line
 
 DEFAULT_ROOT = "data"
@@ -65,6 +65,7 @@ def open_torchvision(name: str, split: Split, *, key: str, root: str | None, dow
     from torchvision import datasets
 
     found = _SETS[name]
+    check_local(root or "", "data.root")
     base = Path(root or DEFAULT_ROOT).expanduser()
     folder = base / found.folder
     options = found.train if split == "train" else found.val
@@ -95,12 +96,15 @@ def open_torchvision(name: str, split: Split, *, key: str, root: str | None, dow
     named = getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or range(10)
     classes = [label[0] if isinstance(label, tuple) else str(label) for label in named]
     if hasattr(dataset, "data"):
-        return _in_memory(name, found.style, classes, dataset)
+        in_memory = _in_memory(name, found.style, classes, dataset)
+        in_memory.location = str(folder)
+        return in_memory
     dataset.files, dataset.targets = zip(*_listed(dataset))
     inside = os.path.join(os.path.abspath(folder), "")
     if outside := [file for file in dataset.files if not os.path.abspath(file).startswith(inside)]:
         raise UserError(f"{key}: {name} lists {str(outside[0])!r}, which is not in {str(folder)!r}; fetch its files again")
     source = _Files(dataset, classes, found.style, name)
+    source.location = str(folder)
     return hold_out(source, split) if found.train == found.val else source
 
 
@@ -109,6 +113,18 @@ class _Files(MapStyle):
 
     def where(self, index: int) -> str:
         return str(self.dataset.files[index])  # type: ignore[attr-defined]
+
+    def key(self, index: int) -> bytes:
+        return os.fsencode(os.path.relpath(self.where(index), self.location))
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        return size_in_header(self.where(index))
+
+    def size(self, index: int) -> int:
+        try:
+            return os.stat(self.where(index)).st_size
+        except OSError:
+            return 0  # reading it will name the reason
 
 
 def _in_memory(name: str, style: Style, classes: list[str], dataset: Any) -> ArraySource:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -46,11 +46,14 @@ class Cut:
 class Volumes(Source):
     """Slices of the volumes of a folder, one volume after the other."""
 
+    noun = "slice"
+
     def __init__(self, name: str, files: ImageFolder, depths: Sequence[int], cut: Cut, style: Style) -> None:
         """Args: *depths*: slices of each volume; 0 for one that cannot be read, which is one sample to be found bad."""
         self.name, self.files, self.cut = name, files, cut
         self.classes, self.channels = files.classes, cut.slices
         self.style: Style = style
+        self.location, self.linked, self.passed_over = files.location, files.linked, files.passed_over
         centres = [max(1, -(-depth // cut.stride)) for depth in depths]
         self._ends = torch.tensor(centres).cumsum(0)
 
@@ -76,6 +79,17 @@ class Volumes(Source):
     def where(self, index: int) -> str:
         volume, centre = self._find(index)
         return f"{self.files.path(volume)}, slice {centre}"
+
+    def key(self, index: int) -> bytes:
+        volume, centre = self._find(index)
+        return b"%s:%d" % (self.files.key(volume), centre)
+
+    def origins(self) -> Iterable[str]:
+        return self.files.origins()
+
+    def size(self, index: int) -> int:
+        """Of the whole volume."""
+        return self.files.size(self._find(index)[0])
 
     def _find(self, index: int) -> tuple[int, int]:
         """The volume of a sample and its centre slice."""

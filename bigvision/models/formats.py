@@ -1,8 +1,10 @@
-"""What is computed in which number format. Master weights, gradient accumulation and reduction, and moments are always fp32."""
+"""Models that compute in another format than that of their weights: in bf16 or fp16, under autocast, in channels_last.
+
+Master weights, gradient accumulation and reduction, and moments are always fp32.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -163,51 +165,14 @@ def autocast_inside(module: nn.Module, dtype: torch.dtype, device: torch.device)
     module.forward = inside  # type: ignore[method-assign]
 
 
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Switch a caller's autocast off: what is computed in which format is decided here alone."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
+def likes_channels_last(module: nn.Module) -> bool:
+    """Whether convolutions are most of *module*, and none of them slow in channels_last.
 
-
-class LossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018), on the device; 1 and constant for the other formats."""
-
-    growth_interval = 2000
-
-    def __init__(self, precision: str, device: torch.device) -> None:
-        self.dynamic = precision == "fp16"
-        self.scale = torch.tensor(2.0**16 if self.dynamic else 1.0, device=device)
-        self.steps = torch.zeros((), dtype=torch.int64, device=device)
-
-    @property
-    def factor(self) -> Tensor | float:
-        """What losses are multiplied with."""
-        return self.scale if self.dynamic else 1.0
-
-    def update(self, skipped: Tensor, finite_loss: Tensor) -> Tensor:
-        """Halve the scale after an overflow; double it after :attr:`growth_interval` steps without one.
-
-        A loss that is not finite is no overflow, since it does not depend on the scale: it leaves the scale as it is.
-
-        Args:
-            skipped, finite_loss: bool, 0-D, on the device.
-
-        Returns:
-            Whether the step overflowed while the scale could still fall, bool and 0-D.
-        """
-        if not self.dynamic:
-            return torch.zeros_like(skipped)
-        overflow = skipped & finite_loss & (self.scale > 1.0)
-        steps = torch.where(overflow, 0, self.steps + ~skipped)
-        grown = steps == self.growth_interval
-        self.scale.copy_(torch.where(overflow, (self.scale / 2).clamp(min=1.0), torch.where(grown, self.scale * 2, self.scale)))
-        self.steps.copy_(torch.where(grown, 0, steps))
-        return overflow
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; waits for the device."""
-        return {"loss_scale": self.scale.item() if self.dynamic else None, "good_steps": int(self.steps)}
-
-    def restore(self, scalars: dict[str, Any]) -> None:
-        if self.dynamic and scalars["loss_scale"] is not None:
-            self.scale.fill_(scalars["loss_scale"])
-            self.steps.fill_(scalars["good_steps"])
+    Measured by timm in training: ResNet-50 gains 47 %, ConvNeXt 0 to 4 %, while grouped convolutions (RegNetY) lose 68 %.
+    Depthwise convolutions are not grouped in this sense.
+    """
+    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    grouped = any(1 < conv.groups < conv.in_channels for conv in convolutions)
+    # The convolutions of a ConvNeXt are small beside its linear layers, and take their inputs in this layout all the same.
+    spatial = sum(conv.kernel_size != (1, 1) for conv in convolutions)
+    return spatial >= 4 and not grouped

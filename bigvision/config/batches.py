@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bigvision.config import ONE_STAGE, SPLIT_BACKWARD, Config
+from bigvision.config.ds_file import read_ds_file
+from bigvision.config.schema import ONE_STAGE, SPLIT_BACKWARD, Config
 from bigvision.errors import UserError
-from bigvision.runtime import Runtime
 
 
-def micro_batch(config: Config, ranks: int, stages: int = 1) -> int:
+def micro_batch(config: Config, ranks: int, stages: int) -> int:
     """Samples in one forward and backward pass.
 
     Args:
@@ -65,21 +65,48 @@ def _in_pipeline(config: Config, share: int, stages: int) -> int:
     return size
 
 
-def check_ranks(config: Config, runtime: Runtime) -> None:
-    """Raises `UserError` for a pipeline without a second rank, or whose schedule does not fit its ranks; and for pairs of
-    samples that are mixed and would lie on two ranks or in two micro-batches."""
-    parallel, copies = config.parallel, runtime.data_ranks
-    if parallel.strategy == "pipeline" and runtime.pipeline_ranks == 1:
+def check_batches(config: Config, ranks: int, stages: int) -> None:
+    """Find batch sizes and layouts that so many ranks cannot have.
+
+    Args:
+        ranks, stages: as of :func:`micro_batch`.
+
+    Raises:
+        UserError: a pipeline without a second rank, or whose schedule does not fit its ranks; pairs of samples that are mixed
+            and would lie on two ranks or in two micro-batches; an accumulation that the DeepSpeed file contradicts.
+    """
+    parallel = config.parallel
+    if parallel.strategy == "pipeline" and stages == 1:
         raise UserError("parallel.strategy: pipeline needs at least 2 ranks: start more, or use parallel.strategy fsdp")
-    if parallel.schedule in SPLIT_BACKWARD and parallel.replicas != copies:
+    if parallel.schedule in SPLIT_BACKWARD and parallel.replicas != ranks:
         raise UserError(
             f"parallel.replicas: {parallel.replicas}, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
-            f"which sharded stages do not allow: use {copies} for whole copies of each stage, or the schedule interleaved"
+            f"which sharded stages do not allow: use {ranks} for whole copies of each stage, or the schedule interleaved"
         )
-    size, share = micro_batch(config, copies, runtime.pipeline_ranks), config.train.global_batch // copies
+    size, share = micro_batch(config, ranks, stages), config.train.global_batch // ranks
     whole = 2 * config.data.repeats
     if (config.task.mixup or config.task.cutmix) and (share % whole or (size < share and size % whole)):
         raise UserError(
             f"task.{'mixup' if config.task.mixup else 'cutmix'}: samples are mixed in pairs, but a rank's {share} samples of a "
             f"step, in micro-batches of {size}, are not multiples of {whole}: change train.global_batch or train.micro_batch"
+        )
+    if parallel.deepspeed:
+        _compare_accumulation(config, parallel.deepspeed, ranks, size)
+
+
+def _compare_accumulation(config: Config, path: str, ranks: int, size: int) -> None:
+    """Compare the accumulation that the DeepSpeed file asks for with ours, which depends on the number of ranks."""
+    file, total = read_ds_file(path), config.train.global_batch
+    asked, ours = file.accumulation, -(-total // ranks // size)
+    if asked is not None and asked != ours:
+        fits = f"train.micro_batch {total // ranks // asked}" if total % (ranks * asked) == 0 else "another value"
+        raise UserError(
+            f"{file.path}: gradient_accumulation_steps: {asked} contradicts train.global_batch: {total}, which "
+            f'in micro-batches of {size} on {ranks} ranks takes {ours}: use {fits}, or write "auto" in the file'
+        )
+    asked_size = file.said.get("train_micro_batch_size_per_gpu")
+    if isinstance(asked_size, int) and asked_size != size:
+        raise UserError(
+            f"{file.path}: train_micro_batch_size_per_gpu: {asked_size} is more than the {size} samples that "
+            f'train.global_batch: {total} leaves to each of {ranks} ranks: write at most {size}, or "auto"'
         )

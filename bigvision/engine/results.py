@@ -1,22 +1,30 @@
-"""What every strategy offers: the engine's methods, and what a step and an evaluation return."""
+"""What a step and an evaluation return, and what ranks ask each other for with them."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-
-from bigvision.data.batch import Batch
-from bigvision.engine.state import RUNNING
-from bigvision.fragments import Fragment
 
 REQUESTS = ("stop", "save", "failure")
 """What a rank can ask all others for. Requests travel in the tensor that a step or an evaluation reduces anyway."""
+
+
+def reduce_with(requests: Set[str], numbers: Tensor) -> Tensor:
+    """Return the sums of *numbers*, float64 (N,), over all ranks, and behind them how many ranks have made each request.
+
+    It is the one collective beyond the strategy's own traffic.
+    """
+    totals = torch.cat([numbers, numbers.new_zeros(len(REQUESTS))])
+    for place, name in enumerate(REQUESTS, start=len(numbers)):
+        if name in requests:
+            totals[place].fill_(1.0)
+    dist.all_reduce(totals)
+    return totals
 
 
 class Record:
@@ -110,85 +118,11 @@ class Metrics:
         return Metrics(self.names, self.sums + other.sums, self.count + other.count)
 
     def means(self) -> dict[str, float]:
-        return {name: value / self.count.item() for name, value in zip(self.names, self.sums.tolist())}
+        """NaN where there is no sample."""
+        count = self.count.item() or math.nan
+        return {name: value / count for name, value in zip(self.names, self.sums.tolist())}
 
     @property
     def requests(self) -> set[str]:
         """What any rank asked for with this batch; reading it waits for the batch."""
         return asked(self.record.read()) if self.record is not None else set()
-
-
-class Engine(ABC):
-    """A model, its optimizer and everything between a batch and the next weights, under one strategy."""
-
-    step: int = 0
-    """Batches taken, also those that were skipped or passed over."""
-    samples: int = 0
-    """Samples consumed: the whole state of the data."""
-    statistics_differ: bool = False
-    """Whether running statistics are each rank's own, until :meth:`synchronize`."""
-    eval_batch: int
-    """Samples that :meth:`eval_step` should be given on each rank."""
-    notes: Sequence[str] = ()
-    """What the user should know of how the model is spread."""
-    requests: frozenset[str] = frozenset()
-    """What this rank asks the others for; sent with the next step or evaluation."""
-    place: str = ""
-    """Which part of the model this rank has and with which ranks it exchanges, for errors; empty where all have the same."""
-
-    @property
-    @abstractmethod
-    def skipped(self) -> int:
-        """Batches without an optimizer step; waits for the last step. The learning rate is that of step - skipped."""
-
-    @abstractmethod
-    def train_step(self, batch: Batch) -> StepResult:
-        """Take one optimizer step on this rank's part of the global batch. Every rank calls it with as many samples.
-
-        It returns when the work is launched; at most one step is under way beside it.
-        """
-
-    @abstractmethod
-    def pass_over(self, batch: Batch) -> StepResult:
-        """Count a batch as a skipped step, and do nothing with it."""
-
-    @abstractmethod
-    def eval_step(self, batch: Batch) -> Metrics:
-        """Return metrics of all ranks' batches. Every rank calls it with as many samples; padding is not counted."""
-
-    @abstractmethod
-    def synchronize(self) -> None:
-        """Make running statistics the same on all ranks. Called on every rank before evaluation and saving."""
-
-    @abstractmethod
-    def fragments(self) -> Iterator[Fragment]:
-        """Yield live views of all that this rank holds; writing to them restores."""
-
-    def copies(self) -> Iterator[Fragment]:
-        """Yield what other ranks hold as well; running statistics only while they are the same on all."""
-        for fragment in self.fragments():
-            differs = self.statistics_differ and fragment.name.rpartition(".")[2] in RUNNING
-            if fragment.copy[1] > 1 and fragment.values.numel() and not differs:
-                yield fragment
-
-    @abstractmethod
-    def scalars(self) -> dict[str, Any]:
-        """What of the state is not a tensor, as JSON. Waits for the last step."""
-
-    @abstractmethod
-    def restored(self, scalars: dict[str, Any]) -> None:
-        """Take over *scalars* and :meth:`refresh`; called after all fragments were written."""
-
-    def refresh(self) -> None:
-        """Bring what derives from the fragments up to date: called after they were written, by :meth:`restored` too."""
-        return
-
-    def close(self) -> None:
-        """Release what outlives the engine otherwise; it is not used afterwards."""
-        return
-
-
-def nothing_done(lr: float, samples: int, step: int, consumed: int) -> StepResult:
-    """The result of a batch that was not trained on."""
-    numbers = torch.tensor([math.nan, math.nan, 1.0, 0.0, *(0.0 for _ in REQUESTS)], dtype=torch.float64)
-    return StepResult(numbers[0], numbers[1], lr, samples, step, consumed, Record(numbers), passed_over=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bigvision.data import MapStyle, transform
-from bigvision.data.main_module import main_hidden, needs_main
+from bigvision.data.workers import main_hidden, needs_main
 
 
 class Listed:

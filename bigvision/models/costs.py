@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bigvision.pipeline.cutting import Runner
+from bigvision.models.tracing import Runner, tensors_of
 
+SAMPLES = 2
+"""Images with which a graph is run; BatchNorm refuses single values."""
 FLOPS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0}
 """How many FLOPs a device computes while it moves one byte of an operation's inputs and outputs; rounded."""
 
@@ -88,14 +90,13 @@ class _KeepForBackward(torch.autograd.Function):
 
 
 class _CostRunner(Runner):
-    def __init__(
-        self, graph: fx.GraphModule, samples: int, flops_per_byte: float, compute: torch.dtype, recomputed: set[str]
-    ) -> None:
+    def __init__(self, graph: fx.GraphModule, flops_per_byte: float, compute: torch.dtype, recomputed: Iterable[str]) -> None:
         super().__init__(copy.deepcopy(graph))
-        self.samples, self.flops_per_byte, self.compute, self.recomputed = samples, flops_per_byte, compute, recomputed
+        self.flops_per_byte, self.compute, self.recomputed = flops_per_byte, compute, set(recomputed)
         self.costs: dict[str, Cost] = {}
         self.kept: dict[int, Tensor] = {}
         """What has been kept so far, by storage: a tensor that two nodes need is kept once."""
+        self.counted: set[nn.Parameter] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         saved: dict[int, Tensor] = {}
@@ -113,10 +114,14 @@ class _CostRunner(Runner):
             recomputed = sum(map(self._nbytes, saved.values()))
             inputs = tree_leaves(self.fetch_args_kwargs_from_env(n))
             saved = {leaf.untyped_storage()._cdata: leaf for leaf in inputs if isinstance(leaf, Tensor)}
-        new = {key: tensor for key, tensor in saved.items() if key not in self.kept}
-        self.kept |= new
-        kept, samples = sum(map(self._nbytes, new.values())), self.samples
-        self.costs[n.name] = Cost(counter.flops / samples, counter.work / samples, kept / samples, recomputed / samples)
+        kept = sum(self._nbytes(tensor) for key, tensor in saved.items() if key not in self.kept)
+        self.kept |= saved
+        new = {tensor for tensor in tensors_of(n, self.module) if isinstance(tensor, nn.Parameter)} - self.counted
+        self.counted |= new
+        self.costs[n.name] = Cost(
+            counter.flops / SAMPLES, counter.work / SAMPLES, kept / SAMPLES, recomputed / SAMPLES,
+            sum(parameter.numel() for parameter in new), sum(parameter.numel() for parameter in new if parameter.requires_grad),
+        )  # fmt: skip
         return value
 
     def _nbytes(self, tensor: Tensor) -> float:
@@ -131,13 +136,14 @@ def node_costs(
 ) -> dict[str, Cost]:  # fmt: skip
     """The cost of each node of *graph* for one image of (channels, height, width), by the node's name.
 
+    A parameter counts where it is used first.
+
     Args:
         device: where it will run; decides what an operation that only moves memory costs.
         compute: the floating-point type of activations.
         recomputed: paths of the modules that keep only their inputs.
     """
-    samples = 2  # BatchNorm refuses single values
-    runner = _CostRunner(graph, samples, FLOPS_PER_BYTE[device.type], compute, set(recomputed))
+    runner = _CostRunner(graph, FLOPS_PER_BYTE[device.type], compute, recomputed)
     with torch.random.fork_rng(devices=[]):
-        runner.run(torch.empty(samples, *image_shape, device="meta"))
+        runner.run(torch.empty(SAMPLES, *image_shape, device="meta"))
     return runner.costs

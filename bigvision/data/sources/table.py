@@ -1,0 +1,333 @@
+"""Text files that list images and their labels: CSV and TSV as spreadsheets, databases and people write them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from unicodedata import normalize
+
+import numpy as np
+import xxhash
+
+from bigvision.data.decode import EXTENSIONS
+from bigvision.data.labels import BYTE_ORDER_MARKS, coded, decoded, label_samples, other_task
+from bigvision.data.sources.base import PassedOver, Split
+from bigvision.data.sources.files import choose_files
+from bigvision.data.sources.folder import ImageFolder
+from bigvision.data.sources.tabular import LABELS, parse_asked
+from bigvision.data.splits import part, split_name
+from bigvision.errors import UserError, nearest, one_line
+
+ASKED = ("path", "label", "split", "root")
+"""What may be named after a path's question mark: three columns, and the folder that relative paths start from."""
+NAMES = {
+    "path": ("path", "image", "img", "file", "filename", "filepath", "file_name", "file_path", "image_path", "image_file",
+             "image_name", "img_path", "img_name", "image_id", "photo", "picture", "images"),
+    "label": (*LABELS, "class_name", "classname", "label_name", "labelname", "y"),
+    "split": ("split", "set", "subset", "partition"),
+}  # fmt: skip
+"""What columns are called, in lower case and with underscores."""
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar", " ": "space"}
+LOOKED_AT = 200
+"""Lines from which the dialect and the columns are found."""
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+class Table(NamedTuple):
+    header: list[str] | None
+    rows: list[list[str]]
+    lines: list[int]
+    """Of each row the number of its last line in the file."""
+
+
+class Listed(NamedTuple):
+    """A row that is an image."""
+
+    path: str
+    """absolute"""
+    label: str
+    at: str
+    """what messages call the row"""
+
+
+def open_table(
+    name: str, argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None
+) -> ImageFolder:
+    """Open the files *argument* (see :func:`~bigvision.data.sources.files.choose_files`), which list images, for *split*.
+
+    A row has the path of an image and its label; columns are named in a header, or found by what they hold, or asked for:
+    ``PATH?path=COLUMN&label=COLUMN``, a number where there is no header. Where a column says which split a row is in, rows of
+    the other splits are left out.
+
+    Args:
+        name: "csv", or "tsv" for files whose columns are separated by tabs alone.
+        shared: by training and validation; without a validation part a tenth of each class is held out, by a hash of the path.
+        classes: label by these classes instead of by the files' own.
+
+    Raises:
+        UserError: files are missing or not as described, or none of the images is there; the message names *key*.
+    """
+    path, asked = parse_asked(argument, key, ASKED)
+    chosen = choose_files(path, split, f".{name}", key=key, shared=shared)
+    rows: list[Listed] = []
+    passed_over, divided, notes = PassedOver(), False, []
+    for file in chosen.files:
+        found, has_split, said = _listed(file, name == "tsv", split, asked, passed_over, key)
+        rows, divided, notes = rows + found, divided or has_split, notes + said
+    if not rows:
+        raise UserError(f"{key}: the files of {argument!r} list no images for {split}; add rows")
+    kept, again = _once(rows, key)
+    if again:
+        notes.append(f"{again:,} rows list an image again; it counts as often as it is listed")
+    where = repr(argument)
+    labels = label_samples(
+        coded(_values([row.label for row in kept])), classes, chosen.folders, key=key, where=where, at=lambda row: kept[row].at
+    )
+    root = os.path.commonpath([os.path.dirname(row.path) for row in kept])
+    names = [row.path[len(root) :].lstrip(os.sep) for row in kept]
+    places = np.arange(len(kept))
+    if chosen.hold_out and not divided:
+        hashes = np.array([xxhash.xxh3_64_intdigest(os.fsencode(name)) for name in names], dtype=np.uint64)
+        places = part(hashes, labels.values, split)
+        if not len(places):
+            raise UserError(f"{key}: {where} has one image per class, none can be held out; add images or a val file")
+    source = ImageFolder(Path(root), labels.classes, [(names[place], int(labels.values[place])) for place in places], name)
+    source.name, source.passed_over = f"{name}:{argument}", passed_over
+    source.notes = (*notes, *labels.notes)
+    return source
+
+
+def read_table(file: Path, tabs: bool, asked: dict[str, str], key: str) -> tuple[Table, list[str]]:
+    """The rows of *file*, all of as many cells, and notes on how they were read. Raises `UserError`, which names *key*."""
+    text, notes = _text(file, key)
+    match = re.match(r"sep=(.)\r?\n", text)  # Excel's
+    delimiter = "\t" if tabs else match[1] if match else _delimiter(text)
+    text = text[match.end() :] if match else text
+    try:
+        parsed = _parsed(text, delimiter)
+    except csv.Error as error:
+        raise UserError(f"{key}: {str(file)!r} is no table of text: {one_line(error)}; write it again") from error
+    if not parsed:
+        return Table(None, [], []), notes
+    first = parsed[0][1]
+    if len(first) < 2:
+        raise UserError(
+            f"{key}: {str(file)!r} has one column ({first[0][:60]!r}); it needs a path and a label, separated by "
+            f"{'tab' if tabs else ', '.join(DELIMITERS.values())}"
+        )
+    for line, row in parsed:
+        while len(row) > len(first) and not row[-1]:
+            row.pop()
+        if len(row) != len(first):
+            raise UserError(
+                f"{key}: line {line} of {str(file)!r} has {len(row)} columns, the first {len(first)} (separated by "
+                f"{DELIMITERS.get(delimiter, delimiter)}); quote cells that have it in them"
+            )
+    begin = 1 if _is_header([row for _, row in parsed], asked) else 0
+    rows = parsed[begin:]
+    return Table(first if begin else None, [row for _, row in rows], [line for line, _ in rows]), notes
+
+
+def _text(file: Path, key: str) -> tuple[str, list[str]]:
+    try:
+        content = file.read_bytes()
+        marked = content.startswith(tuple(BYTE_ORDER_MARKS))
+        if not marked and content[1:200:2].count(0) > 2 * content[:200:2].count(0) + 2:  # UTF-16 without a mark
+            return content.decode("utf-16-le"), []
+        return decoded(content), []
+    except OSError as error:
+        raise UserError(f"{key}: {str(file)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        try:
+            return content.decode("cp1252"), [f"{file.name} is not in UTF-8 and was read as Windows-1252"]
+        except UnicodeDecodeError:
+            raise UserError(f"{key}: {str(file)!r} is no text in UTF-8 ({error.reason}); save it as UTF-8") from error
+
+
+def _parsed(text: str, delimiter: str, strict: bool = True) -> list[tuple[int, list[str]]]:
+    """The rows that are not empty, with their line numbers. *strict*: a quote that is not closed is an error."""
+    if "\0" in text:
+        raise csv.Error("it has zero bytes")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=strict)
+    rows = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
+    return [(line, row) for line, row in rows if any(row)]
+
+
+def _delimiter(text: str) -> str:
+    """The one that parts the first lines into as many columns each; of several the one that finds known names first."""
+    head = "".join(text.splitlines(keepends=True)[:LOOKED_AT])
+    found: list[tuple[bool, int, str]] = []
+    for delimiter in DELIMITERS:
+        try:
+            rows = [row for _, row in _parsed(head, delimiter, strict=False)]
+        except csv.Error:
+            continue
+        # Within a quoted cell the head may end.
+        widths = [len(row) for row in (rows[:-1] if len(rows) > 2 and len(head) < len(text) else rows)]
+        if not widths or widths[0] < 2 or (delimiter == " " and set(widths) != {2}):
+            continue
+        known = any(_plain(cell) in NAMES["path"] + NAMES["label"] for cell in rows[0])
+        found.append((known, sum(width == widths[0] for width in widths), delimiter))
+    return max(found, key=lambda one: one[:2])[2] if found else ","
+
+
+def _is_header(rows: list[list[str]], asked: dict[str, str]) -> bool:
+    """Whether the first of *rows* has names rather than an image."""
+    if any(_is_image(cell) for cell in rows[0]):
+        return False
+    if any(asked.get(what) in rows[0] for what in NAMES):
+        return True
+    if any(_plain(cell) in names for cell in rows[0] for names in NAMES.values()):
+        return True
+    return any(_is_image(cell) for row in rows[1:LOOKED_AT] for cell in row)
+
+
+def _listed(
+    file: Path, tabs: bool, split: Split, asked: dict[str, str], passed_over: PassedOver, key: str
+) -> tuple[list[Listed], bool, list[str]]:  # fmt: skip
+    """The images that *file* lists for *split*, whether a column of it says so, and notes."""
+    table, notes = read_table(file, tabs, asked, key)
+    if not table.rows:
+        return [], False, notes
+    where = repr(str(file))
+    names = table.header or [str(number + 1) for number in range(len(table.rows[0]))]
+    path, label, divided = _columns(names, table, asked, key, where)
+    rows = list(zip(table.lines, table.rows))
+    if divided is not None and not ("split" in asked or _plain(names[divided]) == "split"):
+        # A set or a subset may be something else.
+        divided = divided if any(split_name(row[divided]) for row in table.rows) else None
+    if divided is not None:
+        rows = _of_split(rows, divided, split, key, where)
+    if not rows:
+        return [], divided is not None, notes
+    bases = [asked["root"]] if "root" in asked else [str(file.parent), str(file.parent.parent), "."]
+    bases = [os.path.abspath(os.path.expanduser(base)) for base in bases]
+    folders = _Folders()
+    base = next((base for base in bases if any(folders.find(base, row[path]) for _, row in rows[:LOOKED_AT])), bases[0])
+    found = []
+    for line, row in rows:
+        if "\n" in row[path] + row[label]:
+            raise UserError(f"{key}: a cell that ends on line {line} of {where} has several lines; close the quotes before it")
+        full = folders.find(base, row[path])
+        if full is not None:
+            found.append(Listed(full, row[label], f"line {line} of {where}"))
+        else:
+            passed_over.add("without a file", f"{row[path]} (line {line} of {file.name})")
+    if not found:
+        cell = rows[0][1][path]
+        fix = "download them" if "://" in cell else f"paths are relative to {base!r}: name another folder as ?root=FOLDER"
+        raise UserError(f"{key}: none of the {len(rows):,} images that {where} lists is a file, as {cell!r}; {fix}")
+    if base != bases[0]:
+        notes.append(f"paths in {file.name} are relative to {base!r}")
+    return found, divided is not None, notes
+
+
+def _columns(names: list[str], table: Table, asked: dict[str, str], key: str, where: str) -> tuple[int, int, int | None]:
+    """The places of the columns with the path, the label and, if there is one, the split."""
+    listed = ", ".join(repr(name) for name in names)
+    if "," in asked.get("label", "") and asked["label"] not in names:
+        raise other_task("labels", asked["label"], key=key, where=where)
+    for what in NAMES:
+        if what in asked and names.count(asked[what]) != 1:
+            hint = nearest(asked[what], names) or f"; correct ?{what}={asked[what]}"
+            raise UserError(f"{key}: {where} has no column {asked[what]!r} but {listed}{hint}")
+    plain = [_plain(name) for name in names]
+    seen = [row for row in table.rows[:LOOKED_AT]]
+    images = [place for place in range(len(names)) if 2 * sum(_is_image(row[place]) for row in seen) > len(seen)]
+    known = {what: [place for place, name in enumerate(plain) if name in NAMES[what]] for what in NAMES}
+
+    def chosen(what: str, *choices: Sequence[int]) -> int:
+        if what in asked:
+            return names.index(asked[what])
+        fits = next((fits for fits in choices if fits), ())
+        if len(fits) != 1:
+            which = f"{' or '.join(repr(names[place]) for place in fits)} may be" if fits else "none is known as"
+            raise UserError(f"{key}: {where} has the columns {listed}, of which {which} the {what}; add ?{what}=COLUMN")
+        return fits[0]
+
+    named = [place for place in images if place in known["path"]]
+    path = chosen("path", [place for place in named if plain[place] == "path"], named, images, known["path"])
+    divided = names.index(asked["split"]) if "split" in asked else next(iter(known["split"]), None)
+    # A column without a name is the index that pandas writes.
+    others = [place for place in range(len(names)) if place not in (path, divided) and plain[place] not in ("", "unnamed:_0")]
+    labels = [place for place in known["label"] if place in others]
+    if "label" not in asked and not labels and len(others) > 1:
+        if all(row[place] in ("0", "1", "0.0", "1.0") for row in seen for place in others):
+            raise other_task("labels", ", ".join(names[place] for place in others[:5]), key=key, where=where)
+        others = []
+    exact = [place for place in labels if plain[place] == "label"]
+    return path, chosen("label", exact, labels, others), divided
+
+
+def _of_split(
+    rows: list[tuple[int, list[str]]], column: int, split: Split, key: str, where: str
+) -> list[tuple[int, list[str]]]:  # fmt: skip
+    """The rows whose cell in *column* names *split*."""
+    roles = {cell: split_name(cell) for cell in {row[column] for _, row in rows}}
+    unknown = sorted(cell for cell, role in roles.items() if role is None or role.rest)
+    if unknown:
+        raise UserError(
+            f"{key}: {where} has {unknown[0]!r} in its column for the split; write train, val or test, or rename the column"
+        )
+    found = {role.role for role in roles.values() if role is not None}
+    wanted = "train" if split == "train" else "val" if "val" in found else "test"
+    return [(line, row) for line, row in rows if (role := roles[row[column]]) is not None and role.role == wanted]
+
+
+def _once(rows: list[Listed], key: str) -> tuple[list[Listed], int]:
+    """*rows*, checked to give no image two labels, and how many of them are there again."""
+    labels: dict[str, str] = {}
+    for row in rows:
+        other = labels.setdefault(row.path, row.label)
+        if other != row.label:
+            raise other_task("labels", f"{other} and {row.label}, of {row.path!r}", key=key, where=row.at)
+    return rows, len(rows) - len(labels)
+
+
+def _values(cells: list[str]) -> list[str | float | None]:
+    """What *cells* mean: numbers where all are and one has a fraction, as pandas writes whole numbers beside missing ones."""
+    given = [None if cell.casefold() in ("", "nan") else cell for cell in cells]
+    different = {cell for cell in given if cell is not None}
+    if all(NUMBER.fullmatch(cell) for cell in different) and any(not cell.lstrip("+-").isdigit() for cell in different):
+        return [None if cell is None else float(cell) for cell in given]
+    return list(given)
+
+
+class _Folders:
+    """Which files there are; each folder is listed once, which for many files is faster than to ask for each of them."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, set[str]] = {}
+
+    def find(self, base: str, name: str) -> str | None:
+        """The absolute path of the file *name*, which is relative to *base*, also if another system wrote it."""
+        slashed = name.replace("\\", "/")
+        # macOS composes accents otherwise.
+        for spelled in dict.fromkeys((name, slashed, normalize("NFC", slashed), normalize("NFD", slashed))):
+            path = os.path.normpath(os.path.join(base, os.path.expanduser(spelled)))
+            folder, file = os.path.split(path)
+            if folder not in self._files:
+                self._files[folder] = self._listed(folder)
+            if file in self._files[folder]:
+                return path
+        return None
+
+    @staticmethod
+    def _listed(folder: str) -> set[str]:
+        try:
+            return {entry.name for entry in os.scandir(folder) if entry.is_file()}
+        except (OSError, ValueError):
+            return set()
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip("# ").casefold())
+
+
+def _is_image(cell: str) -> bool:
+    return cell.lower().endswith(EXTENSIONS)

@@ -1,0 +1,134 @@
+"""``bigvision eval``: the validation metrics of a step folder, or of one of timm's models as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+import timm.data
+
+from bigvision import training
+from bigvision.config import Config, resolve
+from bigvision.data import Source, open_source
+from bigvision.errors import UserError
+from bigvision.launching.accelerate import overrides
+from bigvision.models import check_model
+from bigvision.models.check import check_name, current_name
+from bigvision.runtime import Watchdog, all_or_none, collective_timeout, start
+from bigvision.training.bad import BadSamples
+from bigvision.training.build import build_model
+from bigvision.training.data import Data
+from bigvision.training.evaluate import evaluate
+
+PROG = "bigvision eval STEP_FOLDER|MODEL"
+Say = Callable[[str], None]
+
+
+def run(arguments: list[str], say: Say) -> dict[str, float]:
+    """``STEP_FOLDER [--section.key value ...]``, or a timm name, whose pretrained weights are evaluated on ``data.val``.
+
+    Raises:
+        UserError: neither is named; or the model, its weights and the data do not fit together.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        if {"-h", "--help"} & set(arguments):
+            resolve(None, ["--help"], prog=PROG)
+        raise UserError(
+            "eval: name a step folder or a timm model: bigvision eval checkpoints/digits/step-00000100, "
+            "or bigvision eval resnet18.a1_in1k --data.val imagefolder:PATH"
+        )
+    subject, flags = arguments[0], arguments[1:]
+    folder = Path(subject).expanduser()
+    if not folder.is_dir() and _is_name(subject):
+        return evaluate_model(_of_model(subject, flags, say), say)
+    try:
+        saved = json.loads((folder / "progress.json").read_bytes())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"eval: {subject} is not a step folder of a run, and not a timm model: {error}") from None
+    if isinstance(saved, dict) and isinstance(saved.get("parallel"), dict):
+        # The file may be gone, and what it decided is saved; it counts again where a flag names it.
+        saved["parallel"]["deepspeed"] = None
+    config, _ = resolve(saved, flags, overrides(os.environ, say), prog=PROG, say=say)
+    return training.evaluate_checkpoint(folder, config)
+
+
+def _is_name(subject: str) -> bool:
+    """Whether *subject* is meant as a model.
+
+    Raises:
+        UserError: it is that of a hub, or has a tag that timm does not know.
+    """
+    name, _ = current_name(subject)
+    if not timm.is_model(name.partition(".")[0]) and not subject.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return False
+    check_name(name)
+    return True
+
+
+def _of_model(name: str, flags: list[str], say: Say) -> Config:
+    """The configuration in which the model *name* is evaluated: its own weights and image size, unless flags say otherwise."""
+    named = {flag.partition("=")[0] for flag in flags}
+    if not {"--data.val", "-h", "--help"} & named:
+        raise UserError(f"eval: {name} on which images? Name them: --data.val imagefolder:PATH")
+    recipe = {"model": {"name": name, "pretrained": not {"--model.weights", "--model.pretrained"} & named}, "out": "unused"}
+    config, _ = resolve(recipe, flags, overrides(os.environ, say), prog=PROG, say=say)
+    return config
+
+
+def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, float]:
+    """Return the metrics of the model that *config* names, with its first weights, on all of ``data.val``. Run on every rank.
+
+    Raises:
+        UserError: the model, its weights and the data do not fit together.
+    """
+    parallel = replace(config.parallel, strategy="ddp", replicas=1, offload="none", deepspeed=None)
+    config = replace(config, parallel=parallel)
+    with (
+        Watchdog(config.limits) as watch,
+        start(parallel.device, 1, 1, collective_timeout(config.limits)) as runtime,
+        watch.naming(),
+    ):
+        all_or_none(lambda: check_model(config.model))
+        # One rank downloads and indexes what the others find.
+        first = all_or_none(lambda: _open(config, True) if runtime.is_main else None)
+        val, outputs = all_or_none(lambda: first or _open(config, False))
+        total = -(-config.train.global_batch // runtime.world_size) * runtime.world_size
+        model, train = replace(config.model, num_classes=outputs), replace(config.train, global_batch=total)
+        config = replace(config, model=model, train=train)
+        data = Data(val, val, BadSamples(config.data.bad_budget, {"train": len(val), "val": len(val)}))
+        engine, plan, _ = build_model(config, len(val.classes), runtime, steps=1, say=say, channels=val.channels)
+        try:
+            metrics = evaluate(config, engine, data, plan, runtime, watch)
+            assert metrics is not None
+            return metrics
+        finally:
+            engine.close()
+
+
+def _open(config: Config, first: bool) -> tuple[Source, int]:
+    """The images with labels in the order of the model's outputs, and how many of these there are."""
+
+    def opened(classes: list[str] | None = None) -> Source:
+        return open_source(
+            config.data.val, "val", key="data.val", root=config.data.root, first=first, shared=False, classes=classes,
+            class_file=config.data.classes,
+        )  # fmt: skip
+
+    model, val = config.model, opened()
+    card = timm.models.get_pretrained_cfg(current_name(model.name)[0])
+    theirs = card.num_classes if card is not None and model.pretrained else None
+    outputs = model.num_classes or theirs or len(val.classes)
+    if outputs == len(val.classes) or config.data.classes is not None:
+        return val, outputs
+    # A part of ImageNet, in folders that are called by its synsets.
+    synsets = timm.data.ImageNetInfo().label_names() if outputs == 1000 else []
+    if not synsets or not set(val.classes) <= set(synsets):
+        raise UserError(
+            f"data.val: {len(val.classes)} classes, but {model.name} has {outputs} outputs: name images with the model's "
+            "classes, or a file with them in data.classes"
+        )
+    return opened(synsets), outputs
