@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import sys
 import time
 import traceback
 
+from bigvision import __version__
 from bigvision.errors import Exit, Stopped, UserError, nearest
 from bigvision.signals import listening
 
@@ -25,7 +27,7 @@ USAGE = """usage: bigvision COMMAND ...
 
 --resume X is another spelling of --checkpoint.resume X; --deepspeed FILE and --deepspeed_config FILE are others of
 --parallel.deepspeed FILE. train and eval both run under every launcher of docs/launching.md.
-More: bigvision COMMAND --help."""
+More: bigvision COMMAND --help. Versions, for a report: bigvision --version."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command in ("-h", "--help"):
             print(USAGE)
+            return Exit.DONE
+        if command == "--version":
+            print(_versions())
             return Exit.DONE
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
@@ -131,6 +136,19 @@ def run_checkpoint(arguments: list[str]) -> int:
     from bigvision.checkpoint.commands import run_checkpoint
 
     return run_checkpoint(arguments)
+
+
+def _versions() -> str:
+    """One line with the versions that a report of a fault needs; nothing heavy is imported for it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [f"Python {platform.python_version()}"]
+    for name in ("torch", "torchvision", "timm", "deepspeed", "accelerate", "safetensors"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return f"bigvision {__version__} ({', '.join(found)}; {platform.platform()})"
 
 
 def _rank() -> int:
