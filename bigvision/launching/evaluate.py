@@ -18,7 +18,7 @@ from bigvision.errors import UserError
 from bigvision.launching.accelerate import overrides
 from bigvision.models import check_model
 from bigvision.models.check import check_name, current_name
-from bigvision.runtime import Watchdog, all_or_none, collective_timeout, start
+from bigvision.runtime import Watchdog, all_or_none, collective_timeout, start, warn_of_shared_memory
 from bigvision.training.bad import BadSamples
 from bigvision.training.build import build_model
 from bigvision.training.data import Data
@@ -53,7 +53,7 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
         # The file may be gone, and what it decided is saved; it counts again where a flag names it.
         saved["parallel"]["deepspeed"] = None
     config, _ = resolve(saved, flags, overrides(os.environ, say), prog=PROG, say=say)
-    return training.evaluate_checkpoint(folder, config)
+    return training.evaluate_checkpoint(folder, config, say)
 
 
 def _is_name(subject: str) -> bool:
@@ -92,6 +92,7 @@ def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, fl
         start(parallel.device, 1, 1, collective_timeout(config.limits)) as runtime,
         watch.naming(),
     ):
+        warn_of_shared_memory(runtime, say)
         all_or_none(lambda: check_model(config.model))
         # One rank downloads and indexes what the others find.
         first = all_or_none(lambda: _open(config, True) if runtime.is_main else None)
@@ -100,7 +101,7 @@ def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, fl
         model, train = replace(config.model, num_classes=outputs), replace(config.train, global_batch=total)
         config = replace(config, model=model, train=train)
         data = Data(val, val, BadSamples(config.data.bad_budget, {"train": len(val), "val": len(val)}))
-        engine, plan, _ = build_model(config, len(val.classes), runtime, steps=1, say=say, channels=val.channels)
+        engine, plan, _ = build_model(config, len(val.classes), runtime, steps=1, say=say, channels=val.channels, trains=False)
         try:
             metrics = evaluate(config, engine, data, plan, runtime, watch)
             assert metrics is not None
