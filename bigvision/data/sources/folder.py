@@ -129,6 +129,8 @@ def open_image_folder(
     for reason, path in [*layout.skipped, *skipped]:
         passed_over.add(reason, os.path.relpath(path, root) + (os.sep if path.endswith(os.sep) else ""))
     source.passed_over, source.linked = passed_over, tree.linked
+    # A link may lead to a file of the other part.
+    source.divided = layout.hold_out and not tree.linked
     return source
 
 

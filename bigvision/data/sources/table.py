@@ -75,9 +75,10 @@ def open_table(
     path, asked = parse_asked(argument, key, ASKED)
     chosen = choose_files(path, split, f".{name}", key=key, shared=shared)
     rows: list[Listed] = []
+    folders = _Folders()
     passed_over, divided, notes = PassedOver(), False, []
     for file in chosen.files:
-        found, has_split, said = _listed(file, name == "tsv", split, asked, passed_over, key)
+        found, has_split, said = _listed(file, name == "tsv", split, asked, folders, passed_over, key)
         rows, divided, notes = rows + found, divided or has_split, notes + said
     if not rows:
         raise UserError(f"{key}: the files of {argument!r} list no images for {split}; add rows")
@@ -90,14 +91,19 @@ def open_table(
     )
     root = os.path.commonpath([os.path.dirname(row.path) for row in kept])
     names = [row.path[len(root) :].lstrip(os.sep) for row in kept]
-    places = np.arange(len(kept))
-    if chosen.hold_out and not divided:
-        hashes = np.array([xxhash.xxh3_64_intdigest(os.fsencode(name)) for name in names], dtype=np.uint64)
-        places = part(hashes, labels.values, split)
+    places, hold_out = np.arange(len(kept)), chosen.hold_out and not divided
+    if hold_out:
+        # An image that is listed twice is in one part.
+        numbers: dict[str, int] = {}
+        which = np.array([numbers.setdefault(path, len(numbers)) for path in names])
+        _, firsts = np.unique(which, return_index=True)
+        hashes = np.array([xxhash.xxh3_64_intdigest(os.fsencode(path)) for path in numbers], dtype=np.uint64)
+        places = np.flatnonzero(np.isin(which, part(hashes, labels.values[firsts], split)))
         if not len(places):
             raise UserError(f"{key}: {where} has one image per class, none can be held out; add images or a val file")
     source = ImageFolder(Path(root), labels.classes, [(names[place], int(labels.values[place])) for place in places], name)
     source.name, source.passed_over = f"{name}:{argument}", passed_over
+    source.divided, source.linked = hold_out and not folders.linked, folders.linked
     source.notes = (*notes, *labels.notes)
     return source
 
@@ -188,7 +194,7 @@ def _is_header(rows: list[list[str]], asked: dict[str, str]) -> bool:
 
 
 def _listed(
-    file: Path, tabs: bool, split: Split, asked: dict[str, str], passed_over: PassedOver, key: str
+    file: Path, tabs: bool, split: Split, asked: dict[str, str], folders: _Folders, passed_over: PassedOver, key: str
 ) -> tuple[list[Listed], bool, list[str]]:  # fmt: skip
     """The images that *file* lists for *split*, whether a column of it says so, and notes."""
     table, notes = read_table(file, tabs, asked, key)
@@ -207,7 +213,6 @@ def _listed(
         return [], divided is not None, notes
     bases = [asked["root"]] if "root" in asked else [str(file.parent), str(file.parent.parent), "."]
     bases = [os.path.abspath(os.path.expanduser(base)) for base in bases]
-    folders = _Folders()
     base = next((base for base in bases if any(folders.find(base, row[path]) for _, row in rows[:LOOKED_AT])), bases[0])
     found = []
     for line, row in rows:
@@ -303,6 +308,8 @@ class _Folders:
 
     def __init__(self) -> None:
         self._files: dict[str, set[str]] = {}
+        self.linked = False
+        """Whether a link was met, so that a file may be elsewhere, or listed by two names."""
 
     def find(self, base: str, name: str) -> str | None:
         """The absolute path of the file *name*, which is relative to *base*, also if another system wrote it."""
@@ -317,10 +324,11 @@ class _Folders:
                 return path
         return None
 
-    @staticmethod
-    def _listed(folder: str) -> set[str]:
+    def _listed(self, folder: str) -> set[str]:
         try:
-            return {entry.name for entry in os.scandir(folder) if entry.is_file()}
+            entries = [entry for entry in os.scandir(folder) if entry.is_file()]
+            self.linked |= os.path.realpath(folder) != folder or any(entry.is_symlink() for entry in entries)
+            return {entry.name for entry in entries}
         except (OSError, ValueError):
             return set()
 
