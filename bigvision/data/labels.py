@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -156,8 +156,10 @@ def label_by(
         own = _known_numbers(values, listed, key, where)
         names = [listed[place] for place in own.values]
         return Labels(list(known), by_name(names, known, key=key, where=f"{where}, named by {str(file)!r},"), own.notes)
+    if known is None and (several := next(_several(texts), None)) is not None:
+        raise other_task("labels", several[:60], key=key, where=where)
     classes = list(known) if known is not None else sorted(set(texts))
-    return Labels(classes, by_name(texts, classes, key=key, where=where), _lookalikes(classes) if known is None else ())
+    return Labels(classes, by_name(texts, classes, key=key, where=where), lookalikes(classes) if known is None else ())
 
 
 def class_file(folders: Sequence[Path]) -> Path | None:
@@ -301,7 +303,24 @@ def from_one(values: Sequence[int], classes: Sequence[str]) -> tuple[str, ...]:
     return (f"no sample has label 0, which is {classes[0]!r}: labels are taken to count from 0, so that 1 is {classes[1]!r}",)
 
 
-def _lookalikes(classes: Sequence[str]) -> tuple[str, ...]:
+def _several(texts: Sequence[str]) -> Iterator[str]:
+    """Those of *texts* that list several labels: "[1, 2]", or "a|b" where "a" is a label too or also stands elsewhere."""
+    single, places = set(texts), dict[str, int]()
+    for text in texts:
+        if text[:1] == "[" and text[-1:] == "]":
+            yield text
+        for separator in "|;,":
+            parts = [part.strip() for part in text.split(separator)]
+            if len(parts) < 2 or not all(parts):
+                continue
+            alone = [part in single for part in parts]
+            # A taxonomy has each of its parts in one place, and names of species have commas in them.
+            elsewhere = separator != "," and any(places.setdefault(part, place) != place for place, part in enumerate(parts))
+            if all(alone) or elsewhere or (any(alone) and separator != ","):
+                yield text
+
+
+def lookalikes(classes: Sequence[str]) -> tuple[str, ...]:
     """A note of classes whose names differ in nothing that can be seen at a glance."""
     seen: dict[str, str] = {}
     for name in classes:

@@ -52,9 +52,8 @@ def arrays(folder: str) -> None:
 
 
 def npz(file: str, *parts: str) -> None:
-    both = [(f"{part}images", f"{part}labels") for part in parts or ("",)]
-    np.savez(file, **{name: array for one, other in both for name, array in
-                      ((one, np.zeros((8, 4, 4), np.uint8)), (other, np.arange(8) % 2))})  # fmt: skip
+    named: dict[str, Any] = {f"{part}images": np.zeros((8, 4, 4), np.uint8) for part in parts}
+    np.savez(file, **named, **{f"{part}labels": np.arange(8) % 2 for part in parts})
 
 
 def link(path: str, target: str) -> None:
@@ -109,7 +108,8 @@ def test_some_files_are_noted() -> None:
 def test_what_is_not_the_same() -> None:
     lists("l/train.csv", "l/val.csv", "b/*/*.*")
     npz("x.npz", "train_", "val_")
-    arrays("y"), link("z", "y")  # by resolved paths one dataset, which is divided
+    arrays("y")
+    link("z", "y")  # by resolved paths one dataset, which is divided
     Path("twice.csv").write_text("".join(f"{image},x\n" * 3 for image in Path().glob("a/*/*.*")))
     for train, val, counts in (
         ("csv:l", "csv:l", (20, 20)), ("arrays:x.npz", "arrays:x.npz", (8, 8)), ("arrays:y", "arrays:z/", (7, 1)),

@@ -16,7 +16,7 @@ from bigvision.errors import UserError
 from bigvision.launching import evaluate
 
 
-def evaluated(root: Path, **model: Any) -> tuple[Source, int]:
+def evaluated(root: Path | str, **model: Any) -> tuple[Source, int]:
     config = load_config(
         {
             "model": {"name": "resnet18", "pretrained": True} | model,

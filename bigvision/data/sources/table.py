@@ -35,6 +35,13 @@ NAMES = {
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar", " ": "space"}
 LOOKED_AT = 200
 """Lines from which the dialect and the columns are found."""
+FLAGS = {"is_train": ("train", "val"), "is_valid": ("val", "train"), "is_val": ("val", "train"), "is_test": ("test", "train")}
+"""Columns of truth values that say whether a row is in a split, and what true and false mean."""
+TRUTH = {"true": 0, "1": 0, "1.0": 0, "yes": 0, "false": 1, "0": 1, "0.0": 1, "no": 1}
+FOLDS = ("fold", "folds", "kfold", "fold_id")
+MISSING = ("", "nan", "null", "n/a", "#n/a", "<na>")
+"""Cells, in lower case, that programs write where there is no label."""
+DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+(,([0-9]{1,2}|[0-9]{4,}))?")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
@@ -104,6 +111,8 @@ def open_table(
     source = ImageFolder(Path(root), labels.classes, [(names[place], int(labels.values[place])) for place in places], name)
     source.name, source.passed_over = f"{name}:{argument}", passed_over
     source.divided, source.linked = hold_out and not folders.linked, folders.linked
+    if odd := next((one for one in labels.classes if one.casefold() in ("na", "none") and classes is None), None):
+        notes.append(f"the label {odd!r} is taken as a class of that name: empty the cell of a row that has no label")
     source.notes = (*notes, *labels.notes)
     return source
 
@@ -143,8 +152,9 @@ def _text(file: Path, key: str) -> tuple[str, list[str]]:
     try:
         content = file.read_bytes()
         marked = content.startswith(tuple(BYTE_ORDER_MARKS))
-        if not marked and content[1:200:2].count(0) > 2 * content[:200:2].count(0) + 2:  # UTF-16 without a mark
-            return content.decode("utf-16-le"), []
+        odd, even = content[1:200:2].count(0), content[:200:2].count(0)
+        if not marked and max(odd, even) > 2 * min(odd, even) + 2:  # UTF-16 without a mark
+            return content.decode("utf-16-le" if odd > even else "utf-16-be"), []
         return decoded(content), []
     except OSError as error:
         raise UserError(f"{key}: {str(file)!r} cannot be read: {error.strerror}") from error
@@ -207,8 +217,15 @@ def _listed(
     if divided is not None and not ("split" in asked or _plain(names[divided]) == "split"):
         # A set or a subset may be something else.
         divided = divided if any(split_name(row[divided]) for row in table.rows) else None
+    flag = next((place for place, name in enumerate(names) if table.header and _plain(name) in FLAGS), None)
+    if divided is None and flag is not None:
+        divided, rows = flag, _of_flag(rows, flag, FLAGS[_plain(names[flag])], key, where)
     if divided is not None:
         rows = _of_split(rows, divided, split, key, where)
+    elif table.header and (fold := next((name for name in names if _plain(name) in FOLDS), None)):
+        notes.append(
+            f"the column {fold!r} of {file.name} is not used: write train and val in a column, and name it ?split=COLUMN"
+        )
     if not rows:
         return [], divided is not None, notes
     bases = [asked["root"]] if "root" in asked else [str(file.parent), str(file.parent.parent), "."]
@@ -259,7 +276,8 @@ def _columns(names: list[str], table: Table, asked: dict[str, str], key: str, wh
     path = chosen("path", [place for place in named if plain[place] == "path"], named, images, known["path"])
     divided = names.index(asked["split"]) if "split" in asked else next(iter(known["split"]), None)
     # A column without a name is the index that pandas writes.
-    others = [place for place in range(len(names)) if place not in (path, divided) and plain[place] not in ("", "unnamed:_0")]
+    unused = ("", "unnamed:_0", *FLAGS, *FOLDS)
+    others = [place for place in range(len(names)) if place not in (path, divided) and plain[place] not in unused]
     labels = [place for place in known["label"] if place in others]
     if "label" not in asked and not labels and len(others) > 1:
         if all(row[place] in ("0", "1", "0.0", "1.0") for row in seen for place in others):
@@ -284,6 +302,18 @@ def _of_split(
     return [(line, row) for line, row in rows if (role := roles[row[column]]) is not None and role.role == wanted]
 
 
+def _of_flag(
+    rows: list[tuple[int, list[str]]], column: int, meaning: tuple[str, str], key: str, where: str
+) -> list[tuple[int, list[str]]]:  # fmt: skip
+    """*rows* with the name of a split in the place of the truth value in *column*."""
+    found = []
+    for line, row in rows:
+        if (place := TRUTH.get(row[column].casefold())) is None:
+            raise UserError(f"{key}: line {line} of {where} has {row[column]!r} in a column of true and false; correct it")
+        found.append((line, [*row[:column], meaning[place], *row[column + 1 :]]))
+    return found
+
+
 def _once(rows: list[Listed], key: str) -> tuple[list[Listed], int]:
     """*rows*, checked to give no image two labels, and how many of them are there again."""
     labels: dict[str, str] = {}
@@ -296,8 +326,10 @@ def _once(rows: list[Listed], key: str) -> tuple[list[Listed], int]:
 
 def _values(cells: list[str]) -> list[str | float | None]:
     """What *cells* mean: numbers where all are and one has a fraction, as pandas writes whole numbers beside missing ones."""
-    given = [None if cell.casefold() in ("", "nan") else cell for cell in cells]
+    given = [None if cell.casefold() in MISSING else cell for cell in cells]
     different = {cell for cell in given if cell is not None}
+    if all(DECIMAL_COMMA.fullmatch(cell) for cell in different) and any("," in cell for cell in different):
+        return [None if cell is None else float(cell.replace(",", ".")) for cell in given]
     if all(NUMBER.fullmatch(cell) for cell in different) and any(not cell.lstrip("+-").isdigit() for cell in different):
         return [None if cell is None else float(cell) for cell in given]
     return list(given)

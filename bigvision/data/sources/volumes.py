@@ -54,7 +54,7 @@ class Volumes(Source):
         self.classes, self.channels = files.classes, cut.slices
         self.style: Style = style
         self.location, self.linked, self.divided = files.location, files.linked, files.divided
-        self.passed_over = files.passed_over
+        self.passed_over, self.notes = files.passed_over, files.notes
         centres = [max(1, -(-depth // cut.stride)) for depth in depths]
         self._ends = torch.tensor(centres).cumsum(0)
 
