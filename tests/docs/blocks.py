@@ -43,7 +43,7 @@ class Block:
     """Why it is parsed only: ``<!-- not run: REASON -->`` stands before it."""
 
     def __str__(self) -> str:
-        return f"{self.document.relative_to(ROOT)}:{self.line}"
+        return f"{self.document.name}:{self.line}"
 
 
 def blocks(document: Path) -> list[Block]:
@@ -60,7 +60,7 @@ def problems(document: Path) -> list[str]:
     """What is wrong with *document*: a line for each block that cannot be right, and for each name that does not exist."""
     text = document.read_text(encoding="utf-8")
     found = [f"{block}: {problem}" for block in blocks(document) for problem in _of_block(block)]
-    if text.count("\n```") + text.startswith("```") != 2 * len(blocks(document)):
+    if len(re.findall(r"^ *```", text, re.MULTILINE)) != 2 * len(blocks(document)):
         found.append(f"{document.name}: a fence that is not closed, is indented, or has more than a language behind it")
     return found + [f"{document.name}: {problem}" for problem in (*_of_prose(text), *_of_links(document, text))]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs import blocks
 from tests.docs.blocks import DOCUMENTS, ROOT, problems
 
 
@@ -24,7 +23,10 @@ bigvision trian recipes/digits.yaml
 bigvision train recipes/none.yaml --train.stesp 3
 bigvision checkpoint rename --keepp 2
 bigvision train --train.steps many && make tset
-torchrun launch/trian.py "
+torchrun launch/trian.py
+```
+```sh
+for quotes in "
 ```
 ```python
 import bigvision as
@@ -35,18 +37,20 @@ train: {stesp: 3}
 ```json
 {"a": }
 ```
+  ```text
+  indented
 `bigvision trian`, `--train.stesp 3`, `optim.lrr`, `recipes/none.yaml`, [a](none.md), [b](#none), [c](#title)
 """
 
 
-def test_what_is_wrong_in_a_document_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "DOCUMENTS", [])
+def test_what_is_wrong_in_a_document_is_found(tmp_path: Path) -> None:
     document = tmp_path / "wrong.md"
-    document.write_text(WRONG.replace('launch/trian.py "', "launch/trian.py"))
-    monkeypatch.setattr(blocks.Block, "__str__", lambda block: f"line {block.line}")
+    document.write_text(WRONG)
     found = "\n".join(problems(document))
     for words in (
-        "line 2: the language",
+        "wrong.md:2: the language",
+        "looking for matching",
+        "a fence that is not closed",
         "no command trian",
         "no file recipes/none.yaml",
         "train.steps",
@@ -65,5 +69,3 @@ def test_what_is_wrong_in_a_document_is_found(tmp_path: Path, monkeypatch: pytes
     ):
         assert words in found, f"{words}:\n{found}"
     assert "#title" not in found
-    document.write_text(WRONG)
-    assert "quotation" in "\n".join(problems(document))
