@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,6 +46,51 @@ def concatenate(targets: Sequence[Targets]) -> Targets:
     if isinstance(first, (list, tuple)):
         return _like(first, [concatenate(part) for part in zip(*targets, strict=True)])
     return torch.cat(list(targets)) if isinstance(first, Tensor) else first
+
+
+def to_bytes(targets: Targets) -> Tensor:
+    """*targets* as uint8 (N,), from which `from_bytes` makes them again in another process, bit for bit; on the CPU.
+
+    Raises:
+        TypeError: a part is neither a tensor, a dict with texts as keys, a plain list or tuple, nor what JSON has.
+    """
+    contents: list[Tensor] = []
+
+    def described(part: Any) -> dict[str, Any]:
+        if isinstance(part, (Tensor, np.ndarray)):
+            tensor = torch.as_tensor(part)
+            contents.append(tensor.contiguous().reshape(-1).view(torch.uint8))
+            return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        if isinstance(part, dict) and all(isinstance(name, str) for name in part):
+            return {"dict": {name: described(inner) for name, inner in part.items()}}
+        if type(part) in (list, tuple):
+            return {type(part).__name__: [described(inner) for inner in part]}
+        if part is None or isinstance(part, (bool, int, float, str)):
+            return {"value": part}
+        raise TypeError(f"targets of a pipeline are tensors in dicts, lists and tuples, not a {type(part).__name__}")
+
+    text = json.dumps(described(targets)).encode()
+    head = np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8)
+    return torch.cat([torch.from_numpy(head.copy()), *contents])
+
+
+def from_bytes(data: Tensor) -> Targets:
+    """What `to_bytes` was given."""
+    begin = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+
+    def made(part: dict[str, Any]) -> Any:
+        nonlocal begin
+        ((kind, inner), *_) = part.items()
+        if kind == "shape":
+            dtype: torch.dtype = getattr(torch, part["dtype"])
+            start, begin = begin, begin + math.prod(inner) * dtype.itemsize
+            # A copy, since a view has to begin at a multiple of its type's width.
+            return data[start:begin].clone().view(dtype).reshape(inner)
+        if kind == "dict":
+            return {name: made(value) for name, value in inner.items()}
+        return {"list": list, "tuple": tuple}[kind](map(made, inner)) if kind != "value" else inner
+
+    return made(json.loads(data[8:begin].numpy().tobytes()))
 
 
 def _like(first: Any, parts: list[Any]) -> Any:

@@ -65,6 +65,27 @@ def read_header(path: Path) -> dict[str, Place]:
     return places
 
 
+PICKLE = "a pickled file, as torch.save writes it"
+KINDS = {
+    b"PK\x03\x04": PICKLE, b"\x80\x02": PICKLE, b"\x80\x03": PICKLE, b"\x80\x04": PICKLE, b"\x80\x05": PICKLE,
+    b"version https://git-lfs": "a pointer of Git LFS, whose content was not fetched: git lfs pull",
+    b"<!": "a web page, not the file: download it again", b"<h": "a web page, not the file: download it again", b"GGUF": "a GGUF file", b"\x89HDF": "an HDF5 file",
+}  # fmt: skip
+"""What files are that are taken for others, by how they begin."""
+
+
+def file_kind(path: Path) -> str:
+    """What the file *path* is, one of :data:`KINDS`; "" where it is none of them or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(32)
+    except OSError:
+        return ""
+    if begin[3:8] == bytes(5):
+        return ""  # the length of a header, as safetensors begins
+    return next((kind for mark, kind in KINDS.items() if begin.startswith(mark)), "")
+
+
 def read_into(descriptor: int, data: memoryview, offset: int) -> None:
     """Fill *data* with the file's bytes from *offset*: the system may give less at a time.
 

@@ -13,7 +13,7 @@ FILES = sorted(path for folder in ("bigvision", "launch", "benchmarks") for path
 
 # A room imports itself and the rooms of the lines above its own.
 LEVELS = (
-    {"errors", "seeds", "targets"},
+    {"errors", "jsonlines", "seeds", "targets"},
     {"config", "fragments", "signals", "tensorfile"},
     {"runtime", "models", "data", "tasks", "optim"},
     {"pipeline"},

@@ -48,11 +48,14 @@ class Checkpoint:
         if problem := self._fill(fragments, groups):
             raise UserError(f"{self._key}: {self.folder} is not a valid checkpoint: {problem}")
 
-    def restore_or_older(self, fragments: list[Fragment], say: Say) -> Checkpoint:
+    def restore_or_older(
+        self, fragments: list[Fragment], say: Say, accept: Callable[[Checkpoint], None] = lambda found: None
+    ) -> Checkpoint:  # fmt: skip
         """Fill *fragments* from this checkpoint, on every rank, or from the newest older one that is whole; return it.
 
         Args:
             say: told when a damaged checkpoint is passed over.
+            accept: called with an older one before it is read; raises where the run must not go on from that.
 
         Raises:
             UserError: as :meth:`restore`, for one that was named; or none is whole.
@@ -68,6 +71,7 @@ class Checkpoint:
                 return found
             say(_passed_over(found.folder, problem))
             found = _newest(found.folder.parent, found.full, say, below=int(found.folder.name.partition("-")[2]))
+            accept(found)
         raise AssertionError("either one is found or it is an error")
 
     def is_in(self, out: Path) -> bool:

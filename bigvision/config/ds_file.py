@@ -13,6 +13,11 @@ from bigvision.config import ds_keys
 from bigvision.config.ds_keys import Choice, Knob, Neutral, Only, Ours, Refused, Rule
 from bigvision.errors import UserError, nearest
 
+NEVER = (None, 0, math.inf)
+"""Values of a number of steps."""
+COMMENTS = ("_", "//", "#", "comment")
+"""With what people begin the names of keys that are comments."""
+
 
 @dataclass(frozen=True)
 class DsFile:
@@ -91,7 +96,8 @@ class _Reader:
             return dict(pairs)
 
         def finite(text: str) -> float:
-            if not math.isfinite(number := float(text)):
+            # Infinity is how accelerate writes "never".
+            if not math.isfinite(number := float(text)) and text != "Infinity":
                 raise self.error(f"{text} is not a finite number: write one")
             return number
 
@@ -118,6 +124,8 @@ class _Reader:
             if name not in tree:
                 continue
             key, value = prefix + name, tree[name]
+            if isinstance(rule, Mapping) and (value is None or value is False or value in ("auto", {})):
+                continue  # asks for nothing, as where it is left out
             self.present.add(key)
             if isinstance(rule, Mapping):
                 if not isinstance(value, dict):
@@ -147,6 +155,8 @@ class _Reader:
                         self.ask(rule.key, None if rule.key == "optim.clip" and value == 0 else typed, key)
                 elif value != "auto":
                     knobs[name] = typed
+        # Comments, as JSON has none of its own.
+        tree = {name: value for name, value in tree.items() if not name.startswith(COMMENTS)}
         # Last: a known key that is wrong, such as an optimizer's type, often explains an unknown one.
         for name in tree:
             if name not in table:
@@ -166,10 +176,13 @@ class _Reader:
 
     def typed(self, key: str, value: Any, rule: Ours | Knob) -> Any:
         """*value* as the rule's kind; 5e8 is a whole number, as it is for DeepSpeed."""
+        if rule.kind == "interval" and value in NEVER:
+            return None
         number = _is_number(value)
         name, right = {
             "bool": ("true or false", isinstance(value, bool)),
             "int": ("a whole number", number and value % 1 == 0),
+            "interval": ("a number of steps", number and value % 1 == 0),
             "number": ("a number", number),
             "stage": ("one of 0, 1, 2, 3", number and value in (0, 1, 2, 3)),
             "device": ("one of none, cpu", value in ("none", "cpu")),
@@ -185,7 +198,7 @@ class _Reader:
             raise self.error(f"{key}: {_json(value)} must be {limit}")
         if rule.kind == "stage":
             return f"zero{int(value)}" if value else "ddp"
-        return int(value) if rule.kind == "int" else value
+        return int(value) if rule.kind in ("int", "interval") else value
 
     def ask(self, ours: str, value: Any, key: str) -> None:
         before = self.asked.setdefault(ours, (value, key))
@@ -317,7 +330,8 @@ def _is_off(value: Any, switch: str = "") -> bool:
     """Whether a key or section asks for nothing."""
     if isinstance(value, dict):
         states = list(_states(value))
-        return not value or bool(states and not any(states)) or bool(switch and not _unquoted(value.get(switch), "bool"))
+        on = _unquoted(value.get(switch), "bool")
+        return not value or bool(states and not any(states)) or bool(switch and (not on or on == "auto"))
     return value is None or _unquoted(value, "bool") is False
 
 
@@ -327,7 +341,7 @@ def _states(section: dict[str, Any]) -> Iterator[bool]:
         if isinstance(value, dict):
             yield from _states(value)
         elif name == "enabled":
-            yield _unquoted(value, "bool") is not False
+            yield _unquoted(value, "bool") not in (False, None, "auto")
 
 
 def _json_hint(text: str, at: int) -> str:

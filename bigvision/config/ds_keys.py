@@ -157,6 +157,7 @@ FP16 = {
     "hysteresis": COUNT,
     "consecutive_hysteresis": BOOL,
     "min_loss_scale": SIZE,
+    **dict.fromkeys(("opt_level", "fp16_opt_level"), Neutral("they are apex's: parallel.precision decides")),
     "auto_cast": Only((False,), "the images are cast where the model needs it; write false"),
     "fp16_master_weights_and_grads": Only((False,), "master weights stay fp32; write false"),
 }
@@ -221,6 +222,7 @@ ZERO: Mapping[str, Rule] = {
     "compute_grad_norm": Only((True,), "bigvision reports and clips the gradient's norm; write true"),
     "elastic_checkpoint": Only((False,), "bigvision's checkpoints fit any number of ranks; write false"),
     "legacy_stage1": Only((False,), "write false"),
+    "grad_hooks": Neutral("gradients are always reduced while the backward pass runs"),
     "save_muon_momentum_buffer_in_memory": Only((False,), "Muon needs whole matrices, which ZeRO cuts; write false"),
     "zero_hpz_partition_size": Only((1,), "bigvision has no secondary partition; write 1"),
     "zero_quantized_weights": QUANTIZED,
@@ -229,7 +231,9 @@ ZERO: Mapping[str, Rule] = {
     "leaf_module": Neutral("bigvision decides what is gathered together"),
     "zenflow": Refused("ZenFlow steps with old gradients, which changes the numbers; drop the key"),
     "cpu_offload": Refused('an old spelling: write "offload_optimizer": {"device": "cpu"}'),
-    "cpu_offload_param": Refused('an old spelling: write "offload_param": {"device": "cpu"}'),
+    **dict.fromkeys(
+        ("cpu_offload_param", "cpu_offload_params"), Refused('an old spelling: write "offload_param": {"device": "cpu"}')
+    ),
     "cpu_offload_use_pin_memory": Refused("an old spelling: write pin_memory in offload_optimizer and offload_param"),
     "mics_shard_size": Only((-1, 0), REMOVED),
     **dict.fromkeys(("mics_hierarchical_params_gather", "zeropp_loco_param"), Refused(REMOVED)),
@@ -254,7 +258,7 @@ TOP: Mapping[str, Rule] = {
     "optimizer": OPTIMIZER,
     "scheduler": SCHEDULER,
     # How DeepSpeed works and what it prints.
-    "steps_per_print": SIZE,
+    "steps_per_print": Knob("interval", 1),
     "wall_clock_breakdown": BOOL,
     "memory_breakdown": BOOL,
     "dump_state": BOOL,
@@ -295,7 +299,10 @@ TOP: Mapping[str, Rule] = {
     "hybrid_engine": Refused("it generates text between training steps; drop the section", "enabled"),
     # Other kinds of parallelism.
     "pipeline": PARALLEL,
-    "tensor_parallel": PARALLEL,
+    "tensor_parallel": {
+        **dict.fromkeys(("autotp_size", "tp_size"), Only((0, 1), "bigvision has no tensor parallelism; write 1")),
+        "enabled": Only((False,), "bigvision has no tensor parallelism; write false"),
+    },
     "expert_parallel": PARALLEL,
     "data_parallel_size": PARALLEL,
     "sequence_parallel_size": Only((1,), "bigvision is data-parallel; write 1"),

@@ -67,7 +67,7 @@ def parse_flags(defaults: Config, flags: list[str], kinds: Mapping[str, Any], pr
             if kinds[key] is str:
                 values[key] = value.text
             else:
-                values[key] = parse(value.text, f"--{key} {value.text!r}") if value.text else ""
+                values[key] = parse(value.text, f"--{key} {value.text!r}", key == "model.options") if value.text else ""
     return values
 
 

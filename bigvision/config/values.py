@@ -101,7 +101,10 @@ def kind_name(kind: Any) -> str:
 def spell(value: Any) -> str:
     """*value* on one line as YAML spells it."""
     value = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n").strip()
+    style = {"default_flow_style": True, "width": 10**6, "sort_keys": False}
+    text = yaml.safe_dump(value, **style).removesuffix("...\n").strip()
+    # Texts with line breaks, and bytes: escaped.
+    return " ".join(yaml.safe_dump(value, **style, default_style='"').split()) if "\n" in text else text
 
 
 def parse_size(text: str, key: str) -> int:

@@ -15,6 +15,7 @@ from bigvision.errors import UserError
 
 OCTAL = re.compile(r"[-+]?0[0-7_]+")
 SIXTIES = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
+EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+", re.ASCII)
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 NO_DATES = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -51,8 +52,11 @@ def read_recipe(path: str | Path) -> Mapping[str, Any]:
     return tree
 
 
-def parse(text: str, where: str) -> Any:
+def parse(text: str, where: str, options: bool = False) -> Any:
     """The value that *text* spells in YAML; *where* begins each message.
+
+    Args:
+        options: it is that of ``model.options``.
 
     Raises:
         UserError: as `read_recipe`.
@@ -64,6 +68,7 @@ def parse(text: str, where: str) -> Any:
         if node is None:
             return None
         _check(node, where, "", [])
+        _read_numbers(node if options else _value_at(node, ("model", "options")))
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {_problem(error)}") from None
@@ -109,6 +114,25 @@ def _check(node: yaml.Node, where: str, key: str, above: list[yaml.Node]) -> Non
         if kind:
             at = f"{where}: line {line}: {key}" if key else where
             raise UserError(f"{at}: {node.value} is {kind} in YAML: write a plain number, or quote a text")
+
+
+def _value_at(node: yaml.Node | None, path: tuple[str, ...]) -> yaml.Node | None:
+    for name in path:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((value for key, value in pairs if key.value == name), None)
+    return node
+
+
+def _read_numbers(node: yaml.Node | None) -> None:
+    """Let 1e-6 in *node* be a number, which YAML 1.1 reads as text: a timm option has no kind by which it could be told."""
+    if isinstance(node, yaml.MappingNode):
+        for _, value in node.value:
+            _read_numbers(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _read_numbers(value)
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and EXPONENT.fullmatch(node.value):
+        node.tag = NUMBERS[1]
 
 
 def _problem(error: yaml.YAMLError) -> str:

@@ -44,15 +44,17 @@ def check_engine(config: Config, runtime: Runtime) -> None:
 
 
 def build_engine(
-    config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool
-) -> Engine:
+    config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool,
+    trains: bool = True,
+) -> Engine:  # fmt: skip
     """The engine of ``parallel.strategy``.
 
     Args:
         steps: optimizer steps of the whole run.
         restored: a checkpoint will be read into its fragments, so that first values are not computed.
+        trains: whether it will take steps; where it only evaluates nothing is run in training mode.
     """
-    return STRATEGIES[config.parallel.strategy](config, blueprint, blocks, task, runtime, steps, restored)
+    return STRATEGIES[config.parallel.strategy](config, blueprint, blocks, task, runtime, steps, restored, trains)
 
 
 __all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "build_engine", "check_engine"]

@@ -66,7 +66,8 @@ class Engine:
     """Whether a rank works for itself until the last backward pass."""
 
     def __init__(
-        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool
+        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool,
+        trains: bool = True,
     ) -> None:  # fmt: skip
         """Place and initialise the model.
 
@@ -74,11 +75,13 @@ class Engine:
             blueprint: the model on meta and where its first values come from.
             steps: optimizer steps of the whole run, for the schedule.
             restored: a checkpoint will be read into the fragments, so that first values are not computed.
+            trains: whether steps will be taken.
 
         Raises:
             UserError: there is nothing to train.
         """
-        self.config, self.task, self.runtime, self.steps, self.restoring = config, task, runtime, steps, restored
+        self.config, self.task, self.runtime, self.steps = config, task, runtime, steps
+        self.restoring, self.trains = restored, trains
         self.micro_batch = micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
         self.eval_batch = self.micro_batch
         self.checks: list[tuple[Tensor, Tensor]] = []
@@ -115,7 +118,7 @@ class Engine:
         else:
             spread = replicate(self.module, self.parts, runtime)
         self.stepper = NativeStep(spread, blueprint, config, runtime, self.restoring)
-        if not sharded and runtime.world_size > 1:
+        if not sharded and runtime.world_size > 1 and self.trains:
             self._set_mode(training=True)  # frozen norms
             layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
             example = torch.zeros(min(2, self.micro_batch), *self.input_shape, device=runtime.device)

@@ -19,6 +19,7 @@ from bigvision.models import Blocks, Blueprint
 from bigvision.pipeline import Placement, StageMemory, make_schedule, plan_stages
 from bigvision.runtime import Runtime
 from bigvision.seeds import seed_from
+from bigvision.targets import Targets, each_tensor
 from bigvision.tasks import Task
 
 
@@ -31,7 +32,8 @@ class PipelineEngine(Engine):
     """
 
     def __init__(
-        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool
+        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool,
+        trains: bool = True,
     ) -> None:  # fmt: skip
         there_and_back = config.parallel.schedule in SPLIT_BACKWARD
         self.placement = Placement(runtime.pipeline_ranks, config.parallel.per_rank, there_and_back)
@@ -39,7 +41,7 @@ class PipelineEngine(Engine):
         shape = blueprint.input_shape
         memory = StageMemory.of(config, runtime, self.placement, micro_batch(config, runtime.data_ranks, self.placement.ranks))
         self.plan = plan_stages(blueprint.module, blocks, shape, runtime.device, memory)
-        super().__init__(config, blueprint, blocks, task, runtime, steps, restored)
+        super().__init__(config, blueprint, blocks, task, runtime, steps, restored, trains)
         self.eval_batch = config.train.global_batch // runtime.data_ranks // self.micro_batch * self.micro_batch
         self.notes = [
             *self.notes,
@@ -89,7 +91,7 @@ class PipelineEngine(Engine):
         self.loss_factor = factor * self.stepper.scale.factor
         parameters = list(self.stepper.held.values())
         images = self._inputs(batch) if 0 in self.stages else None
-        targets, begin = batch.loss_targets(), 0
+        self.targets, begin = batch.loss_targets(), 0
         whole, rest = divmod(len(batch), self.micro_batch)
         for count, size in ((whole, self.micro_batch), (1, rest)):
             if not count or not size:
@@ -103,7 +105,8 @@ class PipelineEngine(Engine):
                     parameter.grad = None
             mine = slice(begin, begin + count * size)
             arguments = () if images is None else (images[mine],)
-            target = targets[mine] if self.placement.stages - 1 in self.stages else None
+            # The schedule cuts one tensor: places in the batch, which stay on the host, stand for targets of any kind.
+            target = torch.arange(mine.start, mine.stop) if self.placement.stages - 1 in self.stages else None
             with _unwrapped():
                 self.schedules[count, size].step(*arguments, target=target, return_outputs=False)
             begin += count * size
@@ -122,8 +125,13 @@ class PipelineEngine(Engine):
         values.insert(0, (torch.empty(size, *self.input_shape, device="meta"),))
         return make_schedule(
             self.config.parallel.schedule, self.stages, values, self.placement, count, self.group,
-            lambda outputs, targets: self._checked_loss(outputs, targets) * self.loss_factor,
+            lambda outputs, places: self._checked_loss(outputs, self._targets_at(places)) * self.loss_factor,
         )  # fmt: skip
+
+    def _targets_at(self, places: Tensor) -> Targets:
+        """The targets of a micro-batch."""
+        begin, end = int(places[0]), int(places[-1]) + 1
+        return each_tensor(lambda tensor: tensor[begin:end], self.targets)
 
     @contextmanager
     def _surroundings(self, number: int) -> Iterator[None]:

@@ -44,11 +44,20 @@ RULES: dict[str, Rule] = {
     "ACCELERATE_USE_FSDP": Rule(dict.fromkeys(YES, "fsdp") | dict.fromkeys(NO), "use true or false", "parallel.strategy"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": Rule(YES + NO, "only says that PARALLELISM_CONFIG_* are there"),
     "ACCELERATE_USE_CPU": Rule(dict.fromkeys(YES, "cpu") | dict.fromkeys(NO), "use true or false", "parallel.device"),
+    **dict.fromkeys(
+        ("ACCELERATE_USE_IPEX", "ACCELERATE_USE_XPU"), Rule(NO, "bigvision runs on CUDA and on CPUs without IPEX; use false")
+    ),
     "ACCELERATE_CPU_AFFINITY": Rule(ANY, "bigvision does not bind ranks to cores", usual=NO),
     "ACCELERATE_DOWNCAST_BF16": Rule(ANY, "is for TPUs", usual=NO),
     "ACCELERATE_DEBUG_MODE": Rule(ANY, "checks accelerate's own collectives"),
-    "ACCELERATE_ENABLE_RICH": Rule(ANY, "how accelerate itself prints"),
-    "ACCELERATE_LOG_LEVEL": Rule(ANY, "how accelerate itself prints"),
+    **dict.fromkeys(
+        ("ACCELERATE_ENABLE_RICH", "ACCELERATE_DISABLE_RICH", "ACCELERATE_LOG_LEVEL"),
+        Rule(ANY, "how accelerate itself prints"),
+    ),
+    **dict.fromkeys(
+        ("ACCELERATE_CONFIG_FILE", "ACCELERATE_BYPASS_DEVICE_MAP", "ACCELERATE_DEBUG_RDV_FILE"),
+        Rule(ANY, "what accelerate itself reads"),
+    ),
     # Numbers.
     "ACCELERATE_MIXED_PRECISION": Rule(
         {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}, "use mixed_precision: no, bf16 or fp16", "parallel.precision"
@@ -93,7 +102,10 @@ RULES: dict[str, Rule] = {
         SHARDING | HYBRID | dict.fromkeys(YES, "forward") | dict.fromkeys(NO, "never"), "use true or false", "parallel.reshard"
     ),
     "FSDP_AUTO_WRAP_POLICY": Rule(ANY, "bigvision shards each block of the model", usual=("transformer_based_wrap",)),
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": Rule(ANY, "bigvision finds the blocks of the model itself", usual=("none",)),
+    **dict.fromkeys(
+        ("FSDP_TRANSFORMER_CLS_TO_WRAP", "FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP"),
+        Rule(ANY, "bigvision finds the blocks of the model itself", usual=("none",)),
+    ),
     "FSDP_MIN_NUM_PARAMS": Rule(ANY, "read by SIZE_BASED_WRAP only; bigvision shards each block"),
     "FSDP_IGNORED_MODULES": Rule((), "bigvision shards every parameter; drop fsdp_ignored_modules"),
     "FSDP_OFFLOAD_PARAMS": Rule(NO, "bigvision keeps parameters on the device; use fsdp_offload_params: false"),
@@ -107,7 +119,10 @@ RULES: dict[str, Rule] = {
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": Rule(
         NO, "activations are recomputed, not offloaded; use fsdp_activation_checkpointing_offload: false"
     ),
-    "FSDP_BACKWARD_PREFETCH": Rule(ANY, "the next block is gathered before one has run", usual=("backward_pre", "1")),
+    **dict.fromkeys(
+        ("FSDP_BACKWARD_PREFETCH", "FSDP_BACKWARD_PREFETCH_POLICY"),
+        Rule(ANY, "the next block is gathered before one has run", usual=("backward_pre", "1")),
+    ),
     # Every launch says false when nothing was asked for.
     "FSDP_FORWARD_PREFETCH": Rule(YES + NO, "the next block is always gathered while one runs"),
     # FSDP: what does not arise in bigvision.
@@ -122,6 +137,7 @@ RULES: dict[str, Rule] = {
     "PARALLELISM_CONFIG_CP_SIZE": Rule(("1",), "bigvision has no context parallelism; use parallelism_config_cp_size: 1"),
     "PARALLELISM_CONFIG_SP_SIZE": Rule(("1",), "bigvision has no sequence parallelism; use parallelism_config_sp_size: 1"),
     "PARALLELISM_CONFIG_CP_BACKEND": Rule(ANY, "context parallelism is off"),
+    "PARALLELISM_CONFIG_CP_COMM_STRATEGY": Rule(ANY, "context parallelism is off"),
     "PARALLELISM_CONFIG_SP_BACKEND": Rule(ANY, "sequence parallelism is off"),
 }
 

@@ -18,7 +18,8 @@ from bigvision.errors import UserError
 from bigvision.launching.accelerate import overrides
 from bigvision.models import check_model
 from bigvision.models.check import check_name, current_name
-from bigvision.runtime import Watchdog, all_or_none, collective_timeout, start
+from bigvision.models.weights_file import MARK
+from bigvision.runtime import Watchdog, all_or_none, collective_timeout, start, warn_of_shared_memory
 from bigvision.training.bad import BadSamples
 from bigvision.training.build import build_model
 from bigvision.training.data import Data
@@ -53,7 +54,7 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
         # The file may be gone, and what it decided is saved; it counts again where a flag names it.
         saved["parallel"]["deepspeed"] = None
     config, _ = resolve(saved, flags, overrides(os.environ, say), prog=PROG, say=say)
-    return training.evaluate_checkpoint(folder, config)
+    return training.evaluate_checkpoint(folder, config, say)
 
 
 def _is_name(subject: str) -> bool:
@@ -92,6 +93,7 @@ def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, fl
         start(parallel.device, 1, 1, collective_timeout(config.limits)) as runtime,
         watch.naming(),
     ):
+        warn_of_shared_memory(runtime, say)
         all_or_none(lambda: check_model(config.model))
         # One rank downloads and indexes what the others find.
         first = all_or_none(lambda: _open(config, True) if runtime.is_main else None)
@@ -100,7 +102,7 @@ def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, fl
         model, train = replace(config.model, num_classes=outputs), replace(config.train, global_batch=total)
         config = replace(config, model=model, train=train)
         data = Data(val, val, BadSamples(config.data.bad_budget, {"train": len(val), "val": len(val)}))
-        engine, plan, _ = build_model(config, len(val.classes), runtime, steps=1, say=say, channels=val.channels)
+        engine, plan, _ = build_model(config, len(val.classes), runtime, steps=1, say=say, channels=val.channels, trains=False)
         try:
             metrics = evaluate(config, engine, data, plan, runtime, watch)
             assert metrics is not None
@@ -118,17 +120,39 @@ def _open(config: Config, first: bool) -> tuple[Source, int]:
             class_file=config.data.classes,
         )  # fmt: skip
 
-    model, val = config.model, opened()
-    card = timm.models.get_pretrained_cfg(current_name(model.name)[0])
+    model = config.model
+    if config.data.classes is None and (saved := _saved_classes(model.weights)):
+        return opened(saved), model.num_classes or len(saved)
+    card, val = timm.models.get_pretrained_cfg(current_name(model.name)[0]), opened()
     theirs = card.num_classes if card is not None and model.pretrained else None
     outputs = model.num_classes or theirs or len(val.classes)
-    if outputs == len(val.classes) or config.data.classes is not None:
+    if len(val.classes) <= outputs and config.data.classes is not None:
         return val, outputs
-    # A part of ImageNet, in folders that are called by its synsets.
-    synsets = timm.data.ImageNetInfo().label_names() if outputs == 1000 else []
-    if not synsets or not set(val.classes) <= set(synsets):
-        raise UserError(
-            f"data.val: {len(val.classes)} classes, but {model.name} has {outputs} outputs: name images with the model's "
-            "classes, or a file with them in data.classes"
-        )
-    return opened(synsets), outputs
+    subset = timm.data.infer_imagenet_subset({"num_classes": outputs}) if theirs == outputs else None
+    synsets = timm.data.ImageNetInfo(subset).label_names() if subset else []
+    if set(val.classes) <= set(synsets):
+        return val if val.classes == synsets else opened(synsets), outputs
+    numbers = [str(number) for number in range(outputs)]
+    if sorted(val.classes) == sorted(numbers):
+        return val if val.classes == numbers else opened(numbers), outputs  # folders are sorted as texts
+    # Words in the order of their letters are not in the synsets' order; those of the Hub's ImageNet are.
+    if len(val.classes) == outputs and (not synsets or val.classes != sorted(val.classes)):
+        return val, outputs
+    unknown = next((name for name in val.classes if name not in synsets), None)
+    example = f" ({unknown!r} is none of {synsets[0]!r}, {synsets[1]!r}, ...)" if synsets and unknown is not None else ""
+    raise UserError(
+        f"data.val: {len(val.classes)} classes, but {model.name} has {outputs} outputs{example}: name images with the model's "
+        "classes, or a file with them, in the order of the outputs, in data.classes"
+    )
+
+
+def _saved_classes(weights: str | None) -> list[str] | None:
+    """The classes in the config.json beside *weights*, where a run or an export wrote it."""
+    if weights is None:
+        return None
+    path = Path(weights.partition(MARK)[0]).expanduser()
+    try:
+        found = json.loads((path if path.is_dir() else path.parent).joinpath("config.json").read_bytes())["label_names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, list) and found and all(isinstance(name, str) for name in found) else None

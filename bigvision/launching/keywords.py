@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bigvision.config import Config, resolve
+from bigvision.config import Config, DataConfig, resolve
 from bigvision.config.paths import AUTO
 from bigvision.config.resolve import flatten
 from bigvision.config.values import leaves
@@ -30,6 +30,8 @@ class Objects:
     data: Any = None
     val: Any = None
     """Datasets; both or none."""
+    data_named: bool = False
+    """Whether the caller or the recipe has said what is trained on."""
 
     @property
     def none(self) -> bool:
@@ -83,16 +85,16 @@ def configured(
         given[key] = value if isinstance(value, str) else named(value)  # what a folder is named after
     if isinstance(recipe, Config):
         if not given and recipe.out != AUTO:
-            return recipe, Objects()
+            return recipe, Objects(data_named=recipe.data.train != DataConfig.train)
         recipe = recipe.to_dict()
     if recipe is not None and not isinstance(recipe, (str, Path, Mapping)):
         raise UserError(f"{caller}: {type(recipe).__name__} is no recipe: give a path, a mapping or a Config")
     keywords = {key: (str(value) if isinstance(value, Path) else value, f"{caller}(...)") for key, value in given.items()}
     notes: list[str] = []
-    config, _ = resolve(recipe, keywords=keywords, say=notes.append)
+    config, origins = resolve(recipe, keywords=keywords, say=notes.append)
     if notes and identify(os.environ).rank == 0:
         print("\n".join(notes))
-    return config, Objects(**objects)
+    return config, Objects(**objects, data_named=origins["data.train"] != "default")
 
 
 def _class_name(data: Any) -> str:

@@ -13,13 +13,16 @@ from torch import Tensor
 
 from bigvision import checkpoint
 from bigvision.config import parse_size
-from bigvision.data import Batch, StepBatch
+from bigvision.data import Batch, Source, StepBatch
+from bigvision.data.sources.custom import MapDataset
 from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError
-from bigvision.launching.keywords import Recipe, configured
+from bigvision.launching.keywords import Objects, Recipe, configured
 from bigvision.models import GivenModel, check_model
-from bigvision.runtime import all_or_none, deterministic, from_main, operations_named, start
+from bigvision.runtime import all_or_none, deterministic, from_main, operations_named, start, warn_of_shared_memory
 from bigvision.training.build import build_model, with_model, without_weights
+from bigvision.training.data import open_data
+from bigvision.training.lineage import check_same_run, data_facts
 from bigvision.training.saving import progress_of
 
 
@@ -47,6 +50,8 @@ class Engine:
         steps: int | None = None,
         global_batch: int | None = None,
         image_size: int | tuple[int, int] | None = None,
+        data: str | Source | MapDataset | None = None,
+        val: str | Source | MapDataset | None = None,
         resume: bool | str | Path = False,
         **keys: Any,
     ) -> None:
@@ -59,6 +64,8 @@ class Engine:
             steps: ``train.steps``, of the whole loop: the learning rate's schedule.
             global_batch: ``train.global_batch``, samples of a step over all ranks.
             image_size: ``model.image_size``, the side of a square, or height and width.
+            data, val: what the loop trains and validates on, as in `bigvision.train`. It is not fed to the loop: checkpoints
+                record it, with its class names, and :meth:`resume` compares it. So it is where the recipe names data.
             resume: True, or a folder: take over a checkpoint as :meth:`resume` does, without computing first values or
                 reading pretrained weights before.
             keys: sections and dotted keys, as in `bigvision.train`.
@@ -68,7 +75,7 @@ class Engine:
         """
         ours = {"model.num_classes": num_classes, "train.steps": steps, "train.global_batch": global_batch}
         keys |= {key: value for key, value in ours.items() if value is not None}
-        made, objects = configured("bigvision.Engine", config, model, None, None, image_size, keys)
+        made, objects = configured("bigvision.Engine", config, model, data, val, image_size, keys)
         if made.train.steps is None:
             raise UserError("train.steps: bigvision.Engine needs the number of steps for the learning rate: give steps=...")
         if made.model.num_classes is None and not isinstance(objects.model, torch.nn.Module):
@@ -77,17 +84,22 @@ class Engine:
         self._out = Path(self.config.out)
         self._stack = ExitStack()
         try:
-            self._build(objects.model, resume)
+            self._build(objects, resume)
         except BaseException:
             self._stack.close()
             raise
 
-    def _build(self, model: Any, resume: bool | str | Path) -> None:
-        parallel, steps = self.config.parallel, self.config.train.steps
-        assert steps is not None
+    def _build(self, objects: Objects, resume: bool | str | Path) -> None:
+        parallel, steps, model = self.config.parallel, self.config.train.steps or 0, objects.model
         self._stack.enter_context(deterministic(self.config.train.deterministic, parallel.device))
         self.runtime = self._stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks))
         all_or_none(lambda: check_engine(self.config, self.runtime))
+        warn_of_shared_memory(self.runtime, self._say)
+        self._facts: dict[str, Any] | None = None
+        """The fingerprints of the data, where they are known."""
+        self._classes: list[str] = []
+        if objects.data_named:
+            self._take_data(objects)
         found = self._find(None if resume is True else resume) if resume else None
         config = self.config if found is None else without_weights(self.config)
         all_or_none(lambda: check_model(config.model, model))
@@ -95,6 +107,8 @@ class Engine:
         self.engine, blueprint, self._card = build_model(
             config, config.model.num_classes or 1, self.runtime, steps, self._say, channels, model, found is not None
         )
+        if self._classes:
+            self._card["label_names"] = self._classes
         self._stack.callback(self.engine.close)
         self._savers: dict[Path, checkpoint.Saver] = {}
         height, width = blueprint.image_size
@@ -185,6 +199,8 @@ class Engine:
         self.engine.synchronize()
         evaluated = self.step if metrics else None
         progress = progress_of(self.engine, replace(self.config, out=str(folder)), metrics or {}, evaluated)
+        if self._facts is not None:
+            progress["data"] = self._facts
         documents = {"config.json": self._card, "progress.json": progress}
         self._savers[folder].save(self.step, self.engine.fragments(), documents)
         return folder / checkpoint.folder_name(self.step)
@@ -199,23 +215,51 @@ class Engine:
                 ``checkpoint.resume`` means, "auto" being the newest in the folder of the last :meth:`save`, else in ``out``.
 
         Raises:
-            UserError: it is not valid, or of another model.
+            UserError: it is not valid, of another model, or was trained on other data or classes than this engine was given
+                and ``checkpoint.allow`` does not name them.
         """
         if (found := self._find(folder)) is not None:
             self._restore(found)
         return self.step
 
+    def _take_data(self, objects: Objects) -> None:
+        """Record the data that the caller or the recipe names. What the recipe names need not be there: nothing reads it."""
+        given = None if objects.data is None else (objects.data, objects.val)
+        try:
+            data = open_data(self.config, self.runtime, given)
+            outputs = self.config.model.num_classes
+            if outputs is not None and outputs < data.num_classes:
+                raise UserError(f"model.num_classes: {outputs}, but data.train has {data.num_classes} classes")
+        except UserError as error:
+            if given is not None:
+                raise
+            self._say(f"checkpoints do not record the data: {error}")
+            return
+        self._facts, self._classes = data_facts(self.config, data, self.runtime), list(data.train.classes)
+
     def _find(self, folder: str | Path | None) -> checkpoint.Checkpoint | None:
         verify = self.config.checkpoint.verify
         if folder is None:
-            return checkpoint.find(self.config.checkpoint.resume, self._out, verify, self._say)
-        if from_main(checkpoint.is_step_folder(Path(folder))):
-            return checkpoint.open_checkpoint(Path(folder), verify, "checkpoint.resume")
-        return checkpoint.find("auto", Path(folder), verify, self._say)
+            found = checkpoint.find(self.config.checkpoint.resume, self._out, verify, self._say)
+        elif from_main(checkpoint.is_step_folder(Path(folder))):
+            found = checkpoint.open_checkpoint(Path(folder), verify, "checkpoint.resume")
+        else:
+            found = checkpoint.find("auto", Path(folder), verify, self._say)
+        if found is not None:
+            self._accept(found)
+        return found
+
+    def _accept(self, found: checkpoint.Checkpoint) -> None:
+        if self._facts is not None:
+            check_same_run(found, self._facts, self._classes, self.config.checkpoint.allow, self._say)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        found = found.restore_or_older(list(self.engine.fragments()), self._say)
+        found = found.restore_or_older(list(self.engine.fragments()), self._say, self._accept)
         self.engine.restored(found.progress["scalars"])
+        if self._facts is None:
+            # Nobody has said that they are others.
+            self._facts = found.progress.get("data")
+            self._card |= {name: names for name, names in found.card.items() if name == "label_names"}
 
     def _take(self, folder: Path) -> None:
         """Lock *folder*, and remove what a killed run has left half done there."""

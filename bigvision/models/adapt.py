@@ -49,6 +49,8 @@ class Adapted:
 
     likes: dict[str, Tensor]
     """A tensor of each value's shape, by timm's name."""
+    left_out: str = ""
+    """A layer of the file that the model does not have, and does without."""
     note: str | None = None
     """Why the adaptation could not be recorded. What it computes is then held, and the rest mapped from the file."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import pathlib
 import re
 import secrets
 import sys
@@ -18,10 +20,18 @@ from torch import Tensor, nn
 
 from bigvision.errors import UserError
 from bigvision.models.prefixes import COUNTERS, plain_name
+from bigvision.tensorfile import PICKLE, file_kind
 
 CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
 CONTAINERS += ("state_dict", "model", "model_state_dict", "weights", "net")
 """What training scripts call the weights in a checkpoint, first what timm takes first: averaged weights before the others."""
+PLAIN: list[Any] = [
+    argparse.Namespace, datetime.date, datetime.datetime, datetime.timedelta, pathlib.PosixPath, pathlib.PurePosixPath,
+    list, dict, set, int, float, str, bool,
+    # torch's reader fills plain dicts and lists alone.
+    (lambda *arguments: {}, "collections.defaultdict"), (lambda *arguments: [], "collections.deque"),
+]  # fmt: skip
+"""What checkpoints hold beside weights that is data and no code: the command line that made them, dates, paths, counts."""
 NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|lr_|callback|hyper", re.IGNORECASE)
 """In the names of what else a checkpoint holds by tensor."""
 
@@ -120,11 +130,15 @@ def _load(path: Path, source: str) -> dict[str, Any]:
     if path.suffix.lower() == ".safetensors":
         raise UserError(f"convert: {source} is not pickled; set model.weights to it as it is")
     try:
-        # timm's own checkpoints hold the command line that made them, and many a numpy number (the best accuracy).
-        with torch.serialization.safe_globals([argparse.Namespace, *_numpy_types()]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([*PLAIN, *_numpy_types()]):
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise RuntimeError(_reason(path, error)) from error
     except Exception as error:
-        raise UserError(f"convert: {source} cannot be read without running its code: {_reason(path, error)}") from error
+        kind = file_kind(path)
+        words = f"is {kind}" if kind and kind != PICKLE else f"cannot be read without running its code: {error}"
+        raise UserError(f"convert: {source} {words}") from error
     if not isinstance(found, Mapping):
         raise UserError(f"convert: {source} holds a {type(found).__name__}, not weights by name; take them out with torch")
     return dict(found)
@@ -186,4 +200,6 @@ def _write(tensors: dict[str, Tensor], out: Path, target: str, mode: int) -> Non
 
 
 def _some(names: list[str]) -> str:
-    return " ".join(", ".join(map(str, names[:4])).split()) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return " ".join(", ".join(map(str, names[:4] or ["nothing"])).split()) + (
+        f" and {len(names) - 4} more" if len(names) > 4 else ""
+    )

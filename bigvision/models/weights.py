@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError
@@ -35,8 +35,10 @@ def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adap
         file = WeightsFile(timm_file(config.name, card), key)
     values = Adapted(file, module, {**loading, "pretrained_cfg": card})
     fresh = _check(file, config, module, values, heads)
-    why = "the classes of {} are others" if fresh and fresh[0] in values.likes else "{} has none"
+    why = "the classes of {} are others" if fresh and fresh[0] in (*values.likes, *file.places) else "{} has none"
     notes = [f"the classifier ({fresh[0]}) starts fresh: {why.format(file.source)}"] if fresh else []
+    if values.left_out:
+        notes.append(f"{values.left_out} of {file.source}, a classifier by its shape, is left out")
     return values, [note for note in (fitted, *notes, values.note) if note]
 
 
@@ -69,6 +71,8 @@ def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Ad
     # Files written before torch counted batches lack the counters; torch's own loader lets that pass too.
     missing = [n for n in expected if n not in sources and n not in fresh and not n.endswith("num_batches_tracked")]
     unexpected = [name for name in given if name not in expected and not _is_head(name, heads)]
+    if not missing and (other := _renamed_head(module, fresh, {name: given[name] for name in unexpected})):
+        values.left_out, unexpected = other, []
     for names, what in ((missing, "lacks"), (unexpected, "has, unknown to the model,")):
         if names:
             raise file.mistake(f"{what} {names[0]} ({len(names)} such)", "check model.name and model.options")
@@ -81,6 +85,21 @@ def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Ad
         )
     values.take(sources, {name: tensors[name].dtype for name in sources})
     return fresh
+
+
+def _renamed_head(module: nn.Module, fresh: list[str], others: dict[str, Tensor]) -> str:
+    """The linear layer that *others* are, with as many inputs as the model's classifier, all of which starts fresh.
+
+    It is the classifier of a program that calls it otherwise. "" where *others* are more, as of a deeper model.
+    """
+    layers = {name.rpartition(".")[0] for name in others}
+    layer, sizes = next(iter(layers), ""), {name.rpartition(".")[2]: tuple(like.shape) for name, like in others.items()}
+    heads = [name for name in fresh if name.endswith(".weight")]
+    if len(layers) != 1 or len(heads) != 1 or layer.partition(".")[0] in dict(module.named_children()):
+        return ""
+    weight, inputs = sizes.get("weight", ()), module.state_dict()[heads[0]].shape[1:]
+    fits = len(weight) == 2 and weight[1:] == tuple(inputs) and sizes.keys() <= {"weight", "bias"}
+    return layer if fits else ""
 
 
 def _is_head(name: str, heads: tuple[str, ...]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigvision.errors import UserError
 from bigvision.models.prefixes import COUNTERS, find_prefix, plain_name
-from bigvision.tensorfile import TYPES, Place, bytes_of, read_header, read_into, unique
+from bigvision.tensorfile import PICKLE, TYPES, Place, bytes_of, file_kind, read_header, read_into, unique
 
 PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"}
 INDEX = "model.safetensors.index.json"
@@ -126,6 +126,9 @@ class WeightsFile:
             found = read_header(self.folder / file)
         except ValueError as error:
             what = "is damaged or not safetensors"
+            if kind := file_kind(self.folder / file):
+                mend = "call it .pth and convert it once (bigvision convert)" if kind == PICKLE else REPAIR
+                raise self.mistake(f"is {kind}" if listed is None else f"has a shard {file} that is {kind}", mend) from error
             raise self.mistake(f"{what if listed is None else f'has a shard {file} that {what}'} ({error})") from error
         for name, place in found.items():
             if place.dtype not in TYPES:

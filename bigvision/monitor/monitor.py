@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bigvision.config import Config
 from bigvision.engine import StepResult
+from bigvision.jsonlines import read_lines
 from bigvision.monitor.progress import ProgressBar
 from bigvision.monitor.stragglers import Own, Stragglers
 from bigvision.runtime import Runtime, gather_json
@@ -140,13 +141,8 @@ def _peak_memory(device: torch.device) -> int:
 def _keep_lines(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # cut by the kill
+    lines = [line for line in read_lines(path) if isinstance(at := line.get("step"), int) and at <= step]
+    kept = [json.dumps(line) + "\n" for line in lines]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)

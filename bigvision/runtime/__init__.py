@@ -1,6 +1,13 @@
 """Who am I: launcher environments, process groups, device and mesh."""
 
-from bigvision.runtime.collectives import RankFailure, all_or_none, from_main, gather_json, lacks_shared_memory
+from bigvision.runtime.collectives import (
+    RankFailure,
+    all_or_none,
+    from_main,
+    gather_json,
+    lacks_shared_memory,
+    warn_of_shared_memory,
+)
 from bigvision.runtime.determinism import deterministic, operations_named
 from bigvision.runtime.environment import Identity
 from bigvision.runtime.identity import identify
@@ -22,4 +29,5 @@ __all__ = [
     "lacks_shared_memory",
     "operations_named",
     "start",
+    "warn_of_shared_memory",
 ]

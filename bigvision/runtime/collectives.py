@@ -6,13 +6,16 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from bigvision.errors import UserError
+
+if TYPE_CHECKING:
+    from bigvision.runtime.process import Runtime
 
 T = TypeVar("T")
 SHARED_PER_RANK = 64 << 20
@@ -71,6 +74,13 @@ def all_or_none(work: Callable[[], T], group: dist.ProcessGroup | None = None) -
 
 def _words(error: Exception) -> str:
     return str(error) if isinstance(error, (UserError, RankFailure)) else f"{type(error).__name__}: {error}"
+
+
+def warn_of_shared_memory(runtime: Runtime, say: Callable[[str], None]) -> None:
+    """Call *say* with each host's `lacks_shared_memory`. Called on every rank."""
+    found = gather_json(lacks_shared_memory(runtime.device, runtime.identity.local_world_size))
+    for text in dict.fromkeys(text for text in found if text is not None):
+        say(text)
 
 
 def lacks_shared_memory(device: torch.device, ranks: int) -> str | None:

@@ -27,6 +27,8 @@ STATES = {
     "X": GONE,
 }
 """What the state letters of /proc mean for a process that does not answer."""
+TURNS = 20
+"""How often the guard looks whether the rank has ended by itself, before SIGKILL ends it."""
 
 
 def process_state(pid: int, born: str = "") -> str:
@@ -102,7 +104,7 @@ def _end_at_hangup() -> int | None:
     The C function ``_exit`` takes an int, as a handler does: it exits with the signal's number, which is 1.
 
     Returns:
-        The handler before, or None where SIGHUP has a handler already.
+        The handler before, or None where SIGHUP has a handler already or is ignored (nohup): then it keeps that.
     """
     if signal.SIGHUP != 1 or signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
         return None
@@ -124,7 +126,8 @@ def main(rank: int, end_signal: int, pulse: float, grace: float) -> None:
     Args:
         end_signal: the signal that ends the rank.
         pulse: seconds between two reports.
-        grace: seconds after a fault from which on a rank that no longer reports is ended.
+        grace: seconds after a fault from which on a rank that no longer reports is ended; and after *end_signal* from which on
+            SIGKILL ends it.
     """
     rank_pid = os.getppid()
     report: dict[str, Any] = {"fault": "", "peers": []}
@@ -147,9 +150,12 @@ def main(rank: int, end_signal: int, pulse: float, grace: float) -> None:
             reason = "native code held the interpreter of this rank, which was ended (limits.grace)"
             os.write(2, f"error: rank {rank}: {fault}; {reason}\n".encode(errors="replace"))
             os.kill(rank_pid, end_signal)
-            time.sleep(1.0)
-            if os.getppid() == rank_pid:
-                os.kill(rank_pid, signal.SIGKILL)
+            # In turns, not in one sleep: a machine that gives nobody a turn for seconds must not make a -9 of the exit code 1.
+            for _ in range(TURNS):
+                time.sleep(grace / TURNS)
+                if os.getppid() != rank_pid:
+                    return
+            os.kill(rank_pid, signal.SIGKILL)
             return
 
 

@@ -152,10 +152,10 @@ class Watchdog:
         """Report that this rank begins *phase* of *step*, or its next batch: the limit counts from here."""
         self.at = At(phase, step, self.at.count + 1, phase != "save", time.monotonic())
 
-    def fed(self) -> None:
-        """Report that this rank has the data for what it has begun; the limit counts on."""
+    def waits_for_data(self, waits: bool) -> None:
+        """Report that this rank begins, or has ended, to wait for (more of) the data of its step; the limit counts on."""
         at = self.at
-        self.at = At(at.phase, at.step, at.count + 1, False, at.since)
+        self.at = At(at.phase, at.step, at.count + 1, waits, at.since)
 
     @contextmanager
     def naming(self) -> Iterator[None]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from bigvision.data import BadSample
 from bigvision.errors import UserError
+from bigvision.jsonlines import append_line, read_lines
 from bigvision.runtime import Runtime, from_main, gather_json
 
 NAME = "bad_samples.jsonl"
@@ -56,8 +56,7 @@ class BadSamples:
             if sample.id not in self.known[split]:
                 self.known[split].add(sample.id)
                 if self.path is not None:
-                    with self.path.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"split": split} | sample._asdict()) + "\n")
+                    append_line(self.path, {"split": split} | sample._asdict())
         if samples:
             self.example = f"such as {samples[-1].where}: {samples[-1].reason}"
         allowed = self.budget if self.budget >= 1 else self.budget * self.lengths[split]
@@ -71,8 +70,4 @@ class BadSamples:
 
 
 def _read(path: Path) -> list[tuple[str, int]]:
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [(line["split"], line["id"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    return [(line["split"], line["id"]) for line in read_lines(path) if {"split", "id"} <= line.keys()]

@@ -28,7 +28,7 @@ from bigvision.models import (
     given_name,
     model_card,
 )
-from bigvision.runtime import Runtime, all_or_none, from_main, gather_json, lacks_shared_memory
+from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
 from bigvision.tasks import build_task
 from bigvision.training import bad
 from bigvision.training.data import Data, Given, open_data
@@ -96,9 +96,7 @@ def build(
     # Together, also where every rank would find the same by itself: one that left early would break the others' start.
     all_or_none(check)
     checkpoint.check_shared(out)
-    warnings = gather_json(lacks_shared_memory(runtime.device, runtime.identity.local_world_size))
-    for text in dict.fromkeys(text for text in warnings if text is not None):
-        say(text)
+    warn_of_shared_memory(runtime, say)
     resume = applied_origin(config, runtime, say)
     found = checkpoint.find(resume, out, config.checkpoint.verify, say)
     starts = Starts(config, runtime)
@@ -119,8 +117,12 @@ def build(
             f"(--out, or out= in Python), or more than {found.progress['step']} steps to train that one for longer"
         )
     facts = data_facts(config, data, runtime)
-    if found:
+
+    def accept(found: Checkpoint) -> None:
         check_same_run(found, facts, data.train.classes, config.checkpoint.allow, say)
+
+    if found:
+        accept(found)
     resumes = found is not None
     engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say, data.train.channels, model, resumes)
     if data.train.classes:
@@ -131,7 +133,7 @@ def build(
     metrics: dict[str, float] = {}
     faults: dict[str, Any] = {}
     if found:
-        found = found.restore_or_older(list(engine.fragments()), say)
+        found = found.restore_or_older(list(engine.fragments()), say, accept)
         engine.restored(found.progress["scalars"])
         metrics, faults = found.progress["metrics"], found.progress.get("faults", {})
         say(f"resuming from {found.folder}, step {engine.step} of {steps}")
@@ -197,7 +199,7 @@ def build_model(
         return plan, blocks, card
 
     plan, blocks, card = all_or_none(plan_model)
-    engine = build_engine(config, plan, blocks, build_task(config.task), runtime, steps, restored)
+    engine = build_engine(config, plan, blocks, build_task(config.task), runtime, steps, restored, trains)
     for note in engine.notes:
         say(note)
     return engine, plan, card

@@ -36,6 +36,7 @@ from bigvision.data.transforms import check_channels
 from bigvision.errors import UserError
 from bigvision.models import Blueprint
 from bigvision.runtime import Runtime, all_or_none
+from bigvision.targets import from_bytes, to_bytes
 from bigvision.tasks import build_task
 from bigvision.training.bad import BadSamples
 
@@ -120,14 +121,15 @@ class Feed(Iterator[StepBatch]):
 
     def __init__(
         self, config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, *, step: int, steps: int, position: int,
-        say: Callable[[str], None] = lambda text: None,
+        say: Callable[[str], None] = lambda text: None, waits: Callable[[bool], None] = lambda waits: None,
     ) -> None:  # fmt: skip
         """Args:
         step, position: optimizer steps taken and samples consumed so far.
         steps: of the whole run.
         say: told when workers had to be started again.
+        waits: called with True before, and False after, each micro-batch is waited for.
         """
-        self.say, self.restarts = say, 0
+        self.say, self.waits, self.restarts = say, waits, 0
         self.seconds, self.given = 0.0, 0
         self.batch: StepBatch | None = None
         self.data, self.runtime, self.step, self.steps, self.every = data, runtime, step, steps, config.monitor.every
@@ -154,7 +156,7 @@ class Feed(Iterator[StepBatch]):
                     global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks, workers=settings.workers,
                     device=runtime.device, stream=stream, mixer=mixer, micro_batch=size, collate=collate,
                 )  # fmt: skip
-            return _relayed(self.batches, runtime, self.share, apart if mixer else None)
+            return _relayed(self.batches, runtime)
 
         self.begin, self.relayed = begin, begin(position)
         self.trace: IO[str] | None = None
@@ -165,8 +167,15 @@ class Feed(Iterator[StepBatch]):
     def __next__(self) -> StepBatch:
         if self.batch is not None:
             self.finish()
-        self.batch = StepBatch(self.relayed, self.share, self.size)
+        self.batch = StepBatch(self._awaited(), self.share, self.size)
         return self.batch
+
+    def _awaited(self) -> Iterator[Batch]:
+        while True:
+            self.waits(True)
+            part = next(self.relayed)
+            self.waits(False)
+            yield part
 
     def finish(self) -> None:
         """Note what the last batch has brought, once its step is launched.
@@ -220,7 +229,7 @@ class Validation(Iterator[Batch]):
                 collate=build_task(config.task).collate,
             )  # fmt: skip
         number = -(-len(data.val) // (batch * runtime.data_ranks))
-        self.relayed = _relayed(self.batches, runtime, batch, None, number)
+        self.relayed = _relayed(self.batches, runtime, number)
 
     def __next__(self) -> Batch:
         return next(self.relayed)
@@ -246,16 +255,12 @@ def _taken(batches: Batches | None) -> list[BadSample]:
     return found
 
 
-def _relayed(
-    batches: Batches | None, runtime: Runtime, size: int, apart: int | None, number: int | None = None
-) -> Iterator[Batch]:
+def _relayed(batches: Batches | None, runtime: Runtime, number: int | None = None) -> Iterator[Batch]:
     """The first stage's batches on all stages of its pipeline; the others get all but the images.
 
     They cannot know these by themselves: only who reads the images knows which have a stand-in.
 
     Args:
-        size: samples of a batch.
-        apart: see `Mix`; None where nothing is mixed.
         number: of batches; None is for ever.
     """
     if runtime.pipeline_ranks == 1:
@@ -265,20 +270,21 @@ def _relayed(
     group, first = runtime.mesh["stage"].get_group(), runtime.data_rank
     for _ in count() if number is None else range(number):
         batch = next(batches) if batches is not None else None
-        whole, real = torch.empty(size, 7, dtype=torch.int64), torch.empty(size, 2)
-        if batch is not None:
-            box = batch.mix.box if batch.mix is not None else torch.zeros(size, 4, dtype=torch.int64)
-            whole = torch.cat([torch.stack([batch.labels, batch.ids, batch.valid.long()], dim=1), box], dim=1)
-            real = torch.stack([batch.mix.weight, batch.mix.share], dim=1) if batch.mix is not None else real
-        dist.broadcast(whole, first, group)
-        if apart is not None:
-            dist.broadcast(real, first, group)
-        yield batch if batch is not None else _without_images(whole, real, apart)
+        data = to_bytes(_but_images(batch)) if batch is not None else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor(len(data))
+        dist.broadcast(size, first, group)
+        data = data if batch is not None else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, first, group)
+        yield batch if batch is not None else _without_images(*from_bytes(data))
 
 
-def _without_images(whole: Tensor, real: Tensor, apart: int | None) -> Batch:
-    mix = Mix(real[:, 0], whole[:, 3:], real[:, 1], apart) if apart is not None else None
-    return Batch(torch.empty(len(whole), 0, dtype=torch.uint8), whole[:, 0], whole[:, 1], whole[:, 2].bool(), mix)
+def _but_images(batch: Batch) -> tuple[Any, ...]:
+    mix = (batch.mix.weight, batch.mix.box, batch.mix.share, batch.mix.apart) if batch.mix is not None else None
+    return batch.targets, batch.ids, batch.valid, mix
+
+
+def _without_images(targets: Any, ids: Tensor, valid: Tensor, mix: tuple[Any, ...] | None) -> Batch:
+    return Batch(torch.empty(len(ids), 0, dtype=torch.uint8), targets, ids, valid, Mix(*mix) if mix is not None else None)
 
 
 def _transform(config: Config, source: Source, blueprint: Blueprint, train: bool) -> Transform:

@@ -12,7 +12,7 @@ from bigvision.config import Config
 from bigvision.engine import Engine, Metrics
 from bigvision.errors import UserError
 from bigvision.models import Blueprint
-from bigvision.runtime import Runtime, Watchdog, collective_timeout, deterministic, identify, start
+from bigvision.runtime import Runtime, Watchdog, collective_timeout, deterministic, identify, start, warn_of_shared_memory
 from bigvision.training.build import build_model, restore_model, without_weights
 from bigvision.training.data import Data, Validation, open_data, open_validation
 
@@ -35,7 +35,7 @@ def evaluate(
     try:
         total = None
         for batch in batches:
-            watch.fed()
+            watch.waits_for_data(False)
             engine.requests = wishes()
             metrics = engine.eval_step(batch)
             total = metrics if total is None else total + metrics
@@ -54,8 +54,13 @@ def evaluate(
     return total.means()
 
 
-def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
+def evaluate_checkpoint(
+    folder: Path, config: Config, say: Callable[[str], None] = lambda text: None
+) -> dict[str, float]:  # fmt: skip
     """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank.
+
+    Args:
+        say: told where /dev/shm is small for NCCL.
 
     Raises:
         UserError: the folder is not a valid checkpoint or is of another model; or ``train.deterministic`` and an operation
@@ -69,6 +74,7 @@ def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
         start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout) as runtime,
         watch.naming(),
     ):
+        warn_of_shared_memory(runtime, say)
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
         classes = found.card.get("label_names")
         # Earlier versions saved no class names: theirs are those of the training data.

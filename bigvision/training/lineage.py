@@ -86,7 +86,7 @@ def check_same_run(found: Checkpoint, facts: dict[str, Any], classes: list[str],
     """
     before, changed = found.progress.get("data"), dict[str, list[str]]()
     if not isinstance(before, dict):
-        say(f"{found.folder} does not record its data (an earlier version saved it): they are taken to be the same")
+        say(f"{found.folder} does not record its data: they are taken to be the same")
     else:
         for split, now in facts.items():
             if text := difference(before.get(split, {}), now):

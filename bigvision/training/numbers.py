@@ -14,6 +14,7 @@ from bigvision.monitor import Monitor
 from bigvision.runtime import from_main, gather_json
 from bigvision.training.data import Feed
 from bigvision.training.digest import check_copies
+from bigvision.training.lineage import check_same_run
 from bigvision.training.saving import Saving
 from bigvision.training.spikes import Spike, Spikes
 
@@ -131,7 +132,12 @@ class Numbers:
                 f"step {step}: a spike, as in {since} batches before it since {found.folder.name}, which are passed over: "
                 "lower optim.lr, raise faults.spike, or set faults.rollback to false"
             )
-        found = found.restore_or_older(list(engine.fragments()), say)
+        found = found.restore_or_older(
+            list(engine.fragments()), say,
+            lambda older: check_same_run(
+                older, saving.facts, saving.card.get("label_names", []), self.config.checkpoint.allow, say
+            ),
+        )  # fmt: skip
         engine.restored(found.progress["scalars"])
         self._take(found.progress.get("faults", {}))
         self.passed_over.append([at, self.config.train.global_batch])

@@ -15,6 +15,7 @@ import xxhash
 from bigvision.config import Config
 from bigvision.engine import Engine
 from bigvision.errors import Stopped, UserError, one_line
+from bigvision.jsonlines import append_line, read_lines
 from bigvision.runtime import RankFailure, Runtime
 
 NAME = "starts.jsonl"
@@ -63,8 +64,9 @@ class Starts:
         try:
             yield
         except UserError:
+            self._end("mistake")  # not a restart: whoever mends it has reason to hope
             raise
-        except Stopped:
+        except (Stopped, KeyboardInterrupt):
             self._end("stopped")
             raise
         except Exception as error:
@@ -81,15 +83,13 @@ class Starts:
             self._write({"end": how})
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S")} | line) + "\n")
+        append_line(self.path, {"time": time.strftime("%Y-%m-%d %H:%M:%S")} | line)
 
     def _read(self) -> list[dict[str, Any]]:
         """The starts, each with where it crashed first (-1 while it was built; None: it did not, or nobody could say)."""
         starts: list[dict[str, Any]] = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        for line in read_lines(self.path):
             try:
-                line = json.loads(text)
                 if "start" in line:
                     fresh = {"crash": None, "error": "", "ended": False, "smaller": None}
                     starts.append({"step": line["step"], "config": line["config"]} | fresh)
@@ -101,7 +101,7 @@ class Starts:
                 elif "end" in line and starts:
                     starts[-1]["ended"] = True
             except (ValueError, KeyError, TypeError):
-                continue  # cut by a kill
+                continue  # edited
         return starts
 
 

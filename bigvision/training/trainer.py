@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from bigvision.config import Config
 from bigvision.data import StepBatch
 from bigvision.engine import Engine, StepResult
 from bigvision.errors import Stopped
+from bigvision.jsonlines import read_lines
 from bigvision.models import GivenModel
 from bigvision.monitor import Monitor
 from bigvision.runtime import RankFailure, Runtime, Watchdog, collective_timeout, deterministic, start
@@ -101,6 +101,7 @@ class Loop:
             steps=run.steps,
             position=engine.samples,
             say=monitor.say,
+            waits=watch.waits_for_data,
         )
         stack.callback(self.batches.close)
         self.numbers = Numbers(config, engine, monitor, run.faults)
@@ -127,9 +128,7 @@ class Loop:
                 self.save()
         while engine.step < self.steps and not saving.stopped_by:
             self.watch.beat("step", engine.step + 1)
-            batch = next(self.batches)
-            self.watch.fed()
-            self._launch(batch)
+            self._launch(next(self.batches))
             step, epoch_ended = engine.step, self._epoch_ended()
             evaluates = step == self.steps or _due(step, self.config.train.eval_every, epoch_ended)
             saves = step == self.steps or saving.due(epoch_ended)
@@ -231,14 +230,10 @@ class Loop:
 
 def read_history(out: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without those that were cut by a kill or a full disk."""
-    found = []
     try:
-        for line in Path(out, "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
+        return read_lines(Path(out, "metrics.jsonl"))
     except OSError:
-        pass  # the run is over and saved: what it logged is no reason to fail it
-    return [line for line in found if isinstance(line, dict)]
+        return []  # the run is over and saved: what it logged is no reason to fail it
 
 
 @contextmanager

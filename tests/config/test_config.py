@@ -44,9 +44,21 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert load_config(path) == pairs
 
 
+def test_options_of_the_model_may_be_numbers_with_an_exponent(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-6 as text, and timm would be given that."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("out: 1e3\nmodel: {options: {eps: 1e-6, name: '1e-6', more: {a: [-2E5, .5e1, e5, 1e]}}}\n")
+    config = load_config(recipe)
+    assert config.model.options == {"eps": 1e-6, "name": "1e-6", "more": {"a": [-2e5, 5.0, "e5", "1e"]}}
+    assert config.out == "1e3" and repr(config.model.options["eps"]) == "1e-06"
+    assert load_config(None, ["--model.options", "{eps: 1e-6}"]).model.options == {"eps": 1e-6}
+
+
 @pytest.mark.parametrize(
     ("recipe", "flags", "words"),
     [
+        ({"parallel": {"precision": "bf16\nfp32"}}, [], ['precision: "bf16\\nfp32"']),
+        ({"out": b"run"}, [], ["out: !!binary", "is not a text"]),
         ({"modle": {}}, [], ["modle", "'model'"]),
         ({"model": {"nmae": "x"}}, [], ["model.nmae", "'model.name'"]),
         ({"model": 3}, [], ["model must be a section"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,24 @@ UNUSED = {
     "zero_allow_untested_optimizer": True,
     "zero_optimization": {"round_robin_gradients": True, "offload_optimizer": {"device": "cpu", "nvme_path": "/x"}},
 }
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"scheduler": None, "optimizer": {}, "fp16": False, "bf16": "auto"},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": None, "offload_param": False}},
+        {"fp16": {"enabled": "auto", "opt_level": "O2"}, "amp": {"enabled": "auto", "opt_level": "auto"}},
+        {"steps_per_print": None, "tensor_parallel": {"autotp_size": 1}, "_comment": "of ours", "//": {"more": 1}},
+        {"steps_per_print": math.inf, "data_efficiency": {"enabled": "auto", "seed": 1234}},
+        {"steps_per_print": 0, "zero_optimization": {"stage": 2, "grad_hooks": True, "cpu_offload_params": False}},
+    ],
+)
+def test_what_asks_for_nothing(tmp_path: Path, tree: dict) -> None:
+    """As files in the wild have it; the stage alone is asked for."""
+    file = read_ds_file(write(tmp_path, tree, 2))
+    assert file.asked == {"parallel.strategy": ("zero2", "zero_optimization.stage")}
+    assert file.knobs.get("steps_per_print") is None and "zero_optimization" not in file.knobs
 
 
 def test_what_is_switched_off_or_has_no_meaning_here(tmp_path: Path) -> None:

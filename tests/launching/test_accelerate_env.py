@@ -118,6 +118,12 @@ def test_honoured(name: str, value: str, key: str, ours: object) -> None:
         ("FSDP_IGNORED_MODULES", "None"),
         ("FSDP_SHARDING_STRATEGY", "1"),
         ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"),
+        # Of earlier versions, and of users' shells.
+        ("ACCELERATE_USE_IPEX", "false"),
+        ("ACCELERATE_USE_XPU", "false"),
+        ("ACCELERATE_CONFIG_FILE", "/home/me/default_config.yaml"),
+        ("ACCELERATE_BYPASS_DEVICE_MAP", "true"),
+        ("FSDP_BACKWARD_PREFETCH_POLICY", "BACKWARD_PRE"),
     ],
 )
 def test_neutral(name: str, value: str) -> None:
@@ -136,6 +142,7 @@ def test_neutral(name: str, value: str) -> None:
         ("FSDP_BACKWARD_PREFETCH", "BACKWARD_POST"),
         ("FSDP_BACKWARD_PREFETCH", "NO_PREFETCH"),
         ("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block,PatchEmbed"),
+        ("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP", "Block"),
     ],
 )
 def test_neutral_with_a_line_that_says_so(name: str, value: str) -> None:

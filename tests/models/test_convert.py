@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
+from collections import defaultdict, deque
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,17 @@ def test_what_is_taken_is_what_timm_takes(files, content, said):
         ({"teacher": {"backbone": plain()}, "epoch": 3}, prefixed("backbone."), "took 'teacher', left out epoch"),
         ({"model": plain(), "ema": {"module": averaged()}}, plain(), "took 'ema', left out model"),
         ({"state_dict": plain(), "best": np.float64(8.5), "n": np.arange(3)}, plain(), "took 'state_dict', left out best, n"),
+        (
+            {
+                "model": plain(),
+                "at": datetime(2024, 1, 31),
+                "out": Path("runs/a"),
+                "seen": defaultdict(list, a=[1]),
+                "last": deque([1], 9),
+            },
+            plain(),
+            "took 'model', left out at, out, seen, last",
+        ),
     ],
 )
 def test_what_other_programs_write(files, content, names, said):
@@ -152,6 +165,8 @@ def pickled(content: Any) -> bytes:
         (pickled({"a": torch.zeros(2, 2).to_sparse()}), "only plain tensors, not sparse or quantized ones: a"),
         (pickled({"a\nb": 1, 3: 2}), "has no tensors by name, only a b, 3; take"),
         (b"no pickle at all", "cannot be read"),
+        (b"<!DOCTYPE html>", "is a web page, not the file: download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a pointer of Git LFS"),
         (pickled(plain())[:-50], "cannot be read"),
         (b"", "cannot be read"),
     ],

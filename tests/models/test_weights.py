@@ -65,6 +65,25 @@ def test_a_head_of_other_size_starts_fresh_unless_it_was_asked_for(file):
     assert blueprint(model(weights=file, num_classes=10), 10).note is None
 
 
+def test_a_classifier_of_another_name_is_left_out_and_nothing_else(vit, tmp_path):
+    def plan(names, more=()):
+        state = {name.replace("head.", names): tensor.clone() for name, tensor in vit.state_dict().items()} | dict(more)
+        save_file(state, tmp_path / "other.safetensors")
+        return blueprint(model(weights=str(tmp_path / "other.safetensors")), 10)
+
+    for name in ("fc", "classifier", "heads.out"):
+        assert f"{name} of {tmp_path}/other.safetensors, a classifier by its shape, is left out" in plan(f"{name}.").note
+    width = vit.state_dict()["norm.weight"].shape[0]
+    for names, more in (
+        ("fc.", {"blocks.9.norm1.weight": torch.ones(width)}),  # of a deeper model
+        ("blocks.9.", {}),
+        ("fc.", {"fc.scale": torch.ones(1)}),
+        ("head.", {"fc.weight": torch.ones(3, width)}),  # two classifiers
+    ):
+        with pytest.raises(UserError, match="unknown to the model"):
+            plan(names, more)
+
+
 def test_batch_counters_may_be_missing_and_are_zero(tmp_path):
     state = timm.create_model("test_resnet", num_classes=3).state_dict()
     save_file({name: t for name, t in state.items() if "num_batches" not in name}, tmp_path / "old.safetensors")
@@ -221,7 +240,9 @@ def test_pretrained_reads_the_safetensors_file_of_the_hub(vit, file, monkeypatch
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or file)
     plan = blueprint(model(pretrained=True), 4)
     assert asked[0][0] == ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")
-    assert "starts fresh" in plan.note
+    assert "(head.weight) starts fresh: the classes of" in plan.note, (
+        "timm drops a classifier of other classes, which the file has"
+    )
     assert torch.equal(dict(plan.tensors(0))["norm.weight"], vit.state_dict()["norm.weight"])
 
 

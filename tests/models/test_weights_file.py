@@ -133,6 +133,9 @@ ONE = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
         (with_header({}, length=2**27), "header too large"),
         (with_header({"a": entry([-1], 0, 4)}, b"1234"), "damaged or not safetensors"),
         (with_header(b"{" + ONE + b"," + ONE + b"}", b"1234"), "a is there twice"),
+        (b"PK\x03\x04" + b"1" * 8, "is a pickled file, as torch.save writes it; call it .pth and convert it once"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        (with_header({"a": entry([2], 0, 8)}, length=0x280), "damaged or not safetensors"),
         (with_header({"a\n": entry([4], 0, 4, "F8_E4M3")}, b"1234"), "holds a as F8_E4M3; convert it to one of F64, F32"),
     ],
 )

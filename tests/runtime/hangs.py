@@ -70,6 +70,11 @@ def hold_the_interpreter() -> None:
     ctypes.PyDLL(None).sleep(10_000)
 
 
+def hold_under_nohup() -> None:
+    """As :func:`hold_the_interpreter`, in a run that nohup has started (see :func:`train`)."""
+    hold_the_interpreter()
+
+
 def wait_in_the_driver() -> None:
     """Native code that releases the lock and never returns, as NCCL and the driver wait for a rank that is lost."""
     import ctypes
@@ -89,6 +94,7 @@ def at(place: str, act: Callable[[], None], mark: Path, delay: float = 0.0) -> N
         "start": (build, "build_engine", 1),
         "step": (Engine, "train_step", 3),
         "data": (loader.Batches, "__next__", 5),  # a step reads two micro-batches: the first of step 3
+        "more data": (loader.Batches, "__next__", 6),
         "evaluate": (Engine, "eval_step", 2),
         "save": (background.Saver, "save", 1),
         "commit": (background, "commit", 1),
@@ -132,6 +138,8 @@ def train(folder: Path, place: str, act: Callable[[], None], victim: int, others
         from bigvision.runtime import guard
 
         guard.needed = lambda: True
+        # The tests themselves may run under nohup.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if others is hold_under_nohup else signal.SIG_DFL)
         at(place, others, folder / f"blocked-{rank}", 1.5)  # the ranks know each other by then
     sys.exit(main(["train", str(folder / "recipe.yaml")]))
 

@@ -22,7 +22,7 @@ from tests.runtime.hangs import LIMIT, Ended, clean_up, run_and_hang
 
 AMPLE = 120.0
 PLACES = ("start", "step", "evaluate", "save")
-PHASES = {"data": "step"}
+PHASES = {"data": "step", "more data": "step"}
 
 
 def limit_at(place: str) -> float:
@@ -84,6 +84,10 @@ def test_a_stopped_rank_is_named(place: str, victim: int, ranks: int, tmp_path: 
     ("place", "act", "victim", "words"),
     [
         ("data", hangs.loop_for_ever, 1, r"is behind, in step 3, without its data yet, at loop_for_ever \(runtime/hangs.*"),
+        pytest.param(
+            "more data", hangs.loop_for_ever, 1, r"is behind, in step 3, without its data yet, at loop_for_ever.*",
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             "data", hangs.sleep_for_ever, 0, r"is behind, in step 3, without its data yet, at sleep_for_ever.*",
             marks=pytest.mark.long,
@@ -177,25 +181,30 @@ GRACE = 6.0
         pytest.param(act, block, victim, marks=[] if (act, block, victim) in SHORT else [pytest.mark.long])
         for SHORT in [{(hangs.fail, hangs.wait_in_the_driver, 1), (hangs.die, hangs.hold_the_interpreter, 0)}]
         for act in (hangs.fail, hangs.die)
-        for block in (hangs.wait_in_the_driver, hangs.hold_the_interpreter)
+        for block in (hangs.wait_in_the_driver, hangs.hold_the_interpreter, hangs.hold_under_nohup)
         for victim in (0, 1)
     ],
 )
 def test_ranks_that_block_end_after_a_fault(
     act: Callable[[], None], block: Callable[[], None], victim: int, tmp_path: Path
 ) -> None:  # fmt: skip
-    """As under NCCL: no exception comes. They do not wait for limits.step, and take the exit code of a fault."""
+    """As under NCCL: no exception comes. They do not wait for limits.step, and take the exit code of a fault.
+
+    Under nohup a hang-up must not end them: what holds the interpreter can then be ended by SIGKILL alone.
+    """
     plain = recipe(tmp_path / "out", limits={"grace": GRACE}, train={"steps": 20, "micro_batch": 4})
     ended = run_and_hang(tmp_path, plain, "step", act, victim, 3, block)
     try:
         ended.processes[victim].join(20)
         assert ended.processes[victim].exitcode == (-9 if act is hangs.die else 1)
-        assert all(ended.codes[rank] == 1 for rank in {0, 1, 2} - {victim}), (ended.codes, ended.said)
+        code = -9 if block is hangs.hold_under_nohup else 1
+        assert all(ended.codes[rank] == code for rank in {0, 1, 2} - {victim}), (ended.codes, ended.said)
         assert 0 < ended.after < GRACE, ended.after
         # A rank whose interpreter is held hears of no report; its guard sees the process end.
         reported = act is hangs.fail and block is hangs.wait_in_the_driver
         words = r"failed: ValueError: planted in one rank" if reported else r"is gone \(process \d+ on host .*\)"
-        held = "; native code held the interpreter of this rank" if block is hangs.hold_the_interpreter else "; it still waited"
+        native = "; native code held the interpreter of this rank"
+        held = "; it still waited" if block is hangs.wait_in_the_driver else native
         for rank in {0, 1, 2} - {victim}:
             assert re.match(rf"error: rank {rank}: rank {victim} {words}.*{held}", ended.errors[rank]), ended.errors
         if act is hangs.fail:
@@ -203,6 +212,26 @@ def test_ranks_that_block_end_after_a_fault(
         assert not (tmp_path / "out" / "stacks").exists(), "nothing hung"
     finally:
         clean_up(ended.processes)
+
+
+LATE = """
+import signal, time
+from bigvision.runtime.guard import Guard
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+guard = Guard(0, 0.05, {grace})
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+guard.report("rank 1 failed", [], False)
+time.sleep({grace} + {late})
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(("grace", "late", "code"), [(1.5, 1.2, 1), (0.4, 20.0, -9)])
+def test_a_rank_that_comes_late_to_its_end_has_the_code_of_a_fault(grace: float, late: float, code: int) -> None:
+    """A busy machine may not give it a turn for a second; one that never ends by itself is killed."""
+    done = start([sys.executable, "-c", LATE.format(grace=grace, late=late)])
+    assert done.returncode == code and "error: rank 0: rank 1 failed; native code held" in done.stderr, done.stderr
 
 
 def test_ranks_that_leave_in_order_are_no_fault(tmp_path: Path) -> None:

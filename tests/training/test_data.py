@@ -9,6 +9,7 @@ import struct
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 
 import bigvision
 from bigvision import load_config
+from bigvision.targets import from_bytes, to_bytes
 from bigvision.training.evaluate import evaluate_checkpoint
 from tests.cli.test_mistakes import refused, write_recipe
 from tests.distributed import run_ranks
@@ -51,6 +53,95 @@ def test_mixed_samples_give_the_same_losses(tmp_path: Path, mixed: list[float], 
 def test_mixing_changes_the_losses(tmp_path: Path, mixed: list[float]) -> None:
     (plain,) = run_ranks(run, 1, recipe(tmp_path, train=MIXED["train"]))
     assert all(abs(one - other) > 1e-4 for one, other in zip(plain, mixed))
+
+
+def soft(plain: dict[str, Any]) -> tuple[list[float], list[str]]:
+    """The losses of a task whose targets are several tensors of several types; and what its loss was given."""
+    import torch.nn.functional as F
+
+    from bigvision.tasks import Classify
+    from bigvision.training import build, data
+
+    class Soft(Classify):
+        def collate(self, targets: Any) -> Any:
+            labels = torch.tensor(targets)
+            return {"shares": F.one_hot(labels, 10) * 0.9 + 0.01, "more": [labels[:, None] < 5, None, "text"]}
+
+        def loss(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+            mask, nothing, text = targets["more"]
+            kinds.add(f"{targets['shares'].dtype} {mask.dtype} {nothing} {text} {len(mask) == len(outputs)}")
+            losses = -(targets["shares"] * outputs.float().log_softmax(1)).sum(1)
+            return (losses * (1 + mask[:, 0].float())).sum()
+
+        def measure(self, outputs: torch.Tensor, targets: Any, valid: torch.Tensor) -> torch.Tensor:
+            return super().measure(outputs, targets["shares"].argmax(1), valid)
+
+    kinds: set[str] = set()
+    before = build.build_task
+    build.build_task = data.build_task = lambda config: Soft()  # type: ignore[assignment]
+    try:
+        found = run(plain)
+        return found, sorted(kinds)
+    finally:
+        build.build_task = data.build_task = before
+
+
+def test_targets_of_any_kind_reach_the_last_stage(tmp_path: Path) -> None:
+    train = {"steps": 3, "micro_batch": 5}
+    (expected, kinds), *_ = run_ranks(soft, 1, recipe(tmp_path / "whole", train=train))
+    (found, none), (_, last) = run_ranks(soft, 2, recipe(tmp_path / "cut", train=train, parallel={"strategy": "pipeline"}))
+    assert found == pytest.approx(expected, rel=1e-5) and kinds == last and none == []
+    assert kinds == ["torch.float32 torch.bool None text True"]
+    values = [line["val_top1"] for name in ("whole", "cut") for line in lines(tmp_path / name) if "val_top1" in line]
+    assert values[0] == pytest.approx(values[1])
+
+
+def test_targets_as_bytes() -> None:
+    targets = {
+        "mask": torch.arange(12).view(2, 2, 3) % 2 == 0, "box": (torch.rand(2, 0, 4), [torch.tensor(3.0, dtype=torch.float64)]),
+        "half": torch.rand(3, dtype=torch.bfloat16), "array": np.arange(4, dtype=np.int16), "words": ["é", 1.5, True, None],
+    }  # fmt: skip
+    found = from_bytes(to_bytes(targets))
+    for name in ("mask", "half", "array"):
+        expected = torch.as_tensor(targets[name])
+        assert torch.equal(found[name], expected) and found[name].dtype == expected.dtype
+    empty, [scalar] = found["box"]
+    assert empty.shape == (2, 0, 4) and scalar.shape == () and scalar.dtype == torch.float64
+    assert isinstance(found["box"], tuple) and found["words"] == targets["words"]
+    with pytest.raises(TypeError, match="not a set"):
+        to_bytes({"odd": {1}})
+
+
+def seen_by_the_watchdog(plain: dict[str, Any]) -> tuple[set[bool], set[bool]]:
+    """Whether it has this rank wait for data while a micro-batch is asked for, and while one is passed through the model."""
+    from bigvision.data import loader
+    from bigvision.engine import Engine
+    from bigvision.runtime import Watchdog
+
+    watches: list[Watchdog] = []
+    asked, passed = set[bool](), set[bool]()
+    enter, following, outputs = Watchdog.__enter__, loader.Batches.__next__, Engine._outputs
+
+    def noted(found: set[bool], inner: Any) -> Any:
+        def call(*args: Any) -> Any:
+            if watches[-1].at.phase == "step":
+                found.add(watches[-1].at.data)
+            return inner(*args)
+
+        return call
+
+    with (
+        mock.patch.object(Watchdog, "__enter__", lambda self: watches.append(self) or enter(self)),
+        mock.patch.object(loader.Batches, "__next__", noted(asked, following)),
+        mock.patch.object(Engine, "_outputs", noted(passed, outputs)),
+    ):
+        run(plain)
+    return asked, passed
+
+
+def test_each_micro_batch_is_waited_for(tmp_path: Path) -> None:
+    plain = recipe(tmp_path, train={"steps": 2, "global_batch": 12, "micro_batch": 4})
+    assert run_ranks(seen_by_the_watchdog, 1, plain) == [({True}, {False})]
 
 
 def test_pairs_that_would_be_cut(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,29 @@ def test_a_sample_that_two_ranks_read_counts_once(tmp_path: Path, monkeypatch: p
     bad = BadSamples(2, {"val": 5})
     assert bad.exchange("val", [one]) == 2 and bad.count("val") == 2
     assert bad.exchange("val", []) == 2 and bad.count("val") == 2, "another evaluation finds them again"
+
+
+def evaluated(step: str, names: list[str]) -> list[Any]:
+    """The metrics of a step folder and of a model's first weights, in micro-batches of one sample on each rank."""
+    from tests.cli.test_mistakes import command
+
+    flags = ["--train.micro_batch", "1", "--train.global_batch", "3", "--data.workers", "0", "--data.val", "synthetic:7x32"]
+    flags += ["--parallel.device", "cpu", "--parallel.precision", "fp32", "--data.train", "synthetic:7x32"]
+    subjects = [[step], *(["resnet10t", "--model.pretrained", "false", "--model.image_size", "32"] for _ in names)]
+    found = [command(["eval", *subject, *flags]) for subject in subjects]
+    return [(code, json.loads(out) if out else err) for code, out, err in found]
+
+
+def test_batchnorm_evaluates_single_samples(tmp_path: Path) -> None:
+    """Training on one would be refused; statistics are kept in an evaluation, also on ranks with one sample each."""
+    plain = recipe(tmp_path, train={"steps": 1, "global_batch": 4, "micro_batch": None}, data={"val": "synthetic:7x32"})
+    plain["model"] = {"name": "resnet10t", "image_size": 32}
+    run_ranks(run, 1, plain)
+    found = {ranks: run_ranks(evaluated, ranks, str(tmp_path / "step-00000001"), [""])[0] for ranks in (1, 2, 3)}
+    for ranks, results in found.items():
+        assert [code for code, _ in results] == [0, 0], (ranks, results)
+        for (_, metrics), (_, expected) in zip(results, found[1]):
+            assert metrics == pytest.approx(expected, rel=1e-5)
 
 
 def test_metrics_of_nothing() -> None:

@@ -214,6 +214,24 @@ def test_a_run_on_other_data_is_refused_and_on_a_copy_it_goes_on(tmp_path: Path)
     assert set(run_ranks(evaluate_without_training_data, 1, last, f"imagefolder:{tmp_path / 'gone'}")[0]) >= {"loss", "top1"}
 
 
+def test_an_older_checkpoint_is_compared_too(tmp_path: Path) -> None:
+    """The newest is of the same data and damaged; the one before it is of others."""
+    plain = recipe(tmp_path / "out", train={"steps": 1})
+    other = with_keys(plain, data={"train": "synthetic:40x32"}, train={"steps": 2}, checkpoint={"allow": "data"})
+    again = with_keys(other, checkpoint={"allow": None}, train={"steps": 3})
+    run_ranks(go, 1, plain, other)
+    weights = tmp_path / "out" / "step-00000002" / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    (said, refused), (allowed, mistake) = run_ranks(go, 1, again, with_keys(again, checkpoint={"allow": "data"}))[0]
+    assert "step-00000002 is damaged" in said and "resuming" not in said
+    assert "step-00000001 was trained on something else: data.train has 40 samples instead of 53" in refused
+    assert not mistake and "step-00000001, step 1 of 3" in allowed
+
+
 def test_a_named_origin_applies_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
     plain = recipe(out, train={"steps": 3}, checkpoint={"every": 1, "keep": 9})
@@ -317,6 +335,69 @@ def save_in_turns(plain: dict[str, Any], folder: str) -> list[Any]:
         found += [engine.resume(), engine.resume(folder), engine.resume(Path(folder) / "step-00000001")]
         engine.save(folder)
     return found
+
+
+def save_and_resume(plain: dict[str, Any]) -> list[Any]:
+    """What engines with and without a word about their data record, accept and print."""
+    import bigvision
+    from bigvision.runtime import collectives
+
+    collectives.lacks_shared_memory = lambda device, ranks: "warning: /dev/shm is small"
+    keys, found = {"num_classes": 10, "steps": 3}, list[Any]()
+    silent = {name: section for name, section in plain.items() if name != "data"}
+    first = Path(plain["out"]) / "step-00000000"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        with bigvision.Engine(plain, **keys) as engine:
+            engine.save()
+            found.append(recorded(first))
+        with bigvision.Engine(silent | {"out": plain["out"] + "-silent"}, **keys) as engine:
+            found.append(recorded(engine.save()))
+            engine.resume(first)
+            found.append(recorded(engine.save()))
+    for more in (
+        {"data": "synthetic:40x32"},
+        {"data": "synthetic:40x32", "checkpoint.allow": "data"},
+        {"data": Names(), "val": Names()},
+        {"data": Names(3), "val": Names(3), "checkpoint.allow": "data"},
+        {"data.train": "imagefolder:/nowhere"},
+    ):
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            try:
+                with bigvision.Engine(plain, **keys, **more, resume=first) as engine:
+                    found.append(engine._facts and engine._facts["train"]["samples"])
+            except bigvision.UserError as error:
+                found.append(str(error))
+        said.write(told.getvalue())
+    return [*found, said.getvalue()]
+
+
+class Names:
+    """A dataset of one's own; with other classes than synthetic data has."""
+
+    def __init__(self, count: int = 10) -> None:
+        self.classes = [f"{number}" for number in range(count)]
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(3, 32, 32, dtype=torch.uint8), index % len(self.classes)
+
+
+def recorded(step: Path) -> tuple[Any, Any]:
+    data = json.loads((step / "progress.json").read_text()).get("data")
+    return data and data["train"]["samples"], json.loads((step / "config.json").read_text()).get("label_names")
+
+
+def test_engines_record_the_data_that_they_know(tmp_path: Path) -> None:
+    plain, ten = recipe(tmp_path / "out", train={"micro_batch": None}), [str(number) for number in range(10)]
+    known, silent, carried, other, allowed, given, classes, gone, said = run_ranks(save_and_resume, 1, plain)[0]
+    assert (known, silent, carried) == ((53, ten), (None, None), (53, ten))
+    assert "data.train has 40 samples instead of 53" in other and other.endswith("--checkpoint.allow data")
+    assert allowed == 40 and "data.train has 7 samples instead of 53" in given
+    assert "3 classes instead of 10" in classes and classes.endswith("--checkpoint.allow data,classes")
+    assert gone == 53 and "checkpoints do not record the data: data.train" in said, "a recipe may name what is not there"
+    assert said.count("warning: /dev/shm is small") == 7
 
 
 def test_engines_lock_what_they_save_in_and_resume_from_it(tmp_path: Path) -> None:

@@ -9,13 +9,18 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from bigvision.errors import Exit
-from bigvision.training.starts import NAME
+from bigvision import load_config
+from bigvision.errors import Exit, Stopped, UserError
+from bigvision.jsonlines import read_lines
+from bigvision.runtime import RankFailure
+from bigvision.training.starts import NAME, Starts
 from tests.cli.test_mistakes import refused
 from tests.distributed import start_ranks
 from tests.launch.commands import BIN, ROOT, TORCHRUN, start
@@ -60,6 +65,39 @@ def test_the_same_crash_again_and_again_ends_it(tmp_path: Path, rank: int, step:
     refused(["train", path], f"2 starts in a row crashed {where}", f"rank {rank}: ValueError: no such luck", str(out / NAME))
     assert ended(train, 2, written(tmp_path, made | {"faults": {"same_crash": 3}})) == [0, 0], "another configuration"
     assert noted(out, "end") == ["done"]
+
+
+@pytest.mark.parametrize(
+    ("error", "counts"),
+    [
+        (UserError("data.train: no such folder"), False),
+        (Stopped("SIGTERM", 0, Path("step-00000000")), False),
+        (KeyboardInterrupt(), False),
+        (RankFailure("rank 1 is gone"), True),
+        (SystemExit(1), True),
+    ],
+)
+def test_what_counts_as_a_restart(error: BaseException, counts: bool, tmp_path: Path) -> None:
+    """A mistake and a stop, of a scheduler's or a user's, leave nothing to be given up; also where a kill has cut a line."""
+    config = load_config(recipe(tmp_path, faults={"restarts": 3}))
+    starts = Starts(config, mock.Mock(is_main=True, rank=0, world_size=1))
+    for number in range(9):
+        if counts and number > 3:
+            with pytest.raises(
+                UserError, match=r"^faults\.restarts: 4 starts in a row from step 0 came to no newer checkpoint"
+            ):
+                starts.begin(0)
+            return
+        starts.begin(0)
+        with suppress(type(error)), starts.noted():
+            raise error
+        if number % 2:
+            starts.path.write_bytes(starts.path.read_bytes() + b'{"time": "20\xff')
+    assert noted_starts(starts.path) == list(range(1, 10))
+
+
+def noted_starts(path: Path) -> list[int]:
+    return [line["start"] for line in read_lines(path) if "start" in line]
 
 
 @pytest.mark.long
