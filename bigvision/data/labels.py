@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -127,7 +127,8 @@ def label_by(
 
     Args:
         distinct: numbers, truth values, texts or bytes.
-        known: the classes. By default those of a class file in *folders*, or else what the values give.
+        known: the classes. By default those of a class file in *folders*, or else what the values give. Numbers are places in
+            that file also where the classes are known, and follow them by name.
 
     Raises:
         UserError: numbers and names are mixed, a value is not one of the classes or none at all; the message names *key* and
@@ -136,9 +137,9 @@ def label_by(
     if any(is_missing(value) for value in distinct):
         raise UserError(f"{key}: {where} has a sample whose label is empty; remove or label it")
     texts = [_text(value, key, where) for value in distinct]
-    if known is None:
-        file = next((folder / name for folder in folders for name in CLASS_FILES if (folder / name).is_file()), None)
-        known = read_classes(str(file), key) if file is not None else None
+    file = class_file(folders)
+    listed = read_classes(str(file), key) if file is not None else None
+    known = listed if known is None else known
     if texts and all(isinstance(value, bool) for value in distinct):
         return _truth_values(texts, known, key, where)
     numbers = [text for text in texts if WHOLE.fullmatch(text)]
@@ -147,9 +148,23 @@ def label_by(
         raise UserError(f"{key}: {where} has numbers ({numbers[0]}) and names ({other!r}) as labels; use one of them")
     if numbers:
         values = [int(text) for text in numbers]
-        return _dense(values, key, where) if known is None else _known_numbers(values, known, key, where)
+        if known is None:
+            return _dense(values, key, where)
+        if listed is None or listed == list(known):
+            return _known_numbers(values, known, key, where)
+        # Their order may be another.
+        own = _known_numbers(values, listed, key, where)
+        names = [listed[place] for place in own.values]
+        return Labels(list(known), by_name(names, known, key=key, where=f"{where}, named by {str(file)!r},"), own.notes)
+    if known is None and (several := next(_several(texts), None)) is not None:
+        raise other_task("labels", several[:60], key=key, where=where)
     classes = list(known) if known is not None else sorted(set(texts))
-    return Labels(classes, by_name(texts, classes, key=key, where=where), _lookalikes(classes) if known is None else ())
+    return Labels(classes, by_name(texts, classes, key=key, where=where), lookalikes(classes) if known is None else ())
+
+
+def class_file(folders: Sequence[Path]) -> Path | None:
+    """The file with the classes in one of *folders*, the first that is there."""
+    return next((folder / name for folder in folders for name in CLASS_FILES if (folder / name).is_file()), None)
 
 
 def by_name(names: Sequence[str], classes: Sequence[str], *, key: str, where: str) -> np.ndarray:
@@ -173,8 +188,8 @@ def by_place(values: Sequence[int], classes: Sequence[str], *, key: str, where: 
     """
     wrong = next((value for value in values if not 0 <= value < len(classes)), None)
     if wrong is not None:
-        if min(values) == 1 and max(values) == len(classes):
-            fix = "labels count from 0: subtract 1, or write names"
+        if min(values) > 0 and max(values) == len(classes):
+            fix = "labels count from 0: subtract 1, write names, or leave out the list of classes, so that numbers are names"
         elif wrong < 0:
             fix = "remove or label those samples"
         else:
@@ -278,10 +293,34 @@ def _known_numbers(values: list[int], known: Sequence[str], key: str, where: str
     places, notes = by_place(values, classes, key=key, where=where), ()
     if all(WHOLE.fullmatch(name) for name in classes) and any(classes[value] != str(value) for value in values):
         notes = (f"labels are places in the list of classes, not their names: label {values[0]} is {classes[values[0]]!r}",)
-    return Labels(classes, places, notes)
+    return Labels(classes, places, notes or from_one(values, classes))
 
 
-def _lookalikes(classes: Sequence[str]) -> tuple[str, ...]:
+def from_one(values: Sequence[int], classes: Sequence[str]) -> tuple[str, ...]:
+    """A note where *values*, which are places in *classes*, may count from 1."""
+    if 0 in values or 1 not in values:
+        return ()
+    return (f"no sample has label 0, which is {classes[0]!r}: labels are taken to count from 0, so that 1 is {classes[1]!r}",)
+
+
+def _several(texts: Sequence[str]) -> Iterator[str]:
+    """Those of *texts* that list several labels: "[1, 2]", or "a|b" where "a" is a label too or also stands elsewhere."""
+    single, places = set(texts), dict[str, int]()
+    for text in texts:
+        if text[:1] == "[" and text[-1:] == "]":
+            yield text
+        for separator in "|;,":
+            parts = [part.strip() for part in text.split(separator)]
+            if len(parts) < 2 or not all(parts):
+                continue
+            alone = [part in single for part in parts]
+            # A taxonomy has each of its parts in one place, and names of species have commas in them.
+            elsewhere = separator != "," and any(places.setdefault(part, place) != place for place, part in enumerate(parts))
+            if all(alone) or elsewhere or (any(alone) and separator != ","):
+                yield text
+
+
+def lookalikes(classes: Sequence[str]) -> tuple[str, ...]:
     """A note of classes whose names differ in nothing that can be seen at a glance."""
     seen: dict[str, str] = {}
     for name in classes:

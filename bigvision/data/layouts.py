@@ -63,6 +63,9 @@ class Tree:
                 elif name.casefold() in SYSTEM:
                     skipped.append(("of the operating system", name))
                 elif entry.is_dir():
+                    if link and is_within(os.path.realpath(folder), os.path.realpath(entry.path)):
+                        skipped.append(("a circular link", name))
+                        continue
                     folders.append(name)
                     links += [name] if link else []
                 elif not name.lower().endswith(self.extensions):
@@ -295,6 +298,7 @@ class _Finder:
             )
         self._check_names(folder, names, companions, unused)
         inner = self._splits_of_classes(folder, names) if may_hold_splits else {}
+        self._check_insides(folder, [os.path.join(name, inner.get(name, "")) for name in names])
         self._skip_beside(folder, names)
         known = list(self.known) if self.known is not None else names
         return Layout(folder, names, known, inner, hold_out and not inner, self.skipped)
@@ -328,6 +332,16 @@ class _Finder:
             for form in forms:
                 if (other := same.setdefault(form, name)) != name:
                     raise UserError(f"{self.key}: {folder!r} has one class as {other!r} and {name!r}: remove one of them")
+
+    def _check_insides(self, folder: str, names: list[str]) -> None:
+        """Raise `UserError` where the folders *names*, of classes, all hold the same folders: they may be folds or domains."""
+        if self.known is not None or len(names) < 2:
+            return
+        paths = [os.path.join(folder, name).rstrip(os.sep) for name in names]
+        inside = [set() if self.tree.list(path).files else set(self.tree.holding(path)) for path in paths]
+        if len(alike := sorted(set.intersection(*inside))) > 1:
+            plain = _named([name.rstrip(os.sep) for name in names])
+            raise self._ambiguous(folder, f"{plain} as classes or {_named(alike)}, which are in each of them", paths[:1])
 
     def _splits_of_classes(self, folder: str, names: list[str]) -> dict[str, str]:
         """The folder of the split in each class folder, where all of them hold the splits."""

@@ -18,6 +18,7 @@ from bigvision.data.shared import Slots
 from bigvision.data.sources.base import Source
 from bigvision.data.transforms import Transform
 from bigvision.data.workers import main_hidden, needs_main, settle, signals_held, worker_context
+from bigvision.errors import UserError
 from bigvision.targets import Targets, stack
 
 Collate = Callable[[Sequence[Any]], Targets]
@@ -143,9 +144,9 @@ class Batches(Iterator[Batch]):
         """Raises what a worker raised, with its message; `RuntimeError` when workers are killed again and again."""
         while not self._ready:
             try:
-                answers = [next(self._answers)]
+                answers = [self._received()]
                 while answers[-1].request.begin + answers[-1].request.size < answers[-1].request.together:
-                    answers.append(next(self._answers))
+                    answers.append(self._received())
             except (OSError, EOFError, RuntimeError) as error:
                 # When a worker is killed, what comes up first may be only that its end of some socket is closed.
                 workers = _processes(self._answers)
@@ -165,6 +166,12 @@ class Batches(Iterator[Batch]):
             for answer in answers:
                 self.bad += answer.bad
         return self._ready.popleft()
+
+    def _received(self) -> Answer:
+        answer = next(self._answers)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
     @property
     def shared_bytes(self) -> int:
@@ -208,7 +215,7 @@ class Batches(Iterator[Batch]):
 
     def _begin(self) -> None:
         with signals_held(), main_hidden():
-            self._answers: Iterator[Answer] = iter(self._loader())
+            self._answers: Iterator[Answer | UserError] = iter(self._loader())
 
     def _loader(self) -> DataLoader:
         """That of the samples from those on that are due."""
@@ -256,7 +263,7 @@ def _cut(requests: Iterator[Request], parts: int, slots: Slots | None) -> Iterat
             yield Request(start + begin, max(0, min(valid - begin, count)), count, begin, size, slot)
 
 
-def _processes(answers: Iterator[Answer]) -> Sequence[Any]:
+def _processes(answers: Iterator[Any]) -> Sequence[Any]:
     """The worker processes, which DataLoader does not publish: only they tell a worker's death from an error."""
     return getattr(answers, "_workers", ())
 

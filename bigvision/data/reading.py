@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -113,7 +114,13 @@ class Reader(Dataset):
             return None
         return self.source.channels, *self.transform.size
 
-    def __getitem__(self, request: Request) -> Answer:
+    def __getitem__(self, request: Request) -> Answer | UserError:
+        try:
+            return self._answer(request)
+        except UserError as error:
+            return error  # raised where it arrives: `DataLoader` would put the worker's traceback into its one line
+
+    def _answer(self, request: Request) -> Answer:
         places = request.places(self.stream)
         shape = self.shape
         images = None if shape is None else self._memory(request, shape)
@@ -153,15 +160,38 @@ class Reader(Dataset):
         """The sample *read*, which stands at *place*, with what is random of it drawn."""
         try:
             image, target = self.source.read(read.id)
+            self._check_image(image, read)
             # Of the place: a stand-in is not cropped as it was, or will be, in its own.
             seed = seed_from("augment", self.seed, place.epoch, place.id, place.repeat)
             if isinstance(self.transform, Steps):
                 torch.default_generator.manual_seed(seed)
                 return _Opened(self.transform.begin(image, target), target)
             seed_everything(seed)
-            return _Opened(_Made(*self.transform(image, target)), target)
+            return _Opened(self._made(self.transform(image, target), read), target)
         except UnreadableSample as error:
             return error
+
+    def _check_image(self, image: Any, read: Place) -> None:
+        """Raise `UserError` for what a source may not give, such as floats, which would become black bytes in silence."""
+        if isinstance(image, (bytes, Image.Image)):
+            return
+        if not _is_pixels(image, self.source.channels):
+            raise UserError(
+                f"{self.source.where(read.id)}: its image is {_described(image)}; a source gives a file's bytes, an image of "
+                f"Pillow's, or a uint8 tensor (C, H, W) with {self.source.channels} channels{_hint(image)}"
+            )
+
+    def _made(self, made: Any, read: Place) -> _Made:
+        """What a transform of the user's made. Raises `UserError` for anything but bytes of as many channels as the source."""
+        name = getattr(self.transform, "__name__", type(self.transform).__name__)
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise UserError(f"transform {name}: it returned {_described(made)}; return the pixels and the target")
+        if not _is_pixels(made[0], self.source.channels):
+            raise UserError(
+                f"transform {name}: it made {_described(made[0])} of {self.source.where(read.id)}; return a uint8 tensor "
+                f"(C, H, W) with {self.source.channels} channels, which is normalised on the device{_hint(made[0])}"
+            )
+        return _Made(*made)
 
     def _fill(self, buffer: Tensor, opened: _Opened | UnreadableSample, place: Place, bad: list[BadSample]) -> _Taken:
         """Put the pixels of a sample, or of its stand-in, into *buffer*."""
@@ -219,6 +249,11 @@ class _Made(NamedTuple):
     target: Any
 
     def fill(self, buffer: Tensor) -> None:
+        if self.pixels.shape != buffer.shape:  # copying would repeat a row or a column
+            raise UserError(
+                f"the transform made images of {tuple(self.pixels.shape)} and {tuple(buffer.shape)} (C, H, W); let it return "
+                "one size"
+            )
         buffer.copy_(self.pixels)
 
     def finish(self, buffer: Tensor) -> Any:
@@ -235,3 +270,29 @@ class _Taken(NamedTuple):
     """None where nothing could be read"""
     target: Any
     id: int
+
+
+def _is_pixels(image: Any, channels: int) -> bool:
+    return isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == channels
+
+
+def _described(value: Any) -> str:
+    """Type, and of arrays and tensors the kind of number and the shape."""
+    kind = type(value).__name__
+    if not isinstance(value, (np.ndarray, Tensor)):
+        return f"{kind} of {len(value)}" if isinstance(value, (tuple, list)) else kind
+    return f"{kind} of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def _hint(image: Any) -> str:
+    """How to make of *image* what is wanted."""
+    if isinstance(image, np.ndarray):
+        return "; use torch.from_numpy(array).permute(2, 0, 1)"
+    if not isinstance(image, Tensor):
+        return ""
+    if image.dtype != torch.uint8:
+        scaled = ", scale=True" if image.is_floating_point() else ""
+        return f"; end it with torchvision's v2.ToDtype(torch.uint8{scaled}), and leave out ToTensor and Normalize"
+    if image.ndim == 3 and image.shape[-1] in (1, 3):
+        return "; it looks like (H, W, C): use permute(2, 0, 1)"
+    return ""

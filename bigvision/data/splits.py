@@ -39,7 +39,9 @@ FILLERS = ("set", "data", "dataset", "split", "folder", "images", "image", "imgs
 
 
 class Subset(Source):
-    """The samples *indices* of another source, in that order."""
+    """The samples *indices* of another source, in that order: what training or validation gets of data that both share."""
+
+    divided = True
 
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
         self.source = source
@@ -190,14 +192,32 @@ def is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def in_both(train: Source, val: Source) -> set[str]:
-    """The files that both sources read, resolved."""
+def check_apart(train: Source, val: Source) -> str:
+    """Return a note of the files that both sources read, "" where there is none.
+
+    Raises:
+        UserError: they are half of the validation data or more, or all of the training data.
+    """
+    ours, theirs = in_both(train, val)
+    if not (both := ours & theirs):
+        return ""
+    if 2 * len(both) >= len(theirs) or both == ours:
+        raise UserError(
+            f"data.val: {val.name} has {len(both):,} files that data.train, {train.name}, trains on, as {min(both)!r}: give "
+            "other validation data, or the same in both, without a validation part, so that a tenth is held out"
+        )
+    number = f"{len(both):,} of the {len(theirs):,} files of {val.name}"
+    return f"{number} are in the training data too, as {min(both)!r}: what was seen in training tells little of other images"
+
+
+def in_both(train: Source, val: Source) -> tuple[set[str], set[str]]:
+    """The files of each source, resolved; nothing where they have none in common."""
     ends = [os.path.realpath(source.location) for source in (train, val) if source.location]
     apart = len(ends) == 2 and not is_within(*ends) and not is_within(*reversed(ends))
     # Links lead anywhere; without them folders that are apart have no file in common.
     if apart and not train.linked and not val.linked:
-        return set()
-    return _resolved(train) & _resolved(val)
+        return set(), set()
+    return _resolved(train), _resolved(val)
 
 
 def _resolved(source: Source) -> set[str]:

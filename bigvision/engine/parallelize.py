@@ -219,7 +219,8 @@ def overlap(spread: Spread, example: Tensor, statistics: Statistics) -> None:
         """A forward and backward pass in training mode, in which branches may run that evaluation does not have."""
         statistics.keep()
         # Not compiled: a batch of another size would be a graph of its own.
-        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+        # Of this rank's device alone: by default torch would keep the state of all of them, with a warning.
+        with torch.random.fork_rng([example.device] if example.is_cuda else []), torch.compiler.set_stance("force_eager"):
             outputs = [leaf for leaf in tree_leaves(model(example)) if isinstance(leaf, Tensor) and leaf.requires_grad]
             torch.stack([output.float().sum() for output in outputs]).sum().backward()
         statistics.restore(torch.ones((), dtype=torch.bool, device=example.device))

@@ -47,7 +47,7 @@ class ZeroEngine(Engine):
 
 
 class ZeroStep:
-    """DeepSpeed's step, and what this rank holds of its state. It waits for the device once or twice a step."""
+    """DeepSpeed's step, and what this rank holds of its state. It waits for the device where DeepSpeed does."""
 
     def __init__(
         self, module: nn.Module, blocks: list[nn.Module], blueprint: Blueprint, config: Config, runtime: Runtime, restored: bool

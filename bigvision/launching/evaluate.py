@@ -18,6 +18,7 @@ from bigvision.errors import UserError, nearest
 from bigvision.launching.accelerate import overrides
 from bigvision.models import check_model
 from bigvision.models.check import check_name, current_name
+from bigvision.models.weights_file import MARK
 from bigvision.runtime import Watchdog, all_or_none, collective_timeout, start, warn_of_shared_memory
 from bigvision.training.bad import BadSamples
 from bigvision.training.build import build_model
@@ -123,17 +124,39 @@ def _open(config: Config, first: bool) -> tuple[Source, int]:
             class_file=config.data.classes,
         )  # fmt: skip
 
-    model, val = config.model, opened()
-    card = timm.models.get_pretrained_cfg(current_name(model.name)[0])
+    model = config.model
+    if config.data.classes is None and (saved := _saved_classes(model.weights)):
+        return opened(saved), model.num_classes or len(saved)
+    card, val = timm.models.get_pretrained_cfg(current_name(model.name)[0]), opened()
     theirs = card.num_classes if card is not None and model.pretrained else None
     outputs = model.num_classes or theirs or len(val.classes)
-    if outputs == len(val.classes) or config.data.classes is not None:
+    if len(val.classes) <= outputs and config.data.classes is not None:
         return val, outputs
-    # A part of ImageNet, in folders that are called by its synsets.
-    synsets = timm.data.ImageNetInfo().label_names() if outputs == 1000 else []
-    if not synsets or not set(val.classes) <= set(synsets):
-        raise UserError(
-            f"data.val: {len(val.classes)} classes, but {model.name} has {outputs} outputs: name images with the model's "
-            "classes, or a file with them in data.classes"
-        )
-    return opened(synsets), outputs
+    subset = timm.data.infer_imagenet_subset({"num_classes": outputs}) if theirs == outputs else None
+    synsets = timm.data.ImageNetInfo(subset).label_names() if subset else []
+    if set(val.classes) <= set(synsets):
+        return val if val.classes == synsets else opened(synsets), outputs
+    numbers = [str(number) for number in range(outputs)]
+    if sorted(val.classes) == sorted(numbers):
+        return val if val.classes == numbers else opened(numbers), outputs  # folders are sorted as texts
+    # Words in the order of their letters are not in the synsets' order; those of the Hub's ImageNet are.
+    if len(val.classes) == outputs and (not synsets or val.classes != sorted(val.classes)):
+        return val, outputs
+    unknown = next((name for name in val.classes if name not in synsets), None)
+    example = f" ({unknown!r} is none of {synsets[0]!r}, {synsets[1]!r}, ...)" if synsets and unknown is not None else ""
+    raise UserError(
+        f"data.val: {len(val.classes)} classes, but {model.name} has {outputs} outputs{example}: name images with the model's "
+        "classes, or a file with them, in the order of the outputs, in data.classes"
+    )
+
+
+def _saved_classes(weights: str | None) -> list[str] | None:
+    """The classes in the config.json beside *weights*, where a run or an export wrote it."""
+    if weights is None:
+        return None
+    path = Path(weights.partition(MARK)[0]).expanduser()
+    try:
+        found = json.loads((path if path.is_dir() else path.parent).joinpath("config.json").read_bytes())["label_names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, list) and found and all(isinstance(name, str) for name in found) else None

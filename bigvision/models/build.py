@@ -185,6 +185,9 @@ def _check_size(config: ModelConfig, module: nn.Module, shape: tuple[int, int, i
 
     def runs(size: tuple[int, ...]) -> Exception | None:
         twin = copy.deepcopy(module).eval()  # some models keep what they compute in evaluation mode
+        for part in twin.modules():
+            if isinstance(part, nn.Conv2d):
+                part.register_forward_hook(_refuse_nothing)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 twin(torch.empty(1, shape[0], *size, device="meta"))
@@ -198,3 +201,9 @@ def _check_size(config: ModelConfig, module: nn.Module, shape: tuple[int, int, i
         raise UserError(
             f"model.image_size: {config.name} cannot take {size[0]} x {size[1]} pixels ({reason}); try another size"
         )
+
+
+def _refuse_nothing(module: nn.Module, inputs: object, output: Tensor) -> None:
+    # On meta torch 2.11 lets one side of an image be smaller than a kernel.
+    if not output.numel():
+        raise ValueError("a convolution's kernel is larger than its input")

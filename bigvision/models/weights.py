@@ -35,7 +35,7 @@ def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adap
         file = WeightsFile(timm_file(config.name, card), key)
     values = Adapted(file, module, {**loading, "pretrained_cfg": card})
     fresh = _check(file, config, module, values, heads)
-    why = "the classes of {} are others" if fresh and fresh[0] in values.likes else "{} has none"
+    why = "the classes of {} are others" if fresh and fresh[0] in (*values.likes, *file.places) else "{} has none"
     notes = [f"the classifier ({fresh[0]}) starts fresh: {why.format(file.source)}"] if fresh else []
     if values.left_out:
         notes.append(f"{values.left_out} of {file.source}, a classifier by its shape, is left out")

@@ -58,6 +58,10 @@ class _Stage(PipelineStage):
         groups = bwd_kwargs["param_groups"]
         return stage_backward_weight(self.submod.parameters(), groups, retain_graph=True), None
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # torch 2.11 also connects a rank with itself where it has two stages in a row, which gloo cannot.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
 
 def make_schedule(
     name: str,

@@ -163,7 +163,7 @@ def _join(device: str, replicas: int, stages: int | None, timeout: timedelta) ->
             stack.enter_context(_default_timeouts(timeout))
             if not dist.is_initialized():  # Ray's workers have one
                 stack.enter_context(_process_group(joined, timeout))
-        mesh, data_group = _mesh(joined, stages, replicas)
+        mesh, data_group = _mesh(joined, stages, replicas, timeout)
         if _joined is None:
             joined.end, _joined = stack.pop_all(), joined
     joined.users += 1
@@ -180,13 +180,19 @@ def _check_layout(identity: Identity, stages: int, replicas: int) -> None:
         raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks}")
 
 
-def _mesh(joined: _Joined, stages: int, replicas: int) -> tuple[DeviceMesh, dist.ProcessGroup | None]:
+def _mesh(
+    joined: _Joined, stages: int, replicas: int, timeout: timedelta
+) -> tuple[DeviceMesh, dist.ProcessGroup | None]:  # fmt: skip
     """Return the mesh of a layout, and the data-parallel ranks of this rank's stage: None is all ranks."""
     if (stages, replicas) not in joined.meshes:
         kind, shares = joined.device.type, joined.identity.world_size // stages
         shape = (stages, replicas, shares // replicas)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("stage", "replicate", "shard"))
         alike = init_device_mesh(kind, (stages, shares), mesh_dim_names=("stage", "data")) if stages > 1 else None
+        for group in [*mesh.get_all_groups(), *(alike.get_all_groups() if alike is not None else [])]:
+            # Beside NCCL torch splits the default group, and gives the gloo half of what it splits off a timeout of 30 minutes.
+            if (cpu := torch.device("cpu")) in group._device_types:
+                group._get_backend(cpu)._set_default_timeout(timeout)
         joined.meshes[stages, replicas] = mesh, alike["data"].get_group() if alike is not None else None
     return joined.meshes[stages, replicas]
 

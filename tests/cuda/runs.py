@@ -30,8 +30,8 @@ def on_cpu() -> bool:
 
 
 def cuda_devices() -> int:
-    """How many there are; two gloo ranks stand for two devices where the tests run on the CPU."""
-    return 2 if on_cpu() else torch.cuda.device_count()
+    """How many there are; four gloo ranks stand for four devices where the tests run on the CPU."""
+    return 4 if on_cpu() else torch.cuda.device_count()
 
 
 def device() -> str:

@@ -123,9 +123,16 @@ def test_classes(tmp_path):
     assert source.classes == ["cat", "red fox"]
     plain = write(tmp_path / "plain", pixels(3, 5, 5), np.array([0, 1, 0]))
     assert open_source(f"arrays:{plain}", "val", shared=False, classes=["a", "b", "c"]).classes == ["a", "b", "c"]
-    with pytest.raises(UserError, match=r"the 2 classes of .* are not the 3"):
+    with pytest.raises(UserError, match=r"class 'cat' in .*named by .*classes.txt', is not one of the 3"):
         open_source(f"arrays:{tmp_path}/named", "val", classes=["a", "b", "c"])
     assert "has label 1, but labels are 0 to 0" in refusal(plain, classes=["a"])
+    # Numbers follow the training data by the names that are beside them, whose order is another.
+    source = open_source(f"arrays:{tmp_path}/named", "val", shared=False, classes=["elk", "red fox", "cat"])
+    assert source.classes == ["elk", "red fox", "cat"] and [source.label(index) for index in range(3)] == [2, 1, 2]
+    one_hot = write(tmp_path / "hot", pixels(2, 5, 5), np.eye(2, dtype=int))
+    (one_hot / "classnames.txt").write_text("cat\nelk\n")
+    source = open_source(f"arrays:{one_hot}", "val", shared=False, classes=["elk", "red fox", "cat"])
+    assert [source.label(index) for index in range(2)] == [2, 0]
 
 
 def test_workers_map_the_file_themselves(tmp_path):

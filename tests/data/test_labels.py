@@ -1,12 +1,13 @@
 """What labels of every form become: classes, a number for each sample, notes, or one line that says why not."""
 
 from decimal import Decimal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from bigvision.data import open_source
+from bigvision.data import MapStyle, open_source
 from bigvision.data.labels import coded, label_samples, read_classes
 from bigvision.errors import UserError
 
@@ -94,6 +95,34 @@ def test_known_classes_decide(values, known, labels):
     assert labelled(values, known).values.tolist() == labels and labelled(values, known).classes == known
 
 
+def test_numbers_that_may_count_from_one():
+    found = labelled([2, 1], ["tench", "goldfish", "shark"])
+    assert found.values.tolist() == [2, 1] and "no sample has label 0, which is 'tench'" in found.notes[0]
+    assert labelled([2], ["tench", "goldfish", "shark"]).notes == ()
+    own = MapStyle([("x.jpg", 1), ("x.jpg", 2)], ["a", "b", "c"])
+    assert own.notes == ()  # labels are not listed
+    listed = SimpleNamespace(targets=[1, 2], classes=["a", "b", "c"])
+    listed = type("Own", (list,), vars(listed))([("x.jpg", 1), ("x.jpg", 2)])
+    assert "no sample has label 0, which is 'a'" in MapStyle(listed).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "known", "labels"),
+    [
+        ([0, 2], ["c", "a", "b"], [1, 0]),
+        ([2], ["c", "a", "b", "d"], [0]),
+        (["a"], ["c", "a", "b"], [1]),
+    ],
+)
+def test_numbers_follow_by_the_names_of_their_own_class_file(tmp_path, values, known, labels):
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    found = labelled(values, known, folders=[tmp_path])
+    assert found.classes == known and found.values.tolist() == labels
+    with pytest.raises(UserError, match=r"class 'c' in 'x', named by .*classes.txt', is not one of the 2 classes"):
+        labelled([2], ["a", "b"], folders=[tmp_path])
+    assert labelled([0], ["a", "z"], folders=[tmp_path]).values.tolist() == [0]
+
+
 def test_numbers_for_classes_whose_names_are_other_numbers():
     found = labelled([0, 1], ["1", "0"])
     assert found.values.tolist() == [0, 1] and "label 0 is '1'" in found.notes[0]
@@ -103,7 +132,8 @@ def test_numbers_for_classes_whose_names_are_other_numbers():
     ("values", "known", "said"),
     [
         ([0, 3], ["a", "b", "c"], "has label 3, but labels are 0 to 2"),
-        ([1, 2, 3], ["a", "b", "c"], "labels count from 0: subtract 1"),
+        ([1, 2, 3], ["a", "b", "c"], "labels count from 0: subtract 1, write names, or leave out the list of classes"),
+        ([3, 2], ["a", "b", "c"], "labels count from 0: subtract 1"),
         ([101], ["100", "90000"], "class '101' in 'x' is not one of the 2 classes"),
         ([0], ["1", "2"], "class '0' in 'x' is not one of"),
         (["fox"], ["cat"], "class 'fox' in 'x' is not one of"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bigvision.data import Source, open_source
+from bigvision.data import Source, open_both, open_source
 from bigvision.data.splits import split_name
 from bigvision.errors import UserError
 
@@ -95,6 +95,7 @@ RIGHT = {
     "one class": ({"cat": 6}, {"cat": 5}, {"cat": 1}),
     "one class with folders": ({"cat": 4, "cat/more": 2}, {"cat": 5}, {"cat": 1}),
     "one class in splits": ({"train/cat": 6, "val/cat": 2}, {"cat": 6}, {"cat": 2}),
+    "numbers and apples": ({"0": 6, "10": 4, "2/deep": 4, ".git/x": 1, "2/._0.jpg": 1}, {"0": 5, "10": 3, "2": 3}, None),
     "unicode and spaces": ({"小猫": 6, "ümläut é": 4, " lead": 6}, {" lead": 5, "ümläut é": 3, "小猫": 5}, None),
     "other forms of unicode": ({"train/e\u0301te": 6, "val/\u00e9te": 2}, {"e\u0301te": 6}, {"e\u0301te": 2}),
     "classes named like splits": ({"train": 6, "test": 4, "tram": 4}, {"test": 3, "train": 5, "tram": 3}, None),
@@ -105,6 +106,7 @@ RIGHT = {
     # links
     "a linked split": (below("../elsewhere", CAT_DOG) | {"train": "../elsewhere", "val/cat": 2, "val/dog": 1}, *SPLIT),
     "linked classes": ({"../elsewhere/x": 6, "cat": "../elsewhere/x", "dog": 4}, *HELD),
+    "a link to all of it": (CAT_DOG | {"all": ".", "above": "..", "dog/all": "../../root"}, *HELD),
     "circular links": (CAT_DOG | {"cat/up": "..", "cat/self": ".", "dog/other": "../cat/up"}, *HELD),
 }  # fmt: skip
 
@@ -123,6 +125,9 @@ def test_layouts(tmp_path: Path, name: str) -> None:
 
 
 AMBIGUOUS = {
+    "folds": (below("fold0", CAT_DOG) | below("fold1", CAT_DOG), "fold0, fold1 as classes or cat, dog, which are in each of"),
+    "folds with splits": (splits("1/train", "1/val") | splits("2/train", "2/val"), "or cat, dog, which are in each of them"),
+    "domains": (below("train", below("art", CAT_DOG) | below("photo", CAT_DOG | {"elk": 2})), "photo as classes or cat, dog"),
     "both cases": (splits("train", "val") | below("Train", CAT_DOG), "Train/ or train/ as a split"),
     "both cases of val": (splits("train", "val") | below("VAL", CAT_DOG), "VAL/ or val/ as a split"),
     "two words for one": (splits("train", "val") | below("training", CAT_DOG), "train/ or training/ as a split"),
@@ -189,6 +194,13 @@ def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
         "of no regular file": (1, "train/cat/pipe.jpg"),
     }
     assert dict(val.passed_over) == {".csv": (1, "val/y.csv")}
+
+
+def test_classes_that_look_alike_are_noted(tmp_path: Path) -> None:
+    for number, (one, other) in enumerate((("Cat", "cat"), ("cat", "cat "))):
+        root = write(tmp_path / str(number), {one: 3, other: 3, "elk": 3})
+        train, val = open_both(f"imagefolder:{root}", f"imagefolder:{root}")
+        assert len(train.classes) == 3 and f"{one!r} and {other!r} are two" in train.notes[0] and val.notes == ()
 
 
 @pytest.mark.parametrize(

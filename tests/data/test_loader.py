@@ -24,6 +24,7 @@ from bigvision.data import (
     train_batches,
     transform,
 )
+from bigvision.errors import UserError
 
 LENGTH = 23
 GLOBAL = 12
@@ -251,6 +252,98 @@ def test_errors_in_workers_keep_their_message(workers):
     with eval_batches(Broken(), PLAIN, batch=4, rank=0, ranks=1, workers=workers) as loader:
         next(loader)
         with pytest.raises(KeyError, match="the real reason"):
+            next(loader)
+
+
+class Returns:
+    """A user's transform."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def __call__(self, image, target):
+        return self.change(image, target)
+
+
+def halves(image, target):
+    return image[:, : 4 + target % 2], target
+
+
+WRONG = {
+    "floats": (
+        lambda image, target: (image / 255, target),
+        r"Tensor of float32 \(3, 10, 10\) of .*ToDtype\(torch.uint8, scale",
+    ),
+    "NaN": (lambda image, target: (image * float("nan"), target), "Tensor of float32"),
+    "half": (lambda image, target: (image.half(), target), "Tensor of float16"),
+    "int64": (lambda image, target: (image.long(), target), r"Tensor of int64 .*ToDtype\(torch.uint8\)"),
+    "bool": (lambda image, target: (image > 9, target), "Tensor of bool"),
+    "an array": (lambda image, target: (image.numpy(), target), "ndarray of uint8 .*torch.from_numpy"),
+    "HWC": (lambda image, target: (image.permute(1, 2, 0), target), r"\(10, 10, 3\) .*looks like \(H, W, C\)"),
+    "grey": (lambda image, target: (image[:1], target), r"\(1, 10, 10\) of .* with 3 channels"),
+    "grey without channels": (lambda image, target: (image[0], target), r"\(10, 10\) of"),
+    "batches": (lambda image, target: (image[None], target), r"\(1, 3, 10, 10\)"),
+    "nothing": (lambda image, target: None, "transform Returns: it returned NoneType; return the pixels and the target"),
+    "pixels alone": (lambda image, target: image, "it returned Tensor of uint8"),
+    "several sizes": (halves, r"images of \(3, [45], 10\) and \(3, [45], 10\) .*one size"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_transform_may_not_return(noise, name):
+    change, said = WRONG[name]
+    with (
+        pytest.raises(UserError, match=said) as caught,
+        eval_batches(noise, Returns(change), batch=4, rank=0, ranks=1, workers=0) as loader,
+    ):
+        next(loader)
+    assert "\n" not in str(caught.value) and (name == "several sizes" or "transform Returns: it " in str(caught.value))
+
+
+class Gives(Source):
+    """A user's source: the last of its samples is *last*."""
+
+    name, classes, style = "gives", ["a"], "tiny"
+
+    def __init__(self, last):
+        self.last = last
+
+    def __len__(self):
+        return 6
+
+    def read(self, index):
+        return Sample(self.last if index == 5 else torch.zeros(3, 8, 8, dtype=torch.uint8), 0)
+
+    def label(self, index):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (torch.zeros(3, 8, 8), "gives, sample 5: its image is Tensor of float32"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "Tensor of int64"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), "H, W, C"),
+        (torch.zeros(1, 8, 8, dtype=torch.uint8), "with 3 channels"),
+        (np.zeros((8, 8, 3), dtype=np.uint8), "ndarray of uint8"),
+        ("x.jpg", "its image is str"),
+    ],
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_what_a_source_may_not_give(last, said, own):
+    change = Returns(lambda image, target: (image, target)) if own else PLAIN
+    with (
+        pytest.raises(UserError, match=said) as caught,
+        eval_batches(Gives(last), change, batch=4, rank=0, ranks=1, workers=0) as loader,
+    ):
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_that_a_worker_finds_is_one_line():
+    with eval_batches(Gives(torch.zeros(3, 8, 8)), PLAIN, batch=4, rank=0, ranks=1, workers=1) as loader:
+        assert len(next(loader)) == 4
+        with pytest.raises(UserError, match=r"^gives, sample 5: its image is Tensor of float32.*Normalize$"):
             next(loader)
 
 

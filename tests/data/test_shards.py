@@ -153,10 +153,15 @@ def test_only_regular_files_are_read(tmp_path):
 
 def test_labels_of_every_kind(tmp_path):
     texts = [("json", b'{"label": 3}'), ("json", b'{"cls": 1, "x": [2]}'), ("json", b'{"class": "2"}'), ("cls", b"0\n")]
+    texts += [("json", b"3"), ("json", b'{"label": [1]}'), ("json", b'{"label": 2.0, "target": 7}'), ("cls", b"\xef\xbb\xbf0")]
+    texts += [("json", b'{"Target": 3, "width": 1}'), ("JSON", b"[1]"), ("json", b'{"label": "2"}'), ("cls", b"0\r\n")]
     members = [pair for n, (kind, text) in enumerate(texts) for pair in ((f"{n}.jpg", b"x"), (f"{n}.{kind}", text))]
     write_tar(tmp_path / "x.tar", members)
     source = opened(tmp_path)
-    assert [source.label(index) for index in range(4)] == [3, 1, 2, 0] and source.classes == ["0", "1", "2", "3"]
+    assert [source.label(index) for index in range(12)] == [3, 1, 2, 0] * 3 and source.classes == ["0", "1", "2", "3"]
+    write_tar(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.json", b'{"label": true}'), ("b.jpg", b"x"), ("b.json", b"false")])
+    source = opened(tmp_path)
+    assert [source.label(index) for index in range(2)] == [1, 0] and source.classes == ["False", "True"]
 
 
 def test_labels_that_are_names(tmp_path):
@@ -188,10 +193,26 @@ def test_class_names_of_numbers(tmp_path):
     [
         ({"a.jpg": b"x"}, "sample a has no label"),
         ({"a.jpg": b"x", "a.cls": b" "}, "sample a has no label"),
-        ({"a.jpg": b"x", "a.cls": b"\xff"}, "sample a has no label"),
-        ({"a.jpg": b"x", "a.json": b"[" * 100_000}, "sample a has no label"),
-        ({"a.jpg": b"x", "a.json": b"3"}, "sample a has no label"),
-        ({"a.jpg": b"x", "a.json": b'{"label": true}'}, "sample a has no label"),
+        ({"a.jpg": b"x", "a.cls": b"\xff"}, "sample a has no label: its .cls is no text in UTF-8"),
+        ({"a.jpg": b"x", "a.json": b"[" * 100_000}, "sample a has no label: its .json is no JSON"),
+        ({"a.jpg": b"x", "a.json": b"{'label': 3}"}, "its .json is no JSON"),
+        ({"a.jpg": b"x", "a.json": b'{"label": null}'}, "sample a has no label"),
+        ({"a.jpg": b"x", "a.json": b'{"label": NaN}'}, "sample a has no label"),
+        ({"a.jpg": b"x", "a.json": b'{"label": []}'}, "sample a has no label"),
+        ({"a.jpg": b"x", "a.json": b'{"width": 3}'}, "sample a has no label"),
+        ({"a.jpg": b"x", "a.json": b"{}"}, "sample a has no label"),
+        (
+            {"a.jpg": b"x", "a.json": b'{"label": [1, 2]}'},
+            "sample a has several labels for an image (1, 2); that is for a task",
+        ),
+        ({"a.jpg": b"x", "a.json": b'{"label": [[1, 2]]}'}, "several labels for an image (1, 2)"),
+        (
+            {"a.jpg": b"x", "a.json": b'{"label": 0.5}'},
+            "sample a has numbers that are no classes (0.5); that is for a task 'reg",
+        ),
+        ({"a.jpg": b"x", "a.json": b'{"label": {"id": 3}}'}, "the label in its .json is an object"),
+        ({"a.jpg": b"x", "a.json": b'{"target": 3, "category": 4}'}, "target or category in its .json may be the label"),
+        ({"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"x", "b.json": b"true"}, "numbers (1) and names ('True')"),
         ({"a.jpg": b"x", "b.jpg": b"x", "a.cls": b"0", "b.cls": b"0"}, "sample a has no label"),
         ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"0"}, "sample a has more than one image"),
         ({"a.1.jpg": b"x", "a.2.jpg": b"x", "a.cls": b"0"}, "sample a has more than one image"),

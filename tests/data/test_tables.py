@@ -70,6 +70,7 @@ PLAIN = "\n".join(["path,label", *LINES]) + "\n"
         PLAIN.encode("utf-8-sig"),
         PLAIN.encode("utf-16"),
         PLAIN.encode("utf-16-le"),
+        PLAIN.encode("utf-16-be"),
         PLAIN.replace("\n", "\r\n"),
         PLAIN.replace("\n", "\r"),
         PLAIN.replace("\n", "\n\n").rstrip("\n"),
@@ -124,6 +125,10 @@ def test_tabs_names_with_separators_and_other_alphabets(opened, root):
         (["10", "9", "9"], ["9", "10"], [1, 0, 0], "labels 9 to 10 become 0 to 1"),
         (["1.0", "2.0", "2.0"], ["1", "2"], [0, 1, 1], "labels 1 to 2 become"),
         (["True", "False", "True"], ["False", "True"], [1, 0, 1], ""),
+        (['"1,0"', '"2,0"', '"2,0"'], ["1", "2"], [0, 1, 1], "labels 1 to 2 become"),
+        (["NA", "EU", "EU"], ["EU", "NA"], [1, 0, 0], "the label 'NA' is taken as a class of that name"),
+        (["a|b", "a|c", "a|c"], ["a|b", "a|c"], [0, 1, 1], ""),
+        (['"crane, bird"', "crane", "crane"], ["crane", "crane, bird"], [1, 0, 0], ""),
     ],
 )
 def test_labels(opened, labels, classes, values, note):
@@ -168,6 +173,13 @@ def test_splits(opened, root, tmp_path):
     # A set that is something else is no split.
     assert len(opened(content.replace("split,", "set,").replace("train,", "base,").replace("Val,", "extra,"))) == 3
     assert len(opened(content.replace("split,", "Subset,").replace("Val,", "testing,"), "val", classes=["cat", "dog"])) == 1
+    # Truth values, and folds, which are not used.
+    for flag, words in (("is_valid", ("False", "True")), ("Is-Train", ("1", "0")), ("is_test", ("no", "yes"))):
+        flagged = content.replace("split,", f"{flag},").replace("train,", f"{words[0]},").replace("Val,", f"{words[1]},")
+        assert len(opened(flagged, shared=True)) == 2
+        assert contents(opened(flagged, "val", classes=["cat", "dog"])) == {"000.jpg": "cat"}
+    folds = opened(content.replace("split,", "fold,").replace("train,", "0,").replace("Val,", "1,"))
+    assert len(folds) == 3 and "the column 'fold' of list.csv is not used" in folds.notes[0]
     many = "path,label\n" + "".join(f"{path},x\n" for path in IMAGES)
     train, val = (opened(many, split, shared=True) for split in ("train", "val"))
     assert (len(train), len(val)) == (2, 1) and not set(contents(train)) & set(contents(val))
@@ -187,6 +199,14 @@ def test_validation_follows_the_training_data(opened):
         ("path,label\nhttps://x.org/x.jpg,a\n", {}, "download them"),
         ("path,label\ncat/000.jpg,\ndog/000.jpg,dog\n", {}, "line 2 of '.*list.csv' has no label; remove"),
         ("path,label\ncat/000.jpg,nan\n", {}, "has no labels"),
+        ("path,label\ncat/000.jpg,N/A\ndog/000.jpg,dog\n", {}, "line 2 of '.*list.csv' has no label; remove"),
+        ("path,label\ncat/000.jpg,NULL\ndog/000.jpg,3\n", {}, "line 2 of '.*list.csv' has no label; remove"),
+        ('path;label\ncat/000.jpg;0,5\ndog/000.jpg;2\n', {}, "numbers that are no classes"),
+        ('path,label\ncat/000.jpg,"[1, 2]"\ndog/000.jpg,"[1]"\n', {}, r"several labels for an image \(\[1, 2\]\)"),
+        ("path,label\ncat/000.jpg,Mass|Nodule\ndog/000.jpg,Mass\n", {}, r"several labels for an image \(Mass\|Nodule\)"),
+        ("path;label\ncat/000.jpg;b|a\ndog/000.jpg;a|c\n", {}, "several labels for an image"),
+        ('path,label\ncat/000.jpg,"a,b"\ndog/000.jpg,a\ndog/001.png,b\n', {}, "several labels for an image"),
+        ("path,label,is_valid\ncat/000.jpg,a,maybe\n", {}, "line 2 of .* has 'maybe' in a column of true and false"),
         ("path,label\ncat/000.jpg,0.5\ndog/000.jpg,2\n", {}, "numbers that are no classes"),
         ("path,label\ncat/000.jpg,-1\n", {}, "has label -1"),
         ("path,label\ncat/000.jpg,a\ncat/000.jpg,b\n", {}, "line 3 of .* has several labels for an image"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,9 +12,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bigvision.engine.results import REQUESTS
 from tests.distributed import run_ranks
 from tests.recipes import recipe, run
 
@@ -64,22 +67,43 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def watch_steps(plain: dict[str, Any], first: int, steps: int) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """Train; return what *steps* steps in a row, from *first* on, wait for and send, with all that is between them."""
+class Copies(TorchFunctionMode):
+    """Counts what copies to the host, by name, type and shape; of tensors on the CPU a dispatch mode sees little of it."""
+
+    TO_THE_HOST = ("item", "tolist", "numpy", "cpu", "__array__", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.TO_THE_HOST and args[0].dtype != torch.uint8:  # images, which the loader has
+            self.found[name, str(args[0].dtype), tuple(args[0].shape)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def watch_steps(plain: dict[str, Any], first: int, steps: int) -> tuple[dict[Any, int], ...]:
+    """Train; return what *steps* steps in a row, from *first* on, wait for, send and copy, with all that is between them."""
     from bigvision.engine import Engine
 
-    train_step, watch = Engine.train_step, Watch()
+    train_step, watch, copies, stack = Engine.train_step, Watch(), Copies(), ExitStack()
 
     def watched(self: Any, batch: Any) -> Any:
         if self.step == first:
-            watch.__enter__()
+            stack.enter_context(watch)
+            stack.enter_context(copies)
         if self.step == first + steps:
-            watch.__exit__(None, None, None)
+            stack.close()
         return train_step(self, batch)
 
     with patch.object(Engine, "train_step", watched):
         run(plain)
-    return dict(watch.waits), dict(watch.sent)
+    return dict(watch.waits), dict(watch.sent), dict(copies.found)
+
+
+RECORD = 4 + len(REQUESTS)
+"""Numbers of a step's record."""
 
 
 TRAFFIC = {"allreduce_", "_allgather_base_", "_reduce_scatter_base_", "allgather_into_tensor_coalesced_", "send", "recv_"}
@@ -99,18 +123,20 @@ def test_a_step_does_not_wait(tmp_path: Path, model: str, strategy: str, ranks: 
         tmp_path, model, train=train, parallel={"strategy": strategy, **more},
         monitor={"progress": False, "every": 1000}, data={"augment": False},  # which draws on the CPU, in this process
     )  # fmt: skip
-    for waits, sent in run_ranks(watch_steps, ranks, plain, 2, 5):
+    for waits, sent, copies in run_ranks(watch_steps, ranks, plain, 2, 5):
         assert waits == {}
+        assert copies.keys() == {("tolist", "torch.float64", (RECORD,))}, "the record's alone, which has arrived"
         assert sent.pop(("allreduce_", "torch.float64")) == 5, "one decision for all ranks in each step"
         labels = sum(sent.pop((name, "torch.int64"), 0) for name in ("broadcast_",))
         assert labels == (5 if strategy == "pipeline" else 0)
         assert all(name in TRAFFIC and kind in ("torch.float32", "torch.float16") for name, kind in sent), sent
 
 
-def test_the_watch_sees_a_wait() -> None:
-    with Watch() as watch:
+def test_the_watch_sees_waits_and_copies() -> None:
+    with Watch() as watch, Copies() as copies:
         bool(torch.ones(1).sum() > 0)
-    assert watch.waits
+        torch.ones(2).tolist()
+    assert watch.waits and copies.found.keys() == {("__bool__", "torch.bool", ()), ("tolist", "torch.float32", (2,))}
 
 
 def graphs_of_a_run(plain: dict[str, Any]) -> int:

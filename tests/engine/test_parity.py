@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
+from bigvision.config import load_config
+from bigvision.runtime import start
+from bigvision.training.build import build_model
 from tests.distributed import run_ranks
 from tests.recipes import lines, recipe, run
 
@@ -140,3 +144,37 @@ def test_when_fsdp_frees_and_scatters_changes_nothing(tmp_path: Path, keys: dict
     reference = run_ranks(run, 1, recipe(tmp_path / "reference"))[0]
     plain = recipe(tmp_path / "fsdp", parallel={"strategy": "fsdp", **keys})
     same_losses(reference, run_ranks(run, 4, plain)[0])
+
+
+def wrapped(plain: dict[str, Any]) -> list[Any]:
+    """How FSDP wraps the model: for each unit whether it frees its weights, and which it gathers while it runs and after."""
+    with start("cpu") as runtime:
+        engine, _, _ = build_model(load_config(plain), 10, runtime, steps=10, say=lambda text: None)
+        assert engine.forward is engine.module
+        states = {path: m._get_fsdp_state() for path, m in engine.module.named_modules() if isinstance(m, FSDPModule)}
+        paths = {state: path for path, state in states.items()}
+        return [
+            (
+                path, state._fsdp_param_group.post_forward_mesh_info is not None,
+                [paths[other] for other in state._states_to_forward_prefetch],
+                [paths[other] for other in state._states_to_backward_prefetch],
+            )
+            for path, state in states.items()
+        ]  # fmt: skip
+
+
+def test_how_fsdp_wraps(tmp_path: Path) -> None:
+    """One rank alone has the plain module; several gather the next block while one runs, in both directions."""
+
+    def plain(**more: Any) -> dict[str, Any]:
+        made = recipe(tmp_path, parallel={"strategy": "fsdp", "precision": "bf16", **more})
+        # Blocks of fewer are opened: each is more than a quarter of the model.
+        return made | {"model": made["model"] | {"options": made["model"]["options"] | {"depth": 6}}}
+
+    assert run_ranks(wrapped, 1, plain()) == [[]]
+    blocks = [f"blocks.{number}" for number in range(6)]
+    for reshard in ("forward", "never"):
+        (root, *units) = run_ranks(wrapped, 2, plain(reshard=reshard))[0]
+        assert root == ("", False, [], []), "freed after the backward pass"
+        frees = reshard == "forward"
+        assert units == [(path, frees, blocks[n + 1 : n + 2], blocks[max(0, n - 1) : n]) for n, path in enumerate(blocks)]

@@ -128,15 +128,15 @@ def test_resume_is_known_before_the_model_is_built(tmp_path: Path, monkeypatch: 
     assert not torch.distributed.is_initialized()
 
 
-def in_turn(plain: dict[str, Any], together: bool) -> list[list[float]]:
-    """Two engines with strategies of their own, in one process; *together* or one after the other."""
+def in_turn(plain: dict[str, Any], strategies: tuple[str, str], together: bool) -> list[list[float]]:
+    """Two engines with *strategies* of their own, in one process; *together* or one after the other."""
     generator = torch.Generator().manual_seed(3)
     batches = [(torch.rand(4, 3, 32, 32, generator=generator), torch.randint(10, (4,), generator=generator)) for _ in range(3)]
     keys: dict[str, Any] = {"num_classes": 10, "steps": 3, "global_batch": 4 * int(os.environ["WORLD_SIZE"])}
     found: list[list[float]] = []
     with ExitStack() as stack:
         engines = []
-        for strategy, seed in (("ddp", 1), ("fsdp", 2)):
+        for strategy, seed in zip(strategies, (1, 2)):
             parallel = plain["parallel"] | {"strategy": strategy}
             engine = stack.enter_context(bigvision.Engine(plain | {"parallel": parallel, "seed": seed}, **keys))
             if together:
@@ -153,6 +153,11 @@ def in_turn(plain: dict[str, Any], together: bool) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_two_engines_share_the_process_group(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "strategies",
+    [("ddp", "fsdp"), *(pytest.param(pair, marks=pytest.mark.long) for pair in (("zero3", "zero2"), ("zero3", "zero3")))],
+)
+def test_two_engines_share_the_process_group(ranks: int, strategies: tuple[str, str], tmp_path: Path) -> None:
     plain = small(tmp_path / "run")
-    assert run_ranks(in_turn, ranks, plain, True) == run_ranks(in_turn, ranks, plain, False)
+    together, in_sequence = (run_ranks(in_turn, ranks, plain, strategies, both) for both in (True, False))
+    assert together == in_sequence

@@ -240,7 +240,9 @@ def test_pretrained_reads_the_safetensors_file_of_the_hub(vit, file, monkeypatch
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or file)
     plan = blueprint(model(pretrained=True), 4)
     assert asked[0][0] == ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")
-    assert "starts fresh" in plan.note
+    assert "(head.weight) starts fresh: the classes of" in plan.note, (
+        "timm drops a classifier of other classes, which the file has"
+    )
     assert torch.equal(dict(plan.tensors(0))["norm.weight"], vit.state_dict()["norm.weight"])
 
 

@@ -20,7 +20,7 @@ from bigvision.data.sources.huggingface import open_saved
 from bigvision.data.sources.table import open_table
 from bigvision.data.sources.torchvision_sets import TORCHVISION, open_torchvision
 from bigvision.data.sources.wrappers import choose_part
-from bigvision.data.splits import check_local, from_the_hub, hold_out, in_both
+from bigvision.data.splits import check_apart, check_local, from_the_hub, hold_out
 from bigvision.errors import UserError, nearest
 
 FILES = ("imagefolder", "webdataset", "parquet", "csv", "tsv", "hf", "arrays", "volumes")
@@ -82,13 +82,15 @@ def open_both(
     is then divided: a tenth is held out.
 
     Raises:
-        UserError: as :func:`open_source`, or files that are in both without being the same dataset.
+        UserError: as :func:`open_source`, or much of the validation data is in the training data (:func:`check_apart`).
     """
     keys = ("data.train", "data.val")
     if not isinstance(train, str) or not isinstance(val, str):
         first_source = open_source(train, "train", root=root, first=first, class_file=class_file, shared=False)
         second = open_source(val, "val", root=root, first=first, classes=first_source.classes, shared=False)
         if choose_part(train, "train", keys[0]) is not choose_part(val, "val", keys[1]):
+            if note := check_apart(first_source, second):
+                second.notes = (*second.notes, note)
             return first_source, second
         if len(first_source) < 2:
             raise UserError("data.val: the training data is one sample, none can be held out; give validation data")
@@ -99,13 +101,10 @@ def open_both(
     held = _open_parts(val, "val", keys[1], root, first, [one in ids[0] for one in ids[1]], opened[0].classes)
     for one, source in zip(ids[0], opened):
         for other, checked in zip(ids[1], held):
-            if one == other and source.location == checked.location:
-                continue  # divided, or of splits of its own
-            if both := in_both(source, checked):
-                raise UserError(
-                    f"data.val: {checked.name} has {len(both):,} files that data.train, {source.name}, trains on, as "
-                    f"{min(both)!r}: give other validation data, or the same in both so that a tenth is held out"
-                )
+            if one == other and source.divided and checked.divided:
+                continue
+            if note := check_apart(source, checked):
+                checked.notes = (*checked.notes, note)
     return _mixed(train, opened, keys[0]), _mixed(val, held, keys[1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigvision.data.labels import Coded, coded, label_samples, other_task, read_classes
+from bigvision.data.labels import Coded, class_file, coded, label_samples, other_task
 from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
 from bigvision.data.splits import VAL_FOLDERS, hold_out
 from bigvision.errors import UserError, one_line
@@ -21,6 +22,9 @@ from bigvision.seeds import seed_from
 
 class ArraySource(Source):
     """Images in one tensor, which worker processes share rather than copy."""
+
+    file = ""
+    """That they were read from; of several arrays in it followed by the name of this one."""
 
     def __init__(self, name: str, style: Style, classes: Sequence[str], images: Tensor, labels: Tensor) -> None:
         """Args: *images* uint8 (N, 1 or 3, H, W); *labels* int64 (N,)."""
@@ -37,6 +41,12 @@ class ArraySource(Source):
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self._images.shape[-2], self._images.shape[-1]
+
+    def origins(self) -> Sequence[str]:
+        return [self.file] if self.file else []
 
 
 class Synthetic(Source):
@@ -58,6 +68,9 @@ class Synthetic(Source):
     def label(self, index: int) -> int:
         return index % 10
 
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self._size, self._size
+
 
 def open_digits(split: Split) -> ArraySource:
     """Open scikit-learn's digits: 1797 images of 8x8, four fifths for training, a fixed fifth for validation."""
@@ -76,10 +89,13 @@ def open_digits(split: Split) -> ArraySource:
 class MappedArray(Source):
     """Images in a ``.npy`` file, which each process maps into its memory for itself: the system shares the pages."""
 
-    def __init__(self, name: str, style: Style, classes: Sequence[str], file: Path, labels: Tensor) -> None:
-        """Args: *file* holds uint8 in one of the shapes of :func:`open_arrays`; *labels* int64 (N,)."""
+    def __init__(
+        self, name: str, style: Style, classes: Sequence[str], file: Path, labels: Tensor, size: tuple[int, int]
+    ) -> None:
+        """Args: *file* holds uint8 in one of the shapes of :func:`open_arrays`, images of *size*; *labels* int64 (N,)."""
         self.name, self.file, self.classes, self._labels = name, str(file), list(classes), labels
         self.style: Style = style
+        self.linked, self._size = os.path.islink(file), size
         self._mapped: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -97,6 +113,12 @@ class MappedArray(Source):
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self._size
+
+    def origins(self) -> Sequence[str]:
+        return [self.file]
 
     def __getstate__(self) -> dict[str, Any]:
         # As an array it would be copied into each worker.
@@ -116,7 +138,7 @@ def open_arrays(
     each line.
 
     Args:
-        classes: of the training data, which data without ``classes.txt`` takes over.
+        classes: of the training data, which labels follow: by name where a ``classes.txt`` names them.
 
     Raises:
         UserError: missing, damaged or other arrays; the message names *key*.
@@ -125,8 +147,6 @@ def open_arrays(
     try:
         opened = _open_folder if path.is_dir() else _open_npz
         images, labels, part, hold = opened(path, split, shared, key)
-        beside = (path if path.is_dir() else path.parent) / "classes.txt"
-        own = read_classes(str(beside), key) if beside.exists() else None
     except FileNotFoundError as error:
         raise UserError(
             f"{key}: no {error.filename!r}; give a folder with images.npy and labels.npy, or a .npz file"
@@ -149,17 +169,21 @@ def open_arrays(
     if hold and len(labels) < 2:
         raise UserError(f"{key}: {argument!r} has one image, none can be held out; add images or a validation part")
 
+    folder = path if path.is_dir() else path.parent
     found = label_samples(
-        column, own or classes or listed, key=key, where=repr(argument), at=lambda index: f"sample {index} of {argument!r}"
-    )
+        column, classes or (None if class_file([folder]) else listed), [folder], key=key, where=repr(argument),
+        at=lambda index: f"sample {index} of {argument!r}",
+    )  # fmt: skip
     names, values = found.classes, torch.from_numpy(found.values)
     name = f"arrays:{argument}"
-    style: Style = "photo" if min(_channels_first(images).shape[2:]) >= 64 else "tiny"
+    height, width = _channels_first(images).shape[2:]
+    style: Style = "photo" if min(height, width) >= 64 else "tiny"
     source: Source
     if path.is_dir():
-        source = MappedArray(name, style, names, path / part / "images.npy", values)
+        source = MappedArray(name, style, names, path / part / "images.npy", values, (height, width))
     else:
         source = ArraySource(name, style, names, _channels_first(torch.from_numpy(images)), values)
+        source.file = str(path / f"{part}_images".lstrip("_"))
     source.location, source.notes = str(path / part if path.is_dir() else path), found.notes
     return hold_out(source, split) if hold else source
 

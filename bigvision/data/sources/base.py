@@ -62,6 +62,8 @@ class Source(ABC):
     """The folder or file that the samples of this split were read from, where there is one."""
     linked: bool = False
     """Whether symbolic links were followed below it, so that samples may lie elsewhere."""
+    divided: bool = False
+    """Whether it is one of the two parts, without samples in common, of data that training and validation share."""
     noun: str = "image"
     """What a sample is, in the report at the start."""
     passed_over: Mapping[str, tuple[int, str]] = PassedOver()

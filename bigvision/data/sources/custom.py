@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import index as as_int
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bigvision.data.labels import OTHER_TASKS, by_name, by_place, check_all_labelled, label_samples, numbered, whole
+from bigvision.data.labels import OTHER_TASKS, by_name, by_place, check_all_labelled, from_one, label_samples, numbered, whole
 from bigvision.data.order import generators_kept
 from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
 from bigvision.data.sources.tabular import Columns
-from bigvision.data.sources.wrappers import choose_part, describe, row_columns
+from bigvision.data.sources.wrappers import choose_part, describe, row_columns, sample_names
 from bigvision.errors import UserError, one_line
 
 BROKEN = (OSError, SyntaxError, Image.DecompressionBombError)
@@ -33,8 +33,8 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class _WrongSample(TypeError, ValueError):
-    """A sample that is none, though nothing failed: a mistake in the dataset."""
+class _WrongSample(UserError, TypeError, ValueError):
+    """A sample that is none, though nothing failed: a mistake in the dataset, which another start would meet again."""
 
 
 class MapStyle(Source):
@@ -80,8 +80,10 @@ class MapStyle(Source):
             if labels is not None:
                 check_all_labelled(labels, where, at, self.name)
                 distinct = [whole(value) for value in labels.distinct]
-                place = by_place if all(isinstance(value, int) for value in distinct) else by_name
+                numbers = all(isinstance(value, int) for value in distinct)
+                place = by_place if numbers else by_name
                 values = place(distinct, self.classes, key=self.name, where=where)[labels.codes]
+                self.notes = from_one(distinct, self.classes) if numbers else ()
         elif labels is not None:
             mapped = label_samples(labels, follow, key=self.name, where=where, at=at)
             self.classes, values, self.notes = mapped.classes, mapped.values, mapped.notes
@@ -108,6 +110,9 @@ class MapStyle(Source):
             return self.read(index).label
         except UnreadableSample:
             return 0
+
+    def origins(self) -> Iterator[str]:
+        return sample_names(self.dataset)
 
     def check(self, key: str) -> None:
         """Raise `UserError`, which names *key*, where the first sample is not as it should be."""

@@ -68,6 +68,12 @@ def choose_files(argument: str, split: Split, suffix: str, *, key: str, shared: 
     return Chosen(train, shared and not val, folders, passed_over)
 
 
+def location_of(files: Sequence[str]) -> tuple[str, bool]:
+    """The folder of *files*, or the only one of them; and whether one may lie elsewhere, as `Source.linked` has it."""
+    folders = {os.path.dirname(file) for file in files}
+    return os.path.commonpath(list(map(os.path.abspath, files))), any(map(os.path.islink, files)) or len(folders) > 1
+
+
 def stamp(file: os.stat_result) -> tuple[int, int]:
     """What tells that a file has changed."""
     return file.st_size, file.st_mtime_ns

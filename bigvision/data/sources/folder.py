@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from bigvision.data.decode import EXTENSIONS
+from bigvision.data.labels import lookalikes
 from bigvision.data.layouts import Layout, Tree, find_layout
 from bigvision.data.sources.base import PassedOver, Sample, Source, Split, UnreadableSample, size_in_header
 from bigvision.data.sources.columns import Column, Texts
@@ -129,6 +130,9 @@ def open_image_folder(
     for reason, path in [*layout.skipped, *skipped]:
         passed_over.add(reason, os.path.relpath(path, root) + (os.sep if path.endswith(os.sep) else ""))
     source.passed_over, source.linked = passed_over, tree.linked
+    source.notes = lookalikes(layout.known) if classes is None else ()
+    # A link may lead to a file of the other part.
+    source.divided = layout.hold_out and not tree.linked
     return source
 
 

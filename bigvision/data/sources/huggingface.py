@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bigvision.data.sources.base import Sample, Source, Split, UnreadableSample
 from bigvision.data.sources.columns import Column
-from bigvision.data.sources.files import stamp
+from bigvision.data.sources.files import location_of, stamp
 from bigvision.data.sources.tabular import (
     arrow_labels,
     check_images,
@@ -132,7 +132,7 @@ def open_saved(
     where = repr(argument)
     labels = label_rows(files, classes, [folder, folder.parent], key=key, where=where)
     source = SavedRows(f"hf:{argument}", labels.classes, files, torch.from_numpy(labels.values))
-    source.location, source.notes = str(folder), labels.notes
+    source.location, source.linked, source.notes = str(folder), location_of(source.files)[1], labels.notes
     return held_out_rows(source, files, labels.values, split, key, where) if hold_out else source
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bigvision.data.sources.base import Sample, Source, Split, UnreadableSample
 from bigvision.data.sources.columns import Column
-from bigvision.data.sources.files import choose_files, stamp
+from bigvision.data.sources.files import choose_files, location_of, stamp
 from bigvision.data.sources.tabular import (
     arrow_labels,
     check_images,
@@ -45,6 +45,7 @@ class Parquet(Source):
         """Args: *labels* int64 (N,), of all rows."""
         self.name, self.classes, self.column = name, list(classes), files[0].columns.image
         self.files = [str(file.path) for file in files]
+        self.location, self.linked = location_of(self.files)
         self._stamps = [file.stamp for file in files]
         groups = [(number, group, rows) for number, file in enumerate(files) for group, rows in enumerate(file.groups)]
         self._groups = torch.tensor([(number, group) for number, group, _ in groups])
@@ -167,8 +168,7 @@ def open_parquet(
         raise UserError(f"{key}: the files of {argument!r} have no rows; write them again")
     labels = label_rows(files, classes, chosen.folders, key=key, where=repr(argument))
     source = Parquet(f"parquet:{argument}", labels.classes, files, torch.from_numpy(labels.values))
-    source.location, source.notes = str(files[0].path.parent), labels.notes
-    source.passed_over = chosen.passed_over
+    source.notes, source.passed_over = labels.notes, chosen.passed_over
     return held_out_rows(source, files, labels.values, split, key, repr(argument)) if chosen.hold_out else source
 
 

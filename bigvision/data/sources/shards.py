@@ -21,7 +21,7 @@ from torch import Tensor
 from bigvision.data.labels import label_by
 from bigvision.data.sources.base import PassedOver, Sample, Source, Split, UnreadableSample, size_in_header
 from bigvision.data.sources.columns import Column, Texts
-from bigvision.data.sources.files import choose_files, stamp
+from bigvision.data.sources.files import choose_files, location_of, stamp
 from bigvision.data.sources.tar import samples
 from bigvision.data.splits import Subset, part
 from bigvision.data.workers import each
@@ -41,8 +41,7 @@ class Shards(Source):
         """Args: *labels* int64 (N,), of all samples."""
         self.name, self.classes = name, list(classes)
         self.files = [str(file) for file in files]
-        self.location = os.path.commonpath(list(map(os.path.abspath, self.files)))
-        self.linked = any(map(os.path.islink, self.files)) or len({os.path.dirname(file) for file in self.files}) > 1
+        self.location, self.linked = location_of(self.files)
         self._stamps = torch.tensor([index.stamp for index in indexes])
         shard = torch.arange(len(files)).repeat_interleave(torch.tensor([len(index.offsets) for index in indexes]))
         self._files = Column(shard)

@@ -35,6 +35,13 @@ NAMES = {
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar", " ": "space"}
 LOOKED_AT = 200
 """Lines from which the dialect and the columns are found."""
+FLAGS = {"is_train": ("train", "val"), "is_valid": ("val", "train"), "is_val": ("val", "train"), "is_test": ("test", "train")}
+"""Columns of truth values that say whether a row is in a split, and what true and false mean."""
+TRUTH = {"true": 0, "1": 0, "1.0": 0, "yes": 0, "false": 1, "0": 1, "0.0": 1, "no": 1}
+FOLDS = ("fold", "folds", "kfold", "fold_id")
+MISSING = ("", "nan", "null", "n/a", "#n/a", "<na>")
+"""Cells, in lower case, that programs write where there is no label."""
+DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+(,([0-9]{1,2}|[0-9]{4,}))?")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
@@ -75,9 +82,10 @@ def open_table(
     path, asked = parse_asked(argument, key, ASKED)
     chosen = choose_files(path, split, f".{name}", key=key, shared=shared)
     rows: list[Listed] = []
+    folders = _Folders()
     passed_over, divided, notes = PassedOver(), False, []
     for file in chosen.files:
-        found, has_split, said = _listed(file, name == "tsv", split, asked, passed_over, key)
+        found, has_split, said = _listed(file, name == "tsv", split, asked, folders, passed_over, key)
         rows, divided, notes = rows + found, divided or has_split, notes + said
     if not rows:
         raise UserError(f"{key}: the files of {argument!r} list no images for {split}; add rows")
@@ -90,14 +98,21 @@ def open_table(
     )
     root = os.path.commonpath([os.path.dirname(row.path) for row in kept])
     names = [row.path[len(root) :].lstrip(os.sep) for row in kept]
-    places = np.arange(len(kept))
-    if chosen.hold_out and not divided:
-        hashes = np.array([xxhash.xxh3_64_intdigest(os.fsencode(name)) for name in names], dtype=np.uint64)
-        places = part(hashes, labels.values, split)
+    places, hold_out = np.arange(len(kept)), chosen.hold_out and not divided
+    if hold_out:
+        # An image that is listed twice is in one part.
+        numbers: dict[str, int] = {}
+        which = np.array([numbers.setdefault(path, len(numbers)) for path in names])
+        _, firsts = np.unique(which, return_index=True)
+        hashes = np.array([xxhash.xxh3_64_intdigest(os.fsencode(path)) for path in numbers], dtype=np.uint64)
+        places = np.flatnonzero(np.isin(which, part(hashes, labels.values[firsts], split)))
         if not len(places):
             raise UserError(f"{key}: {where} has one image per class, none can be held out; add images or a val file")
     source = ImageFolder(Path(root), labels.classes, [(names[place], int(labels.values[place])) for place in places], name)
     source.name, source.passed_over = f"{name}:{argument}", passed_over
+    source.divided, source.linked = hold_out and not folders.linked, folders.linked
+    if odd := next((one for one in labels.classes if one.casefold() in ("na", "none") and classes is None), None):
+        notes.append(f"the label {odd!r} is taken as a class of that name: empty the cell of a row that has no label")
     source.notes = (*notes, *labels.notes)
     return source
 
@@ -137,8 +152,9 @@ def _text(file: Path, key: str) -> tuple[str, list[str]]:
     try:
         content = file.read_bytes()
         marked = content.startswith(tuple(BYTE_ORDER_MARKS))
-        if not marked and content[1:200:2].count(0) > 2 * content[:200:2].count(0) + 2:  # UTF-16 without a mark
-            return content.decode("utf-16-le"), []
+        odd, even = content[1:200:2].count(0), content[:200:2].count(0)
+        if not marked and max(odd, even) > 2 * min(odd, even) + 2:  # UTF-16 without a mark
+            return content.decode("utf-16-le" if odd > even else "utf-16-be"), []
         return decoded(content), []
     except OSError as error:
         raise UserError(f"{key}: {str(file)!r} cannot be read: {error.strerror}") from error
@@ -188,7 +204,7 @@ def _is_header(rows: list[list[str]], asked: dict[str, str]) -> bool:
 
 
 def _listed(
-    file: Path, tabs: bool, split: Split, asked: dict[str, str], passed_over: PassedOver, key: str
+    file: Path, tabs: bool, split: Split, asked: dict[str, str], folders: _Folders, passed_over: PassedOver, key: str
 ) -> tuple[list[Listed], bool, list[str]]:  # fmt: skip
     """The images that *file* lists for *split*, whether a column of it says so, and notes."""
     table, notes = read_table(file, tabs, asked, key)
@@ -201,13 +217,19 @@ def _listed(
     if divided is not None and not ("split" in asked or _plain(names[divided]) == "split"):
         # A set or a subset may be something else.
         divided = divided if any(split_name(row[divided]) for row in table.rows) else None
+    flag = next((place for place, name in enumerate(names) if table.header and _plain(name) in FLAGS), None)
+    if divided is None and flag is not None:
+        divided, rows = flag, _of_flag(rows, flag, FLAGS[_plain(names[flag])], key, where)
     if divided is not None:
         rows = _of_split(rows, divided, split, key, where)
+    elif table.header and (fold := next((name for name in names if _plain(name) in FOLDS), None)):
+        notes.append(
+            f"the column {fold!r} of {file.name} is not used: write train and val in a column, and name it ?split=COLUMN"
+        )
     if not rows:
         return [], divided is not None, notes
     bases = [asked["root"]] if "root" in asked else [str(file.parent), str(file.parent.parent), "."]
     bases = [os.path.abspath(os.path.expanduser(base)) for base in bases]
-    folders = _Folders()
     base = next((base for base in bases if any(folders.find(base, row[path]) for _, row in rows[:LOOKED_AT])), bases[0])
     found = []
     for line, row in rows:
@@ -254,7 +276,8 @@ def _columns(names: list[str], table: Table, asked: dict[str, str], key: str, wh
     path = chosen("path", [place for place in named if plain[place] == "path"], named, images, known["path"])
     divided = names.index(asked["split"]) if "split" in asked else next(iter(known["split"]), None)
     # A column without a name is the index that pandas writes.
-    others = [place for place in range(len(names)) if place not in (path, divided) and plain[place] not in ("", "unnamed:_0")]
+    unused = ("", "unnamed:_0", *FLAGS, *FOLDS)
+    others = [place for place in range(len(names)) if place not in (path, divided) and plain[place] not in unused]
     labels = [place for place in known["label"] if place in others]
     if "label" not in asked and not labels and len(others) > 1:
         if all(row[place] in ("0", "1", "0.0", "1.0") for row in seen for place in others):
@@ -279,6 +302,18 @@ def _of_split(
     return [(line, row) for line, row in rows if (role := roles[row[column]]) is not None and role.role == wanted]
 
 
+def _of_flag(
+    rows: list[tuple[int, list[str]]], column: int, meaning: tuple[str, str], key: str, where: str
+) -> list[tuple[int, list[str]]]:  # fmt: skip
+    """*rows* with the name of a split in the place of the truth value in *column*."""
+    found = []
+    for line, row in rows:
+        if (place := TRUTH.get(row[column].casefold())) is None:
+            raise UserError(f"{key}: line {line} of {where} has {row[column]!r} in a column of true and false; correct it")
+        found.append((line, [*row[:column], meaning[place], *row[column + 1 :]]))
+    return found
+
+
 def _once(rows: list[Listed], key: str) -> tuple[list[Listed], int]:
     """*rows*, checked to give no image two labels, and how many of them are there again."""
     labels: dict[str, str] = {}
@@ -291,8 +326,10 @@ def _once(rows: list[Listed], key: str) -> tuple[list[Listed], int]:
 
 def _values(cells: list[str]) -> list[str | float | None]:
     """What *cells* mean: numbers where all are and one has a fraction, as pandas writes whole numbers beside missing ones."""
-    given = [None if cell.casefold() in ("", "nan") else cell for cell in cells]
+    given = [None if cell.casefold() in MISSING else cell for cell in cells]
     different = {cell for cell in given if cell is not None}
+    if all(DECIMAL_COMMA.fullmatch(cell) for cell in different) and any("," in cell for cell in different):
+        return [None if cell is None else float(cell.replace(",", ".")) for cell in given]
     if all(NUMBER.fullmatch(cell) for cell in different) and any(not cell.lstrip("+-").isdigit() for cell in different):
         return [None if cell is None else float(cell) for cell in given]
     return list(given)
@@ -303,6 +340,8 @@ class _Folders:
 
     def __init__(self) -> None:
         self._files: dict[str, set[str]] = {}
+        self.linked = False
+        """Whether a link was met, so that a file may be elsewhere, or listed by two names."""
 
     def find(self, base: str, name: str) -> str | None:
         """The absolute path of the file *name*, which is relative to *base*, also if another system wrote it."""
@@ -317,10 +356,11 @@ class _Folders:
                 return path
         return None
 
-    @staticmethod
-    def _listed(folder: str) -> set[str]:
+    def _listed(self, folder: str) -> set[str]:
         try:
-            return {entry.name for entry in os.scandir(folder) if entry.is_file()}
+            entries = [entry for entry in os.scandir(folder) if entry.is_file()]
+            self.linked |= os.path.realpath(folder) != folder or any(entry.is_symlink() for entry in entries)
+            return {entry.name for entry in entries}
         except (OSError, ValueError):
             return set()
 

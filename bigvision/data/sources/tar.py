@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bigvision.data.decode import EXTENSIONS
+from bigvision.data.labels import OTHER_TASKS, Target, is_missing, whole
 from bigvision.data.sources.base import PassedOver
+from bigvision.data.sources.tabular import LABELS
 
 BLOCK = 512
 WINDOW = 1 << 14
@@ -97,20 +99,47 @@ class _Sample:
         return Place(self.key, *images[0][2:], self._label())
 
     def _label(self) -> str:
+        file = "cls" if b"cls" in self.texts else "json"
         try:
-            if b"cls" in self.texts:
-                label = self.texts[b"cls"].decode().strip()
-            else:
-                found = json.loads(self.texts.get(b"json", b"{}"))
-                label = next((found[name] for name in ("label", "cls", "class") if name in found), None)
-        except (ValueError, TypeError, RecursionError):
-            label = None
-        if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+            text = self.texts.get(file.encode(), b"").decode("utf-8-sig").strip()
+            value = json.loads(text) if file == "json" and text else text
+        except (ValueError, RecursionError) as error:
+            what = "text in UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+            raise ValueError(f"sample {self} has no label: its .{file} is no {what}; write it again") from None
+        if file == "json":
+            value = self._of_record(value)
+        # A list of one label is that label.
+        while isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        value = whole(value)
+        if is_missing(value) or value in ([], {}):
             raise ValueError(
                 f"sample {self} has no label: after or before its image put {self}.cls with a number or a class's name, "
                 'or .json with {"label": ..}'
             )
-        return str(label)
+        if isinstance(value, list):
+            raise self._other("labels", ", ".join(map(str, value[:5])))
+        if isinstance(value, float):
+            raise self._other("numbers", str(value))
+        if isinstance(value, dict):
+            raise ValueError(f"sample {self}: the label in its .json is an object; write a number or a class's name")
+        return str(value)
+
+    def _of_record(self, record: Any) -> Any:
+        """The label in what .json holds: a number or a text by itself, or a record of several things."""
+        if not isinstance(record, dict):
+            return record
+        names = [name for name in ("label", "cls", "class") if name in record][:1]
+        names = names or [name for name in record if name.casefold() in LABELS]
+        if len(names) > 1:
+            raise ValueError(f"sample {self}: {' or '.join(names)} in its .json may be the label; call it 'label'")
+        return record[names[0]] if names else None
+
+    def _other(self, target: Target, example: str) -> ValueError:
+        what, task, instead = OTHER_TASKS[target]
+        return ValueError(
+            f"sample {self} has {what} ({example}); that is for a task {task!r}, which is not supported yet; {instead}"
+        )
 
     def __str__(self) -> str:
         return os.fsdecode(self.key)

@@ -117,6 +117,9 @@ class _Files(MapStyle):
     def key(self, index: int) -> bytes:
         return os.fsencode(os.path.relpath(self.where(index), self.location))
 
+    def origins(self) -> Iterator[str]:
+        return map(self.where, range(len(self)))
+
     def image_size(self, index: int) -> tuple[int, int] | None:
         return size_in_header(self.where(index))
 

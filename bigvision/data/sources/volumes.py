@@ -53,7 +53,8 @@ class Volumes(Source):
         self.name, self.files, self.cut = name, files, cut
         self.classes, self.channels = files.classes, cut.slices
         self.style: Style = style
-        self.location, self.linked, self.passed_over = files.location, files.linked, files.passed_over
+        self.location, self.linked, self.divided = files.location, files.linked, files.divided
+        self.passed_over, self.notes = files.passed_over, files.notes
         centres = [max(1, -(-depth // cut.stride)) for depth in depths]
         self._ends = torch.tensor(centres).cumsum(0)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,20 @@ def choose_part(dataset: Any, split: Split, key: str) -> Any:
     if name not in dataset:
         raise UserError(f"{key}: {kind} has {', '.join(map(str, dataset))} but no {name}; give one of them, as DATASET['NAME']")
     return dataset[name]
+
+
+def sample_names(dataset: Any) -> Iterator[str]:
+    """What tells the samples of *dataset* from others of this process: its files, or else the object and the index."""
+    if isinstance(dataset, Subset):
+        names = list(sample_names(dataset.dataset))
+        return (names[index] for index in dataset.indices)
+    if isinstance(dataset, ConcatDataset):
+        return chain.from_iterable(map(sample_names, dataset.datasets))
+    from torchvision.datasets import DatasetFolder
+
+    if isinstance(dataset, DatasetFolder):
+        return (os.path.abspath(file) for file, _ in dataset.samples)
+    return (f"{type(dataset).__name__} {id(dataset)}/{index}" for index in range(len(dataset)))
 
 
 def row_columns(row: Mapping[str, Any], name: str) -> Columns:
