@@ -13,7 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bigvision.data.labels import OTHER_TASKS, by_name, by_place, check_all_labelled, from_one, is_missing, label_samples, numbered, whole
+from bigvision.data.labels import (
+    OTHER_TASKS,
+    by_name,
+    by_place,
+    check_all_labelled,
+    from_one,
+    is_missing,
+    label_samples,
+    numbered,
+    whole,
+)
 from bigvision.data.order import generators_kept
 from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
 from bigvision.data.sources.tabular import Columns
