@@ -117,6 +117,18 @@ def test_numbers_are_places(tmp_path: Path, kind: str) -> None:
     assert val.classes == KNOWN and [val.label(index) for index in range(3)] == [3, 1, 3]
 
 
+@pytest.mark.parametrize("kind", ["shards", "parquet", "table", "arrays"])
+def test_numbers_are_places_in_the_class_file_of_their_own_split(tmp_path: Path, kind: str) -> None:
+    for name, labels, classes in (("train", [0, 1, 2], "x y z"), ("val", [0, 0, 1], "z x y")):
+        (tmp_path / name).mkdir()
+        spec = MAKERS[kind](tmp_path / name, labels)
+        (tmp_path / name / "classes.txt").write_text("\n".join(classes.split()))
+    spec = f"{spec.partition(':')[0]}:{tmp_path}"
+    train, val = open_both(spec, spec)
+    assert train.classes == val.classes == ["x", "y", "z"]
+    assert [val.label(index) for index in range(3)] == [2, 2, 0]
+
+
 SPLITS = [("train", "dev"), ("Train", "Valid"), ("training", "testing"), ("train", "test"), ("trainval", "evaluation")]
 
 

@@ -169,9 +169,9 @@ def open_arrays(
     if hold and len(labels) < 2:
         raise UserError(f"{key}: {argument!r} has one image, none can be held out; add images or a validation part")
 
-    folder = path if path.is_dir() else path.parent
+    folders = [path / part, path] if path.is_dir() else [path.parent]
     found = label_samples(
-        column, classes or (None if class_file([folder]) else listed), [folder], key=key, where=repr(argument),
+        column, classes or (None if class_file(folders) else listed), folders, key=key, where=repr(argument),
         at=lambda index: f"sample {index} of {argument!r}",
     )  # fmt: skip
     names, values = found.classes, torch.from_numpy(found.values)

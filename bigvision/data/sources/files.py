@@ -62,10 +62,11 @@ def choose_files(argument: str, split: Split, suffix: str, *, key: str, shared: 
         raise UserError(f"{key}: {argument!r} has {val} but no train; add it, or name the training files by a pattern")
     if not val and split == "val" and not shared:
         raise UserError(f"{key}: {argument!r} has train but no val; add it, or name the validation files by a pattern")
-    if val and split == "val":
-        return Chosen(found[val], False, folders, passed_over)
-    assert train
-    return Chosen(train, shared and not val, folders, passed_over)
+    files = found[val] if val and split == "val" else train
+    assert files
+    # Each split's own list of the classes is the one that its numbers are places in.
+    folders.sort(key=lambda folder: folder != files[0].parent)
+    return Chosen(files, shared and not val, folders, passed_over)
 
 
 def location_of(files: Sequence[str]) -> tuple[str, bool]:
