@@ -235,9 +235,14 @@ def in_both(train: Source, val: Source) -> tuple[set[str], set[str]]:
     ends = [os.path.realpath(source.location) for source in (train, val) if source.location]
     apart = len(ends) == 2 and not is_within(*ends) and not is_within(*reversed(ends))
     # Links lead anywhere; without them folders that are apart have no file in common.
-    if apart and not train.linked and not val.linked:
+    if not train.linked and not val.linked and (apart or not _folders(train) & _folders(val)):
         return set(), set()
     return _resolved(train), _resolved(val)
+
+
+def _folders(source: Source) -> set[str]:
+    """The folders of its files, resolved: few, where the files may be millions."""
+    return set(map(os.path.realpath, {os.path.dirname(file) for file in source.origins()}))
 
 
 def _resolved(source: Source) -> set[str]:
