@@ -69,7 +69,8 @@ PICKLE = "a pickled file, as torch.save writes it"
 KINDS = {
     b"PK\x03\x04": PICKLE, b"\x80\x02": PICKLE, b"\x80\x03": PICKLE, b"\x80\x04": PICKLE, b"\x80\x05": PICKLE,
     b"version https://git-lfs": "a pointer of Git LFS, whose content was not fetched: git lfs pull",
-    b"<!": "a web page, not the file: download it again", b"<h": "a web page, not the file: download it again", b"GGUF": "a GGUF file", b"\x89HDF": "an HDF5 file",
+    **dict.fromkeys((b"<!", b"<h"), "a web page, not the file: download it again"),
+    b"GGUF": "a GGUF file", b"\x89HDF": "an HDF5 file",
 }  # fmt: skip
 """What files are that are taken for others, by how they begin."""
 

@@ -156,7 +156,8 @@ def _write(
 ) -> None:  # fmt: skip
     file.write(layout.header)
     for name, offset in layout.offsets.items():
-        assert file.tell() == offset
+        if file.tell() != offset:
+            raise RuntimeError(f"{name} would lie at {file.tell()}, not at {offset}")
         for piece in tensors.pieces(places[name]):
             values = piece.to(types[name])
             if values.dtype != piece.dtype and not torch.equal(values.isfinite(), piece.isfinite()):

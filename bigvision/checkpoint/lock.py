@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bigvision.checkpoint.disk import FILE_MODE, make_folder, open_new
+from bigvision.checkpoint.retention import is_step_folder
 from bigvision.errors import InUse, UserError
 
 NAME = ".lock"
@@ -87,9 +88,12 @@ class Lock:
         """Take the lock, and make the folder where it is missing.
 
         Raises:
-            UserError: another run of this host holds it (named: its process, its host and since when), or it cannot be written.
+            UserError: another run of this host holds it (named: its process, its host and since when), or it cannot be written,
+                or it is a checkpoint, with which all in it would be pruned.
             InUse: a run on another host holds it. That may have died a moment ago, so a later start may succeed.
         """
+        if is_step_folder(self.out):
+            raise UserError(f"out: {self.out} is a step folder: name the folder of a run, with --out")
         self.path = self.out / NAME
         try:
             make_folder(self.out)

@@ -12,8 +12,8 @@ from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import sync_folder
 from bigvision.checkpoint.manifest import Damaged, Run, read_document, retry_reading
 from bigvision.checkpoint.reader import check_same_tensors, read_fragments, read_places
-from bigvision.checkpoint.retention import folder_name, steps_in
-from bigvision.errors import UserError
+from bigvision.checkpoint.retention import folder_name, is_step_folder, steps_in
+from bigvision.errors import UserError, nearest
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, all_or_none, from_main, gather_json
 from bigvision.tensorfile import Place
@@ -109,11 +109,12 @@ def find(resume: str, out: Path, full: bool, say: Say) -> Checkpoint | None:
         return None
     if resume == "auto":
         return _newest(out, full, say) if steps else None
-    if resume.isdigit():
+    if resume.isdecimal():
         if int(resume) not in steps:
             held = f"; it has {', '.join(map(str, steps))}" if steps else ""
             raise UserError(f"checkpoint.resume: {out} has no checkpoint of step {resume}{held}")
         return open_checkpoint(out / folder_name(int(resume)), full, "checkpoint.resume")
+    all_or_none(lambda: _check_named(resume))
     found = open_checkpoint(Path(resume), full, "checkpoint.resume")
     if steps and steps[0] > found.progress["step"] and not found.is_in(out):
         raise UserError(
@@ -121,6 +122,17 @@ def find(resume: str, out: Path, full: bool, say: Say) -> Checkpoint | None:
             f"{folder_name(steps[0])}: choose another --out"
         )
     return found
+
+
+def _check_named(resume: str) -> None:
+    """Raises: UserError: *resume* names no folder, or that of a run."""
+    path = Path(resume)
+    if not path.is_dir():
+        hint = nearest(resume.lower(), ("auto", "never")) or "; name a step folder, such as OUT/step-00000100, or a step"
+        raise UserError(f"checkpoint.resume: {resume} is not a folder{hint}")
+    if not is_step_folder(path) and (steps := steps_in(path)):
+        newest = path / folder_name(steps[0])
+        raise UserError(f"checkpoint.resume: {resume} is the folder of a run: name one of its steps, such as {newest}")
 
 
 def open_checkpoint(folder: Path, full: bool, what: str) -> Checkpoint:

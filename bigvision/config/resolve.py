@@ -137,7 +137,9 @@ def _build(given: Overrides, kinds: Mapping[str, Any]) -> Config:
     config = Config()
     for key, (value, where) in given.items():
         value = coerce(value, kinds[key], key, where)
-        if key in PATHS and isinstance(value, str) and not _is_word(key, value):
+        if key == "checkpoint.resume" and value.isdecimal():
+            value = str(int(value))  # a step has one spelling, by which it is known that it was named before
+        elif key in PATHS and isinstance(value, str) and not _is_word(key, value):
             value = local_path(key, value)
         section, _, name = key.rpartition(".")
         if section:
@@ -148,4 +150,4 @@ def _build(given: Overrides, kinds: Mapping[str, Any]) -> Config:
 
 def _is_word(key: str, value: str) -> bool:
     """Whether *value* stands where a path may stand, and is none."""
-    return value == AUTO if key == "out" else key == "checkpoint.resume" and (value in ("auto", "never") or value.isdigit())
+    return value == AUTO if key == "out" else key == "checkpoint.resume" and value in ("auto", "never")

@@ -60,8 +60,8 @@ class Batch:
 
     def split(self, size: int) -> list[Batch]:
         """Return consecutive micro-batches of *size* samples, views of this batch; the last may be shorter."""
-        if self.mix is not None:
-            assert size % (2 * self.mix.apart) == 0 or size >= len(self), "a pair would be cut"
+        if self.mix is not None and size % (2 * self.mix.apart) and size < len(self):
+            raise ValueError(f"micro-batches of {size} would cut a pair of mixed samples")
         return [self._map(lambda tensor: tensor[begin : begin + size]) for begin in range(0, len(self), size)]  # noqa: B023
 
     def whole(self) -> Batch:
@@ -125,7 +125,8 @@ class StepBatch:
 
     def split(self, size: int) -> Iterator[Batch]:
         """The micro-batches, each once, as they arrive; of *size* samples, which is what the loader was asked for."""
-        assert size == self._micro_batch
+        if size != self._micro_batch:
+            raise ValueError(f"micro-batches of {size} were asked for, but the loader makes some of {self._micro_batch}")
         while self._first is not None or self._left:
             part, self._first = self._next() if self._first is None else self._first, None
             yield part

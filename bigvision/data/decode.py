@@ -33,7 +33,7 @@ TURNS = {
 OTHER_PROGRAMS = {"EPS", "WMF"}
 """Formats that Pillow hands to Ghostscript or to Windows."""
 SCALED = {"PPM", "JPEG2000"}
-"""Formats whose values Pillow scales to 16 bits itself, whatever their depth."""
+"""Formats whose whole numbers Pillow scales to 16 bits itself, whatever their depth."""
 WIDE = re.compile(r"'(\w+);16([LBN])'")
 """In Pillow's description of a file: colours of 16 bits, of which it keeps the upper 8, and their byte order."""
 LEAST_16_BITS = 2**14
@@ -76,7 +76,9 @@ def open_picture(image: bytes | Tensor | Image.Image, decoding: Decoding = AS_US
     """
     if isinstance(image, bytes):
         return _Jpeg.of(image, decoding) or Pixels(_from_file(image, decoding))
-    return Pixels(image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else _from_pillow(image, decoding))
+    picture = Pixels(image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else _from_pillow(image, decoding))
+    check_size(picture.width, picture.height, decoding)
+    return picture
 
 
 class Pixels:
@@ -123,9 +125,11 @@ class _Jpeg:
 
 
 def check_size(width: int, height: int, decoding: Decoding) -> None:
-    """Raise `UnreadableSample` for more pixels than are allowed."""
+    """Raise `UnreadableSample` for more pixels than are allowed, or none."""
     if width * height > decoding.max_pixels:
         raise UnreadableSample(f"{width}x{height} pixels are more than data.max_pixels: {decoding.max_pixels:,}")
+    if not width or not height:
+        raise UnreadableSample(f"it has no pixels: {width}x{height}")
 
 
 def _from_file(data: bytes, decoding: Decoding) -> np.ndarray:
@@ -164,7 +168,7 @@ def _from_pillow(image: Image.Image, decoding: Decoding, data: bytes = b"") -> n
     check_size(*image.size, decoding)
     tags = getattr(image, "tag_v2", {})
     # A TIFF is decoded tile by tile, and a tile may be larger than the image.
-    check_size(tags.get(322, 0), tags.get(323, 0), decoding)
+    check_size(tags.get(322, 1), tags.get(323, 1), decoding)
     wide = WIDE.search(str(getattr(image, "tile", "")))
     image.load()  # decoding is lazy: a truncated file fails here rather than in open()
     turn = _turn(image)  # not before: Pillow itself turns a TIFF while it loads it
@@ -252,7 +256,7 @@ class _Depth:
     def of(cls, image: Image.Image, tags: Any, wide: re.Match[str] | None, data: bytes) -> _Depth | None:
         """None where *image*, which is loaded, has no more than 8 bits, or was loaded before."""
         if image.mode == "F" or image.mode[0] == "I":
-            stated = (0.0, 65535.0) if image.format in SCALED else _stated(tags)
+            stated = (0.0, 65535.0) if image.format in SCALED and image.mode != "F" else _stated(tags)
             return cls(np.asarray(image), stated, tags.get(262) == 0)
         if wide is None:
             return None

@@ -139,6 +139,26 @@ def by_role(names: Iterable[str]) -> dict[str, list[str]] | None:
     return found if "train" in found and len(found) > 1 else None
 
 
+def named_parts(names: Collection[str], *, key: str, where: str) -> tuple[str | None, str | None]:
+    """The names of the training and of the validation part among *names*: "train" and those of `VAL_FOLDERS`, or else the only
+    ones in other spellings. Raises `UserError` where there are several."""
+    found: dict[Role, list[str]] = {"train": [], "val": [], "test": []}
+    for name in sorted(names):
+        if (split := split_name(name)) is not None and not split.rest:
+            found[split.role].append(name)
+    val = first_val(names)
+    if val == "test":  # earlier versions took it, whatever else there was
+        val = None if found["val"] else "test"
+        found["val"] += ["test"] if found["val"] else []
+
+    def only(several: list[str]) -> str | None:
+        if len(several) > 1:
+            raise UserError(f"{key}: {where} could mean {several[0]} or {several[1]} as a split: rename all but one")
+        return several[0] if several else None
+
+    return "train" if "train" in names else only(found["train"]), val or only(found["val"]) or only(found["test"])
+
+
 def first_val(names: Collection[str]) -> str | None:
     """The name of the validation part among *names*, which are as in `VAL_FOLDERS`."""
     return next((name for name in VAL_FOLDERS if name in names), None)
@@ -215,9 +235,14 @@ def in_both(train: Source, val: Source) -> tuple[set[str], set[str]]:
     ends = [os.path.realpath(source.location) for source in (train, val) if source.location]
     apart = len(ends) == 2 and not is_within(*ends) and not is_within(*reversed(ends))
     # Links lead anywhere; without them folders that are apart have no file in common.
-    if apart and not train.linked and not val.linked:
+    if not train.linked and not val.linked and (apart or not _folders(train) & _folders(val)):
         return set(), set()
     return _resolved(train), _resolved(val)
+
+
+def _folders(source: Source) -> set[str]:
+    """The folders of its files, resolved: few, where the files may be millions."""
+    return set(map(os.path.realpath, {os.path.dirname(file) for file in source.origins()}))
 
 
 def _resolved(source: Source) -> set[str]:

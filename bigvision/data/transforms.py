@@ -138,7 +138,7 @@ class Steps:
         flipped = self.flip and torch.rand(1).item() < 0.5
         if _moves(target):
             if any(isinstance(step, POLICIES) for step in self.steps):
-                raise ValueError(
+                raise UserError(
                     "data.policy: it turns and shifts images, but not their masks and boxes: use none or three-augment"
                 )
             target = _each(target, lambda part: self._moved(part, (picture.height, picture.width), rectangle, flipped))

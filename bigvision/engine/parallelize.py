@@ -295,7 +295,8 @@ def shard(
         rows, (shard, shards) = tensor.shape[0], runtime.shard
         chunk = -(-rows // shards)
         start_row = min(rows, chunk * shard)
-        assert values.shape[0] == min(chunk, rows - start_row), (tuple(tensor.shape), tuple(values.shape))
+        if values.shape[0] != min(chunk, rows - start_row):
+            raise RuntimeError(f"rank {runtime.rank} holds {tuple(values.shape)} of a tensor {tuple(tensor.shape)}")
         return values.view(-1), start_row * (tensor.numel() // rows if rows else 0), runtime.replica
 
     spread.locate, spread.around = locate, around

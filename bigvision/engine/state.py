@@ -109,11 +109,13 @@ def _fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts:
                 blueprint.read(name, 0, buffer.view(-1))
         for name, tensor in blueprint.tensors(seed, {*missing, *left}):
             for run in missing.pop(name, ()):
-                assert run.shape == tuple(tensor.shape), f"{name}: {run.shape} against {tuple(tensor.shape)}"
+                if run.shape != tuple(tensor.shape):
+                    raise RuntimeError(f"{name}: {run.shape} against {tuple(tensor.shape)}")
                 run.values.copy_(tensor.reshape(-1)[run.start : run.start + run.values.numel()])
             for buffer in left.pop(name, ()):
                 buffer.copy_(tensor)
-    assert not missing and not left, f"without values: {[*missing, *left]}"
+    if missing or left:
+        raise RuntimeError(f"without values: {[*missing, *left]}")
 
 
 # Running statistics.

@@ -11,10 +11,10 @@ from pathlib import Path
 import timm
 import timm.data
 
-from bigvision import training
+from bigvision import checkpoint, training
 from bigvision.config import Config, resolve
 from bigvision.data import Source, open_source
-from bigvision.errors import UserError
+from bigvision.errors import UserError, nearest
 from bigvision.launching.accelerate import overrides
 from bigvision.models import check_model
 from bigvision.models.check import check_name, current_name
@@ -49,7 +49,11 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
     try:
         saved = json.loads((folder / "progress.json").read_bytes())["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"eval: {subject} is not a step folder of a run, and not a timm model: {error}") from None
+        if steps := checkpoint.steps_in(folder):
+            newest = folder / checkpoint.folder_name(steps[0])
+            raise UserError(f"eval: {subject} is the folder of a run: name one of its steps, such as {newest}") from None
+        hint = f": {error}" if folder.exists() else nearest(subject.lower(), timm.list_models())
+        raise UserError(f"eval: {subject} is not a step folder of a run, and not a timm model{hint}") from None
     if isinstance(saved, dict) and isinstance(saved.get("parallel"), dict):
         # The file may be gone, and what it decided is saved; it counts again where a flag names it.
         saved["parallel"]["deepspeed"] = None

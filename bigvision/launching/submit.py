@@ -68,6 +68,7 @@ TAKEN = {
     **dict.fromkeys(("job-name", "nodes", "time", *(option[2:] for option in SLURM)), "it has a flag of its own"),
     **dict.fromkeys(("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core"), "use --ranks-per-node"),
     "cpus-per-task": "it has a flag of its own",
+    "cpus-per-gpu": "use --cpus-per-task",
     "gpus-per-task": "each rank has to see all GPUs of its host: use --gpus-per-node",
     **dict.fromkeys(("signal", "requeue", "no-requeue", "open-mode"), "a run could not save and go on"),
     **dict.fromkeys(("array", "wrap", "wait", "test-only", "parsable", "chdir"), "it changes what is run"),
@@ -87,7 +88,7 @@ OPTIONS = ("--to", "--nodes", "--ranks-per-node", "--name", *(option for option 
 
 NAME = r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?"
 IMAGE = r"[a-z0-9][A-Za-z0-9._/-]*(:[0-9]+/[A-Za-z0-9._/-]+)?(:[A-Za-z0-9_.-]+)?(@sha256:[0-9a-f]{64})?"
-TIME = r"(?:(\d{1,3})-)?(\d{1,3}):([0-5]\d):([0-5]\d)"
+TIME = r"(?:(\d{1,3})-)?(\d{1,7})(?::([0-5]\d))?(?::([0-5]\d))?"
 
 
 @dataclass(frozen=True)
@@ -204,15 +205,17 @@ def _name_of(recipe: Path) -> str:
 
 
 def _seconds(text: str) -> int:
+    """All of Slurm's spellings: minutes, minutes:seconds, hours:minutes:seconds, and days-hours with or without the rest."""
+    total = 0
     if found := re.fullmatch(TIME, text, re.ASCII):
-        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-        total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    elif re.fullmatch(r"\d{1,7}", text, re.ASCII):
-        total = int(text) * 60
-    else:
-        total = 0
+        days, *parts = found.groups()
+        given = [int(part) for part in parts if part is not None]
+        if days is None and len(given) < 3:
+            given = [0, *given]
+        hours, minutes, seconds = (*given, 0, 0)[:3]
+        total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
     if not total:
-        raise UserError(f"--time: {text!r} must be minutes, HH:MM:SS or D-HH:MM:SS")
+        raise UserError(f"--time: {text!r} must be minutes, HH:MM:SS, D-HH or D-HH:MM:SS")
     return total
 
 

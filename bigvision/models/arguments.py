@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable
@@ -9,10 +10,10 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bigvision.config import ModelConfig
-from bigvision.errors import UserError, nearest
+from bigvision.errors import UserError, nearest, one_line
 
 KEYS = {"img_size": "model.image_size", "drop_path_rate": "model.drop_path", "num_classes": "model.num_classes"}
 RESERVED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
@@ -88,6 +89,38 @@ def blame(config: ModelConfig, num_classes: int, error: Exception) -> UserError:
     if config.options and _on_meta(config.name, _without(arguments, *config.options)) is not None:
         return UserError(f"model.options: {config.name} cannot be built with {config.options} ({reason}); change them")
     return UserError(f"model.name: timm cannot build {config.name} ({reason}); choose another model")
+
+
+def check_outputs(config: ModelConfig, num_classes: int, module: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Raise `UserError` where *module*, on meta, returns no class scores for images of *shape* because of ``model.options``."""
+    if not config.options or not (wrong := _wrong_outputs(module, num_classes, shape)):
+        return
+    arguments = create_arguments(config, num_classes)
+    for option, value in config.options.items():
+        other = _on_meta(config.name, _without(arguments, option))
+        if other is not None and not _wrong_outputs(other, num_classes, shape):
+            raise UserError(f"model.options.{option}: with {value!r} {config.name} {wrong}; change it")
+    other = _on_meta(config.name, _without(arguments, *config.options))
+    if other is not None and not _wrong_outputs(other, num_classes, shape):
+        raise UserError(f"model.options: with {config.options} {config.name} {wrong}; change them")
+
+
+def _wrong_outputs(module: nn.Module, num_classes: int, shape: tuple[int, int, int]) -> str:
+    """What is wrong with what *module* returns in evaluation or training; "" where nothing is, or meta cannot tell."""
+    for training in (False, True):
+        twin = copy.deepcopy(module).train(training)  # some models keep what they compute
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                outputs = twin(torch.empty(2, *shape, device="meta"))
+        except NotImplementedError:
+            return ""
+        except Exception as error:
+            return "" if "meta" in str(error) else f"cannot take images of {' x '.join(map(str, shape))} ({one_line(error)})"
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if found != (2, num_classes):
+            mode = "in training " if training else ""
+            return f"returns {found} for 2 images {mode}instead of scores (2, {num_classes})"
+    return ""
 
 
 def _without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:

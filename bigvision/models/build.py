@@ -17,7 +17,7 @@ from bigvision.config import ModelConfig
 from bigvision.errors import UserError
 from bigvision.models import weights
 from bigvision.models.adapt import Adapted, Loading, capture
-from bigvision.models.arguments import accepted, blame, image_size
+from bigvision.models.arguments import accepted, blame, check_outputs, image_size
 from bigvision.models.check import check_model, current_name
 from bigvision.models.exact_init import FirstValues, construct, named_tensors
 from bigvision.models.given import GivenModel, built, call_arguments, failed, on_meta, outputs_of
@@ -80,10 +80,12 @@ class Blueprint:
             self.outputs = outputs_of(config, self.module, self.input_shape)
             if self.outputs is not None and self.outputs < num_classes:
                 raise UserError(f"model: {config.name} has {self.outputs} outputs, but there are {num_classes} classes")
-        elif config.image_size is not None:
+            return
+        if config.image_size is not None:
             # A model made for this size is judged by it; another one also by whether meta can run it at all.
             usual = None if "img_size" in self.arguments else tuple(data["input_size"][1:])
             _check_size(config, self.module, self.input_shape, usual)
+        check_outputs(config, num_classes, self.module, self.input_shape)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

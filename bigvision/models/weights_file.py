@@ -97,7 +97,8 @@ class WeightsFile:
         """
         place, dtype = self.places[name], self.dtype(name)
         count = values.numel()
-        assert 0 <= start <= start + count <= math.prod(place.shape), (name, start, count, place.shape)
+        if not 0 <= start <= start + count <= math.prod(place.shape):
+            raise RuntimeError(f"elements {start} to {start + count} of {name} {place.shape}")
         in_place = values.dtype == dtype and values.device.type == "cpu"
         step = count if in_place else min(count, CHUNK // dtype.itemsize)
         buffer = values if in_place else torch.empty(step, dtype=dtype, device="cpu")

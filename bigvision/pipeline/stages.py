@@ -46,7 +46,9 @@ class Stage(nn.Module):
             graphs: for training (True) and for evaluation (False).
         """
         super().__init__()
-        called = {str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "call_module"}
+        # In the order of the calls, and so the same on all ranks: FSDP gathers in the order of the modules.
+        calls = (str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "call_module")
+        called = dict.fromkeys(calls)
         for path in sorted(called, key=lambda path: path.count(".")):
             self._adopt(path, model)
         for name in owned:

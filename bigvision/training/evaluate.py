@@ -47,8 +47,9 @@ def evaluate(
         unreadable = batches.finish()
     finally:
         batches.close()
-    assert total is not None
-    assert int(total.count) + unreadable == len(data.val)
+    if total is None or int(total.count) + unreadable != len(data.val):
+        counted = 0 if total is None else int(total.count)
+        raise RuntimeError(f"data.val: {counted} samples were measured and {unreadable} unreadable, of {len(data.val)}")
     if not total.count:
         raise UserError(f"data.val: none of its samples can be read, {data.bad.example}; check the path and the files")
     return total.means()

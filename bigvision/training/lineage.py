@@ -44,9 +44,9 @@ def applied_origin(config: Config, runtime: Runtime, say: Say) -> str:
         steps = checkpoint.steps_in(out)
         if origin.get("resume") != resume or (resume != "never" and not steps):
             return resume, ""
-        if not resume.isdigit() and resume != "never" and steps[0] <= origin["step"]:
+        if not resume.isdecimal() and resume != "never" and steps[0] <= origin["step"]:
             return resume, ""  # nothing newer was saved
-        if resume.isdigit():
+        if resume.isdecimal():
             again = f"to go back once more, name the folder: --checkpoint.resume {out / checkpoint.folder_name(int(resume))}"
         elif resume != "never" and Path(resume).absolute().parent.resolve() == out.resolve():
             again = f"to go back once more, name the step: --checkpoint.resume {origin['step']}"

@@ -253,6 +253,34 @@ def test_what_is_right(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["train", "RECIPE", "--resume", "OUT"],
+            "checkpoint.resume: OUT is the folder of a run: name one of its steps, such as STEP",
+        ),
+        (["train", "RECIPE", "--resume", "OUT/latest"], "checkpoint.resume: OUT/latest is not a folder; name a step folder"),
+        (["train", "RECIPE", "--resume", "Never"], "checkpoint.resume: Never is not a folder; did you mean 'never'?"),
+        (["train", "RECIPE", "--out", "STEP"], "out: STEP is a step folder: name the folder of a run"),
+        (["eval", "OUT"], "eval: OUT is the folder of a run: name one of its steps, such as STEP"),
+        (["eval", "Resnet_18", "--data.val", "digits"], "not a timm model; did you mean 'resnet18'?"),
+    ],
+)
+def test_folders_that_are_taken_for_others(tmp_path, arguments, words):
+    """Nothing is written into a step folder: with it a run in there would be pruned."""
+    places = {"RECIPE": write_recipe(tmp_path), "OUT": str(tmp_path / "run"), "STEP": str(tmp_path / "run" / "step-00000003")}
+    (tmp_path / "run" / "step-00000003").mkdir(parents=True)
+
+    def real(text):
+        for name, path in places.items():
+            text = text.replace(name, path)
+        return text
+
+    refused([real(argument) for argument in arguments], real(words))
+    assert not list((tmp_path / "run" / "step-00000003").iterdir())
+
+
+@pytest.mark.parametrize(
     ("flags", "ranks", "words"),
     [
         (["--train.micro_batch", "3", "--train.global_batch", "16"], 1, ["train.micro_batch: 3 cuts the 16", "use 2 or 4"]),

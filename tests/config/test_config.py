@@ -44,6 +44,12 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert load_config(path) == pairs
 
 
+def test_a_step_has_one_spelling() -> None:
+    """By which a start knows that it was named before."""
+    for text, step in (("0002", "2"), (2, "2"), ("2", "2"), ("٢", "2"), ("²", "²"), ("never", "never"), ("-2", "-2")):
+        assert load_config({"checkpoint": {"resume": text}}).checkpoint.resume == step
+
+
 def test_options_of_the_model_may_be_numbers_with_an_exponent(tmp_path: Path) -> None:
     """YAML 1.1 reads 1e-6 as text, and timm would be given that."""
     recipe = tmp_path / "r.yaml"

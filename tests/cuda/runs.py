@@ -6,6 +6,7 @@ would else run for the first time on a machine with a GPU. Tests of what only CU
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.recipes import recipe
+from tests.recipes import recipe, run
 
 SWITCH = "BIGVISION_CUDA_TESTS_ON"
 DATA_PARALLEL = ("ddp", "fsdp")
@@ -67,3 +68,13 @@ def synchronize() -> None:
     """Wait for the device."""
     if not on_cpu():
         torch.cuda.synchronize()
+
+
+def peak_of(made: dict[str, Any]) -> int:
+    """Train; the most bytes that were allocated on the device meanwhile, without what earlier runs have left; 0 on the CPU."""
+    gc.collect()
+    if not on_cpu():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    run(made)
+    return 0 if on_cpu() else torch.cuda.max_memory_allocated()

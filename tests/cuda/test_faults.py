@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.cuda.jobs import job, start_process
-from tests.cuda.runs import STRATEGIES, installed, marks_of, on_cpu, plain, synchronize
+from tests.cuda.runs import STRATEGIES, installed, marks_of, on_cpu, peak_of, plain, synchronize
 from tests.recipes import lines, losses, recipe, run
 from tests.training.test_resume import digests
 
@@ -218,13 +218,10 @@ def without_memory(folder: Path, strategy: str) -> dict[str, Any]:
             data={"train": f"synthetic:128x{LARGE['image_size']}", "val": f"synthetic:8x{LARGE['image_size']}"},
         ) | {"model": LARGE}  # fmt: skip
 
-    peaks = {}
-    for size in (32, 64):
-        run(made(f"calibrate-{size}", size, steps=1))
-        peaks[size] = 0 if on_cpu() else torch.cuda.max_memory_allocated()
-        if not on_cpu():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+    peaks = {size: peak_of(made(f"calibrate-{size}", size, steps=1)) for size in (32, 64)}
+    gc.collect()
+    if not on_cpu():
+        torch.cuda.empty_cache()
     allow((peaks[32] + peaks[64]) / 2)
     words = ""
     try:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.cuda.jobs import job
-from tests.cuda.runs import DATA_PARALLEL, compiler, on_cpu, parallel, plain, synchronize
+from tests.cuda.runs import DATA_PARALLEL, compiler, on_cpu, parallel, peak_of, plain, synchronize
 from tests.recipes import MODELS, run
 from tests.training.test_resume import digests
 
@@ -199,10 +199,7 @@ def peaks(folder: Path) -> list[int]:
             train={"steps": 2, "global_batch": 64, "micro_batch": None},
             data={"train": f"synthetic:128x{LARGE['image_size']}", "val": f"synthetic:8x{LARGE['image_size']}"},
         ) | {"model": LARGE}  # fmt: skip
-        if not on_cpu():
-            torch.cuda.reset_peak_memory_stats()
-        run(made)
-        found.append(0 if on_cpu() else torch.cuda.max_memory_allocated())
+        found.append(peak_of(made))
     return found
 
 

@@ -84,6 +84,10 @@ def test_every_kind_of_label(label):
         ((PIXELS, "z"), "label of sample 0 is 'z', which is none of the 2 classes"),
         ((PIXELS, 2), "label of sample 0 is 2, but there are 2 classes"),
         ((PIXELS, -1), "is -1"),
+        ((PIXELS, None), r"sample 0 has no label \(None\); remove"),
+        ((PIXELS, float("nan")), r"sample 0 has no label \(nan\)"),
+        ((PIXELS, ""), r"sample 0 has no label \(''\)"),
+        ((PIXELS[..., None, :], 0), "ndarray of uint8 \\(8, 6, 1, 3\\)"),
     ],
 )
 def test_what_is_no_image_or_no_label(item, said):

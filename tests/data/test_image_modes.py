@@ -191,6 +191,7 @@ KNOWN: dict[str, tuple[Any, np.ndarray, dict[str, Any]]] = {
     "fractions in 0..1, big-endian": (tiff(UNIT.astype(">f4")), grey(RAMP), {}),
     "fractions in 0..1, white is 0": (tiff(UNIT, t262=(0,)), grey(255 - RAMP), {}),
     "fractions in 0..1, and a little rounded": (tiff(UNIT * np.float32(1.0001)), grey(RAMP), {}),
+    "fractions in 0..1 in a PFM": (b"Pf 16 16 -1.0\n" + UNIT[::-1].astype("<f4").tobytes(), grey(RAMP), {}),
     "fractions in 0..1 from Pillow": (Image.fromarray(UNIT), grey(RAMP), {}),
     "fractions by the key, and gaps": (
         tiff(np.where(RAMP == 7, np.nan, UNIT * 40 - 20).astype(np.float32)), grey(np.where(RAMP == 7, 0, RAMP)),
@@ -225,6 +226,8 @@ UNKNOWN: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "infinite": (tiff(np.where(RAMP == 7, np.inf, UNIT).astype(np.float32)), "infinite.*image_range", {}),
     "16-bit fractions": (tiff(UNIT.astype(np.float16)), "cannot be read", {}),
     "five channels": (tiff(np.dstack([RAMP] * 5)), ".", {}),
+    "no pixels": (Image.new("RGB", (0, 5)), "it has no pixels: 0x5", {}),
+    "fractions in 0..255 in a PFM": (b"Pf 16 16 -1.0\n" + (UNIT * 255).astype("<f4").tobytes(), "fractions from 0 to 255", {}),
     "Ghostscript's": (saved(COLOURS, "EPS"), "EPS files are not read", {}),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from torchvision.transforms import functional, v2
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from bigvision.data import UnreadableSample, transform
+from bigvision.errors import UserError
 
 STYLES = ("photo", "tiny", "digit")
 
@@ -191,5 +192,5 @@ def test_targets_that_cannot_move():
     image, target = spots(40, 30)
     with pytest.raises(UnreadableSample, match=r"its Mask is of \[40, 30\] pixels, but the image of \[30, 40\]"):
         transform("photo", 16, train=True)(image.permute(0, 2, 1), target)
-    with pytest.raises(ValueError, match=r"data.policy: it turns and shifts images, but not their masks"):
+    with pytest.raises(UserError, match=r"data.policy: it turns and shifts images, but not their masks"):
         transform("photo", 16, train=True, policy="randaugment")(image, target)

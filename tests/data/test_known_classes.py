@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigvision.data import open_source
+from bigvision.data import open_both, open_source
 from bigvision.data.sources import open_validation
 from bigvision.errors import UserError
 
@@ -115,6 +115,44 @@ def test_a_class_that_is_not_known(tmp_path: Path, kind: str) -> None:
 def test_numbers_are_places(tmp_path: Path, kind: str) -> None:
     val = open_validation("imagefolder:gone", MAKERS[kind](tmp_path, [3, 1, 3]), classes=KNOWN)
     assert val.classes == KNOWN and [val.label(index) for index in range(3)] == [3, 1, 3]
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet", "table", "arrays"])
+def test_numbers_are_places_in_the_class_file_of_their_own_split(tmp_path: Path, kind: str) -> None:
+    for name, labels, classes in (("train", [0, 1, 2], "x y z"), ("val", [0, 0, 1], "z x y")):
+        (tmp_path / name).mkdir()
+        spec = MAKERS[kind](tmp_path / name, labels)
+        (tmp_path / name / "classes.txt").write_text("\n".join(classes.split()))
+    spec = f"{spec.partition(':')[0]}:{tmp_path}"
+    train, val = open_both(spec, spec)
+    assert train.classes == val.classes == ["x", "y", "z"]
+    assert [val.label(index) for index in range(3)] == [2, 2, 0]
+
+
+SPLITS = [("train", "dev"), ("Train", "Valid"), ("training", "testing"), ("train", "test"), ("trainval", "evaluation")]
+
+
+@pytest.mark.parametrize("names", SPLITS)
+@pytest.mark.parametrize("kind", ["shards", "parquet", "saved", "arrays", "npz", "object"])
+def test_no_split_is_passed_over_for_its_spelling(tmp_path: Path, kind: str, names: tuple[str, str]) -> None:
+    """Else a tenth of the training data would be held out in its place."""
+    counts = dict(zip(names, (20, 5)))
+    spec: Any = f"{ {'shards': 'webdataset', 'saved': 'hf', 'npz': 'arrays'}.get(kind, kind) }:{tmp_path}"
+    if kind == "npz":
+        parts = {f"{name}_images": np.zeros((count, 4, 4), np.uint8) for name, count in counts.items()}
+        labels = {f"{name}_labels": np.arange(count) % 2 for name, count in counts.items()}
+        np.savez(tmp_path / "x.npz", **parts, **labels)  # pyright: ignore[reportArgumentType]
+        spec = f"arrays:{tmp_path}/x.npz"
+    elif kind == "object":
+        spec = {name: [(np.zeros((4, 4), np.uint8), n % 2) for n in range(count)] for name, count in counts.items()}
+        spec = {name: type("Own", (list,), {"classes": ["a", "b"]})(items) for name, items in spec.items()}
+    else:
+        for name, count in counts.items():
+            (tmp_path / name).mkdir()
+            MAKERS[kind](tmp_path / name, ["a", "b"] * (count // 2) + ["a"] * (count % 2))
+        if kind == "saved":
+            (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": list(names)}))
+    assert [len(source) for source in open_both(spec, spec)] == [20, 5]
 
 
 MISSING = {"table": r"line 3 of '.*list\.csv'", "shards": "sample 1 ", "parquet": "row 1 of '.*0.parquet'",

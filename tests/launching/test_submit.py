@@ -108,6 +108,18 @@ def programs(folder: Path, **bodies: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("2-12", 216000), ("1-06:30", 109800), ("1-02:03:04", 93784),
+        ("200:00:00", 720000),
+    ],
+)  # fmt: skip
+def test_times_as_slurm_spells_them(text: str, seconds: int, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("out: /runs/a\n")
+    assert read_job(["--to", "slurm", str(tmp_path / "r.yaml"), "--time", text])[1].seconds == seconds
+
+
+@pytest.mark.parametrize(
     ("code", "restarted", "requeued"),
     [(0, "0", False), (2, "0", False), (75, "99", True), (137, "0", True), (75, "100", False)],
 )
@@ -197,6 +209,9 @@ def test_k8s(path: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--to", "slurm", "--sbatch"], "--sbatch: a value is missing"),
         (["--to", "slurm", "--time", "1:00; ls"], "--time: '1:00; ls' must be minutes"),
         (["--to", "slurm", "--time", "0"], "--time: '0'"),
+        (["--to", "slurm", "--time", "1-"], "--time: '1-'"),
+        (["--to", "slurm", "--time", "UNLIMITED"], "--time: 'UNLIMITED'"),
+        (["--to", "slurm", "--sbatch", "--cpus-per-gpu=4"], "--sbatch: --cpus-per-gpu=4: use --cpus-per-task"),
         (["--to", "slurm", "--time", "1:60:00"], "--time: '1:60:00'"),
         (["--to", "slurm", "--time", "٣"], "--time: '٣'"),
         (["--to", "slurm", "--nodes", "2x"], "--nodes: '2x' must be a whole number"),

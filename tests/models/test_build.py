@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy
 import pytest
@@ -10,6 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from bigvision.errors import UserError
 from bigvision.models import blueprint
 from bigvision.models.exact_init import named_tensors
 from tests.models.configs import TINY, Model
@@ -302,3 +304,23 @@ def test_a_model_that_is_not_recorded_is_not_built_for_nothing(odd, monkeypatch)
     plan = odd("random_value")
     monkeypatch.setattr(timm, "create_model", lambda *args, **options: pytest.fail("it was built"))
     assert not list(plan.tensors(SEED, set()))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        (
+            "vit_tiny_patch16_224",
+            {**TINY, "global_pool": ""},
+            r"global_pool: with '' .* returns \(2, \d+, 5\) for 2 images instead",
+        ),
+        ("test_resnet", {"global_pool": ""}, "global_pool: with '' test_resnet cannot take images of 3 x "),
+        ("test_efficientnet", {"act_layer": "relu", "drop_rate": 2}, "drop_rate: with 2 .*dropout probability"),
+        ("inception_v3", {"aux_logits": True}, "aux_logits: with True inception_v3 returns tuple for 2 images instead"),
+    ],
+)
+def test_options_that_leave_no_scores(name: str, options: dict[str, Any], words: str) -> None:
+    """Known before anything is built: else an error within the first step."""
+    with pytest.raises(UserError, match=rf"^model\.options\.{words}") as caught:
+        blueprint(Model(name, options=options), 5)
+    assert "\n" not in str(caught.value)

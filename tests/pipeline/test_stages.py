@@ -201,6 +201,20 @@ def test_parameters_tied_across_every_cut_are_refused_by_name() -> None:
         cut(model, find_blocks(model, 8, 0.6), (3, 6, 8), 2)
 
 
+def test_modules_are_in_the_order_of_their_calls() -> None:
+    """The same on every rank: FSDP gathers in this order, and each process has its own order of the strings of a set."""
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_patch16_224")
+    plan = cut(model, find_blocks(model), (3, 224, 224), 2)
+    for number in range(2):
+        calls = [str(node.target) for node in plan.graphs[True][number].nodes if node.op == "call_module"]
+        stage = plan.build(model, number)
+        held = [path for path, _ in stage.named_modules() if path in calls]
+        assert len(held) > 5
+        for depth in (0, 1):  # a block's own children come with it
+            assert [path for path in held if path.count(".") == depth] == [path for path in calls if path.count(".") == depth]
+
+
 def test_more_stages_than_blocks() -> None:
     model = Model(plain, last).to("meta")
     with pytest.raises(UserError, match="5 stages, but Model has 4 blocks"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigvision.data.labels import Coded, class_file, coded, label_samples, other_task
 from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
-from bigvision.data.splits import VAL_FOLDERS, hold_out
+from bigvision.data.splits import hold_out, named_parts
 from bigvision.errors import UserError, one_line
 from bigvision.seeds import seed_from
 
@@ -130,8 +130,8 @@ def open_arrays(
 ) -> Source:  # fmt: skip
     """Open arrays of images and labels: the folder or the ``.npz`` file *argument*.
 
-    A folder holds ``images.npy`` and ``labels.npy``, or has them in subfolders ``train`` and ``val`` (or ``valid``,
-    ``validation``, ``test``). A file holds ``images`` and ``labels``, or ``train_images``, ``train_labels``, ``val_images``
+    A folder holds ``images.npy`` and ``labels.npy``, or has them in subfolders ``train`` and ``val`` (or of other names
+    of splits). A file holds ``images`` and ``labels``, or ``train_images``, ``train_labels``, ``val_images``
     and ``val_labels``, as MedMNIST's do. Without a validation part all is used for both, or, when *shared* by training and
     validation, a fixed tenth is held out. Images are uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, labels
     whole numbers or names, (N,) or (N, 1), or one-hot (N, number of classes). A ``classes.txt`` beside them has a name on
@@ -169,9 +169,9 @@ def open_arrays(
     if hold and len(labels) < 2:
         raise UserError(f"{key}: {argument!r} has one image, none can be held out; add images or a validation part")
 
-    folder = path if path.is_dir() else path.parent
+    folders = [path / part, path] if path.is_dir() else [path.parent]
     found = label_samples(
-        column, classes or (None if class_file([folder]) else listed), [folder], key=key, where=repr(argument),
+        column, classes or (None if class_file(folders) else listed), folders, key=key, where=repr(argument),
         at=lambda index: f"sample {index} of {argument!r}",
     )  # fmt: skip
     names, values = found.classes, torch.from_numpy(found.values)
@@ -203,7 +203,8 @@ def _label_column(labels: np.ndarray, key: str, where: str) -> tuple[Coded, list
 
 def _open_folder(path: Path, split: Split, shared: bool, key: str) -> tuple[np.ndarray, np.ndarray, str, bool]:
     """Images, labels, the subfolder that they are in, and whether to hold out a tenth of them."""
-    part, hold = _part(split, shared, key, path, lambda name: (path / name / "images.npy").exists())
+    names = [entry.name for entry in os.scandir(path) if (path / entry.name / "images.npy").exists()]
+    part, hold = _part(names, (path / "images.npy").exists(), split, shared, key, path)
     images = np.load(path / part / "images.npy", mmap_mode="r", allow_pickle=False)
     return images, np.load(path / part / "labels.npy", allow_pickle=False), part, hold
 
@@ -213,17 +214,21 @@ def _open_npz(path: Path, split: Split, shared: bool, key: str) -> tuple[np.ndar
     if not isinstance(opened, np.lib.npyio.NpzFile):
         raise ValueError("it is a single array")
     with opened as file:
-        part, hold = _part(split, shared, key, path, lambda name: f"{name}_images".lstrip("_") in file)
+        names = [name.removesuffix("_images") for name in file if name.endswith("_images")]
+        part, hold = _part(names, "images" in file, split, shared, key, path)
         images, labels = (file[f"{part}_{name}".lstrip("_")] for name in ("images", "labels"))
         return images, labels, part, hold
 
 
-def _part(split: Split, shared: bool, key: str, path: Path, has: Callable[[str], bool]) -> tuple[str, bool]:
-    """The part of the data that *split* is in ("" for those without parts), and whether to hold out a tenth of it."""
-    train = "train" if has("train") else ""
-    val = next((name for name in VAL_FOLDERS if has(name)), None)
+def _part(names: list[str], whole: bool, split: Split, shared: bool, key: str, path: Path) -> tuple[str, bool]:
+    """The part of the data that *split* is in ("" for those without parts), and whether to hold out a tenth of it.
+
+    Args: *names* of the parts, and whether there is one without a name.
+    """
+    train, val = named_parts(names, key=key, where=repr(str(path)))
+    train = train or ""
     if val is not None:
-        if split == "train" and not train and not has(""):
+        if split == "train" and not train and not whole:
             raise UserError(f"{key}: {str(path)!r} has a part {val} but none for training; add one")
         return (val if split == "val" else train), False
     if train and split == "val" and not shared:

@@ -13,7 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bigvision.data.labels import OTHER_TASKS, by_name, by_place, check_all_labelled, from_one, label_samples, numbered, whole
+from bigvision.data.labels import (
+    OTHER_TASKS,
+    by_name,
+    by_place,
+    check_all_labelled,
+    from_one,
+    is_missing,
+    label_samples,
+    numbered,
+    whole,
+)
 from bigvision.data.order import generators_kept
 from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
 from bigvision.data.sources.tabular import Columns
@@ -168,7 +178,7 @@ class MapStyle(Source):
         found = image
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
             # A copy: torch takes no arrays of negative strides, and warns of those that are read-only.
-            found = torch.from_numpy(np.array(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1)
+            found = torch.from_numpy(np.array(image if image.ndim == 3 else image[..., None])).permute(2, 0, 1)
         if isinstance(found, Tensor) and found.dtype == torch.uint8 and found.ndim == 3 and found.shape[0] in (1, 3):
             return found.expand(3, -1, -1)
         what, hint = type(image).__name__, ""
@@ -186,6 +196,8 @@ class MapStyle(Source):
         where = f"{self.name}: the label of sample {index} is"
         if isinstance(label, (np.generic, np.ndarray, Tensor)) and np.asarray(label).size == 1:
             label = label.item()
+        if is_missing(label):
+            raise _WrongSample(f"{self.name}: sample {index} has no label ({label!r}); remove or label it")
         label = whole(label)
         if isinstance(label, (list, tuple, np.ndarray, Tensor)):
             several, task, instead = OTHER_TASKS["labels"]

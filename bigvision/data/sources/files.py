@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from bigvision.data.labels import CLASS_FILES
 from bigvision.data.sources.base import PassedOver, Split
-from bigvision.data.splits import VAL_FOLDERS, by_role, first_val, from_the_hub, near_path, split_name
+from bigvision.data.splits import VAL_FOLDERS, by_role, first_val, from_the_hub, named_parts, near_path, split_name
 from bigvision.errors import UserError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
@@ -62,10 +62,11 @@ def choose_files(argument: str, split: Split, suffix: str, *, key: str, shared: 
         raise UserError(f"{key}: {argument!r} has {val} but no train; add it, or name the training files by a pattern")
     if not val and split == "val" and not shared:
         raise UserError(f"{key}: {argument!r} has train but no val; add it, or name the validation files by a pattern")
-    if val and split == "val":
-        return Chosen(found[val], False, folders, passed_over)
-    assert train
-    return Chosen(train, shared and not val, folders, passed_over)
+    files = found[val] if val and split == "val" else train
+    assert files
+    # Each split's own list of the classes is the one that its numbers are places in.
+    folders.sort(key=lambda folder: folder != files[0].parent)
+    return Chosen(files, shared and not val, folders, passed_over)
 
 
 def location_of(files: Sequence[str]) -> tuple[str, bool]:
@@ -81,12 +82,13 @@ def stamp(file: os.stat_result) -> tuple[int, int]:
 
 def _in_folder(root: Path, suffix: str, key: str) -> tuple[dict[str, list[Path]], list[Path]]:
     """The files by split, "" where there are no splits, and the folders in which a file with the classes may lie."""
-    parts = {name: _listed(root / name, suffix, key) for name in ("train", *VAL_FOLDERS)}
-    if not any(parts.values()):
-        parts = _other_spellings(root, suffix, key)
-    if any(parts.values()):
-        folders = [root, *dict.fromkeys(files[0].parent for files in parts.values() if files)]
-        return {name: files for name, files in parts.items() if files}, folders
+    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and split_name(entry.name) is not None)
+    parts = {name: files for name in inside if (files := _listed(root / name, suffix, key))}
+    train, val = named_parts(parts, key=key, where=repr(str(root)))
+    if train is not None or val is not None:
+        known = val if val in VAL_FOLDERS else "val"
+        chosen = {role: parts[name] for role, name in (("train", train), (known, val)) if name is not None}
+        return chosen, [root, *dict.fromkeys(files[0].parent for files in chosen.values())]
     # The Hub keeps a dataset's files in data/.
     for folder in (root, root / "data"):
         if files := _listed(folder, suffix, key):
@@ -96,20 +98,6 @@ def _in_folder(root: Path, suffix: str, key: str) -> tuple[dict[str, list[Path]]
         found, folders = _in_folder(Path(inside[0].path), suffix, key)
         return found, [root, *folders]
     raise UserError(f"{key}: {str(root)!r} holds no *{suffix} file, nor do train/, val/ or data/ in it; give their folder")
-
-
-def _other_spellings(root: Path, suffix: str, key: str) -> dict[str, list[Path]]:
-    """The files in subfolders such as Train and Validation, by the role of the split."""
-    parts: dict[str, list[Path]] = {}
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        name = split_name(entry.name)
-        if name is None or name.rest or not (files := _listed(Path(entry.path), suffix, key)):
-            continue
-        if name.role in parts:
-            other = parts[name.role][0].parent.name
-            raise UserError(f"{key}: {str(root)!r} could mean {other}/ or {entry.name}/ as a split; name files by a pattern")
-        parts[name.role] = files
-    return parts
 
 
 def _count_others(folders: Sequence[Path], suffix: str, passed_over: PassedOver) -> None:

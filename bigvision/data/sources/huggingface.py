@@ -25,7 +25,7 @@ from bigvision.data.sources.tabular import (
     label_rows,
     parse_asked,
 )
-from bigvision.data.splits import VAL_FOLDERS
+from bigvision.data.splits import named_parts
 from bigvision.errors import UserError, one_line
 
 
@@ -151,15 +151,15 @@ def _choose(folder: Path, argument: str, split: Split, shared: bool, key: str) -
         raise UserError(f"{key}: {argument!r} has no state.json or dataset_dict.json; {hint}")
     splits = _json(folder / "dataset_dict.json", key).get("splits")
     names = [name for name in splits if isinstance(name, str) and (folder / name / "state.json").is_file()] if splits else []
-    val = next((name for name in VAL_FOLDERS if name in names), None)
+    train, val = named_parts(names, key=key, where=repr(argument))
     if split == "val" and val is not None:
         return folder / val, False
-    if "train" not in names or (split == "val" and not shared):
+    if train is None or (split == "val" and not shared):
         lacks = "train" if split == "train" or shared else "val"
         raise UserError(
             f"{key}: {argument!r} has {', '.join(names) or 'no splits'} but no {lacks}; name one as hf:{argument}/NAME"
         )
-    return folder / "train", shared and val is None
+    return folder / train, shared and val is None
 
 
 def _json(file: Path, key: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from bigvision.data.labels import Coded, coded, joined, other_task
 from bigvision.data.sources.base import Split
 from bigvision.data.sources.tabular import ASKED, Columns, arrow_labels, fitting
-from bigvision.data.splits import VAL_FOLDERS
+from bigvision.data.splits import named_parts
 from bigvision.errors import UserError
 
 
@@ -83,9 +83,10 @@ def choose_part(dataset: Any, split: Split, key: str) -> Any:
         )
     if not isinstance(dataset, Mapping) or not all(isinstance(name, str) for name in dataset):
         return dataset
-    name = "train" if split == "train" else next((name for name in VAL_FOLDERS if name in dataset), "val")
-    if name not in dataset:
-        raise UserError(f"{key}: {kind} has {', '.join(map(str, dataset))} but no {name}; give one of them, as DATASET['NAME']")
+    train, val = named_parts(list(dataset), key=key, where=kind)
+    name = train if split == "train" else val
+    if name is None:
+        raise UserError(f"{key}: {kind} has {', '.join(dataset)} but no {split}; give one of them, as DATASET['NAME']")
     return dataset[name]
 
 
