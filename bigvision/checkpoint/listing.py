@@ -121,10 +121,10 @@ def _entry(folder: Path) -> Entry:
     except (Damaged, ReadError) as error:
         state = "damaged" if isinstance(error, Damaged) else "unreadable"
         return Entry(folder.name, step, state, str(error), saved, size)
-    return Entry(folder.name, step, "valid", None, saved, size, progress.get("samples"), _metrics(progress))
+    return Entry(folder.name, step, "valid", None, saved, size, progress.get("samples"), _saved_metrics(progress))
 
 
-def _metrics(progress: dict[str, Any]) -> dict[str, float | None]:
+def _saved_metrics(progress: dict[str, Any]) -> dict[str, float | None]:
     known = progress.get("metrics")
     found = known if isinstance(known, dict) else {}
     numbers = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}

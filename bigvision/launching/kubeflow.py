@@ -10,7 +10,7 @@ from bigvision.launching.job import Job
 
 RUNTIME = "bigvision"
 """The runtime of launch/kubeflow/runtime.yaml, which says when a job is started again."""
-GRACE_SECONDS = 60
+POD_GRACE_SECONDS = 60
 """From SIGTERM to SIGKILL: a run saves and stops within ten seconds and one step."""
 RECIPE = "/etc/bigvision/recipe.yaml"
 
@@ -49,7 +49,7 @@ def train_job(job: Job) -> dict[str, Any]:
     if job.gpus_per_node:
         trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": str(job.gpus_per_node)}}
     pod = {
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": POD_GRACE_SECONDS,
         "volumes": volumes,
         "containers": [{"name": "node", "volumeMounts": mounts}],
     }

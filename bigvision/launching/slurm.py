@@ -8,7 +8,7 @@ import sys
 from bigvision.errors import Exit
 from bigvision.launching.job import Job
 
-GRACE_SECONDS = 120
+SIGNAL_SECONDS = 120
 """How long before its time is over the run is asked to save and stop."""
 LEFT_SECONDS = 60
 """How long a rank may run on when another has ended. Not at once: the ranks would be stopped by a signal before they ended with
@@ -30,7 +30,7 @@ def script(job: Job) -> str:
         "time": None if job.seconds is None else _time(job.seconds),
         "output": f"{job.name}-%j.log",
         # To the ranks, not to this script.
-        "signal": f"USR1@{GRACE_SECONDS}",
+        "signal": f"USR1@{SIGNAL_SECONDS}",
     }
     lines = ["#!/bin/bash"]
     options |= dict(job.directives)
