@@ -74,9 +74,9 @@ def to_bytes(targets: Targets) -> Tensor:
     return torch.cat([torch.from_numpy(head.copy()), *contents])
 
 
-def from_bytes(data: Tensor) -> Targets:
-    """What `to_bytes` was given."""
-    begin = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+def from_bytes(data: np.ndarray) -> Targets:
+    """What `to_bytes` was given, from an array of what it returned."""
+    begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
 
     def made(part: dict[str, Any]) -> Any:
         nonlocal begin
@@ -85,12 +85,13 @@ def from_bytes(data: Tensor) -> Targets:
             dtype: torch.dtype = getattr(torch, part["dtype"])
             start, begin = begin, begin + math.prod(inner) * dtype.itemsize
             # A copy, since a view has to begin at a multiple of its type's width.
-            return data[start:begin].clone().view(dtype).reshape(inner)
+            values = torch.from_numpy(data[start:begin].copy())
+            return values.view(dtype).reshape(inner) if begin > start else torch.empty(inner, dtype=dtype)
         if kind == "dict":
             return {name: made(value) for name, value in inner.items()}
         return {"list": list, "tuple": tuple}[kind](map(made, inner)) if kind != "value" else inner
 
-    return made(json.loads(data[8:begin].numpy().tobytes()))
+    return made(json.loads(data[8:begin].tobytes()))
 
 
 def _like(first: Any, parts: list[Any]) -> Any:

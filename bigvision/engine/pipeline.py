@@ -105,8 +105,8 @@ class PipelineEngine(Engine):
                     parameter.grad = None
             mine = slice(begin, begin + count * size)
             arguments = () if images is None else (images[mine],)
-            # The schedule cuts one tensor: places in the batch, which stay on the host, stand for targets of any kind.
-            target = torch.arange(mine.start, mine.stop) if self.placement.stages - 1 in self.stages else None
+            # The schedule cuts one tensor into views of it. Their offsets are places in the batch, for targets of any kind.
+            target = torch.empty(len(batch))[mine] if self.placement.stages - 1 in self.stages else None
             with _unwrapped():
                 self.schedules[count, size].step(*arguments, target=target, return_outputs=False)
             begin += count * size
@@ -130,8 +130,8 @@ class PipelineEngine(Engine):
 
     def _targets_at(self, places: Tensor) -> Targets:
         """The targets of a micro-batch."""
-        begin, end = int(places[0]), int(places[-1]) + 1
-        return each_tensor(lambda tensor: tensor[begin:end], self.targets)
+        begin = places.storage_offset()
+        return each_tensor(lambda tensor: tensor[begin : begin + len(places)], self.targets)
 
     @contextmanager
     def _surroundings(self, number: int) -> Iterator[None]:

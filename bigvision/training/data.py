@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,6 +40,9 @@ from bigvision.runtime import Runtime, all_or_none
 from bigvision.targets import from_bytes, to_bytes
 from bigvision.tasks import build_task
 from bigvision.training.bad import BadSamples
+
+MESSAGE = 4096
+"""Bytes that pass from a pipeline's first stage to the others with each micro-batch, where its targets need no more."""
 
 
 @dataclass(frozen=True)
@@ -268,14 +272,23 @@ def _relayed(batches: Batches | None, runtime: Runtime, number: int | None = Non
         yield from batches
         return
     group, first = runtime.mesh["stage"].get_group(), runtime.data_rank
+    capacity = MESSAGE
     for _ in count() if number is None else range(number):
         batch = next(batches) if batches is not None else None
+        # One message as a rule: the length of what is sent, then what was enough so far. The rest of a longer one follows.
         data = to_bytes(_but_images(batch)) if batch is not None else torch.empty(0, dtype=torch.uint8)
-        size = torch.tensor(len(data))
-        dist.broadcast(size, first, group)
-        data = data if batch is not None else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(data, first, group)
-        yield batch if batch is not None else _without_images(*from_bytes(data))
+        memory = np.zeros(8 + capacity, dtype=np.uint8)
+        memory[:8] = np.array([len(data)]).view(np.uint8)
+        message = torch.from_numpy(memory)
+        message[8 : 8 + len(data)] = data[:capacity]
+        dist.broadcast(message, first, group)
+        length = int.from_bytes(memory[:8].tobytes(), "little")
+        sent = memory[8 : 8 + length]
+        if length > capacity:
+            rest = np.empty(length - capacity, np.uint8)
+            dist.broadcast(data[capacity:] if batch is not None else torch.from_numpy(rest), first, group)
+            sent, capacity = np.concatenate([sent, rest]), length + MESSAGE // 16
+        yield batch if batch is not None else _without_images(*from_bytes(sent))
 
 
 def _but_images(batch: Batch) -> tuple[Any, ...]:

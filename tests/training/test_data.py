@@ -77,13 +77,14 @@ def soft(plain: dict[str, Any]) -> tuple[list[float], list[str]]:
             return super().measure(outputs, targets["shares"].argmax(1), valid)
 
     kinds: set[str] = set()
-    before = build.build_task
+    before, data.MESSAGE = (build.build_task, data.MESSAGE), 100  # longer targets need a second message
     build.build_task = data.build_task = lambda config: Soft()  # type: ignore[assignment]
     try:
         found = run(plain)
         return found, sorted(kinds)
     finally:
-        build.build_task = data.build_task = before
+        build.build_task = data.build_task = before[0]
+        data.MESSAGE = before[1]
 
 
 def test_targets_of_any_kind_reach_the_last_stage(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_targets_as_bytes() -> None:
         "mask": torch.arange(12).view(2, 2, 3) % 2 == 0, "box": (torch.rand(2, 0, 4), [torch.tensor(3.0, dtype=torch.float64)]),
         "half": torch.rand(3, dtype=torch.bfloat16), "array": np.arange(4, dtype=np.int16), "words": ["é", 1.5, True, None],
     }  # fmt: skip
-    found = from_bytes(to_bytes(targets))
+    found = from_bytes(to_bytes(targets).numpy())
     for name in ("mask", "half", "array"):
         expected = torch.as_tensor(targets[name])
         assert torch.equal(found[name], expected) and found[name].dtype == expected.dtype
