@@ -26,7 +26,7 @@ PLAIN, DROPPED, AGAIN = "without drop path", "drop path 0.2", "drop path 0.2, se
 PROGRAM = """
 import json, sys, time
 import timm, torch
-from bigvision.engine.compile import compile_blocks
+from bigvision.engine.parallelize import compile_blocks
 
 device, rate, width = torch.device(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 torch.manual_seed(0)

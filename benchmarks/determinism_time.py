@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.peers import Step, Work
 from benchmarks.step_time import options, ours, race
 from bigvision.runtime import deterministic, start
-from bigvision.runtime.determinism import REPEATING_WORKSPACES, WORKSPACE
+from bigvision.runtime.process import REPEATING_WORKSPACES, WORKSPACE
 
 
 def main() -> None:

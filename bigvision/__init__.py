@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bigvision.api import Engine, train
     from bigvision.config import Config, load_config
     from bigvision.errors import Stopped, UserError
-    from bigvision.launching.api import train
-    from bigvision.launching.loop import Engine
     from bigvision.training import Event, Result
 
 __version__ = "0.1.0"
@@ -16,13 +15,13 @@ __all__ = ["Config", "Engine", "Event", "Result", "Stopped", "UserError", "load_
 
 _HOMES = {
     "Config": "bigvision.config",
-    "Engine": "bigvision.launching.loop",
+    "Engine": "bigvision.api",
     "Event": "bigvision.training",
     "Result": "bigvision.training",
     "Stopped": "bigvision.errors",
     "UserError": "bigvision.errors",
     "load_config": "bigvision.config",
-    "train": "bigvision.launching.api",
+    "train": "bigvision.api",
 }
 
 

@@ -70,8 +70,8 @@ def run_train(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     from bigvision.config import describe, resolve
-    from bigvision.launching.accelerate import overrides
-    from bigvision.launching.arguments import take_recipe
+    from bigvision.launchers.accelerate import overrides
+    from bigvision.launchers.commands import take_recipe
 
     print_only = "--print-config" in arguments
     arguments = [argument for argument in _with_our_spelling(arguments) if argument != "--print-config"]
@@ -93,7 +93,7 @@ def _train(arguments: list[str]) -> int:
 
 def run_eval(arguments: list[str]) -> int:
     """``bigvision eval STEP_FOLDER|MODEL [--section.key value ...]``: one JSON object of metrics on standard output."""
-    from bigvision.launching.evaluate import run
+    from bigvision.launchers.commands import run
 
     main_rank = _rank() == 0
     metrics = run(_with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None)
@@ -112,14 +112,14 @@ def run_convert(arguments: list[str]) -> int:
 def run_ray(arguments: list[str]) -> int:
     """``bigvision ray [RECIPE.yaml] [--workers N] [--section.key value ...]``."""
     with listening():  # before what takes seconds to import
-        from bigvision.launching.ray import run
+        from bigvision.launchers.ray import run
 
         return run(_with_our_spelling(arguments))
 
 
 def run_submit(arguments: list[str]) -> int:
     """``bigvision submit --to local|slurm|k8s RECIPE.yaml ...``."""
-    from bigvision.launching.submit import run
+    from bigvision.launchers.submit import run
 
     return run(_with_our_spelling(arguments))
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigvision.checkpoint.background import Saver
-    from bigvision.checkpoint.commit import check_shared, prepare_folder, save
+    from bigvision.checkpoint.commit import Saver, check_shared, prepare_folder, save
     from bigvision.checkpoint.disk import replace
+    from bigvision.checkpoint.layout import Damaged, ReadError
     from bigvision.checkpoint.lock import Lock
-    from bigvision.checkpoint.manifest import Damaged, ReadError
     from bigvision.checkpoint.resume import Checkpoint, find, open_checkpoint, set_aside_later
     from bigvision.checkpoint.retention import Retention, best_value, folder_name, is_step_folder, prune, sign, steps_in
 
@@ -37,11 +36,11 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "resume",
-    "Damaged": "manifest",
+    "Damaged": "layout",
     "Lock": "lock",
-    "ReadError": "manifest",
+    "ReadError": "layout",
     "Retention": "retention",
-    "Saver": "background",
+    "Saver": "commit",
     "best_value": "retention",
     "check_shared": "commit",
     "find": "resume",

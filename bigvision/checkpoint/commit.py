@@ -1,4 +1,4 @@
-"""How a checkpoint comes to be: whole or not at all, and the earlier ones stay untouched until it is."""
+"""A checkpoint becomes visible whole or not at all, in the foreground or while training goes on."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import re
 import secrets
 import shutil
 import socket
+import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
 
-from bigvision.checkpoint import manifest
+from bigvision.checkpoint import layout
 from bigvision.checkpoint.disk import (
     FOLDER_MODE,
+    ONE_WRITER,
+    file_system,
     make_folder,
     open_existing,
     open_new,
@@ -28,13 +32,11 @@ from bigvision.checkpoint.disk import (
     sync_folder,
     write_new,
 )
-from bigvision.checkpoint.layout import index
+from bigvision.checkpoint.layout import Damaged, Run, index
 from bigvision.checkpoint.lock import check_held
-from bigvision.checkpoint.manifest import Damaged, Run
-from bigvision.checkpoint.pieces import Plan, plan
 from bigvision.checkpoint.retention import Retention, folder_name, prune
-from bigvision.checkpoint.writer import create, write_by_owners, write_document, write_pieces
-from bigvision.errors import UserError
+from bigvision.checkpoint.writer import Arena, Plan, create, plan, write_by_owners, write_document, write_pieces
+from bigvision.errors import UserError, lacks_memory
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, all_or_none, from_main, gather_json
 
@@ -155,7 +157,7 @@ def commit(
         if main:
             _finish(unfinished, content, documents, runs)
             if verify != "none":
-                written = manifest.read(unfinished)
+                written = layout.read(unfinished)
                 _read_back(unfinished, [run for name in written if name.endswith(".json") for run in written[name]])
             _publish(unfinished, final)
 
@@ -198,7 +200,7 @@ def _read_back(folder: Path, runs: list[Run]) -> None:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
-        manifest.verify(folder, runs)
+        layout.verify(folder, runs)
     except (Damaged, OSError) as error:
         raise RuntimeError(f"what was just written cannot be read back: {error}") from error
 
@@ -214,7 +216,7 @@ def _finish(unfinished: Path, content: Plan, documents: dict[str, Any], runs: li
         run = write_document(unfinished, name, document)
         sizes[name] = run.length
         runs.append(run)
-    write_new(unfinished / manifest.NAME, manifest.build(sizes, runs))
+    write_new(unfinished / layout.NAME, layout.build(sizes, runs))
     sync_folder(unfinished)
 
 
@@ -235,3 +237,117 @@ def _publish(unfinished: Path, final: Path) -> None:
         raise
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+class Saver:
+    """Saves a run's checkpoints, one at a time; training waits only until this rank has copied what it writes.
+
+    Every rank has one and calls all of its methods.
+    """
+
+    def __init__(
+        self, out: Path, shard_size: int, retention: Retention, *, background: bool = True,
+        writer: Literal["auto"] | Writer = "auto", verify: Verify = "sample", timeout: float = 600.0,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        """Args:
+        background: False writes before training goes on, and holds no copy.
+        writer: "auto" takes what suits the file system of *out*.
+        verify: how much of what was written is read back before older checkpoints are pruned.
+        timeout: seconds that a rank waits for the others' answers while a checkpoint is written.
+        say: called with one line: which file system *out* is on, where that matters; that there is no memory for the copy.
+        """
+        self.out, self.shard_size, self.retention, self.say = out, shard_size, retention, say
+        self.writer: Writer = self._suitable() if writer == "auto" else writer
+        self.verify: Verify = verify
+        self.arena = Arena() if background else None
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+        # A group of its own: collectives of the background thread must not meet those of training.
+        self.group: Any = None
+        if dist.get_world_size() > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    def save(self, step: int, fragments: Iterable[Fragment], documents: dict[str, Any]) -> None:
+        """Begin to save; *fragments* may change as soon as this returns. The save before is waited for.
+
+        Raises:
+            RankFailure: the save before failed, or this one if it is not in the background.
+        """
+        self.wait()
+        content = plan(list(fragments), self.shard_size)
+        if (copy := self._copied(content)) is None:
+            self._commit(step, content, documents)
+            self.wait()
+        else:
+            self.thread = threading.Thread(target=self._commit, args=(step, copy, documents), name="checkpoint")
+            self.thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save of this rank has failed in the background. Does not communicate."""
+        return self.failure is not None
+
+    def raise_failure(self) -> None:
+        """Raise what any rank's save in the background failed with. Called by all ranks, once any of them has `failed`.
+
+        Raises:
+            RankFailure: names the first rank that failed and its error; the same on every rank.
+        """
+        self._join()  # a rank whose save is still under way comes to the same end
+        failure, self.failure = self.failure, None
+        for text in gather_json(failure and str(failure)):
+            if text:
+                raise RankFailure(text) from failure
+
+    @property
+    def done(self) -> bool:
+        """Whether the last save is complete on the disk, as far as this rank knows."""
+        return self.failure is None and (self.thread is None or not self.thread.is_alive())
+
+    def wait(self) -> None:
+        """Wait until nothing is being saved.
+
+        Raises:
+            RankFailure: it failed.
+        """
+        self._join()
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Wait until nothing is being saved; a failure is no longer reported."""
+        self._join()
+
+    def _join(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _suitable(self) -> Writer:
+        # As rank 0 sees it: all have to do the same.
+        found: str = from_main(file_system(self.out))
+        writer: Writer = "owner" if found in ONE_WRITER else "direct"
+        if found:
+            self.say(f"out: {self.out} is on {found}: checkpoint.writer is {writer}")
+        return writer
+
+    def _copied(self, content: Plan) -> Plan | None:
+        if self.arena is None:
+            return None
+        try:
+            return Plan(content.layouts, self.arena.copy(content.pieces))
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            # The other ranks need not know: this one takes part in the same collectives, before training goes on.
+            self.arena = None
+            self.say(f"no memory for a copy of the state ({error}): checkpoints are written before training goes on")
+            return None
+
+    def _commit(self, step: int, content: Plan, documents: dict[str, Any]) -> None:
+        try:
+            commit(self.out, step, content, documents, self.retention, self.writer, self.group, self.verify)
+        except Exception as error:
+            self.failure = error

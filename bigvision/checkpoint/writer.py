@@ -1,27 +1,220 @@
-"""Pieces to bytes: every rank writes its own straight to their places in the files, or each file has one rank that does."""
+"""Fragments to bytes: which bytes of which file this rank writes, and writing them."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import json
+import mmap
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bigvision.checkpoint.disk import open_existing, open_new, reserve, write_at, write_new
-from bigvision.checkpoint.layout import FileLayout
-from bigvision.checkpoint.manifest import CHUNK, Run, checksum
-from bigvision.checkpoint.memory import ALIGN, LEAST_ALIGNED, aligned, gather
-from bigvision.checkpoint.pieces import Piece, Plan, from_share
+from bigvision.checkpoint.layout import CHUNK, FileLayout, Run, checksum, lay_out, specs
+from bigvision.errors import lacks_memory
+from bigvision.fragments import Fragment
 from bigvision.runtime import gather_json
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive bytes of one file, at most :data:`CHUNK` and within one cell of a grid of such cells over the file."""
+
+    file: str
+    offset: int
+    length: int
+    parts: tuple[Tensor, ...]
+    """The bytes in their order, uint8 and 1-D: views of what the fragments hold."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a save consists of."""
+
+    layouts: dict[str, list[FileLayout]]
+    """The files of each group; the same on every rank."""
+    pieces: list[Piece]
+    """What this rank writes, in the order of the files and of their bytes."""
+
+    @property
+    def files(self) -> list[FileLayout]:
+        return [file for files in self.layouts.values() for file in files]
+
+
+def plan(fragments: list[Fragment], shard_size: int) -> Plan:
+    """Lay *fragments* out in files of at most *shard_size* bytes of data.
+
+    What several ranks hold is written by one of them: they take turns over the cells of the grid, so that each writes as
+    much as the others.
+    """
+    groups = sorted({fragment.group for fragment in fragments})
+    layouts = {group: lay_out(group, specs(fragments, group), shard_size) for group in groups}
+    places = {
+        (group, name): (number, file.name, offset)
+        for group, files in layouts.items()
+        for number, file in enumerate(files)
+        for name, offset in file.offsets.items()
+    }
+    cut = []
+    for fragment in fragments:
+        if fragment.values.numel():
+            number, file, offset = places[fragment.group, fragment.name]
+            cut += _cut(fragment, number, file, offset + fragment.start * fragment.values.element_size())
+    cut.sort(key=lambda piece: (piece.file, piece.offset))
+    return Plan(layouts, list(_joined(cut)))
+
+
+def from_share(items: list[T], share: float) -> list[T]:
+    """*items* in their order from that *share* of them on, and then those before."""
+    begin = int(len(items) * share)
+    return items[begin:] + items[:begin]
+
+
+def _cut(fragment: Fragment, number: int, file: str, offset: int) -> Iterator[Piece]:
+    """The fragment's bytes, which lie at *offset*, along the lines of the grid; only those that this rank writes."""
+    data = fragment.values.detach().view(torch.uint8)
+    this, copies = fragment.copy
+    end = offset + data.numel()
+    for cell in range(offset // CHUNK, -(-end // CHUNK)):
+        if (number + cell) % copies == this:
+            first, last = max(offset, cell * CHUNK), min(end, (cell + 1) * CHUNK)
+            yield Piece(file, first, last - first, (data[first - offset : last - offset],))
+
+
+def _joined(pieces: list[Piece]) -> Iterator[Piece]:
+    """*pieces*, those that follow each other in a cell as one."""
+    run: list[Piece] = []
+    for piece in pieces:
+        before = run[-1] if run else None
+        follows = before is not None and (before.file, before.offset + before.length) == (piece.file, piece.offset)
+        if run and not (follows and piece.offset % CHUNK):
+            yield _join(run)
+            run = []
+        run.append(piece)
+    if run:
+        yield _join(run)
+
+
+def _join(run: list[Piece]) -> Piece:
+    parts = functools.reduce(lambda parts, piece: parts + piece.parts, run, ())
+    return Piece(run[0].file, run[0].offset, sum(piece.length for piece in run), parts)
+
+
+ALIGN = max(4096, mmap.PAGESIZE)
+"""Direct I/O wants addresses, offsets and lengths that are multiples of the disk's blocks; no disk has larger ones."""
+LEAST_ALIGNED = 64 << 10
+"""Smaller pieces are not worth their padding, and go through the page cache."""
+SLAB = 64 << 20
+"""Bytes of a slab: a power of two, because torch rounds each pinned allocation up to one, and several times a piece."""
+MOST_PINNED = 128
+"""Pinned slabs of a rank (8 GiB): pinned memory cannot be swapped or reclaimed, and the ranks of a host share it."""
+assert SLAB & (SLAB - 1) == 0 and SLAB >= CHUNK + ALIGN
+
+
+class Arena:
+    """Host memory that holds a copy of pieces, each as aligned as its offset in the file.
+
+    The memory consists of slabs of one size, which are reused by later copies. For tensors on CUDA the first
+    :data:`MOST_PINNED` slabs are pinned; a copy that is larger continues in ordinary memory, into which the device copies
+    more slowly.
+    """
+
+    def __init__(self) -> None:
+        self.slabs: list[Tensor] = []
+        self.most_pinned = MOST_PINNED
+
+    def copy(self, pieces: list[Piece]) -> list[Piece]:
+        """Copy *pieces* and return them as they are in the copy. Waits for the device.
+
+        Raises:
+            MemoryError, RuntimeError: the host has no memory for the copy (see `bigvision.errors.lacks_memory`), or the
+                device has failed.
+        """
+        cuda = on_cuda(pieces)
+        copies = []
+        for piece, slot in zip(pieces, self._slots(pieces, cuda)):
+            # numpy starts sooner than torch, but torch uses several threads where it may.
+            if cuda or torch.get_num_threads() > 1:
+                for part, target in zip(piece.parts, slot.split([part.numel() for part in piece.parts])):
+                    target.copy_(part, non_blocking=True)
+            else:
+                gather(piece, slot)
+            copies.append(Piece(piece.file, piece.offset, piece.length, (slot,)))
+        if cuda:
+            torch.cuda.synchronize()
+        return copies
+
+    def _slots(self, pieces: list[Piece], cuda: bool) -> list[Tensor]:
+        """A slot of memory for each piece; no slot crosses the end of a slab, so each piece is in one place."""
+        slots, number, end = [], 0, 0
+        for piece in pieces:
+            begin = self._begin(piece, number, end, cuda)
+            if begin + piece.length > len(self.slabs[number]):
+                number += 1
+                begin = self._begin(piece, number, 0, cuda)
+            end = begin + piece.length
+            slots.append(self.slabs[number][begin:end])
+        return slots
+
+    def _begin(self, piece: Piece, number: int, end: int, cuda: bool) -> int:
+        """The first place in slab *number* from *end* on that suits *piece*. Allocates the slab if it is the next one."""
+        if number == len(self.slabs):
+            self.slabs.append(self._allocate(cuda))
+        aligns = piece.length >= LEAST_ALIGNED
+        return end + (piece.offset - self.slabs[number].data_ptr() - end) % ALIGN if aligns else end
+
+    def _allocate(self, cuda: bool) -> Tensor:
+        if cuda and len(self.slabs) < self.most_pinned:
+            try:
+                return slab(pinned=True)
+            except RuntimeError as error:
+                if not lacks_memory(error):
+                    raise
+                self.most_pinned = len(self.slabs)  # the system lets this process pin no more
+        return slab(pinned=False)
+
+
+def slab(pinned: bool) -> Tensor:
+    """:data:`SLAB` bytes without values."""
+    return torch.empty(SLAB, dtype=torch.uint8, pin_memory=pinned)
+
+
+def on_cuda(pieces: list[Piece]) -> bool:
+    """Whether any byte of *pieces* is on a CUDA device."""
+    return any(part.is_cuda for piece in pieces for part in piece.parts)
+
+
+def aligned(size: int) -> Tensor:
+    """*size* bytes of ordinary memory that begin at a multiple of :data:`ALIGN`, without values."""
+    memory = torch.empty(size + ALIGN, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % ALIGN :][:size]
+
+
+def gather(piece: Piece, target: Tensor) -> None:
+    """Copy the bytes of *piece* to *target*, by the calling thread alone. Waits for the device."""
+    position = 0
+    for part in piece.parts:
+        slot = target[position : position + part.numel()]
+        if part.device.type == "cpu":
+            numpy.copyto(slot.numpy(), part.numpy())  # torch would start threads of its own in each of ours
+        else:
+            slot.copy_(part)
+        position += part.numel()
+
 
 THREADS = 3
 """That write at a time on each rank: one sums or copies while the disk works for the others."""

@@ -1,9 +1,7 @@
 """The run configuration: dataclasses, filled from a YAML recipe, then from flags. Nothing in a recipe names code."""
 
-from bigvision.config.batches import check_batches, micro_batch
-from bigvision.config.checks import WHOLE
-from bigvision.config.ds_file import DsFile, read_ds_file
-from bigvision.config.ds_settings import deepspeed_settings
+from bigvision.config.checks import WHOLE, check_batches, micro_batch
+from bigvision.config.ds_file import DsFile, deepspeed_settings, read_ds_file
 from bigvision.config.resolve import Overrides, describe, load_config, resolve
 from bigvision.config.schema import (
     ONE_STAGE,

@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration file (JSON), read without DeepSpeed: what it asks of our keys and what it passes on."""
+"""A DeepSpeed configuration file (JSON), read without DeepSpeed; merged with the recipe, and written back for DeepSpeed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from bigvision.config import ds_keys
 from bigvision.config.ds_keys import Choice, Knob, Neutral, Only, Ours, Refused, Rule
+from bigvision.config.schema import Config
+from bigvision.config.values import coerce, get, spell
 from bigvision.errors import UserError, nearest
 
 NEVER = (None, 0, math.inf)
@@ -367,3 +369,126 @@ def _same(value: Any, right: Any) -> bool:
 def _json(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+UNDECIDED = ("train.micro_batch", "train.steps")
+"""Keys whose null leaves the value open."""
+
+
+def merge(file: DsFile, config: Config, origins: Mapping[str, str], firm: set[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of ours that take the file's value.
+
+    *origins* says where *config* got the keys that are not defaults. The file replaces defaults and the strategy, unless that
+    is one of the keys in *firm*; every other key has to agree with the file.
+
+    Raises:
+        UserError: the file contradicts the configuration.
+    """
+    strategy = config.parallel.strategy
+    if "parallel.strategy" not in file.asked and not strategy.startswith("zero"):
+        where = origins.get("parallel.strategy", "default")
+        raise UserError(
+            f'{file.path}: zero_optimization.stage: "auto" takes parallel.strategy: {strategy} ({where}), which is not ZeRO: '
+            "use zero1, zero2 or zero3"
+        )
+    taken: dict[str, Any] = {}
+    for key, (asked, json_key) in file.asked.items():
+        value, ours = coerce(asked, kinds[key], key, file.path), get(config, key)
+        decided = key in origins and not (ours is None and key in UNDECIDED)
+        if ours in file.also.get(key, ()):
+            continue
+        if key == "train.steps" and not decided and "train.epochs" in origins:
+            raise _contradiction(file, json_key, "train.epochs", config, origins)
+        if not decided or (key == "parallel.strategy" and key not in firm):
+            taken[key] = value
+        elif ours != value and not (key == "optim.warmup" and _warmup_steps(config, file) == value):
+            raise _contradiction(file, json_key, key, config, origins)
+    return taken
+
+
+def _warmup_steps(config: Config, file: DsFile) -> float | None:
+    """Our warm-up as a number of steps, where that is known; the same up to rounding is the same."""
+    steps = config.train.steps or file.asked.get("train.steps", (None, ""))[0]
+    if config.optim.warmup >= 1 or not steps:
+        return None
+    count = config.optim.warmup * steps
+    return float(round(count)) if math.isclose(count, round(count)) else count
+
+
+def _contradiction(file: DsFile, json_key: str, key: str, config: Config, origins: Mapping[str, str]) -> UserError:
+    value = json.dumps(file.said[json_key])
+    return UserError(
+        f"{file.path}: {json_key}: {value} contradicts {key}: {spell(get(config, key))} ({origins[key]}): "
+        'make them equal, or write "auto" in the file'
+    )
+
+
+Settings = dict[str, Any]
+
+
+def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int, largest: int) -> Settings:
+    """The configuration for ``deepspeed.initialize``; what the file leaves open, or calls "auto", is decided here.
+
+    Args:
+        device: "cuda" or "cpu".
+        parameters: of the whole model.
+        largest: parameters of the largest block.
+    """
+    parallel = config.parallel
+    share = config.train.global_batch // ranks
+    zero: Settings = {
+        "overlap_comm": device == "cuda",
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        # DeepSpeed allocates this many elements in every step, so keep it small.
+        "reduce_bucket_size": max(1, min(parameters, 50_000_000)),
+        "allgather_bucket_size": 500_000_000,
+    }
+    if parallel.strategy == "zero3":
+        # Two blocks at a time; what is smaller than a thousandth of the model is kept whole on every rank.
+        zero |= {
+            "stage3_prefetch_bucket_size": largest,
+            "stage3_max_live_parameters": 2 * largest,
+            "stage3_max_reuse_distance": largest,
+            "stage3_param_persistence_threshold": min(parameters // 1000, 100_000),
+        }
+    settings: Settings = {
+        "zero_optimization": zero,
+        # As in LossScale, so that a run may change its strategy.
+        "fp16": {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1},
+        "bf16": {},
+        # It would wait for the device at every step.
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if parallel.deepspeed:
+        settings = _merge(settings, read_ds_file(parallel.deepspeed).knobs)
+    zero = settings["zero_optimization"]
+    for section, wanted in (("offload_optimizer", parallel.offload != "none"), ("offload_param", parallel.offload == "all")):
+        given = {"pin_memory": True} | zero.pop(section, {})
+        if wanted:
+            zero[section] = given | {"device": "cpu", "pin_memory": given["pin_memory"] and device == "cuda"}
+    zero["stage"] = int(parallel.strategy[-1])
+    for precision in ("fp16", "bf16"):
+        settings[precision]["enabled"] = parallel.precision.endswith(precision)
+    return settings | {
+        # The engine says which micro-batch is a step's last, since the last one may be short.
+        "train_batch_size": share * ranks,
+        "train_micro_batch_size_per_gpu": share,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.clip or 0.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": settings.get("steps_per_print"),
+    }
+
+
+def _merge(ours: Settings, knobs: Mapping[str, Any]) -> Settings:
+    """*ours* with the file's *knobs* over it. DeepSpeed reads some names with and without ``stage3_``."""
+    merged = dict(ours)
+    for name, value in knobs.items():
+        twin = name.removeprefix("stage3_") if name.startswith("stage3_") else f"stage3_{name}"
+        merged.pop(twin, None)
+        merged[name] = _merge(merged.get(name, {}), value) if isinstance(value, dict) else value
+    return merged

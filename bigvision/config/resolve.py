@@ -1,4 +1,4 @@
-"""A recipe, a launcher's wishes and flags made into one configuration."""
+"""A recipe, a launcher's environment and flags made into one configuration."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bigvision.config.checks import check
-from bigvision.config.ds_file import read_ds_file
-from bigvision.config.ds_merge import merge
-from bigvision.config.flags import parse_flags
-from bigvision.config.paths import AUTO, PATHS, local_path, made_out
+from bigvision.config.ds_file import merge, read_ds_file
 from bigvision.config.schema import Config
-from bigvision.config.values import coerce, get, leaves, spell
-from bigvision.config.yaml_file import read_recipe
+from bigvision.config.values import AUTO, PATHS, coerce, get, leaves, local_path, made_out, parse_flags, read_recipe, spell
 from bigvision.errors import UserError, nearest
 
 Overrides = Mapping[str, tuple[Any, str]]

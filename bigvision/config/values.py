@@ -1,17 +1,107 @@
-"""Values of keys: their kinds, their spelling, and what YAML gives made into them."""
+"""Values of keys: from YAML text and from flags, checked and spelled; and paths among them."""
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Union
 
 import yaml
 
 from bigvision.config.schema import Config
 from bigvision.errors import UserError, nearest
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?=/|[^/])")
+"""``s3://bucket``, and ``s3:/bucket``, which `Path` makes of it."""
+PATHS = {
+    "out": "checkpoints cannot be written to a URL yet: write to a local or mounted folder, and copy it when the run has ended",
+    "model.weights": "weights are not read from URLs: download the file and name it, or use model.pretrained",
+    "data.root": "datasets are not read from URLs: name a local or mounted folder",
+    "data.classes": "it is not read from a URL: download the file and name it",
+    "data.trace": "it cannot be written to a URL: name a local file",
+    "parallel.deepspeed": "it is not read from a URL: download the file and name it",
+    "checkpoint.resume": "checkpoints are not read from URLs yet: download the step folder and name it",
+}
+"""The keys whose values are paths, and why none can be a URL."""
+AUTO = "auto"
+"""The value of ``out`` that is made of recipe, model and data."""
+LONGEST = 120
+"""Characters of a folder that is made here; file systems allow 255."""
+GENERAL = {"train", "training", "val", "valid", "validation", "test", "images", "imgs", "image", "data", "dataset", "shards"}
+"""Folders that many datasets have: the one above says which dataset it is."""
+
+
+def local_path(key: str, text: str) -> str:
+    """The path *text* with the home folder for ``~`` and values for components such as ``$SCRATCH``.
+
+    Raises:
+        UserError: empty, a URL, an unknown user or a variable that is not set.
+    """
+    if not text.strip():
+        raise UserError(f"{key}: {text!r} names nothing: write a path{', or null' if key not in ('out', 'data.root') else ''}")
+    if URL.match(text):
+        raise UserError(f"{key}: {text}: {PATHS[key]}")
+    if text != text.strip() or not text.isprintable():
+        raise UserError(f"{key}: {text!r} begins or ends with a space, or has a character that cannot be seen: remove it")
+    parts = []
+    for part in text.split("/"):
+        if found := re.fullmatch(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", part, re.ASCII):
+            name = found[1] or found[2]
+            if not os.environ.get(name):
+                raise UserError(f"{key}: {text}: the environment variable {name} is not set: set it, or write the path itself")
+            part = os.environ[name]
+        parts.append(part)
+    path = Path("/".join(parts))
+    try:
+        return str(path.expanduser())
+    except RuntimeError:
+        raise UserError(f"{key}: {text}: there is no home folder of {path.parts[0]!r}: write the path itself") from None
+
+
+def made_out(config: Config, stem: str) -> str:
+    """The output folder of a run that names none, a function of the recipe's *stem* ("" without one), data and model.
+
+    Raises:
+        UserError: the data's name is of no use for a folder.
+    """
+    names = [*map(_data_name, config.data.train.split(" + ")), _plain(config.model.name.rpartition("/")[2])]
+    # A dict, since a recipe is often called as its data.
+    folder = "-".join(dict.fromkeys([stem, *names] if stem else names))
+    if not all(names) or len(folder) > LONGEST:
+        raise UserError(
+            f"out: no folder can be named after data.train: {config.data.train} and model.name: {config.model.name}: "
+            "give one, such as --out checkpoints/first"
+        )
+    return f"checkpoints/{folder}"
+
+
+def _data_name(spec: str) -> str:
+    """The name of one dataset: "pets" for ``0.5*imagefolder:/data/pets/train``."""
+    kind, colon, argument = re.sub(r"^\s*[0-9.eE+-]+\s*\*", "", spec).strip().partition(":")
+    if not colon or kind == "synthetic":
+        return _plain(kind)
+    if kind == "python":
+        return _plain(argument)
+    *above, last = Path(os.path.abspath(Path(argument.partition("?")[0]).expanduser())).parts
+    if not _plain(last):
+        return ""
+    if re.search(r"[*{[]|\.\w{2,8}$", last):
+        # Files: shards such as flowers-{000..099}.tar are called flowers.
+        last = re.split(r"[*{[]|[-_.]?\d|\.\w{2,8}$", last)[0]
+    names = [name for part in (*above, last) if (name := _plain(part))]
+    return next((name for name in reversed(names) if name.lower() not in GENERAL), _plain(last))
+
+
+def _plain(name: str) -> str:
+    """*name* with what file systems and shells take alike."""
+    return re.sub(r"[^\w.]+", "-", name.rpartition(":")[2]).strip("-._ ")
 
 
 def leaves(cls: type, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
@@ -125,3 +215,199 @@ def parse_size(text: str, key: str) -> int:
     if size <= 0:
         raise UserError(f"{key}: {text!r} is not a size: write a number and a unit, such as 5GB or 512MiB")
     return size
+
+
+OCTAL = re.compile(r"[-+]?0[0-7_]+")
+SIXTIES = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
+EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+", re.ASCII)
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+NO_DATES = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 2024-01-31 is a text: no key takes a date, and folders are often called by one."""
+
+    yaml_implicit_resolvers = NO_DATES
+
+
+def read_recipe(path: str | Path) -> Mapping[str, Any]:
+    """The sections of the recipe *path*.
+
+    Raises:
+        UserError: it cannot be read, is no YAML or no mapping of sections, or holds what YAML reads in another way than it
+            looks: a key that is written twice, an octal or base-60 number.
+    """
+    where = f"recipe {path}"
+    if URL.match(str(path)):
+        raise UserError(f"{where}: recipes are read from files, not from URLs: download it and name the file")
+    try:
+        text = _decoded(Path(path).expanduser().read_bytes(), where)
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror or error}") from None
+    tree = parse(text, where)
+    if tree is None:
+        raise UserError(f"{where}: is empty: write sections such as 'model:' and 'train:'")
+    if not isinstance(tree, Mapping):
+        kind = "a list" if isinstance(tree, list) else f"{tree!r:.60}"
+        raise UserError(f"{where}: must hold sections such as 'model:' and 'train:', not {kind}")
+    return tree
+
+
+def parse(text: str, where: str, options: bool = False) -> Any:
+    """The value that *text* spells in YAML; *where* begins each message.
+
+    Args:
+        options: it is that of ``model.options``.
+
+    Raises:
+        UserError: as `read_recipe`.
+    """
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(node, where, "", [])
+        _read_numbers(node if options else _value_at(node, ("model", "options")))
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {_problem(error)}") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _decoded(content: bytes, where: str) -> str:
+    """UTF-8, with or without a byte order mark, or UTF-16 with one, as some editors on Windows write it."""
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where}: line {line}: not UTF-8 text: save the file as UTF-8") from None
+
+
+def _check(node: yaml.Node, where: str, key: str, above: list[yaml.Node]) -> None:
+    """Raise `UserError` for what YAML would read without an error, and otherwise than it is meant."""
+    line = node.start_mark.line + 1
+    if any(node is one for one in above):
+        raise UserError(f"{where}: line {line}: {key or 'the file'} contains itself: drop the alias")
+    above = [*above, node]
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check(item, where, key, above)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[tuple[str, str], int] = {}
+        for name, value in node.value:
+            inner = f"{key}.{name.value}" if key else str(name.value)
+            if isinstance(name, yaml.ScalarNode) and name.tag != "tag:yaml.org,2002:merge":
+                second = name.start_mark.line + 1
+                if (first := lines.get((name.tag, name.value))) is not None:
+                    at = f"lines {first} and {second}" if first != second else f"line {first}"
+                    raise UserError(f"{where}: {inner} is written twice, in {at}: drop one of the two, or join them")
+                lines[name.tag, name.value] = second
+            _check(value, where, inner, above)
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in NUMBERS:
+        kind = "octal" if OCTAL.fullmatch(node.value) else "a number to the base 60" if SIXTIES.fullmatch(node.value) else ""
+        if kind:
+            at = f"{where}: line {line}: {key}" if key else where
+            raise UserError(f"{at}: {node.value} is {kind} in YAML: write a plain number, or quote a text")
+
+
+def _value_at(node: yaml.Node | None, path: tuple[str, ...]) -> yaml.Node | None:
+    for name in path:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((value for key, value in pairs if key.value == name), None)
+    return node
+
+
+def _read_numbers(node: yaml.Node | None) -> None:
+    """Let 1e-6 in *node* be a number, which YAML 1.1 reads as text: a timm option has no kind by which it could be told."""
+    if isinstance(node, yaml.MappingNode):
+        for _, value in node.value:
+            _read_numbers(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _read_numbers(value)
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and EXPONENT.fullmatch(node.value):
+        node.tag = NUMBERS[1]
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where, on one line."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    hint = ""
+    if mark is not None and mark.buffer:
+        # The scanner often stops behind a tab and reports something else.
+        line = mark.buffer[: mark.pointer].rpartition("\n")[2] + mark.buffer[mark.pointer :].partition("\n")[0]
+        hint = ": the line begins with a tab: indent with spaces" if re.match(r" *\t", line) else ""
+    return (f"line {mark.line + 1}: " if mark is not None else "") + " ".join(str(said).split()) + hint
+
+
+def parse_flags(defaults: Config, flags: list[str], kinds: Mapping[str, Any], prog: str) -> dict[str, Any]:
+    """Return the YAML value of each ``--section.key value``; *defaults* are what ``--help`` shows."""
+    if not flags:
+        return {}
+    import tyro  # a fifth of a second, and only flags need it
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    # The text is kept as it was given: only afterwards is it known which key an error has to name.
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if dataclasses.is_dataclass(info.type):
+            return None
+        choices = typing.get_args(info.type) if typing.get_origin(info.type) is Literal else ()
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="|".join(choices) or kind_name(info.type).upper().replace(" ", "-"),
+            instance_from_str=lambda texts: _Given(texts[0]),
+            is_instance=lambda value: True,
+            str_from_instance=lambda value: [spell(value)],
+        )
+
+    show_help = any(flag in ("-h", "--help") for flag in flags)
+    try:
+        parsed, unknown = tyro.cli(
+            Config,
+            prog=prog,
+            description="Train a timm model: bigvision train [RECIPE.yaml] [--section.key value ...]. "
+            "--resume X is another spelling of --checkpoint.resume X, --deepspeed FILE of --parallel.deepspeed FILE.",
+            args=flags,
+            default=defaults,
+            registry=registry,
+            return_unknown_args=True,
+            use_underscores=True,
+            console_outputs=show_help,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(f"flags: a value is missing in {' '.join(flags)!r}: write --section.key value") from None
+    if unknown:
+        name = unknown[0].split("=")[0]
+        known = [f"--{key}" for key in kinds]
+        raise UserError(f"unknown {'flag' if name.startswith('-') else 'argument'} {name!r}{nearest(name, known)}")
+    values: dict[str, Any] = {}
+    for key in kinds:
+        if isinstance(value := get(parsed, key), _Given):
+            # A folder named 2024 is still a text.
+            if kinds[key] is str:
+                values[key] = value.text
+            else:
+                values[key] = parse(value.text, f"--{key} {value.text!r}", key == "model.options") if value.text else ""
+    return values
+
+
+@dataclass(frozen=True)
+class _Given:
+    text: str

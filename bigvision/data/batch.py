@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigvision.seeds import seed_from
-from bigvision.targets import Targets, concatenate, each_tensor
+from bigvision.samples import Targets, concatenate, each_tensor, seed_from
 
 
 @dataclass

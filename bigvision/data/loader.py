@@ -13,13 +13,12 @@ from torch.utils.data import DataLoader
 
 from bigvision.data.batch import Batch, Mix, Mixer
 from bigvision.data.order import Stream
-from bigvision.data.reading import Answer, BadSample, Reader, Request
-from bigvision.data.shared import Slots
+from bigvision.data.reading import Answer, BadSample, Reader, Request, Slots
 from bigvision.data.sources.base import Source
 from bigvision.data.transforms import Transform
 from bigvision.data.workers import main_hidden, needs_main, settle, signals_held, worker_context
 from bigvision.errors import UserError
-from bigvision.targets import Targets, stack
+from bigvision.samples import Targets, stack
 
 Collate = Callable[[Sequence[Any]], Targets]
 """Makes the targets of a micro-batch of those of its samples."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bigvision.seeds import seed_from
+from bigvision.samples import seed_from
 
 ROUNDS = 12
 

@@ -9,11 +9,10 @@ In come a model on meta (`Blueprint`), its blocks and batches; out come step res
 from __future__ import annotations
 
 from bigvision.config import Config, check_batches
-from bigvision.engine.compile import check_compile
 from bigvision.engine.engine import Engine
-from bigvision.engine.parallelize import check_norms
+from bigvision.engine.parallelize import check_compile, check_norms
 from bigvision.engine.pipeline import PipelineEngine
-from bigvision.engine.results import Metrics, StepResult
+from bigvision.engine.step import Metrics, StepResult
 from bigvision.engine.zero import ZeroEngine, check_cpu_adam
 from bigvision.models import Blocks, Blueprint
 from bigvision.runtime import Runtime

@@ -13,23 +13,15 @@ from torch import Tensor, nn
 
 from bigvision.config import Config, micro_batch
 from bigvision.data.batch import Batch, StepBatch
-from bigvision.engine.parallelize import (
-    choose_computing,
-    overlap,
-    replicate,
-    shard,
-    synchronize_norms,
-    wrap_blocks,
-)
-from bigvision.engine.results import REQUESTS, Metrics, Record, StepResult, reduce_with
+from bigvision.engine.parallelize import choose_computing, overlap, replicate, shard, synchronize_norms, wrap_blocks
 from bigvision.engine.state import RUNNING, average, make_contiguous
-from bigvision.engine.step import NativeStep
+from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepResult, reduce_with
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint
 from bigvision.optim import learning_rate
 from bigvision.runtime import Runtime
-from bigvision.seeds import seed_from
+from bigvision.samples import seed_from
 from bigvision.tasks import Task
 
 

@@ -18,8 +18,7 @@ from bigvision.engine.step import NativeStep
 from bigvision.models import Blocks, Blueprint
 from bigvision.pipeline import Placement, StageMemory, make_schedule, plan_stages
 from bigvision.runtime import Runtime
-from bigvision.seeds import seed_from
-from bigvision.targets import Targets, each_tensor
+from bigvision.samples import Targets, each_tensor, seed_from
 from bigvision.tasks import Task
 
 

@@ -22,8 +22,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from bigvision.config import Config, deepspeed_settings
 from bigvision.engine.engine import Engine
 from bigvision.engine.parallelize import wrap_blocks
-from bigvision.engine.results import reduce_with
 from bigvision.engine.state import Statistics, allocate, fill
+from bigvision.engine.step import reduce_with
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint, formats

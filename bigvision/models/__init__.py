@@ -1,11 +1,8 @@
 """timm models: built on meta, with exact first values on demand, and divided into blocks."""
 
-from bigvision.models.blocks import Block, Blocks, find_blocks, trace
-from bigvision.models.build import Blueprint, blueprint
-from bigvision.models.card import model_card
-from bigvision.models.check import check_model
-from bigvision.models.given import GivenModel, given_card, given_name
-from bigvision.models.rates import kinds, share_rates
+from bigvision.models.arguments import GivenModel, check_model, given_card, given_name
+from bigvision.models.blocks import Block, Blocks, find_blocks, kinds, share_rates, trace
+from bigvision.models.build import Blueprint, blueprint, model_card
 
 __all__ = [
     "Block",

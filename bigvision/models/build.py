@@ -1,26 +1,65 @@
-"""From a timm name to a module on the meta device and the real values of its tensors, one at a time."""
+"""From a timm name to a module on the meta device, the real values of its tensors, and timm's card for it."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import timm
 import timm.data
 import torch
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError
 from bigvision.models import weights
-from bigvision.models.adapt import Adapted, Loading, capture
-from bigvision.models.arguments import accepted, blame, check_outputs, image_size
-from bigvision.models.check import check_model, current_name
+from bigvision.models.arguments import (
+    GivenModel,
+    accepted,
+    blame,
+    built,
+    call_arguments,
+    check_model,
+    check_outputs,
+    current_name,
+    failed,
+    image_size,
+    on_meta,
+    outputs_of,
+)
 from bigvision.models.exact_init import FirstValues, construct, named_tensors
-from bigvision.models.given import GivenModel, built, call_arguments, failed, on_meta, outputs_of
+from bigvision.models.weights import Adapted, Loading, capture
+
+
+def model_card(
+    config: ModelConfig,
+    num_classes: int,
+    module: nn.Module,
+    *,
+    image_size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> dict[str, Any]:
+    """The content of ``config.json`` with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes this model.
+
+    `module` is the timm model, on any device and sharded or not: only its attributes are read. `image_size` is height and width
+    in pixels; `mean` and `std` are those the images were normalised with. As in timm, the drop rates of training are left out.
+    """
+    channels = getattr(module, "in_chans", len(mean))
+    data = {"input_size": (channels, *image_size), "mean": tuple(mean), "std": tuple(std)}
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        save_config_for_hf(module, str(path), data_config=data)
+        card = json.loads(path.read_text())
+    assert card["num_classes"] == num_classes
+    return card
 
 
 class Blueprint:

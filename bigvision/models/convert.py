@@ -19,8 +19,8 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from bigvision.errors import UserError
-from bigvision.models.prefixes import COUNTERS, plain_name
-from bigvision.tensorfile import PICKLE, file_kind
+from bigvision.fragments import PICKLE, file_kind
+from bigvision.models.weights_file import COUNTERS, plain_name
 
 CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
 CONTAINERS += ("state_dict", "model", "model_state_dict", "weights", "net")

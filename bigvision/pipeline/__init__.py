@@ -4,8 +4,7 @@ Read in this order: ``stages`` (what a stage is, and the plan), ``cutting`` (wha
 cut), ``schedules`` (which rank has which stage, and when it runs), ``memory`` (what a stage needs of its device).
 """
 
-from bigvision.pipeline.memory import StageMemory
-from bigvision.pipeline.schedules import Placement, make_schedule
+from bigvision.pipeline.schedules import Placement, StageMemory, make_schedule
 from bigvision.pipeline.stages import Stage, StagePlan, plan_stages
 
 __all__ = ["Placement", "Stage", "StageMemory", "StagePlan", "make_schedule", "plan_stages"]

@@ -13,11 +13,10 @@ from torch import nn
 
 from bigvision.errors import UserError
 from bigvision.models.blocks import Block
-from bigvision.models.costs import Cost
 from bigvision.models.exact_init import named_tensors
-from bigvision.models.tracing import model_name, tensors_of
+from bigvision.models.tracing import Cost, model_name, tensors_of
 from bigvision.pipeline.cutting import SAMPLES, Flow
-from bigvision.pipeline.memory import StageMemory
+from bigvision.pipeline.schedules import StageMemory
 
 SLACK = 1.01
 """How much more than the least possible the most expensive stage may cost, if less then crosses the cuts."""

@@ -13,12 +13,11 @@ from torch import Tensor, fx, nn
 
 from bigvision.errors import UserError
 from bigvision.models.blocks import Block, Blocks
-from bigvision.models.costs import Cost, node_costs
 from bigvision.models.exact_init import named_tensors
-from bigvision.models.tracing import Runner, TraceFailed, has_parts, model_name, size, tensors_of, trace
+from bigvision.models.tracing import Cost, Runner, TraceFailed, has_parts, model_name, node_costs, size, tensors_of, trace
 from bigvision.pipeline.balance import Prices, choose_cuts
 from bigvision.pipeline.cutting import CannotCut, Flow, Spec
-from bigvision.pipeline.memory import StageMemory
+from bigvision.pipeline.schedules import StageMemory
 
 EVEN = 1.05
 """When the largest stage's work is more than this times the mean, the blocks at the cuts are opened."""

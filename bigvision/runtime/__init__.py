@@ -1,6 +1,8 @@
 """Who am I: launcher environments, process groups, device and mesh."""
 
-from bigvision.runtime.collectives import (
+from bigvision.runtime.identity import Identity, identify
+from bigvision.runtime.process import Runtime, choose_device, deterministic, operations_named, start
+from bigvision.runtime.rendezvous import (
     RankFailure,
     all_or_none,
     from_main,
@@ -8,10 +10,6 @@ from bigvision.runtime.collectives import (
     lacks_shared_memory,
     warn_of_shared_memory,
 )
-from bigvision.runtime.determinism import deterministic, operations_named
-from bigvision.runtime.environment import Identity
-from bigvision.runtime.identity import identify
-from bigvision.runtime.process import Runtime, choose_device, start
 from bigvision.runtime.watchdog import Watchdog, collective_timeout
 
 __all__ = [

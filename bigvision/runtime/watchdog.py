@@ -24,11 +24,8 @@ from typing import Any, Literal, NamedTuple
 from bigvision.config import LimitsConfig
 from bigvision.errors import Exit, Stopped, UserError, one_line
 from bigvision.runtime import guard
-from bigvision.runtime.collectives import RankFailure
-from bigvision.runtime.environment import Identity
-from bigvision.runtime.heartbeats import Heartbeats
-from bigvision.runtime.process import current_identity, nccl_trace
-from bigvision.runtime.suspects import (
+from bigvision.runtime.diagnosis import (
+    Heartbeats,
     describe,
     details,
     diagnose,
@@ -38,6 +35,9 @@ from bigvision.runtime.suspects import (
     store_lost,
     this_process,
 )
+from bigvision.runtime.identity import Identity
+from bigvision.runtime.process import current_identity, nccl_trace
+from bigvision.runtime.rendezvous import RankFailure
 
 Phase = Literal["start", "step", "evaluate", "save"]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bigvision.config import TaskConfig
-from bigvision.tasks.base import Task
-from bigvision.tasks.classify import Classify
+from bigvision.tasks.classify import Classify, Task
 
 
 def build_task(config: TaskConfig) -> Task:

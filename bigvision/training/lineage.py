@@ -16,7 +16,7 @@ from typing import Any
 from bigvision import checkpoint
 from bigvision.checkpoint import Checkpoint
 from bigvision.config import Config, leaves
-from bigvision.data.fingerprint import classes_difference, difference, fingerprint
+from bigvision.data.report import classes_difference, difference, fingerprint
 from bigvision.errors import UserError
 from bigvision.runtime import Runtime, all_or_none, from_main
 from bigvision.training.data import Data

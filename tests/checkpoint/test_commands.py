@@ -141,7 +141,7 @@ def test_a_difference_in_numbers(copy: Path, run: Path) -> None:
 
 def test_a_difference_in_tensors(tmp_path: Path) -> None:
     """Names, shapes, types, signs of zero and what is not a number; read in pieces that end inside a tensor."""
-    from bigvision.checkpoint import diff, tensors
+    from bigvision.checkpoint import commands, reader
 
     values = torch.linspace(-1, 1, 1000)
     nan = torch.where(values > 0.99, torch.nan, values)
@@ -162,15 +162,15 @@ def test_a_difference_in_tensors(tmp_path: Path) -> None:
     second |= {"zero": torch.tensor([-0.0]), "count": counts + 1, "flag": flags | True}
     documents = {"config.json": {}, "progress.json": {"step": 1}}
     a, b = (
-        write(tmp_path / name, 1, {"model": both | tensors, "optimizer": {"x/exp_avg": values}}, documents)
-        for name, tensors in (("a", first), ("b", second))
+        write(tmp_path / name, 1, {"model": both | reader, "optimizer": {"x/exp_avg": values}}, documents)
+        for name, reader in (("a", first), ("b", second))
     )
-    before = tensors.PIECE
-    tensors.PIECE = 64
+    before = reader.PIECE
+    reader.PIECE = 64
     try:
-        found = diff.compare(a, b)
+        found = commands.compare(a, b)
     finally:
-        tensors.PIECE = before
+        reader.PIECE = before
     model = found.groups["model"]
     assert found.documents == {} and found.groups["optimizer"].identical and not found.identical
     assert model.only == {"A": ["only  F32[1000]"], "B": ["new  F32[1000]"]}

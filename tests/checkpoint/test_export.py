@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bigvision.checkpoint import tensors
+from bigvision.checkpoint import reader
 from tests.checkpoint.real import command, contents, flip, refused, train, write
 from tests.distributed import run_ranks
 from tests.engine.test_memory import resident
@@ -102,12 +102,12 @@ def test_accelerate_opens_a_folder_of_several_files(tmp_path: Path, resnet: Path
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_leaves_counters_alone(tmp_path: Path, resnet: Path, dtype: str) -> None:
     target = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    before = tensors.PIECE
-    tensors.PIECE = 1000  # pieces that end inside rows
+    before = reader.PIECE
+    reader.PIECE = 1000  # pieces that end inside rows
     try:
         exported(resnet, tmp_path / "folder", "--dtype", dtype)
     finally:
-        tensors.PIECE = before
+        reader.PIECE = before
     held = load_file(tmp_path / "folder" / "model.safetensors")
     model = make(resnet)
     accelerate.load_checkpoint_in_model(model, str(resnet))

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from bigvision import checkpoint
-from bigvision.checkpoint import Retention, Saver, commit, memory, pieces, writer
-from bigvision.checkpoint.manifest import CHUNK
+from bigvision.checkpoint import Retention, Saver, commit, writer
+from bigvision.checkpoint.layout import CHUNK
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, gather_json, start
 from tests.checkpoint.test_format import DOCUMENTS, digests, load_on_rank, make_fragments, save_on_rank, whole_tensors
@@ -164,7 +164,7 @@ def one_rank_has_no_memory(out: Path) -> list[str]:
 
     with start("cpu") as runtime:
         mine = saver(out, say=said.append)
-        with patched(memory.Arena, "copy", copy if runtime.rank == 1 else memory.Arena.copy):
+        with patched(writer.Arena, "copy", copy if runtime.rank == 1 else writer.Arena.copy):
             mine.save(3, make_fragments(runtime.rank, runtime.world_size, "flat", whole_tensors()), dict(DOCUMENTS))
         mine.wait()
     return said
@@ -195,9 +195,9 @@ def test_the_failure_of_one_rank_is_raised_on_all() -> None:
     assert run_ranks(only_one_rank_failed, 3) == ["the disk is gone"] * 3
 
 
-def piece(number: int, offset: int, length: int) -> pieces.Piece:
+def piece(number: int, offset: int, length: int) -> writer.Piece:
     values = torch.arange(offset, offset + length, dtype=torch.int64).to(torch.uint8)
-    return pieces.Piece(f"file-{number}", offset, length, (values[: length // 3], values[length // 3 :]))
+    return writer.Piece(f"file-{number}", offset, length, (values[: length // 3], values[length // 3 :]))
 
 
 def test_a_copy_uses_few_slabs_of_one_size_and_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,38 +209,38 @@ def test_a_copy_uses_few_slabs_of_one_size_and_keeps_them(monkeypatch: pytest.Mo
         asked.append((size, pin_memory))
         return empty(size, dtype=dtype)
 
-    monkeypatch.setattr(memory, "SLAB", 256 << 10)
-    monkeypatch.setattr(memory, "MOST_PINNED", 3)
-    monkeypatch.setattr(memory, "on_cuda", lambda pieces: True)
+    monkeypatch.setattr(writer, "SLAB", 256 << 10)
+    monkeypatch.setattr(writer, "MOST_PINNED", 3)
+    monkeypatch.setattr(writer, "on_cuda", lambda pieces: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "empty", allocate)
     sizes = [100_000, 70, 65_536, 3, 65_537, 131_000, 1, 90_001, 131_072, 131_072, 5, 250_000, 64_000, 200_000]
     wanted = [piece(number, 1000 * number + 7, size) for number, size in enumerate(sizes)]
-    arena = memory.Arena()
+    arena = writer.Arena()
     for _ in range(3):  # later copies change neither the bytes nor the slabs
         copied = arena.copy(wanted)
         for before, after in zip(wanted, copied, strict=True):
             assert (after.file, after.offset, after.length) == (before.file, before.offset, before.length)
             assert torch.equal(torch.cat(before.parts), after.parts[0])
-            aligns = before.length >= memory.LEAST_ALIGNED
-            assert not aligns or (after.parts[0].data_ptr() - after.offset) % memory.ALIGN == 0
+            aligns = before.length >= writer.LEAST_ALIGNED
+            assert not aligns or (after.parts[0].data_ptr() - after.offset) % writer.ALIGN == 0
     assert asked == [(256 << 10, True)] * 3 + [(256 << 10, False)] * (len(asked) - 3)
     assert len(asked) == len(arena.slabs) <= 2 * -(-sum(sizes) // (256 << 10))
 
 
 @pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUDA error: an illegal memory access was encountered"])
 def test_where_no_more_can_be_pinned_ordinary_memory_serves(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    plain = memory.slab
+    plain = writer.slab
 
     def refuse(pinned: bool) -> torch.Tensor:
         if pinned:
             raise RuntimeError(words)
         return plain(pinned)
 
-    monkeypatch.setattr(memory, "on_cuda", lambda pieces: True)
+    monkeypatch.setattr(writer, "on_cuda", lambda pieces: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(memory, "slab", refuse)
-    arena, wanted = memory.Arena(), [piece(0, 5, 70_000)]
+    monkeypatch.setattr(writer, "slab", refuse)
+    arena, wanted = writer.Arena(), [piece(0, 5, 70_000)]
     if "out of memory" in words:
         assert torch.equal(arena.copy(wanted)[0].parts[0], torch.cat(wanted[0].parts)) and arena.most_pinned == 0
     else:
@@ -274,8 +274,8 @@ def save_otherwise(out: Path, how: str, options: dict[str, Any]) -> list[str]:
 
     with start("cpu") as runtime:
         mine = saver(out, **options)
-        size = 9 << 20 if how == "two slabs" else memory.SLAB
-        with patched(writer, "open_existing", open_existing), patched(os, "pwrite", pwrite), patched(memory, "SLAB", size):
+        size = 9 << 20 if how == "two slabs" else writer.SLAB
+        with patched(writer, "open_existing", open_existing), patched(os, "pwrite", pwrite), patched(writer, "SLAB", size):
             mine.save(3, large_fragments(runtime.rank, runtime.world_size), dict(DOCUMENTS))
             mine.wait()
         assert how != "two slabs" or (mine.arena is not None and len(mine.arena.slabs) == 2)
@@ -339,7 +339,7 @@ def test_copies_are_written_once_and_the_work_is_shared() -> None:
     total, written = 0, []
     for rank in range(3):
         fragments = [Fragment("model", name, (size,), 0, torch.empty(size, dtype=torch.uint8), (rank, 3)) for name in "ab"]
-        found = pieces.plan(fragments, 10**12).pieces
+        found = writer.plan(fragments, 10**12).pieces
         assert all(piece.length <= CHUNK and sum(map(len, piece.parts)) == piece.length for piece in found)
         written += [(piece.offset, piece.length) for piece in found]
         total += (mine := sum(piece.length for piece in found))

@@ -305,7 +305,7 @@ def test_one_sample_is_enough_where_norms_see_more_of_it(name, size):
     """LayerNorm, and BatchNorm over several places of an image."""
     from bigvision.config import ModelConfig
     from bigvision.models import blueprint
-    from bigvision.training.one_sample import refusing_norm
+    from bigvision.training.build import refusing_norm
 
     plan = blueprint(ModelConfig(name=name, image_size=size), 10)
     modes = [part.training for part in plan.module.modules()]

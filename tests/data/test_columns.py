@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from bigvision.data.sources.columns import Column, Texts
+from bigvision.data.sources.base import Column, Texts
 
 NAMES = [b"a", b"", b"\xff\x00c", b"d" * 70_000]
 

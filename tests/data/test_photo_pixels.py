@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 from bigvision.data import Sample, Source, eval_batches, train_batches, transform
 from bigvision.data.order import Stream, seed_everything
 from bigvision.data.reading import BadSample
-from bigvision.seeds import seed_from
+from bigvision.samples import seed_from
 
 SIZES = [(120, 90), (90, 120), (61, 200), (64, 64), (40, 47)]
 

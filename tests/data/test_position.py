@@ -10,7 +10,7 @@ import torch
 
 from bigvision.data import Stream
 from bigvision.data.order import Part, generators_kept, seed_everything, shares
-from bigvision.seeds import seed_from
+from bigvision.samples import seed_from
 
 
 def stream(seed: int, length: int, **options) -> Stream:

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from bigvision.data import Sample, Source, eval_batches, open_source, train_batches, transform
-from bigvision.data.reading import Reader
-from bigvision.data.shared import SharedMemory, Slots, dumps
+from bigvision.data.reading import Reader, SharedMemory, Slots, dumps
 
 AUGMENTED = transform("photo", 12, train=True)
 OPTIONS = {"seed": 3, "position": 0, "global_batch": 6, "rank": 0, "ranks": 1}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bigvision.data import Batch, Sample, Source, StepBatch, eval_batches, train_batches, transform
 from bigvision.data.sources.base import UnreadableSample
-from bigvision.targets import concatenate, stack
+from bigvision.samples import concatenate, stack
 from bigvision.tasks import Classify, Task
 
 LENGTH = 30

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bigvision.engine.results import REQUESTS
+from bigvision.engine.step import REQUESTS
 from tests.distributed import run_ranks
 from tests.recipes import recipe, run
 

@@ -23,12 +23,11 @@ from torchvision.ops import StochasticDepth
 from bigvision.config import load_config
 from bigvision.data import Batch
 from bigvision.engine import check_engine
-from bigvision.engine import compile as engine_compile
-from bigvision.engine.compile import compile_blocks, why_eager
-from bigvision.engine.parallelize import wrap_blocks
+from bigvision.engine import parallelize as engine_compile
+from bigvision.engine.parallelize import compile_blocks, why_eager, wrap_blocks
 from bigvision.errors import UserError
 from bigvision.models import find_blocks, kinds
-from bigvision.models.rates import RATES
+from bigvision.models.blocks import RATES
 from bigvision.runtime import start
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks
@@ -242,7 +241,7 @@ def test_the_cache_is_the_users_unless_set(monkeypatch: pytest.MonkeyPatch, tmp_
 
 PROGRAM = """
 import timm, torch
-from bigvision.engine.compile import compile_blocks
+from bigvision.engine.parallelize import compile_blocks
 blocks = [torch.nn.Sequential(torch.nn.Linear(8, 8), timm.layers.DropPath(0.1 * n)) for n in range(1, 4)]
 compile_blocks(blocks, torch.device("cpu"))
 torch.nn.Sequential(*blocks)(torch.randn(4, 8, requires_grad=True)).sum().backward()

@@ -18,8 +18,8 @@ import yaml
 
 from bigvision import load_config
 from bigvision.errors import Stopped, UserError
-from bigvision.launching.ray import Ask, import_ray, read_ask, train
-from bigvision.launching.ray import session as begin
+from bigvision.launchers.ray import Ask, import_ray, read_ask, train
+from bigvision.launchers.ray import session as begin
 from tests.distributed import run_ranks
 from tests.launch.commands import start
 from tests.launch.ray_session import ENVIRONMENT, command, descendants, listened_on, skip_without_ray

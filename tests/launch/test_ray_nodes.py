@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bigvision import load_config
-from bigvision.launching.ray import Ask, train
+from bigvision.launchers.ray import Ask, train
 from tests.distributed import run_ranks
 from tests.launch.ray_session import ENVIRONMENT, skip_without_ray
 from tests.recipes import lines, losses, recipe, run

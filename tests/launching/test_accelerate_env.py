@@ -10,7 +10,7 @@ import pytest
 
 from bigvision.config import resolve
 from bigvision.errors import UserError
-from bigvision.launching.accelerate import RULES, overrides
+from bigvision.launchers.accelerate import RULES, overrides
 
 # What accelerate 1.15.0 sets for launch/accelerate/fsdp_cpu.yaml, beside torchrun's variables.
 FSDP = {

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from bigvision.errors import Exit
-from bigvision.launching import kubeflow
-from bigvision.launching.submit import read_job, run
+from bigvision.launchers import submit
+from bigvision.launchers.submit import read_job, run
 from tests.launch.commands import ROOT
 
 models = pytest.importorskip(
@@ -40,7 +40,7 @@ def documents(path: Path) -> list[dict[str, Any]]:
 def submitted(*options: str) -> list[dict[str, Any]]:
     image = ["--image", "registry.example/bigvision:0.1"]
     _, job = read_job([str(ROOT / "recipes" / "digits.yaml"), "--to", "k8s", *image, *options])
-    return [kubeflow.config_map(job), kubeflow.train_job(job)]
+    return [submit.config_map(job), submit.train_job(job)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -103,10 +103,10 @@ def test_a_wrong_type_is_found() -> None:
 
 def test_the_runtime_restarts_all_but_mistakes() -> None:
     (runtime,) = documents(ROOT / "launch" / "kubeflow" / "runtime.yaml")
-    assert runtime["metadata"]["name"] == kubeflow.RUNTIME
+    assert runtime["metadata"]["name"] == submit.RUNTIME
     jobs = runtime["spec"]["template"]["spec"]
     assert jobs["failurePolicy"]["maxRestarts"] == 100
     (node,) = jobs["replicatedJobs"]
     spec = node["template"]["spec"]
     assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [int(Exit.MISTAKE)]
-    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] == kubeflow.GRACE_SECONDS
+    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] == submit.GRACE_SECONDS

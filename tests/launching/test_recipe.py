@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import bigvision
-from bigvision.launching import ray
-from bigvision.launching.arguments import default_recipe, take_recipe
+from bigvision.launchers import ray
+from bigvision.launchers.commands import default_recipe, take_recipe
 from tests.cli.test_mistakes import command
 
 DIGITS = str(default_recipe())

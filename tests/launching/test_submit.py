@@ -18,7 +18,7 @@ import yaml
 
 from bigvision.cli import main
 from bigvision.errors import UserError
-from bigvision.launching.submit import read_job, run
+from bigvision.launchers.submit import read_job, run
 from tests.launch.commands import start
 from tests.recipes import lines, losses, recipe
 
@@ -43,7 +43,7 @@ def rendered(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_local(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = rendered(capsys, "--to", "local", path, "--ranks-per-node", "2", "--train.steps", "4")
     assert shlex.split(said) == [
-        sys.executable, "-m", "bigvision.launching.torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-conf",
+        sys.executable, "-m", "bigvision.launchers.torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-conf",
         "store_type=file", "--rdzv-endpoint", "RENDEZVOUS", "--local-addr", "127.0.0.1", "-m", "bigvision.cli", "train", path,
         "--train.steps", "4",
     ]  # fmt: skip
@@ -165,7 +165,7 @@ def test_k8s(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert spec["trainer"] == {
         "image": IMAGE[1],
         "command": [
-            "python", "-m", "bigvision.launching.torchrun", "-m", "bigvision.cli", "train", "/etc/bigvision/recipe.yaml",
+            "python", "-m", "bigvision.launchers.torchrun", "-m", "bigvision.cli", "train", "/etc/bigvision/recipe.yaml",
             "--out", "/runs/$$(HOME)", "--parallel.device=cuda",
         ],
         "numNodes": 2,

@@ -13,7 +13,7 @@ import timm
 import torch
 
 import bigvision
-from bigvision.launching.keywords import configured
+from bigvision.api import configured
 from bigvision.runtime import RankFailure
 from tests.distributed import run_ranks
 from tests.launching.programs import small
@@ -333,15 +333,15 @@ def refuse(plain: dict[str, Any]) -> bool:
 
 def test_cuda_in_use_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as it can be shown without a device."""
-    from bigvision.launching import forked
+    from bigvision.launchers import devices
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(bigvision.UserError, match="CUDA is in use in this process"):
-        forked.check_parent(cuda=True)
-    forked.check_parent(cuda=False)
+        devices.check_parent(cuda=True)
+    devices.check_parent(cuda=False)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(bigvision.UserError, match="CUDA was asked for its devices"):
-        forked.settle(cuda=True)
+        devices.settle(cuda=True)
 
 
 @pytest.mark.long

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigvision.errors import UserError
-from bigvision.models import adapt, blueprint
-from bigvision.models.adapt import Adapted, capture
-from bigvision.models.exact_init.replay import ReplayDiffers
+from bigvision.models import blueprint, weights
+from bigvision.models.exact_init.recording import ReplayDiffers
+from bigvision.models.weights import Adapted, capture
 from bigvision.models.weights_file import WeightsFile
 from tests.models.configs import Model
 from tests.models.zoo import ZOO
@@ -200,8 +200,8 @@ def vit(tmp_path) -> tuple[str, State]:
 
 def filtered(monkeypatch, file: str, change: Callable[[State, torch.nn.Module], State]):
     """The plan of a model whose filter is *change*."""
-    load = adapt._load
-    monkeypatch.setattr(adapt, "_load", lambda module, loading, state: load(module, {**loading, "filter_fn": change}, state))
+    load = weights._load
+    monkeypatch.setattr(weights, "_load", lambda module, loading, state: load(module, {**loading, "filter_fn": change}, state))
     return blueprint(Model(options=VIT, weights=file), 10)
 
 
@@ -245,7 +245,7 @@ def test_a_replay_that_would_not_be_exact_is_done_normally(vit, monkeypatch):
         yield
 
     plan = blueprint(Model(image_size=64, options=VIT, weights=file), 10)
-    monkeypatch.setattr(adapt, "replay", differs)
+    monkeypatch.setattr(weights, "replay", differs)
     plan.module.to_empty(device="cpu")  # by then the module may be anything
     assert all(torch.equal(value, exact[name]) for name, value in plan.tensors(0))
 

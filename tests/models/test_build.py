@@ -275,7 +275,7 @@ def test_the_caller_may_draw_between_two_tensors():
 
 def test_only_what_is_asked_for_is_performed(monkeypatch):
     """Nothing is drawn for a table; for a tensor that is drawn, what was drawn before it, and its value is the same."""
-    from bigvision.models.exact_init import replay as module
+    from bigvision.models.exact_init import recording as module
 
     performed, inner = [], module._execute
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from bigvision.models import blueprint
 from bigvision.models.exact_init.record import record
-from bigvision.models.exact_init.replay import replay
+from bigvision.models.exact_init.recording import replay
 from tests.models.configs import Model
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from bigvision.errors import UserError
 from bigvision.models import blueprint, check_model, model_card
-from bigvision.models.check import current_name
+from bigvision.models.arguments import current_name
 from tests.models.configs import TINY, Model
 from tests.models.test_build import materialised
 

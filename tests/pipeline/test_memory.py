@@ -17,11 +17,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from bigvision.config import OptimConfig
 from bigvision.errors import UserError
 from bigvision.models import find_blocks, trace
-from bigvision.models.costs import Cost, node_costs
+from bigvision.models.tracing import Cost, node_costs
 from bigvision.models.tracing import size as size_of
 from bigvision.optim import state_layout
 from bigvision.pipeline import Placement, StageMemory, plan_stages
-from bigvision.pipeline.memory import micro_batches_kept
+from bigvision.pipeline.schedules import micro_batches_kept
 from tests.distributed import run_ranks
 from tests.engine.test_pipeline import pipeline
 from tests.pipeline.staged import cut, unlimited

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bigvision.errors import UserError
 from bigvision.models import find_blocks
-from bigvision.models.costs import node_costs
+from bigvision.models.tracing import node_costs
 from bigvision.pipeline import StagePlan
 from bigvision.pipeline.cutting import Flow
 from bigvision.pipeline.stages import imbalance

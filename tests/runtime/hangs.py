@@ -84,7 +84,7 @@ def wait_in_the_driver() -> None:
 
 def at(place: str, act: Callable[[], None], mark: Path, delay: float = 0.0) -> None:
     """Have this process do *act* when it comes to *place*, and *delay* seconds later; *mark* then has the time."""
-    from bigvision.checkpoint import background
+    from bigvision.checkpoint import commit
     from bigvision.data import loader
     from bigvision.engine import Engine
     from bigvision.monitor import Monitor
@@ -96,8 +96,8 @@ def at(place: str, act: Callable[[], None], mark: Path, delay: float = 0.0) -> N
         "data": (loader.Batches, "__next__", 5),  # a step reads two micro-batches: the first of step 3
         "more data": (loader.Batches, "__next__", 6),
         "evaluate": (Engine, "eval_step", 2),
-        "save": (background.Saver, "save", 1),
-        "commit": (background, "commit", 1),
+        "save": (commit.Saver, "save", 1),
+        "commit": (commit, "commit", 1),
         "end": (Monitor, "farewell", 1),
     }
     home, name, number = homes[place]

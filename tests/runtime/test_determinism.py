@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import bigvision
-import bigvision.training.evaluate as evaluation
+import bigvision.training.trainer as evaluation
 from bigvision.config import load_config
 from bigvision.errors import UserError
 from bigvision.runtime import RankFailure, deterministic, operations_named, process, start
-from bigvision.runtime.determinism import WORKSPACE
+from bigvision.runtime.process import WORKSPACE
 from tests.distributed import run_ranks, start_ranks
 from tests.recipes import losses, recipe, run
 from tests.training.test_resume import digests

@@ -9,8 +9,7 @@ import pytest
 
 from bigvision.errors import UserError
 from bigvision.runtime import Identity, identify
-from bigvision.runtime.environment import announced, is_host
-from bigvision.runtime.slurm import first_host, hosts, tasks_per_node
+from bigvision.runtime.identity import announced, first_host, hosts, is_host, tasks_per_node
 
 SRUN = {
     "SLURM_JOB_ID": "4711",

@@ -18,8 +18,8 @@ from PIL import Image
 
 import bigvision
 from bigvision import load_config
-from bigvision.targets import from_bytes, to_bytes
-from bigvision.training.evaluate import evaluate_checkpoint
+from bigvision.samples import from_bytes, to_bytes
+from bigvision.training.trainer import evaluate_checkpoint
 from tests.cli.test_mistakes import refused, write_recipe
 from tests.distributed import run_ranks
 from tests.recipes import lines, recipe, run

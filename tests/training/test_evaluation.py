@@ -14,7 +14,7 @@ from PIL import Image
 
 from bigvision.data import BadSample
 from bigvision.engine import Metrics
-from bigvision.training.bad import BadSamples
+from bigvision.training.data import BadSamples
 from tests.cli.test_mistakes import refused, write_recipe
 from tests.data.test_image_modes import jpeg
 from tests.distributed import run_ranks
@@ -76,7 +76,7 @@ def test_a_set_without_a_readable_sample_is_one_line(tmp_path: Path, ranks: int,
 
 def test_a_sample_that_two_ranks_read_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = BadSample(0, "a", "cut"), BadSample(3, "b", "cut")
-    monkeypatch.setattr("bigvision.training.bad.gather_json", lambda found: [found, [list(one), list(other)]])
+    monkeypatch.setattr("bigvision.training.data.gather_json", lambda found: [found, [list(one), list(other)]])
     bad = BadSamples(2, {"val": 5})
     assert bad.exchange("val", [one]) == 2 and bad.count("val") == 2
     assert bad.exchange("val", []) == 2 and bad.count("val") == 2, "another evaluation finds them again"

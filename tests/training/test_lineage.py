@@ -20,7 +20,7 @@ from PIL import Image
 from bigvision import UserError, checkpoint, load_config
 from bigvision.checkpoint import Checkpoint
 from bigvision.data import MapStyle, Source, open_source
-from bigvision.data.fingerprint import SIZES, classes_difference, difference, fingerprint
+from bigvision.data.report import SIZES, classes_difference, difference, fingerprint
 from bigvision.data.sources.arrays import Synthetic
 from bigvision.training import read_history
 from bigvision.training.lineage import check_same_run, read_lineage
@@ -340,9 +340,9 @@ def save_in_turns(plain: dict[str, Any], folder: str) -> list[Any]:
 def save_and_resume(plain: dict[str, Any]) -> list[Any]:
     """What engines with and without a word about their data record, accept and print."""
     import bigvision
-    from bigvision.runtime import collectives
+    from bigvision.runtime import rendezvous
 
-    collectives.lacks_shared_memory = lambda device, ranks: "warning: /dev/shm is small"
+    rendezvous.lacks_shared_memory = lambda device, ranks: "warning: /dev/shm is small"
     keys, found = {"num_classes": 10, "steps": 3}, list[Any]()
     silent = {name: section for name, section in plain.items() if name != "data"}
     first = Path(plain["out"]) / "step-00000000"

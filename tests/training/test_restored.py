@@ -14,7 +14,7 @@ from tests.training.test_resume_strategies import evaluated
 
 def draws(function: Any, *args: Any) -> int:
     """How many random operations of the model's constructor are replayed while *function* runs."""
-    from bigvision.models.exact_init import replay as module
+    from bigvision.models.exact_init import recording as module
 
     inner, count = module._execute, 0
 

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 
 from bigvision import checkpoint
-from bigvision.training.spikes import LEAST, WINDOW, Spikes
+from bigvision.training.numbers import LEAST, WINDOW, Spikes
 from tests.distributed import run_ranks, start_ranks
 from tests.recipes import lines, losses, recipe
 from tests.training.planted import run_planted, run_without, scalars

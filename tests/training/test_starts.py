@@ -18,9 +18,9 @@ import pytest
 
 from bigvision import load_config
 from bigvision.errors import Exit, Stopped, UserError
-from bigvision.jsonlines import read_lines
+from bigvision.monitor import read_lines
 from bigvision.runtime import RankFailure
-from bigvision.training.starts import NAME, Starts
+from bigvision.training.restarts import NAME, Starts
 from tests.cli.test_mistakes import refused
 from tests.distributed import start_ranks
 from tests.launch.commands import BIN, ROOT, TORCHRUN, start

@@ -42,7 +42,7 @@ def train(path: str) -> None:
 
 def train_and_signal(path: str, place: str, count: int, rank: int, number: int) -> None:
     """The command; *rank* gets a signal in the *count*-th call of a *place*, once it is in there."""
-    from bigvision.checkpoint import background
+    from bigvision.checkpoint import commit
     from bigvision.engine import Engine
     from bigvision.training import build, data
 
@@ -50,7 +50,7 @@ def train_and_signal(path: str, place: str, count: int, rank: int, number: int) 
         "load": (build, "build_model"),
         "step": (Engine, "train_step"),
         "evaluate": (data.Validation, "__next__"),
-        "save": (background, "commit"),
+        "save": (commit, "commit"),
     }
     owner, name = places[place]
     inner, calls = getattr(owner, name), [0]

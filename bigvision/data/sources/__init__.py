@@ -13,13 +13,12 @@ from pathlib import Path
 from bigvision.data.labels import read_classes
 from bigvision.data.sources.arrays import Synthetic, open_arrays, open_digits
 from bigvision.data.sources.base import Mixture, Source, Split
-from bigvision.data.sources.custom import MapDataset, as_source
+from bigvision.data.sources.custom import MapDataset, as_source, choose_part
 from bigvision.data.sources.files import matching
 from bigvision.data.sources.folder import open_image_folder
 from bigvision.data.sources.huggingface import open_saved
 from bigvision.data.sources.table import open_table
 from bigvision.data.sources.torchvision_sets import TORCHVISION, open_torchvision
-from bigvision.data.sources.wrappers import choose_part
 from bigvision.data.splits import check_apart, check_local, from_the_hub, hold_out
 from bigvision.errors import UserError, nearest
 

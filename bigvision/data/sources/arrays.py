@@ -17,7 +17,7 @@ from bigvision.data.labels import Coded, class_file, coded, label_samples, other
 from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
 from bigvision.data.splits import hold_out, named_parts
 from bigvision.errors import UserError, one_line
-from bigvision.seeds import seed_from
+from bigvision.samples import seed_from
 
 
 class ArraySource(Source):

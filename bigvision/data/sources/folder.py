@@ -14,8 +14,7 @@ import torch
 from bigvision.data.decode import EXTENSIONS
 from bigvision.data.labels import lookalikes
 from bigvision.data.layouts import Layout, Tree, find_layout
-from bigvision.data.sources.base import PassedOver, Sample, Source, Split, UnreadableSample, size_in_header
-from bigvision.data.sources.columns import Column, Texts
+from bigvision.data.sources.base import Column, PassedOver, Sample, Source, Split, Texts, UnreadableSample, size_in_header
 from bigvision.data.splits import hash_file_names, near_path, part
 from bigvision.errors import UserError, nearest
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigvision.data.sources.base import Sample, Source, Split, UnreadableSample
-from bigvision.data.sources.columns import Column
+from bigvision.data.sources.base import Column, Sample, Source, Split, UnreadableSample
 from bigvision.data.sources.files import location_of, stamp
-from bigvision.data.sources.tabular import (
+from bigvision.data.sources.parquet import (
     arrow_labels,
     check_images,
     class_names,

@@ -19,7 +19,7 @@ from bigvision.data.labels import BYTE_ORDER_MARKS, coded, decoded, label_sample
 from bigvision.data.sources.base import PassedOver, Split
 from bigvision.data.sources.files import choose_files
 from bigvision.data.sources.folder import ImageFolder
-from bigvision.data.sources.tabular import LABELS, parse_asked
+from bigvision.data.sources.parquet import LABELS, parse_asked
 from bigvision.data.splits import part, split_name
 from bigvision.errors import UserError, nearest, one_line
 

@@ -10,10 +10,8 @@ give the tensors it holds. docs/exact_init.md explains why and how. Read in this
 - ``attributes``: tensors that are neither parameters nor buffers.
 """
 
-from bigvision.models.exact_init.attributes import Attribute, named_tensors, plain_attributes
-from bigvision.models.exact_init.first_values import FirstValues, construct
-from bigvision.models.exact_init.recording import NotRecordable, Recording, View
-from bigvision.models.exact_init.replay import ReplayDiffers
+from bigvision.models.exact_init.first_values import Attribute, FirstValues, construct, named_tensors, plain_attributes
+from bigvision.models.exact_init.recording import NotRecordable, Recording, ReplayDiffers, View
 
 __all__ = [
     "Attribute",

@@ -13,8 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from bigvision.models.exact_init.recording import EMPTY, NotRecordable, Op, Recording, View
-from bigvision.models.exact_init.replay import value_now
+from bigvision.models.exact_init.recording import EMPTY, NotRecordable, Op, Recording, View, value_now
 
 aten = torch.ops.aten
 

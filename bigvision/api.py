@@ -1,0 +1,470 @@
+"""bigvision from Python: ``train`` runs a recipe, ``Engine`` shards, steps and saves in a loop of your own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bigvision import checkpoint, training
+from bigvision.config import Config, DataConfig, parse_size, resolve
+from bigvision.config.resolve import flatten
+from bigvision.config.values import AUTO, leaves
+from bigvision.data import Batch, StepBatch
+from bigvision.data.sources.base import Source
+from bigvision.data.sources.custom import MapDataset
+from bigvision.engine import Metrics, StepResult, check_engine
+from bigvision.errors import UserError, either, nearest
+from bigvision.launchers.devices import Devices, Placement, place
+from bigvision.models import GivenModel, check_model, given_name
+from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
+from bigvision.training import Callback, Result
+from bigvision.training.build import build_model, with_model, without_weights
+from bigvision.training.data import open_data
+from bigvision.training.lineage import check_same_run, data_facts
+from bigvision.training.saving import progress_of
+
+Recipe = str | Path | Mapping[str, Any] | Config | None
+"""The path of a YAML file, a mapping like one, a configuration, or None for the defaults."""
+SECTIONS = tuple(field.name for field in fields(Config))
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What the caller has, in the place of names."""
+
+    model: Any = None
+    """A module, or a function that builds one."""
+    data: Any = None
+    val: Any = None
+    """Datasets; both or none."""
+    data_named: bool = False
+    """Whether the caller or the recipe has said what is trained on."""
+
+    @property
+    def none(self) -> bool:
+        return self.model is None and self.data is None and self.val is None
+
+
+def configured(
+    caller: str,
+    recipe: Recipe,
+    model: Any,
+    data: Any,
+    val: Any,
+    image_size: int | tuple[int, int] | None,
+    keys: Mapping[str, Any],
+) -> tuple[Config, Objects]:
+    """The configuration that is asked for, keywords before the recipe, and the objects.
+
+    Args:
+        caller: for messages.
+        model, data, val: names, sections as mappings, or objects.
+        keys: sections as mappings, and dotted keys.
+
+    Raises:
+        UserError: unknown keywords, with the nearest right one; what cannot be together; and all that a configuration can
+            have wrong.
+    """
+    kinds = dict(leaves(Config))
+    _check_names(caller, keys, kinds)
+    given = flatten(keys, kinds, caller)
+    objects = {}
+    for name, value, key in (("model", model, "model.name"), ("data", data, "data.train"), ("val", val, "data.val")):
+        if isinstance(value, Mapping) and name in SECTIONS:
+            given |= flatten({name: value}, kinds, caller)
+        elif isinstance(value, str):
+            given[key] = value
+        elif value is not None:
+            objects[name] = value
+    if isinstance(data, str) and val is None and "data.val" not in given:
+        given["data.val"] = data
+    if image_size is not None:
+        given["model.image_size"] = image_size
+    if "data" in objects and val is None:
+        raise UserError(f"val: {caller} got a dataset in data, but none to validate on: give val, a dataset or a name")
+    if "val" in objects and "data" not in objects:
+        raise UserError(f"data: {caller} got a dataset in val, but none to train on: give both")
+    if "data" in objects and "val" not in objects:
+        objects["val"] = given.pop("data.val")
+    names = {"model": ("model.name", given_name), "data": ("data.train", _class_name), "val": ("data.val", _class_name)}
+    for name, value in objects.items():
+        key, named = names[name]
+        given[key] = value if isinstance(value, str) else named(value)  # what a folder is named after
+    if isinstance(recipe, Config):
+        if not given and recipe.out != AUTO:
+            return recipe, Objects(data_named=recipe.data.train != DataConfig.train)
+        recipe = recipe.to_dict()
+    if recipe is not None and not isinstance(recipe, (str, Path, Mapping)):
+        raise UserError(f"{caller}: {type(recipe).__name__} is no recipe: give a path, a mapping or a Config")
+    keywords = {key: (str(value) if isinstance(value, Path) else value, f"{caller}(...)") for key, value in given.items()}
+    notes: list[str] = []
+    config, origins = resolve(recipe, keywords=keywords, say=notes.append)
+    if notes and identify(os.environ).rank == 0:
+        print("\n".join(notes))
+    return config, Objects(**objects, data_named=origins["data.train"] != "default")
+
+
+def _class_name(data: Any) -> str:
+    return f"python:{type(data).__name__}"
+
+
+def _check_names(caller: str, keys: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for name in keys:
+        if name in SECTIONS or name in known:
+            continue
+        homes = [key for key in known if key.rpartition(".")[2] == name]
+        if homes:
+            places = [f"{section}={{{name!r}: ...}}" for section in (key.rpartition(".")[0] for key in homes)]
+            raise UserError(f"{caller}: unknown keyword {name!r}; did you mean {either(places)}?")
+        raise UserError(f"{caller}: unknown keyword {name!r}{nearest(name, [*SECTIONS, *ARGUMENTS, *known])}")
+
+
+ARGUMENTS = ("model", "data", "val", "devices", "image_size", "callbacks", "max_restarts")
+
+
+class Engine:
+    """A model under a strategy, ready for steps. Every rank makes one and calls the same methods in the same order.
+
+    ::
+
+        with bigvision.Engine("recipe.yaml", model=net, num_classes=10, steps=1000) as engine:
+            for images, labels in loader:
+                loss = engine.train_step(images, labels).loss
+            engine.save()
+
+    It joins the launcher's ranks, or is the only one. It owns the micro-batches, precision, clipping, optimizer and schedule;
+    data, evaluation and when to save are yours. Several engines of a process share its process group, on one device; each has
+    its own strategy, and all ranks make and use them in the same order.
+    """
+
+    def __init__(
+        self,
+        config: Recipe = None,
+        *,
+        model: str | GivenModel | None = None,
+        num_classes: int | None = None,
+        steps: int | None = None,
+        global_batch: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        data: str | Source | MapDataset | None = None,
+        val: str | Source | MapDataset | None = None,
+        resume: bool | str | Path = False,
+        **keys: Any,
+    ) -> None:
+        """Build and shard the model.
+
+        Args:
+            config: a recipe's path, a mapping like one, a `Config`, or nothing: the defaults.
+            model: a timm name, a module of your own, or a function that builds one; as in `bigvision.train`.
+            num_classes: ``model.num_classes``; not needed with a module of your own.
+            steps: ``train.steps``, of the whole loop: the learning rate's schedule.
+            global_batch: ``train.global_batch``, samples of a step over all ranks.
+            image_size: ``model.image_size``, the side of a square, or height and width.
+            data, val: what the loop trains and validates on, as in `bigvision.train`. It is not fed to the loop: checkpoints
+                record it, with its class names, and :meth:`resume` compares it. So it is where the recipe names data.
+            resume: True, or a folder: take over a checkpoint as :meth:`resume` does, without computing first values or
+                reading pretrained weights before.
+            keys: sections and dotted keys, as in `bigvision.train`.
+
+        Raises:
+            UserError: what was asked for cannot be done; the same on every rank.
+        """
+        ours = {"model.num_classes": num_classes, "train.steps": steps, "train.global_batch": global_batch}
+        keys |= {key: value for key, value in ours.items() if value is not None}
+        made, objects = configured("bigvision.Engine", config, model, data, val, image_size, keys)
+        if made.train.steps is None:
+            raise UserError("train.steps: bigvision.Engine needs the number of steps for the learning rate: give steps=...")
+        if made.model.num_classes is None and not isinstance(objects.model, torch.nn.Module):
+            raise UserError("model.num_classes: bigvision.Engine does not see the data: give num_classes=...")
+        self.config = with_model(made, objects.model)
+        self._out = Path(self.config.out)
+        self._stack = ExitStack()
+        try:
+            self._build(objects, resume)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _build(self, objects: Objects, resume: bool | str | Path) -> None:
+        parallel, steps, model = self.config.parallel, self.config.train.steps or 0, objects.model
+        self._stack.enter_context(deterministic(self.config.train.deterministic, parallel.device))
+        self.runtime = self._stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks))
+        all_or_none(lambda: check_engine(self.config, self.runtime))
+        warn_of_shared_memory(self.runtime, self._say)
+        self._facts: dict[str, Any] | None = None
+        """The fingerprints of the data, where they are known."""
+        self._classes: list[str] = []
+        if objects.data_named:
+            self._take_data(objects)
+        found = self._find(None if resume is True else resume) if resume else None
+        config = self.config if found is None else without_weights(self.config)
+        all_or_none(lambda: check_model(config.model, model))
+        channels = self.config.model.options.get("in_chans", getattr(model, "in_chans", 3))
+        self.engine, blueprint, self._card = build_model(
+            config, config.model.num_classes or 1, self.runtime, steps, self._say, channels, model, found is not None
+        )
+        if self._classes:
+            self._card["label_names"] = self._classes
+        self._stack.callback(self.engine.close)
+        self._savers: dict[Path, checkpoint.Saver] = {}
+        height, width = blueprint.image_size
+        self.image_size: int | tuple[int, int] = height if height == width else (height, width)
+        """The side of a square, or height and width."""
+        self.mean, self.std = blueprint.mean, blueprint.std
+        """What uint8 images in 0..1 are normalised with, per channel."""
+        if found is not None:
+            self._restore(found)
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.engine.step
+
+    @property
+    def rank(self) -> int:
+        return self.runtime.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.runtime.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes."""
+        return self.runtime.is_main
+
+    @property
+    def device(self) -> torch.device:
+        return self.runtime.device
+
+    def train_step(self, images: Tensor | Batch | StepBatch, labels: Tensor | None = None) -> StepResult:
+        """Take one optimizer step on this rank's part of the global batch.
+
+        Args:
+            images: (B, C, H, W), B being ``train.global_batch`` / data-parallel ranks: uint8, which are normalised on the
+                device, or floating-point numbers, which are taken as they are. Or a whole `bigvision.data.Batch`.
+            labels: int64 (B,).
+
+        Returns:
+            The loss and gradient norm over all ranks, as 0-D tensors on the device.
+
+        Raises:
+            UserError: another number of samples than ``train.global_batch`` says; or ``train.deterministic`` and an operation
+                without a deterministic form.
+        """
+        batch = _batch(images, labels)
+        expected = self.config.train.global_batch
+        if len(batch) * self.runtime.data_ranks != expected:
+            raise UserError(
+                f"train.global_batch: {expected}, but {self.runtime.data_ranks} data-parallel ranks got {len(batch)} samples "
+                f"each: give global_batch={len(batch) * self.runtime.data_ranks}, and batches that are all of one size"
+            )
+        with operations_named():
+            return self.engine.train_step(batch)
+
+    def eval_step(self, images: Tensor | Batch, labels: Tensor | None = None) -> Metrics:
+        """Measure this rank's samples, as many on each rank. Add up what is returned, and ask it for its ``means()``."""
+        self.engine.synchronize()
+        with operations_named():
+            return self.engine.eval_step(_batch(images, labels).whole())
+
+    def save(self, out: str | Path | None = None, metrics: dict[str, float] | None = None) -> Path:
+        """Save a checkpoint in the folder *out* (the configuration's by default), and return its step folder.
+
+        It is what a run saves: `bigvision.train` and :meth:`resume` go on from it, on any number of ranks.
+
+        From the first save on until :meth:`close` the folder is locked: no other run or engine can write there.
+
+        Args:
+            metrics: numbers to be kept with it.
+
+        Raises:
+            UserError: another run or engine writes in the folder, or it cannot be written.
+            RankFailure: it could not be written; the same on every rank.
+        """
+        folder, keep = Path(out or self.config.out), self.config.checkpoint
+        if folder not in self._savers:
+            all_or_none(lambda: self._take(folder) if self.is_main else None)
+            checkpoint.check_shared(folder)
+            self._savers[folder] = checkpoint.Saver(
+                folder, parse_size(keep.shard_size, "checkpoint.shard_size"),
+                checkpoint.Retention(keep.keep, None, keep.keep_every), background=False, writer=keep.writer,
+                verify=keep.verify_after_save, timeout=keep.timeout, say=self._say,
+            )  # fmt: skip
+        self._out = folder
+        self.engine.synchronize()
+        evaluated = self.step if metrics else None
+        progress = progress_of(self.engine, replace(self.config, out=str(folder)), metrics or {}, evaluated)
+        if self._facts is not None:
+            progress["data"] = self._facts
+        documents = {"config.json": self._card, "progress.json": progress}
+        self._savers[folder].save(self.step, self.engine.fragments(), documents)
+        return folder / checkpoint.folder_name(self.step)
+
+    def resume(self, folder: str | Path | None = None) -> int:
+        """Take over a checkpoint's whole state, and return its step; 0 where there is none.
+
+        Where it is known before the engine is made, ``Engine(..., resume=True)`` spares the first values.
+
+        Args:
+            folder: a step folder, or the folder that was given to :meth:`save`, of which it takes the newest. By default what
+                ``checkpoint.resume`` means, "auto" being the newest in the folder of the last :meth:`save`, else in ``out``.
+
+        Raises:
+            UserError: it is not valid, of another model, or was trained on other data or classes than this engine was given
+                and ``checkpoint.allow`` does not name them.
+        """
+        if (found := self._find(folder)) is not None:
+            self._restore(found)
+        return self.step
+
+    def _take_data(self, objects: Objects) -> None:
+        """Record the data that the caller or the recipe names. What the recipe names need not be there: nothing reads it."""
+        given = None if objects.data is None else (objects.data, objects.val)
+        try:
+            data = open_data(self.config, self.runtime, given)
+            outputs = self.config.model.num_classes
+            if outputs is not None and outputs < data.num_classes:
+                raise UserError(f"model.num_classes: {outputs}, but data.train has {data.num_classes} classes")
+        except UserError as error:
+            if given is not None:
+                raise
+            self._say(f"checkpoints do not record the data: {error}")
+            return
+        self._facts, self._classes = data_facts(self.config, data, self.runtime), list(data.train.classes)
+
+    def _find(self, folder: str | Path | None) -> checkpoint.Checkpoint | None:
+        verify = self.config.checkpoint.verify
+        if folder is None:
+            found = checkpoint.find(self.config.checkpoint.resume, self._out, verify, self._say)
+        elif from_main(checkpoint.is_step_folder(Path(folder))):
+            found = checkpoint.open_checkpoint(Path(folder), verify, "checkpoint.resume")
+        else:
+            found = checkpoint.find("auto", Path(folder), verify, self._say)
+        if found is not None:
+            self._accept(found)
+        return found
+
+    def _accept(self, found: checkpoint.Checkpoint) -> None:
+        if self._facts is not None:
+            check_same_run(found, self._facts, self._classes, self.config.checkpoint.allow, self._say)
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        found = found.restore_or_older(list(self.engine.fragments()), self._say, self._accept)
+        self.engine.restored(found.progress["scalars"])
+        if self._facts is None:
+            # Nobody has said that they are others.
+            self._facts = found.progress.get("data")
+            self._card |= {name: names for name, names in found.card.items() if name == "label_names"}
+
+    def _take(self, folder: Path) -> None:
+        """Lock *folder*, and remove what a killed run has left half done there."""
+        self._stack.callback(checkpoint.Lock(folder, self._say).release)
+        checkpoint.prepare_folder(folder)
+
+    def close(self) -> None:
+        """Release the model. The last engine of a process that closes leaves the other ranks."""
+        self._stack.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        # With the error: after it NCCL's groups are aborted, not destroyed.
+        self._stack.__exit__(kind, error, trace)
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            print(text)
+
+
+def _batch(images: Tensor | Batch | StepBatch, labels: Tensor | None) -> Batch | StepBatch:
+    if isinstance(images, Batch | StepBatch):
+        return images
+    if labels is None or images.ndim != 4 or labels.shape != images.shape[:1]:
+        got = f"{tuple(images.shape)} and {None if labels is None else tuple(labels.shape)}"
+        raise UserError(f"images, labels: got {got}: give images (B, C, H, W) and int64 labels (B,)")
+    count = len(labels)
+    return Batch(images, labels.long(), torch.arange(count), torch.ones(count, dtype=torch.bool))
+
+
+def train(
+    config: Recipe = None,
+    data: str | Source | MapDataset | None = None,
+    val: str | Source | MapDataset | None = None,
+    *,
+    model: str | GivenModel | None = None,
+    devices: Devices = None,
+    image_size: int | tuple[int, int] | None = None,
+    callbacks: Sequence[Callback] = (),
+    max_restarts: int = 0,
+    **keys: Any,
+) -> Result:
+    """Train a model, evaluate it, and save it; resume where the output folder has a checkpoint.
+
+    ``bigvision.train("recipes/digits.yaml", devices=2, train={"steps": 20}, optim={"lr": 1e-3})``
+
+    Args:
+        config: a recipe's path, a mapping like one, a `Config`, or nothing: the defaults.
+        data: a dataset's name, or a map-style dataset of your own (see `bigvision.data.MapStyle`), in the place of
+            ``data.train``. A mapping is the section ``data``.
+        val: the same for ``data.val``; by default it is *data*'s name. A dataset in *data* needs a *val*.
+        model: a timm name, a module of your own, whose values are the first ones and which is left as it is, or a function
+            that builds one. Your own returns class scores (B, classes). A mapping is the section ``model``.
+        devices: how many ranks to start on this host, one on each CUDA device where there are any; ``[0, 1]``: these CUDA
+            devices; ``"cpu"``: one rank on the CPU; ``"auto"``: all CUDA devices, or one rank on the CPU. By default, and
+            under a launcher, none are started: this process joins the launcher's ranks, or is the only one.
+        image_size: ``model.image_size``, the side of a square input in pixels, or height and width.
+        callbacks: functions that rank 0 calls with each `Event`. What one raises ends the run on all ranks.
+        max_restarts: how often the ranks that are started here are started again after a fault; they resume.
+        keys: any other section of a recipe as a mapping (``optim={"lr": 1e-3}``), ``out``, ``seed``, or dotted keys
+            (``**{"optim.lr": 1e-3}``). They go before *config*.
+
+    Returns:
+        The last step, its folder, the metrics of the last evaluation and the lines of metrics.jsonl, the same however the ranks
+        were started.
+
+    Raises:
+        UserError: what was asked for cannot be done; the same words on every rank and in the caller.
+        RankFailure: a rank that was started here has failed (a `RuntimeError`); names it and its error.
+        Stopped: a signal has stopped the run, and it is saved; names the checkpoint.
+    """
+    made, objects = configured("bigvision.train", config, model, data, val, image_size, keys)
+    made, placement = place(devices, made, identify(os.environ))
+    if max_restarts < 0 or (max_restarts and placement is None):
+        raise UserError(
+            f"max_restarts: {max_restarts}, but no ranks are started here: give devices, 2 or more, or leave it out"
+        )
+
+    def work() -> Result:
+        return training.train(made, objects.data, objects.val, model=objects.model, callbacks=callbacks)
+
+    if placement is None:
+        return work()
+    if dist.is_initialized():
+        raise UserError("devices: this process is in a process group already: leave devices out to train on its ranks")
+    if objects.none and not callbacks:
+        from bigvision.launchers.ranks import fresh_ranks
+
+        return fresh_ranks(made.to_dict(), placement.ranks, placement.environment, max_restarts)
+    return _forked(work, objects, placement, max_restarts, made.out)
+
+
+def _forked(work: Any, objects: Objects, placement: Placement, max_restarts: int, out: str) -> Result:
+    """Objects reach other processes only by a fork: they may be closures, open files, classes of a notebook."""
+    from bigvision.launchers.devices import check_parent
+    from bigvision.launchers.ranks import forked_ranks
+
+    check_parent(placement.cuda)
+    return forked_ranks(work, placement.ranks, placement.cuda, placement.environment, max_restarts, out)

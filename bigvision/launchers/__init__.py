@@ -1,0 +1,3 @@
+"""Starting ranks from Python, and what launchers ask for."""
+
+from __future__ import annotations

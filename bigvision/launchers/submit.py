@@ -1,0 +1,424 @@
+"""``bigvision submit``: a run made into a job for this machine, Slurm or Kubernetes, and handed over."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bigvision.config import Config, resolve
+from bigvision.errors import Exit, UserError, either
+from bigvision.launchers.commands import take, take_all, whole
+
+RESTARTS = 100
+"""How often a run is started again where nothing else is said. It ends itself where that leads nowhere (`faults`): this is for
+what keeps it from beginning at all."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe and where it is to run. Every text in it has been checked by `bigvision.launchers.submit`."""
+
+    name: str
+    recipe: Path
+    """Absolute."""
+    flags: tuple[str, ...]
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+    """0 where the ranks compute on the CPU."""
+    restarts: int = RESTARTS
+    """How often it may be started again."""
+    seconds: int | None = None
+    """The longest that it may take."""
+    cpus_per_rank: int = 1
+    """For the rank itself and its data workers."""
+    directives: tuple[tuple[str, str], ...] = ()
+    """More options of sbatch, by their long names; "" for one without a value."""
+    image: str | None = None
+    claim: tuple[str, str] | None = None
+    """A volume claim and the folder where the container sees it."""
+
+
+def command(job: Job, rendezvous: str) -> list[str]:
+    """The command that starts the ranks.
+
+    Args:
+        rendezvous: a file in which they meet, in a folder of nobody else's. torchrun's own way opens a port to the network,
+            and unpickles what it reads there.
+    """
+    return [sys.executable, "-m", "bigvision.launchers.torchrun", *_arguments(job, rendezvous)]
+
+
+def start(job: Job) -> int:
+    """Run the job to its end, in this process; returns the exit code of its ranks.
+
+    Ranks that failed are started again, all of them, and go on from the newest checkpoint. torchrun's own restarts do the same
+    after a mistake too, and after a signal.
+    """
+    from bigvision.launchers import torchrun
+
+    # torchrun alone would give each rank one thread.
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(-(-cores // job.ranks_per_node)))
+    for restart in range(job.restarts + 1):
+        with tempfile.TemporaryDirectory(prefix="bigvision-") as folder:
+            code = torchrun.main(_arguments(job, f"{folder}/rendezvous"))
+        if code in (Exit.DONE, Exit.MISTAKE, Exit.STOPPED) or restart == job.restarts:
+            break
+        print(f"exit code {code}: starting the ranks again ({restart + 1} of at most {job.restarts})", file=sys.stderr)
+    return code
+
+
+def _arguments(job: Job, rendezvous: str) -> list[str]:
+    return [
+        "--nproc-per-node", str(job.ranks_per_node), "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file",
+        "--rdzv-endpoint", rendezvous, "--local-addr", "127.0.0.1",
+        "-m", "bigvision.cli", "train", str(job.recipe), *job.flags,
+    ]  # fmt: skip
+
+
+SIGNAL_SECONDS = 120
+"""How long before its time is over the run is asked to save and stop."""
+LEFT_SECONDS = 60
+"""How long a rank may run on when another has ended. Not at once: the ranks would be stopped by a signal before they ended with
+exit codes of their own, and a mistake looked like a run that is to go on."""
+
+
+GPUS = {"gres", "gpus", "gpus-per-node"}
+"""The options that ask for GPUs."""
+
+
+def script(job: Job) -> str:
+    """The script: srun starts a rank for each task, and a run that did not get to its end is put into the queue again."""
+    options = {
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "ntasks-per-node": job.ranks_per_node,
+        "cpus-per-task": job.cpus_per_rank,
+        "gpus-per-node": None if GPUS & {name for name, _ in job.directives} else job.gpus_per_node or None,
+        "time": None if job.seconds is None else _time(job.seconds),
+        "output": f"{job.name}-%j.log",
+        # To the ranks, not to this script.
+        "signal": f"USR1@{SIGNAL_SECONDS}",
+    }
+    lines = ["#!/bin/bash"]
+    options |= dict(job.directives)
+    lines += [f"#SBATCH --{name}={value}".removesuffix("=") for name, value in options.items() if value is not None]
+    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
+    # Since Slurm 22.05 srun does not take --cpus-per-task over from the job: ranks would share one core with their workers.
+    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LEFT_SECONDS}", f"--cpus-per-task={job.cpus_per_rank}"]
+    program = [sys.executable, "-m", "bigvision.cli", "train", str(job.recipe), *job.flags]
+    return (
+        "\n".join(lines)
+        + "\n"
+        + BODY.format(
+            program=shlex.join([*srun, *program]),
+            mistake=int(Exit.MISTAKE),
+            restarts=job.restarts,
+        )
+    )
+
+
+BODY = """
+{program}
+code=$?
+
+# A mistake stays one. All else, as a run that a signal stopped and saved (75), goes on from its newest checkpoint.
+if [ "$code" -ne 0 ] && [ "$code" -ne {mistake} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+    # Slurm ends this script while it puts the job back; an exit before that would be the job's end.
+    scontrol requeue "$SLURM_JOB_ID" && sleep 600
+fi
+exit "$code"
+"""
+
+
+def _time(seconds: int) -> str:
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}-{hours:02}:{minutes:02}:{seconds:02}"
+
+
+RUNTIME = "bigvision"
+"""The runtime of launch/kubeflow/runtime.yaml, which says when a job is started again."""
+POD_GRACE_SECONDS = 60
+"""From SIGTERM to SIGKILL: a run saves and stops within ten seconds and one step."""
+RECIPE = "/etc/bigvision/recipe.yaml"
+
+
+def manifest(job: Job) -> str:
+    """The YAML documents for ``kubectl apply``."""
+    return yaml.safe_dump_all([config_map(job), train_job(job)], sort_keys=False)
+
+
+def config_map(job: Job) -> dict[str, Any]:
+    """The recipe, which need not be in the image."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": f"{job.name}-recipe"},
+        "data": {"recipe.yaml": job.recipe.read_text(encoding="utf-8")},
+    }
+
+
+def train_job(job: Job) -> dict[str, Any]:
+    """The job: torchrun on each node, which the runtime tells of the others by PET_*."""
+    # Kubernetes takes $(NAME) for a variable of the container, and $$ for the sign itself.
+    flags = [flag.replace("$", "$$") for flag in job.flags]
+    program = ["python", "-m", "bigvision.launchers.torchrun", "-m", "bigvision.cli", "train", RECIPE, *flags]
+    volumes: list[dict[str, Any]] = [{"name": "recipe", "configMap": {"name": f"{job.name}-recipe"}}]
+    mounts: list[dict[str, Any]] = [{"name": "recipe", "mountPath": RECIPE.rpartition("/")[0], "readOnly": True}]
+    if job.claim:
+        volumes.append({"name": "claim", "persistentVolumeClaim": {"claimName": job.claim[0]}})
+        mounts.append({"name": "claim", "mountPath": job.claim[1]})
+    trainer: dict[str, Any] = {
+        "image": job.image,
+        "command": program,
+        "numNodes": job.nodes,
+        "numProcPerNode": job.ranks_per_node,
+    }
+    if job.gpus_per_node:
+        trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": str(job.gpus_per_node)}}
+    pod = {
+        "terminationGracePeriodSeconds": POD_GRACE_SECONDS,
+        "volumes": volumes,
+        "containers": [{"name": "node", "volumeMounts": mounts}],
+    }
+    patch = {"template": {"spec": {"replicatedJobs": [{"name": "node", "template": {"spec": {"template": {"spec": pod}}}}]}}}
+    spec: dict[str, Any] = {} if job.seconds is None else {"activeDeadlineSeconds": job.seconds}
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": {"name": job.name},
+        "spec": {
+            **spec,
+            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": RUNTIME},
+            "trainer": trainer,
+            "runtimePatches": [{"manager": "bigvision.dev/submit", "trainingRuntimeSpec": patch}],
+        },
+    }
+
+
+USAGE = """usage: bigvision submit --to local|slurm|k8s RECIPE.yaml [--dry-run] [options] [--section.key value ...]
+
+  --to local              start the ranks here and wait for them
+  --to slurm              hand a script to sbatch, on its standard input
+  --to k8s                hand a TrainJob of Kubeflow Trainer to kubectl apply, on its standard input
+  --dry-run               print what would be handed over, and do nothing
+  --nodes N               hosts; 1 without it
+  --ranks-per-node N      ranks on each, one for each GPU unless parallel.device is cpu; 1 without it
+  --name NAME             of the job: a-z, 0-9 and -, at most 50; without it made from the recipe's name
+  --restarts N            how often it is started again, from its newest checkpoint,
+                          when it did not end or was stopped; 100 without it         local, slurm
+  --time D-HH:MM:SS       the longest it may take, also HH:MM:SS or minutes          slurm, k8s
+  --cpus-per-task N       CPUs of each rank; without it one, and one for each of data.workers
+                          slurm
+  --mem SIZE              memory of each node, such as 64G; also --mem-per-cpu, --mem-per-gpu
+                          slurm
+  --partition NAME        where it may run; also --account, --qos, --constraint, --reservation, --nodelist, --exclude
+                          slurm
+  --gres GRES             in the place of a GPU for each rank, such as gpu:h100:8; also --gpus, --gpus-per-node
+                          slurm
+  --sbatch OPTION         any other option of sbatch, such as --sbatch --exclusive --sbatch --mail-type=END
+                          slurm
+  --image IMAGE           the container's image, which has bigvision in it           k8s, needed
+  --claim CLAIM:/PATH     a volume claim and where the container sees it; `out` has
+                          to be on one, or a restart begins anew                     k8s
+  --section.key value     the flags of bigvision train; with the recipe they are checked before anything is handed over"""
+
+NAMES = r"[A-Za-z0-9_][A-Za-z0-9_.@-]*(,[A-Za-z0-9_][A-Za-z0-9_.@-]*)*"
+HOSTS = r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*"
+SIZE, COUNT = r"[0-9]{1,9}[KMGT]?", r"([A-Za-z][A-Za-z0-9_.-]*:)?[1-9][0-9]{0,5}"
+SLURM = {
+    "--partition": (NAMES, "names of partitions, such as gpu,long"),
+    "--account": (NAMES, "the name of an account"),
+    "--qos": (NAMES, "the name of a quality of service"),
+    "--mem": (SIZE, "a size, such as 64G, or 0 for all"),
+    "--mem-per-cpu": (SIZE, "a size, such as 4G"),
+    "--mem-per-gpu": (SIZE, "a size, such as 64G"),
+    "--gres": (r"[A-Za-z0-9_]+(:[A-Za-z0-9_.-]+){0,2}(,[A-Za-z0-9_]+(:[A-Za-z0-9_.-]+){0,2})*", "such as gpu:h100:8"),
+    "--gpus": (COUNT, "a number, such as 8 or h100:8"),
+    "--gpus-per-node": (COUNT, "a number, such as 8 or h100:8"),
+    "--constraint": (r"[A-Za-z0-9_(\[][A-Za-z0-9_.,&|*()\[\]-]*", "features of nodes, such as h100&ib"),
+    "--reservation": (NAMES, "the name of a reservation"),
+    "--nodelist": (HOSTS, "hosts, such as node[1-4]"),
+    "--exclude": (HOSTS, "hosts, such as node[1-4]"),
+}
+"""Options of sbatch that are passed on, with what they may look like and words for that."""
+ONE_OF = (("--mem", "--mem-per-cpu", "--mem-per-gpu"), ("--gres", "--gpus", "--gpus-per-node"))
+SBATCH = r"--([a-z][a-z0-9-]{0,40})(?:=([A-Za-z0-9_.,:;@%+/()\[\]&|*=-]{1,300}))?"
+TAKEN = {
+    **dict.fromkeys(("job-name", "nodes", "time", *(option[2:] for option in SLURM)), "it has a flag of its own"),
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core"), "use --ranks-per-node"),
+    "cpus-per-task": "it has a flag of its own",
+    "cpus-per-gpu": "use --cpus-per-task",
+    "gpus-per-task": "each rank has to see all GPUs of its host: use --gpus-per-node",
+    **dict.fromkeys(("signal", "requeue", "no-requeue", "open-mode"), "a run could not save and go on"),
+    **dict.fromkeys(("array", "wrap", "wait", "test-only", "parsable", "chdir"), "it changes what is run"),
+}
+"""Options of sbatch that --sbatch cannot set, and why."""
+
+ONLY_FOR = {
+    "--restarts": ("local", "slurm"),
+    "--time": ("slurm", "k8s"),
+    "--cpus-per-task": ("slurm",),
+    **dict.fromkeys(SLURM, ("slurm",)),
+    "--sbatch": ("slurm",),
+    "--image": ("k8s",),
+    "--claim": ("k8s",),
+}
+OPTIONS = ("--to", "--nodes", "--ranks-per-node", "--name", *(option for option in ONLY_FOR if option != "--sbatch"))
+
+NAME = r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?"
+IMAGE = r"[a-z0-9][A-Za-z0-9._/-]*(:[0-9]+/[A-Za-z0-9._/-]+)?(:[A-Za-z0-9_.-]+)?(@sha256:[0-9a-f]{64})?"
+TIME = r"(?:(\d{1,3})-)?(\d{1,7})(?::([0-5]\d))?(?::([0-5]\d))?"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a job can go."""
+
+    render: Callable[[Job], str]
+    """What is handed over, as text."""
+    command: tuple[str, ...] = ()
+    """The program that takes it on its standard input; none for this machine."""
+
+
+TARGETS = {
+    "local": Target(lambda job: shlex.join(command(job, "RENDEZVOUS")) + "\n"),
+    "slurm": Target(script, ("sbatch",)),
+    "k8s": Target(manifest, ("kubectl", "apply", "-f", "-")),
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """``bigvision submit --to local|slurm|k8s RECIPE.yaml ...``; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return Exit.DONE
+    to, job = read_job([argument for argument in arguments if argument != "--dry-run"])
+    target = TARGETS[to]
+    if "--dry-run" in arguments:
+        print(target.render(job), end="")
+        return Exit.DONE
+    if not target.command:
+        return start(job)
+    return _hand_over(target, job)
+
+
+def read_job(arguments: Sequence[str]) -> tuple[str, Job]:
+    """Check everything that can be checked here; returns where the job goes, and the job.
+
+    Raises:
+        UserError: an option that is missing, is not of its kind or is not for this target; a recipe or a flag that
+            ``bigvision train`` would refuse.
+    """
+    more, rest = take_all(arguments, "--sbatch")
+    given, rest = take(rest, OPTIONS)
+    given |= {"--sbatch": more[0]} if more else {}
+    to = given.get("--to", "")
+    if to not in TARGETS:
+        raise UserError(f"--to: {to!r} must be {either(list(TARGETS))}")
+    if not rest or rest[0].startswith("-"):
+        raise UserError("submit: name a recipe: bigvision submit --to local recipes/digits.yaml")
+    for option, targets in ONLY_FOR.items():
+        if option in given and to not in targets:
+            raise UserError(f"{option}: {given[option]} is for --to {either(targets)}, not {to}: drop it")
+    for argument in rest:
+        # A line of its own in a script could be read as a directive; nothing of ours needs one.
+        if not argument.isprintable():
+            raise UserError(f"submit: {argument!r} has characters that cannot be printed: rename it, or write it otherwise")
+    recipe, flags = rest[0], rest[1:]
+    config, _ = resolve(recipe, flags, prog="bigvision submit --to TARGET RECIPE")
+    job = _job(to, Path(recipe), flags, config, given)
+    return to, replace(job, directives=(*job.directives, *map(_directive, more)))
+
+
+def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[str, str]) -> Job:
+    nodes, ranks = whole("--nodes", given.get("--nodes", "1")), whole("--ranks-per-node", given.get("--ranks-per-node", "1"))
+    if to == "local" and nodes > 1:
+        raise UserError(f"--nodes: {nodes} are more than this machine: use --to slurm or k8s, or --ranks-per-node")
+    name = given.get("--name") or _name_of(recipe)
+    _matches("--name", name, NAME, "a-z, 0-9 and -, begin with a letter, end with no -, and have at most 50 characters")
+    for option, pattern, words in (
+        *((option, *rule) for option, rule in SLURM.items()),
+        ("--image", IMAGE, "the name of an image, such as registry.example/bigvision:0.1"),
+        ("--claim", r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?:(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+", "CLAIM:/PATH, such as runs:/runs"),
+    ):
+        if option in given:
+            _matches(option, given[option], pattern, words)
+    for options in ONE_OF:
+        if len(several := [option for option in options if option in given]) > 1:
+            raise UserError(f"{several[0]} and {several[1]} ask for the same: drop one of the two")
+    if to == "k8s" and "--image" not in given:
+        raise UserError("--image: missing: name the container's image, such as --image registry.example/bigvision:0.1")
+    claim, _, mount = given.get("--claim", "").partition(":")
+    if mount and not Path(config.out).is_relative_to(mount):
+        raise UserError(f"out: {config.out} is not on the volume of --claim {given['--claim']}: use --out {mount}/{name}")
+    restarts = whole("--restarts", given.get("--restarts", str(RESTARTS)), lowest=0)
+    seconds = _seconds(given["--time"]) if "--time" in given else None
+    gpus = 0 if config.parallel.device == "cpu" else ranks
+    return Job(
+        name=name, recipe=recipe.absolute(), flags=tuple(flags), nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus,
+        restarts=restarts, seconds=seconds, image=given.get("--image"),
+        cpus_per_rank=whole("--cpus-per-task", given.get("--cpus-per-task", str(1 + config.data.workers))),
+        directives=tuple((option[2:], given[option]) for option in SLURM if option in given),
+        claim=(claim, mount) if claim else None,
+    )  # fmt: skip
+
+
+def _directive(text: str) -> tuple[str, str]:
+    """The name and the value of an option of sbatch."""
+    found = re.fullmatch(SBATCH, text, re.ASCII)
+    if found is None:
+        raise UserError(f"--sbatch: {text!r} must be a long option of sbatch without spaces, such as --sbatch --exclusive")
+    if why := TAKEN.get(found[1]):
+        raise UserError(f"--sbatch: {text}: {why}")
+    return found[1], found[2] or ""
+
+
+def _matches(option: str, text: str, pattern: str, words: str) -> None:
+    if not re.fullmatch(pattern, text, re.ASCII):
+        raise UserError(f"{option}: {text!r} must be {words}")
+
+
+def _name_of(recipe: Path) -> str:
+    name = re.sub(r"[^a-z0-9]+", "-", recipe.stem.lower()).strip("-")[:40].strip("-")
+    return name if name[:1].isalpha() else f"run-{name}".strip("-")
+
+
+def _seconds(text: str) -> int:
+    """All of Slurm's spellings: minutes, minutes:seconds, hours:minutes:seconds, and days-hours with or without the rest."""
+    total = 0
+    if found := re.fullmatch(TIME, text, re.ASCII):
+        days, *parts = found.groups()
+        given = [int(part) for part in parts if part is not None]
+        if days is None and len(given) < 3:
+            given = [0, *given]
+        hours, minutes, seconds = (*given, 0, 0)[:3]
+        total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if not total:
+        raise UserError(f"--time: {text!r} must be minutes, HH:MM:SS, D-HH or D-HH:MM:SS")
+    return total
+
+
+def _hand_over(target: Target, job: Job) -> int:
+    """Give the job to the scheduler's program, whose words go to the user."""
+    program = shutil.which(target.command[0])
+    if program is None:
+        raise UserError(f"submit: {target.command[0]} is not on PATH: submit where the scheduler is, or look with --dry-run")
+    done = subprocess.run([program, *target.command[1:]], input=target.render(job), text=True, check=False)
+    if done.returncode:
+        raise UserError(f"submit: {shlex.join(target.command)} refused the job (exit code {done.returncode}), see above")
+    return Exit.DONE

@@ -1,1 +1,0 @@
-"""Starting ranks from Python, and what launchers ask for."""
