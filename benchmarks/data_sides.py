@@ -41,15 +41,15 @@ def bigvision(
     with train_batches(
         source, change, seed=0, position=0, global_batch=batch, rank=0, ranks=1, workers=workers
     ) as batches:  # fmt: skip
-        room: list[Tensor | None] = [None]
+        slot: list[Tensor | None] = [None]
 
         def run(count: int) -> None:
             for _ in range(count):
                 arrived = next(batches).to("cpu")
                 if arithmetic:
                     # As the engine does.
-                    room[0] = arrived.inputs(mean, std, room[0])
-                    _check(room[0], size, batch)
+                    slot[0] = arrived.inputs(mean, std, slot[0])
+                    _check(slot[0], size, batch)
                 else:
                     assert arrived.images.shape == (batch, 3, size, size) and arrived.images.dtype == torch.uint8
 

@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 
-from bigvision import __version__
 from bigvision.errors import Exit, Stopped, UserError, nearest
 from bigvision.signals import listening
 
@@ -141,6 +140,8 @@ def run_checkpoint(arguments: list[str]) -> int:
 def _versions() -> str:
     """One line with the versions that a report of a fault needs; nothing heavy is imported for it."""
     from importlib.metadata import PackageNotFoundError, version
+
+    from bigvision import __version__
 
     found = [f"Python {platform.python_version()}"]
     for name in ("torch", "torchvision", "timm", "deepspeed", "accelerate", "safetensors"):

@@ -1,4 +1,4 @@
-"""The tests: one folder per room."""
+"""The tests: one folder per package."""
 
 import signal
 

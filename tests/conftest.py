@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-ALONE = {"benchmarks", "launch", "launching", "runtime", "training"}
-"""Rooms whose tests wait for programs, signals and limits of a few seconds: beside others they would see those run out."""
+ALONE = {"benchmarks", "launch", "launchers", "runtime", "training"}
+"""Folders of tests that wait for programs and signals within a few seconds: beside others these limits would run out."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers are chosen by -m

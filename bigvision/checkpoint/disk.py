@@ -56,7 +56,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Let the disk find room for a file of *size* bytes now, where the file system can: writing is faster then, and a disk
+    """Let the disk reserve space for a file of *size* bytes now, where the file system can: writing is faster then, and a disk
     that is too full says so (`OSError`) before anything is written."""
     # os.posix_fallocate would write to every block of a file system that cannot.
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)

@@ -264,16 +264,16 @@ def check_same_tensors(folder: Path, places: dict[str, dict[str, Place]], fragme
     for group in sorted(wanted.keys() | places.keys()):
         tensors, held = wanted.get(group, {}), places.get(group, {})
         start = f"{what}: {folder} is the checkpoint of another {group}: "
-        mend = "use the configuration that it was trained with, or another out folder"
+        fix = "use the configuration that it was trained with, or another out folder"
         for name, fragment in tensors.items():
             if name not in held:
-                raise UserError(f"{start}it has no {name}: {mend}")
+                raise UserError(f"{start}it has no {name}: {fix}")
             place = held[name]
             dtype = DTYPES[fragment.values.dtype]
             if (place.shape, place.dtype) != (fragment.shape, dtype):
                 theirs, ours = (f"{kind}{list(shape)}" for kind, shape in ((place.dtype, place.shape), (dtype, fragment.shape)))
-                raise UserError(f"{start}{name} is {theirs} there and {ours} here: {mend}")
+                raise UserError(f"{start}{name} is {theirs} there and {ours} here: {fix}")
             if place.nbytes != fragment.numel * fragment.values.element_size():
-                raise UserError(f"{start}{name} has {place.nbytes} bytes there: {mend}")
+                raise UserError(f"{start}{name} has {place.nbytes} bytes there: {fix}")
         if extra := next((name for name in held if name not in tensors), None):
-            raise UserError(f"{start}it has {extra}, which this one lacks: {mend}")
+            raise UserError(f"{start}it has {extra}, which this one lacks: {fix}")

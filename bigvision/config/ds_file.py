@@ -173,7 +173,7 @@ class _Reader:
         if value == "auto":
             return
         if value.lower() not in rule.accepts:
-            raise self.error(f"{key}: {_json(value)} is refused: {rule.refused.get(value.lower(), rule.mend)}")
+            raise self.error(f"{key}: {_json(value)} is refused: {rule.refused.get(value.lower(), rule.fix)}")
         self.ask(rule.key, rule.accepts[value.lower()], key)
 
     def typed(self, key: str, value: Any, rule: Ours | Knob) -> Any:

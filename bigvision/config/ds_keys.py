@@ -27,7 +27,7 @@ class Choice(NamedTuple):
     key: str
     accepts: Mapping[str, str]
     refused: Mapping[str, str]
-    mend: str
+    fix: str
 
 
 class Knob(NamedTuple):

@@ -64,7 +64,7 @@ class DataConfig:
     erase: float = 0.0
     """How often a random rectangle is erased (Zhong et al. 2020), e.g. 0.25."""
     repeats: int = 1
-    """Repeated augmentation (Hoffer et al. 2020): each sample so many times in a row, so many times fewer in an epoch."""
+    """Repeated augmentation (Hoffer et al. 2020): each sample this often in a row, and an epoch of fewer samples."""
     shuffle_block: int = 1
     """Samples that lie next to each other and stay near each other, so that a disk reads in long runs; 1 shuffles all."""
     shuffle_window: int = 16

@@ -291,7 +291,7 @@ class Engine:
 
 
 def offenders(checks: list[tuple[Tensor, Tensor]], ids: Tensor) -> list[int]:
-    """Of the samples *ids* of a step, those whose loss is not finite, or all of their micro-batch (`StepResult.culprits`).
+    """Of the samples *ids* of a step, those whose loss is not finite, or all of their micro-batch (`StepResult.offending`).
 
     Args:
         checks: of each micro-batch its loss, and which samples' outputs are finite.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -111,10 +112,16 @@ class StepResult:
         return asked(self.record.read()[4:])
 
     @property
-    def culprits(self) -> Sequence[int]:
+    def offending(self) -> Sequence[int]:
         """Of a skipped step: ids of this rank's samples whose loss is not finite. If the sample cannot be singled out
         (BatchNorm mixes a micro-batch), all ids of its micro-batch."""
         return self.offenders() if self.skipped and not self.overflowed else ()
+
+    @property
+    def culprits(self) -> Sequence[int]:
+        """The earlier name of `offending`."""
+        warnings.warn("StepResult.culprits is called StepResult.offending now", FutureWarning, stacklevel=2)
+        return self.offending
 
 
 def asked(counts: Sequence[float]) -> set[str]:

@@ -116,7 +116,7 @@ def _names(ordinals: list[int]) -> list[str]:
     return [names[ordinal] if names else str(ordinal) for ordinal in ordinals]
 
 
-MEND = "pass names instead of objects, or start it in a process that has not used CUDA (restart the notebook's kernel)"
+FIX = "pass names instead of objects, or start it in a process that has not used CUDA (restart the notebook's kernel)"
 
 
 def check_parent(cuda: bool) -> None:
@@ -128,7 +128,7 @@ def check_parent(cuda: bool) -> None:
     if dist.is_initialized():
         raise UserError("devices: this process is in a process group already: leave devices out to train on its ranks")
     if cuda and torch.cuda.is_initialized():
-        raise UserError(f"devices: CUDA is in use in this process, and its forks cannot use it: {MEND}")
+        raise UserError(f"devices: CUDA is in use in this process, and its forks cannot use it: {FIX}")
 
 
 def settle(cuda: bool) -> None:
@@ -141,13 +141,13 @@ def settle(cuda: bool) -> None:
         UserError: what cannot be put right.
     """
     if cuda and torch.cuda._is_in_bad_fork():
-        raise UserError(f"devices: CUDA was asked for its devices before the ranks were forked: {MEND}")
+        raise UserError(f"devices: CUDA was asked for its devices before the ranks were forked: {FIX}")
     try:
         torch.ones(1, requires_grad=True).sum().backward()
     except RuntimeError as error:
         if "fork" not in str(error):
             raise
-        raise UserError(f"devices: a backward pass has run in this process, which autograd does not survive: {MEND}") from None
+        raise UserError(f"devices: a backward pass has run in this process, which autograd does not survive: {FIX}") from None
     # The server of data workers is the parent's, and can be asked for by no other.
     server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
     if (alive := server._forkserver_alive_fd) is not None:

@@ -77,7 +77,7 @@ def _fault(said: list[dict[str, Any]], codes: dict[int, int]) -> RankFailure:
     # A rank that is killed says nothing; the others only miss it. They themselves are ended by SIGTERM.
     for number, code in sorted(codes.items()):
         if code < 0 and code != -signal.SIGTERM and number not in spoke:
-            want = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+            want = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
             return RankFailure(f"rank {number}: killed by {signal.Signals(-code).name}{want}")
     if said:
         # All ranks may say what failed on one, and hardly one after the other.
@@ -195,7 +195,7 @@ def _run(
 
 
 class _Agent(LocalElasticAgent):
-    """The agent, which can be asked to stop, and knows which ends of ranks another start mends, and which ones it does not."""
+    """The agent, which can be asked to stop, and knows which ends of ranks another start fixes, and which ones it does not."""
 
     folder: Path
     """What the ranks leave behind."""

@@ -122,9 +122,9 @@ class WeightsFile:
         more = f"; {len(left)} others are left out, such as {left[0]}" if left else ""
         return f"{self.key}: the {len(taken)} tensors of {self.source} whose names begin with {prefix}{more}"
 
-    def mistake(self, what: str, mend: str = REPAIR) -> UserError:
+    def mistake(self, what: str, fix: str = REPAIR) -> UserError:
         """The error that names the key, the source and *what* is wrong with it, in one line whatever names the file has."""
-        return UserError(f"{self.key}: {self.source} {' '.join(what.split())}; {mend}")
+        return UserError(f"{self.key}: {self.source} {' '.join(what.split())}; {fix}")
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which a tensor is stored."""
@@ -169,8 +169,8 @@ class WeightsFile:
         except ValueError as error:
             what = "is damaged or not safetensors"
             if kind := file_kind(self.folder / file):
-                mend = "call it .pth and convert it once (bigvision convert)" if kind == PICKLE else REPAIR
-                raise self.mistake(f"is {kind}" if listed is None else f"has a shard {file} that is {kind}", mend) from error
+                fix = "call it .pth and convert it once (bigvision convert)" if kind == PICKLE else REPAIR
+                raise self.mistake(f"is {kind}" if listed is None else f"has a shard {file} that is {kind}", fix) from error
             raise self.mistake(f"{what if listed is None else f'has a shard {file} that {what}'} ({error})") from error
         for name, place in found.items():
             if place.dtype not in TYPES:

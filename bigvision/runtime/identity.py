@@ -100,21 +100,21 @@ def place(launcher: str, names: tuple[str, str, str, str], values: tuple[int, in
     return Identity(rank, world_size, local_rank, local_world_size, launcher)
 
 
-def meeting_point(environ: Mapping[str, str], alone: bool, first: str, number_of_run: int, mend: str) -> tuple[str, int]:
+def meeting_point(environ: Mapping[str, str], alone: bool, first: str, number_of_run: int, fix: str) -> tuple[str, int]:
     """Where the ranks of a launcher that does not say it meet: MASTER_ADDR and MASTER_PORT where the user has set them.
 
     Args:
         alone: all ranks are on this host, and need nobody from outside.
         first: the host of rank 0, as far as the launcher tells.
         number_of_run: the same for all ranks of a run and another for the next run; makes the port.
-        mend: what to do where nothing tells the host of rank 0.
+        fix: what to do where nothing tells the host of rank 0.
 
     Raises:
         UserError: the ranks are on several hosts and nothing tells which is rank 0's; or the variables hold no host or port.
     """
     address = host(environ, "MASTER_ADDR") if environ.get("MASTER_ADDR") else LOOPBACK if alone else first
     if not address:
-        raise UserError(mend)
+        raise UserError(fix)
     if environ.get("MASTER_PORT"):
         return address, port(environ, "MASTER_PORT")
     # Below the ports that systems give to clients (from 32768) and Kubernetes to services (from 30000).
@@ -177,7 +177,7 @@ def _from_variables(
         # mpirun's own host is known, and need not be rank 0's; of its addresses any may be the one that others reach.
         first="",
         number_of_run=zlib.crc32(run.encode()),
-        mend=f"environment: {names[1]}={world_size} ranks on several hosts ({local_world_size} here) without MASTER_ADDR: "
+        fix=f"environment: {names[1]}={world_size} ranks on several hosts ({local_world_size} here) without MASTER_ADDR: "
         f"name the host of rank 0, the first in the list of hosts: {flag}",
     )
     return replace(found, address=address, port=port)
@@ -228,7 +228,7 @@ def from_step(environ: Mapping[str, str]) -> Identity | None:
         first=first_host(hosts) if hosts and len(each) > 1 else "",
         # Steps of a job run side by side; jobs follow each other.
         number_of_run=number(environ, "SLURM_JOB_ID") + 997 * int(step),
-        mend="environment: a step on several hosts without SLURM_STEP_NODELIST: set MASTER_ADDR to the host of rank 0",
+        fix="environment: a step on several hosts without SLURM_STEP_NODELIST: set MASTER_ADDR to the host of rank 0",
     )
     return replace(found, address=address, port=port)
 

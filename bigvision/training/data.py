@@ -96,7 +96,7 @@ class BadSamples:
             example = f", {self.example}" if self.example else ""
             raise UserError(
                 f"data.bad_budget: {self.budget:g} allows {int(allowed)} of {self.lengths[split]} samples of data.{split} to "
-                f"be unreadable, {count} are{example}; mend them, or allow more"
+                f"be unreadable, {count} are{example}; fix them, or allow more"
             )
         return len({sample.id for sample in samples})
 

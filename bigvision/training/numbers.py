@@ -142,7 +142,7 @@ class Numbers:
         if result.overflowed:
             return
         self.in_a_row += 1
-        found = {rank: ids for rank, ids in enumerate(gather_json(list(result.culprits))) if ids}
+        found = {rank: ids for rank, ids in enumerate(gather_json(list(result.offending))) if ids}
         what = f"the loss is not finite on {_listed(found)}"
         if not found:
             what = "the gradient or a running statistic is not finite, though every loss is"
@@ -198,8 +198,8 @@ class Numbers:
         return metrics
 
 
-def _listed(culprits: dict[int, list[int]]) -> str:
+def _listed(offending: dict[int, list[int]]) -> str:
     def ids(found: list[int]) -> str:
         return ", ".join(map(str, found[:SHOWN])) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
-    return "; ".join(f"rank {rank} (samples {ids(found)})" for rank, found in culprits.items())
+    return "; ".join(f"rank {rank} (samples {ids(found)})" for rank, found in offending.items())

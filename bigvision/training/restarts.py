@@ -85,12 +85,12 @@ class Starts:
         self.engine: Engine | None = None
         """Says at which step an error came; None while it is built."""
         self.smaller: int | None = None
-        """The micro-batch that the next start should have, after an error for want of memory."""
+        """The micro-batch that the next start should have, after an error for lack of memory."""
 
     def begin(self, step: int) -> int | None:
         """Note a start that goes on from *step*. Called on rank 0.
 
-        Returns the micro-batch that starts before this one came to for want of memory; None where none did.
+        Returns the micro-batch that starts before this one came to for lack of memory; None where none did.
 
         Raises:
             UserError: the last starts crashed at the same step, or came to no newer checkpoint, too often.
@@ -98,15 +98,15 @@ class Starts:
         starts = self._read()
         last = (starts[-1]["crash"], self.config, None) if starts else ()
         same = _in_a_row(starts, lambda start: (start["crash"], start["config"], start["smaller"]) == last)
-        mend = f"mend that, then change the configuration or remove {self.path} to start again"
+        fix = f"fix that, then change the configuration or remove {self.path} to start again"
         if starts and starts[-1]["crash"] is not None and same >= self.faults.same_crash:
             where = "before its first step" if starts[-1]["crash"] < 0 else f"at step {starts[-1]['crash']}"
             raise UserError(
-                f"faults.same_crash: {same} starts in a row crashed {where}, the last one with {starts[-1]['error']}: {mend}"
+                f"faults.same_crash: {same} starts in a row crashed {where}, the last one with {starts[-1]['error']}: {fix}"
             )
         stuck = _in_a_row(starts, lambda start: (start["step"], start["config"]) == (step, self.config) and not start["ended"])
         if stuck > self.faults.restarts:
-            raise UserError(f"faults.restarts: {stuck} starts in a row from step {step} came to no newer checkpoint: {mend}")
+            raise UserError(f"faults.restarts: {stuck} starts in a row from step {step} came to no newer checkpoint: {fix}")
         self._write({"start": len(starts) + 1, "step": step, "ranks": self.runtime.world_size, "config": self.config})
         sizes = [start["smaller"] for start in starts if start["config"] == self.config and start["smaller"] is not None]
         return min(sizes, default=None)
@@ -117,7 +117,7 @@ class Starts:
         try:
             yield
         except UserError:
-            self._end("mistake")  # not a restart: whoever mends it has reason to hope
+            self._end("mistake")  # not a restart: whoever fixes it has reason to hope
             raise
         except (Stopped, KeyboardInterrupt):
             self._end("stopped")
@@ -126,8 +126,8 @@ class Starts:
             if not _of_others(error) and self.path.exists():
                 step = self.engine.step if self.engine is not None else -1
                 said = f"{type(error).__name__}: {one_line(error)[:500]}"
-                mend = {"micro_batch": self.smaller} if self.smaller is not None else {}
-                self._write({"crash": step, "rank": self.runtime.rank, "error": said} | mend)
+                fix = {"micro_batch": self.smaller} if self.smaller is not None else {}
+                self._write({"crash": step, "rank": self.runtime.rank, "error": said} | fix)
             raise
         self._end("done")
 

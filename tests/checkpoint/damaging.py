@@ -83,7 +83,7 @@ def watched(root: Path) -> Iterator[list[str]]:
 
 
 class Victim:
-    """Two checkpoints, of which the newest is damaged and mended."""
+    """Two checkpoints, of which the newest is damaged and repaired."""
 
     def __init__(self, out: Path, shard_size: int = 10**9, made: bool = False) -> None:
         self.out = out
@@ -102,7 +102,7 @@ class Victim:
     def tensors(self) -> list[str]:
         return [name for name in self.content if name.endswith(".safetensors")]
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Make the newest checkpoint what it was."""
         for path in self.newest.iterdir():
             if path.is_symlink() or not path.is_file() or path.name not in self.content:

@@ -1,4 +1,4 @@
-"""Removes each fsync, vote, checksum, rename and guard of the checkpoint room in turn, and shows that some test fails then.
+"""Removes each fsync, vote, checksum, rename and guard of the checkpoint package in turn, and shows that some test fails then.
 
 ``python -m tests.checkpoint.mutations [WORDS ...]`` works on a copy of the project and prints a line for each; with words, only
 those whose name holds one of them. Ends with 1 when a mutation survives.
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROOM = "bigvision/checkpoint"
+PACKAGE = "bigvision/checkpoint"
 HANGS = 600
 """Seconds after which tests are taken to wait for what never comes, which is a failure too."""
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """Text of a file of the room that gives way to another, and the tests of which one has to fail then."""
+    """Text of a file of the package that gives way to another, and the tests of which one has to fail then."""
 
     name: str
     file: str
@@ -107,7 +107,7 @@ def killed(mutation: Mutation) -> bool:
                 shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, copy)
-        path = copy / ROOM / mutation.file
+        path = copy / PACKAGE / mutation.file
         text = path.read_text(encoding="utf-8")
         assert text.count(mutation.old) == 1, (
             f"{mutation.name}: {mutation.file} holds its text {text.count(mutation.old)} times"

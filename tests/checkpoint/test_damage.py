@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int]
 def victim(request: pytest.FixtureRequest, folders: Callable[[int], Victim]) -> Iterator[Victim]:
     victim = folders(request.param)
     yield victim
-    victim.mend()
+    victim.repair()
     victim.wrong, victim.tried = [], 0
 
 
@@ -64,7 +64,7 @@ def test_every_byte_of_a_header(victim: Victim, every_bit: bool) -> None:
             for bit in range(8) if every_bit else (rng.randrange(8),):
                 victim.flip(name, position, bit)
                 victim.expect_passed_over(f"{name}, byte {position}, bit {bit}", name)
-        victim.mend()
+        victim.repair()
     victim.assert_nothing_wrong(800)
 
 
@@ -114,21 +114,21 @@ def test_files_that_are_missing_or_swapped(victim: Victim) -> None:
     for name in victim.content:
         (victim.newest / name).unlink()
         victim.expect_passed_over(f"{name} is missing", name)
-        victim.mend()
+        victim.repair()
         for other in victim.content:
             if other != name:
                 victim.write(name, victim.content[other])
                 victim.expect_passed_over(f"{name} is a copy of {other}", name)
                 victim.write(other, victim.content[name])
                 victim.expect_passed_over(f"{name} and {other} are swapped", name, other)
-                victim.mend()
+                victim.repair()
         # Whole, of the same size, and of another step.
         older = (victim.older / name).read_bytes()
         if older != victim.content[name]:
             victim.write(name, older)
             named = victim.content if name == "manifest.json" else [name]
             victim.expect_passed_over(f"{name} is the older one's", *named)
-            victim.mend()
+            victim.repair()
     for name in victim.content:
         (victim.newest / name).unlink()
     victim.expect_passed_over("all files are missing", "manifest.json")
@@ -187,7 +187,7 @@ def test_other_things_in_the_place_of_files(victim: Victim, tmp_path: Path) -> N
             (victim.newest / name).unlink()
             put(victim.newest / name, what, elsewhere)
             victim.expect_passed_over(f"{name} is a {what} ({elsewhere})", name)
-            victim.mend()
+            victim.repair()
     victim.assert_nothing_wrong(40)
 
 
@@ -206,7 +206,7 @@ def test_links_that_come_after_the_check(victim: Victim, tmp_path: Path) -> None
         with mock.patch.object(os, "open", late):
             victim.expect_passed_over(f"{name} becomes a link", name)
         assert (victim.newest / name).is_symlink()
-        victim.mend()
+        victim.repair()
     victim.assert_nothing_wrong(5)
 
 
@@ -270,5 +270,5 @@ def test_damage_that_one_rank_reads_is_every_ranks(tmp_path: Path) -> None:
         victim.flip(name, rng.randrange(len(victim.content[name])), 0)
         found = run_ranks(find_on_rank, 3, victim.out)
         assert found == [found[0]] * 3 and found[0][0] == 1 and name in found[0][1][0], found
-        victim.mend()
+        victim.repair()
     assert run_ranks(find_on_rank, 3, victim.out) == [(2, [])] * 3

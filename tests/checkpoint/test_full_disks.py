@@ -1,4 +1,4 @@
-"""Disks that are really full or cannot be written: what is saved stays, and saving goes on when there is room again."""
+"""Disks that are really full or cannot be written: what is saved stays, and saving goes on when there is space again."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
 @pytest.fixture
 def victim(base: Victim) -> Iterator[Victim]:
     yield base
-    base.mend()
+    base.repair()
     base.wrong, base.tried = [], 0
 
 
@@ -172,7 +172,7 @@ def test_documents_that_were_changed_and_signed(victim: Victim) -> None:
         for text in (b"", b"{", NESTED.encode(), b"\xff", b"\0" * 40, b"1" * 10_000, b" " * HUGE + b"["):
             victim.replace_signed(name, text)
             victim.expect_passed_over(f"{name} is {text[:20]}", name)
-        victim.mend()
+        victim.repair()
     victim.assert_nothing_wrong(80)
 
 
@@ -228,7 +228,7 @@ def test_headers_that_are_damaged_and_not_verified(victim: Victim) -> None:
         for position in range(0, header_of(victim.content[name]), 7):
             victim.flip(name, position, position % 8)
             victim.expect_passed_over(f"{name}, byte {position}", name, full=False)
-        victim.mend()
+        victim.repair()
     victim.assert_nothing_wrong(100)
 
 

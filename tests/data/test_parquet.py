@@ -245,7 +245,7 @@ def test_row_groups_are_kept_within_bounds(tmp_path, monkeypatch):
         assert source.read(index).image == data[index][0]
     assert counter.calls == [0, 1, 2, 3, 4]
     assert contents(source) == data and len(counter.calls) == 5
-    # Two groups of 4 kB each have room, and the one that was used last stays.
+    # Two groups of 4 kB each fit, and the one that was used last stays.
     monkeypatch.setattr(module, "CACHE", 10_000)
     source, counter.calls = opened(tmp_path), []
     for index in (0, 4, 1, 8, 2, 5):

@@ -54,11 +54,11 @@ NodeName=127.0.0.2 NodeHostname=localhost NodeAddr=127.0.0.2 Port={second} CPUs=
 PartitionName=main Nodes=127.0.0.[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 
-# Prints what a process takes itself for. The room's own modules need no torch, which the room as a whole imports.
+# Prints what a process takes itself for. The package's own modules need no torch, which the package as a whole imports.
 WHO = """
 import os, sys, types
-room = sys.modules["bigvision.runtime"] = types.ModuleType("bigvision.runtime")
-room.__path__ = ["{room}"]
+package = sys.modules["bigvision.runtime"] = types.ModuleType("bigvision.runtime")
+package.__path__ = ["{package}"]
 from bigvision.runtime.identity import identify
 who = identify(os.environ)
 print(who.launcher, who.rank, who.world_size, who.local_rank, who.local_world_size, who.address, flush=True)
@@ -129,7 +129,7 @@ def _write(folder: Path) -> None:
     ports = {"controller": free_port(), "first": free_port(), "second": free_port()}
     text = CONFIGURATION.format(folder=folder, user=getpass.getuser(), python=sys.executable, **ports)
     (folder / "slurm.conf").write_text(text)
-    (folder / "who.py").write_text(WHO.format(room=ROOT / "bigvision" / "runtime"))
+    (folder / "who.py").write_text(WHO.format(package=ROOT / "bigvision" / "runtime"))
 
 
 def _wait(cluster: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:

@@ -213,7 +213,7 @@ def test_a_disk_that_is_full_leaves_nothing(files, monkeypatch):
     assert list(target.parent.iterdir()) == [source]
 
 
-def test_the_command_that_the_error_names_mends_it(files, capsys):
+def test_the_command_that_the_error_names_is_the_fix(files, capsys):
     source, _ = files
     torch.manual_seed(3)
     module = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, **TINY)

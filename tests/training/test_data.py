@@ -300,7 +300,7 @@ def test_too_many_bad_files_are_an_error(tmp_path: Path) -> None:
     write_folder(tmp_path / "val", 60)
     train, val = f"imagefolder:{tmp_path}/data", f"imagefolder:{tmp_path}/val"
     path = write_recipe(tmp_path, data={"train": train, "val": val}, monitor={"every": 1, "progress": False})
-    said = ("data.bad_budget: 3 allows 3 of 73 samples of data.train", "such as", "mend them")
+    said = ("data.bad_budget: 3 allows 3 of 73 samples of data.train", "such as", "fix them")
     refused(["train", path, "--data.bad_budget", "3", "--train.steps", "9"], *said, ranks=2)
 
 

@@ -198,4 +198,4 @@ def test_an_overflow_counts_only_at_the_least_scale(tmp_path: Path, strategy: st
         assert "step 4: the gradient or a running statistic is not finite" in error
         assert "fp16 overflows even at loss scale 1" in error or strategy == "zero2"
     for error in run_ranks(run_half, 2, plain("loss"), 2.0**9, "loss", [1, 2, 3]):
-        assert "step 3: the loss is not finite on rank 0" in error, "no scale mends a loss"
+        assert "step 3: the loss is not finite on rank 0" in error, "no scale fixes a loss"

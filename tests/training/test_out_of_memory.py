@@ -146,7 +146,7 @@ FILE = json.dumps({"zero_optimization": {"stage": 2}, "gradient_accumulation_ste
 
 
 @pytest.mark.parametrize(
-    ("model", "sections", "mend"),
+    ("model", "sections", "fix"),
     [
         ("vit", {"faults": {"out_of_memory": "stop"}}, "faults.out_of_memory: stop"),
         ("vit", {"train": {"micro_batch": 1}}, "train.micro_batch: 1 cannot be halved"),
@@ -157,13 +157,13 @@ FILE = json.dumps({"zero_optimization": {"stage": 2}, "gradient_accumulation_ste
     ids=["stop", "one", "batch norm", "pairs", "file"],
 )
 def test_where_it_is_not_allowed_the_error_stands(
-    tmp_path: Path, model: str, sections: dict[str, dict[str, Any]], mend: str
+    tmp_path: Path, model: str, sections: dict[str, dict[str, Any]], fix: str
 ) -> None:
     (tmp_path / "zero.json").write_text(FILE)
     if "deepspeed" in sections.get("parallel", {}):
         sections = {"parallel": {"strategy": "zero2", "deepspeed": str(tmp_path / "zero.json")}}
     found = run_ranks(error_of, 1, plain(tmp_path / "out", model, **sections))[0]
-    assert found.startswith("OutOfMemoryError: CUDA out of memory") and mend in found
+    assert found.startswith("OutOfMemoryError: CUDA out of memory") and fix in found
     assert noted(tmp_path / "out", "micro_batch") == []
 
 

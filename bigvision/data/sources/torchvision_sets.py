@@ -78,7 +78,7 @@ def open_torchvision(name: str, split: Split, *, key: str, root: str | None, dow
             raise RuntimeError("torchvision would make an empty folder before it says so")
         dataset = opener(base, **options)
     except RuntimeError as missing:
-        # torchvision says "not found" and "corrupted" alike, and mends both by downloading.
+        # torchvision says "not found" and "corrupted" alike, and fixes both by downloading.
         if not download:
             raise UserError(f"{key}: {name} is not complete in {str(folder)!r}; put its files there") from missing
         try:

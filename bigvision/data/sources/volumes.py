@@ -148,7 +148,7 @@ def parse_cut(query: str, key: str) -> Cut:
             found[name] = tuple(float(part) for part in text.split(",")) if name == "window" else int(text)
         except ValueError:
             found[name] = None
-    for name, fits, mend in (
+    for name, fits, fix in (
         ("slices", lambda value: value >= 1, "an integer from 1 on"),
         ("axis", lambda value: 0 <= value <= 2, "0, 1 or 2"),
         ("stride", lambda value: value >= 1, "an integer from 1 on"),
@@ -159,7 +159,7 @@ def parse_cut(query: str, key: str) -> Cut:
         ),
     ):
         if name in found and (found[name] is None or not fits(found[name])):
-            raise UserError(f"{key}: {name} in ?{query} must be {mend}")
+            raise UserError(f"{key}: {name} in ?{query} must be {fix}")
     return Cut(**found)
 
 

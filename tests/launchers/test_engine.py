@@ -13,7 +13,7 @@ import torch
 import bigvision
 from bigvision.models import Blueprint
 from tests.distributed import run_ranks
-from tests.launching.programs import small
+from tests.launchers.programs import small
 from tests.recipes import losses, run
 
 

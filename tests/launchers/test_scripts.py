@@ -12,7 +12,7 @@ import pytest
 
 import bigvision
 from tests.distributed import run_ranks
-from tests.launching.programs import ended, small, start, wait_for
+from tests.launchers.programs import ended, small, start, wait_for
 from tests.recipes import lines, losses, run
 
 PLAIN = """

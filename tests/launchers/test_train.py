@@ -16,7 +16,7 @@ import bigvision
 from bigvision.api import configured
 from bigvision.runtime import RankFailure
 from tests.distributed import run_ranks
-from tests.launching.programs import small
+from tests.launchers.programs import small
 from tests.recipes import losses, run
 from tests.training.test_own_data import Pets
 
