@@ -35,6 +35,7 @@ from bigvision.training.saving import progress_of
 Recipe = str | Path | Mapping[str, Any] | Config | None
 """The path of a YAML file, a mapping like one, a configuration, or None for the defaults."""
 SECTIONS = tuple(field.name for field in fields(Config))
+ARGUMENTS = ("model", "data", "val", "devices", "image_size", "callbacks", "max_restarts")
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,6 @@ def _check_names(caller: str, keys: Mapping[str, Any], known: Mapping[str, Any])
             places = [f"{section}={{{name!r}: ...}}" for section in (key.rpartition(".")[0] for key in homes)]
             raise UserError(f"{caller}: unknown keyword {name!r}; did you mean {either(places)}?")
         raise UserError(f"{caller}: unknown keyword {name!r}{nearest(name, [*SECTIONS, *ARGUMENTS, *known])}")
-
-
-ARGUMENTS = ("model", "data", "val", "devices", "image_size", "callbacks", "max_restarts")
 
 
 class Engine:

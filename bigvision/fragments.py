@@ -13,6 +13,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""safetensors' names of the types."""
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
+"""The types by these names."""
+PICKLE = "a pickled file, as torch.save writes it"
+KINDS = {
+    b"PK\x03\x04": PICKLE, b"\x80\x02": PICKLE, b"\x80\x03": PICKLE, b"\x80\x04": PICKLE, b"\x80\x05": PICKLE,
+    b"version https://git-lfs": "a pointer of Git LFS, whose content was not fetched: git lfs pull",
+    **dict.fromkeys((b"<!", b"<h"), "a web page, not the file: download it again"),
+    b"GGUF": "a GGUF file", b"\x89HDF": "an HDF5 file",
+}  # fmt: skip
+"""What files are that are taken for others, by how they begin."""
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -39,23 +63,6 @@ class Fragment:
     def numel(self) -> int:
         """Elements of the whole tensor."""
         return math.prod(self.shape)
-
-
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""safetensors' names of the types."""
-TYPES = {name: dtype for dtype, name in DTYPES.items()}
-"""The types by these names."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +100,6 @@ def read_header(path: Path) -> dict[str, Place]:
         begin, end = entry["data_offsets"]
         places[name] = Place(path.name, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
     return places
-
-
-PICKLE = "a pickled file, as torch.save writes it"
-KINDS = {
-    b"PK\x03\x04": PICKLE, b"\x80\x02": PICKLE, b"\x80\x03": PICKLE, b"\x80\x04": PICKLE, b"\x80\x05": PICKLE,
-    b"version https://git-lfs": "a pointer of Git LFS, whose content was not fetched: git lfs pull",
-    **dict.fromkeys((b"<!", b"<h"), "a web page, not the file: download it again"),
-    b"GGUF": "a GGUF file", b"\x89HDF": "an HDF5 file",
-}  # fmt: skip
-"""What files are that are taken for others, by how they begin."""
 
 
 def file_kind(path: Path) -> str:

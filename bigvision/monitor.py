@@ -21,6 +21,13 @@ from bigvision.config import Config
 from bigvision.engine import StepResult
 from bigvision.runtime import Runtime, gather_json
 
+SLOWER = 1.5
+"""A rank is slow that takes this many times the median of all ranks, ..."""
+SHARE = 0.1
+"""... where this share of each step is lost by it, ..."""
+WINDOWS, STEPS = 3, 20
+"""... for this many windows and steps in a row: anything may be slow once."""
+
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in *path*, without lines that are cut, damaged or no object; none where there is no file.
@@ -90,14 +97,6 @@ class ProgressBar:
 
 def _accuracy(metrics: dict[str, float]) -> str:
     return f"accuracy {metrics['top1']:.2%}" if "top1" in metrics else ""
-
-
-SLOWER = 1.5
-"""Times the median of all ranks."""
-SHARE = 0.1
-"""Of a step that is lost by it."""
-WINDOWS, STEPS = 3, 20
-"""In a row, before it is said: anything may be slow once."""
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,19 @@ from bigvision.config import parse_size
 from bigvision.errors import InUse, UserError, nearest
 from bigvision.fragments import Place
 
+if TYPE_CHECKING:
+    from bigvision.checkpoint.export import Exported
+
 GROUPS = ("model", "ema", "optimizer")
 ABSENT = "(absent)"
+USAGE = """usage: bigvision checkpoint COMMAND ...
+
+  list OUT                       a line for each step folder of a run
+  verify OUT_OR_STEP_FOLDER      read every byte and compare it with its checksum
+  diff STEP_FOLDER STEP_FOLDER   what differs between two checkpoints
+  prune OUT --keep K             remove all but the last K valid checkpoints
+
+More: bigvision checkpoint COMMAND --help."""
 
 
 @dataclass(frozen=True)
@@ -166,19 +177,6 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _kind(place: Place) -> str:
     return f"{place.dtype}{list(place.shape)}"
-
-
-if TYPE_CHECKING:
-    from bigvision.checkpoint.export import Exported
-
-USAGE = """usage: bigvision checkpoint COMMAND ...
-
-  list OUT                       a line for each step folder of a run
-  verify OUT_OR_STEP_FOLDER      read every byte and compare it with its checksum
-  diff STEP_FOLDER STEP_FOLDER   what differs between two checkpoints
-  prune OUT --keep K             remove all but the last K valid checkpoints
-
-More: bigvision checkpoint COMMAND --help."""
 
 
 class Parser(argparse.ArgumentParser):

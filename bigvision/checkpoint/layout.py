@@ -22,6 +22,21 @@ from bigvision.fragments import DTYPES, Fragment
 
 BLOCK = 4096
 """Bytes that disks and memory are divided into. What begins and ends with whole blocks goes straight to the disk."""
+T = TypeVar("T")
+
+VERSION = 2
+NAME = "manifest.json"
+LARGEST = 1 << 30
+"""Bytes of the largest JSON file that is read."""
+PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+"""The names of files that a checkpoint may have."""
+CHUNK = 8 << 20
+"""Bytes read, written and summed at a time."""
+
+PAUSES = (0.2, 1.0, 3.0)
+"""Seconds between tries where the system cannot read: file servers restart, and mounts come back."""
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO)
+"""What the system reports where there is no file, or a link, a folder or a socket in its place."""
 
 
 @dataclass(frozen=True)
@@ -93,23 +108,6 @@ def _file(name: str, tensors: list[TensorSpec]) -> FileLayout:
     header = len(text).to_bytes(8, "little") + text
     offsets = {tensor: len(header) + begin for tensor, begin in begins.items()}
     return FileLayout(name, header, offsets, len(header) + position)
-
-
-T = TypeVar("T")
-
-VERSION = 2
-NAME = "manifest.json"
-LARGEST = 1 << 30
-"""Bytes of the largest JSON file that is read."""
-PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
-"""The names of files that a checkpoint may have."""
-CHUNK = 8 << 20
-"""Bytes read, written and summed at a time."""
-
-PAUSES = (0.2, 1.0, 3.0)
-"""Seconds between tries where the system cannot read: file servers restart, and mounts come back."""
-NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO)
-"""What the system reports where there is no file, or a link, a folder or a socket in its place."""
 
 
 class Damaged(Exception):

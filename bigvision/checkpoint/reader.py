@@ -28,6 +28,10 @@ from bigvision.fragments import DTYPES, TYPES, Fragment, Place, read_into
 
 PIECE = 1 << 20
 """Bytes handed out at a time; a multiple of every type's width."""
+THREADS = 2
+"""Threads of each rank that read: one sums while the disk works for the other."""
+AHEAD = 6
+"""Reads that the system is told of beforehand."""
 
 
 class Tensors:
@@ -85,12 +89,6 @@ class Tensors:
 
 def _offset(run: Run) -> int:
     return run.offset
-
-
-THREADS = 2
-"""That read at a time on each rank: one sums while the disk works for the other."""
-AHEAD = 6
-"""Reads that the system is told of beforehand."""
 
 
 def read_places(folder: Path, runs: dict[str, list[Run]]) -> dict[str, dict[str, Place]]:

@@ -24,6 +24,9 @@ OTHERS = {
 }
 """State and reason of a folder by what follows its step."""
 _OTHER = re.compile(rf"step-(\d{{8,}})\.({'|'.join(OTHERS)})-[0-9a-f]+")
+Metrics = dict[int, dict[str, Any]]
+"""The metrics of each step; none for a step that was not itself evaluated."""
+_STEP = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,6 @@ def _saved(folder: Path) -> str:
     return datetime.fromtimestamp(time).astimezone().isoformat(timespec="seconds")
 
 
-_STEP = re.compile(r"step-(\d{8,})")
-
-
 def folder_name(step: int) -> str:
     """The name of a step's checkpoint in the output folder."""
     return f"step-{step:08}"
@@ -191,13 +191,6 @@ def step_folders(path: Path) -> list[Path]:
     if folders := [path / folder_name(step) for step in steps_in(path)]:
         return folders
     raise UserError(f"{path}: neither a step folder nor the output folder of a run that has some")
-
-
-# Which stay.
-
-
-Metrics = dict[int, dict[str, Any]]
-"""The metrics of each step; none for a step that was not itself evaluated."""
 
 
 @dataclass(frozen=True)

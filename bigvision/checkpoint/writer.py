@@ -28,6 +28,17 @@ from bigvision.fragments import Fragment
 from bigvision.runtime import gather_json
 
 T = TypeVar("T")
+ALIGN = max(4096, mmap.PAGESIZE)
+"""Direct I/O wants addresses, offsets and lengths that are multiples of the disk's blocks; no disk has larger ones."""
+LEAST_ALIGNED = 64 << 10
+"""Smaller pieces are not worth their padding, and go through the page cache."""
+SLAB = 64 << 20
+"""Bytes of a slab: a power of two, because torch rounds each pinned allocation up to one, and several times a piece."""
+MOST_PINNED = 128
+"""Pinned slabs of a rank (8 GiB): pinned memory cannot be swapped or reclaimed, and the ranks of a host share it."""
+assert SLAB & (SLAB - 1) == 0 and SLAB >= CHUNK + ALIGN
+THREADS = 3
+"""Threads of each rank that write: one sums or copies while the disk works for the others."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +123,6 @@ def _joined(pieces: list[Piece]) -> Iterator[Piece]:
 def _join(run: list[Piece]) -> Piece:
     parts = functools.reduce(lambda parts, piece: parts + piece.parts, run, ())
     return Piece(run[0].file, run[0].offset, sum(piece.length for piece in run), parts)
-
-
-ALIGN = max(4096, mmap.PAGESIZE)
-"""Direct I/O wants addresses, offsets and lengths that are multiples of the disk's blocks; no disk has larger ones."""
-LEAST_ALIGNED = 64 << 10
-"""Smaller pieces are not worth their padding, and go through the page cache."""
-SLAB = 64 << 20
-"""Bytes of a slab: a power of two, because torch rounds each pinned allocation up to one, and several times a piece."""
-MOST_PINNED = 128
-"""Pinned slabs of a rank (8 GiB): pinned memory cannot be swapped or reclaimed, and the ranks of a host share it."""
-assert SLAB & (SLAB - 1) == 0 and SLAB >= CHUNK + ALIGN
 
 
 class Arena:
@@ -214,10 +214,6 @@ def gather(piece: Piece, target: Tensor) -> None:
         else:
             slot.copy_(part)
         position += part.numel()
-
-
-THREADS = 3
-"""That write at a time on each rank: one sums or copies while the disk works for the others."""
 
 
 def create(folder: Path, layout: FileLayout) -> Run:

@@ -9,6 +9,13 @@ from bigvision.config.schema import ONE_STAGE, SPLIT_BACKWARD, Config, ParallelC
 from bigvision.config.values import get, parse_size, spell
 from bigvision.errors import UserError, either
 
+WHOLE = {
+    "lamb": ("scales each step by norms of whole tensors", ("ddp", "fsdp", "pipeline")),
+    "adafactor": ("factors the second moments of whole matrices", ("ddp",)),
+    "muon": ("orthogonalises whole matrices", ("ddp",)),
+}
+"""The optimizers that are not elementwise: what they need whole, and the strategies that have it."""
+
 
 def micro_batch(config: Config, ranks: int, stages: int) -> int:
     """Samples in one forward and backward pass.
@@ -113,14 +120,6 @@ def _compare_accumulation(config: Config, path: str, ranks: int, size: int) -> N
             f"{file.path}: train_micro_batch_size_per_gpu: {asked_size} is more than the {size} samples that "
             f'train.global_batch: {total} leaves to each of {ranks} ranks: write at most {size}, or "auto"'
         )
-
-
-WHOLE = {
-    "lamb": ("scales each step by norms of whole tensors", ("ddp", "fsdp", "pipeline")),
-    "adafactor": ("factors the second moments of whole matrices", ("ddp",)),
-    "muon": ("orthogonalises whole matrices", ("ddp",)),
-}
-"""The optimizers that are not elementwise: what they need whole, and the strategies that have it."""
 
 
 def check(config: Config) -> None:

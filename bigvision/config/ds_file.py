@@ -19,6 +19,9 @@ NEVER = (None, 0, math.inf)
 """Values of a number of steps."""
 COMMENTS = ("_", "//", "#", "comment")
 """With what people begin the names of keys that are comments."""
+Settings = dict[str, Any]
+UNDECIDED = ("train.micro_batch", "train.steps")
+"""Keys whose null leaves the value open."""
 
 
 @dataclass(frozen=True)
@@ -371,10 +374,6 @@ def _json(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-UNDECIDED = ("train.micro_batch", "train.steps")
-"""Keys whose null leaves the value open."""
-
-
 def merge(file: DsFile, config: Config, origins: Mapping[str, str], firm: set[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of ours that take the file's value.
 
@@ -421,9 +420,6 @@ def _contradiction(file: DsFile, json_key: str, key: str, config: Config, origin
         f"{file.path}: {json_key}: {value} contradicts {key}: {spell(get(config, key))} ({origins[key]}): "
         'make them equal, or write "auto" in the file'
     )
-
-
-Settings = dict[str, Any]
 
 
 def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int, largest: int) -> Settings:

@@ -36,6 +36,14 @@ LONGEST = 120
 """Characters of a folder that is made here; file systems allow 255."""
 GENERAL = {"train", "training", "val", "valid", "validation", "test", "images", "imgs", "image", "data", "dataset", "shards"}
 """Folders that many datasets have: the one above says which dataset it is."""
+OCTAL = re.compile(r"[-+]?0[0-7_]+")
+SIXTIES = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
+EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+", re.ASCII)
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+NO_DATES = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def local_path(key: str, text: str) -> str:
@@ -215,16 +223,6 @@ def parse_size(text: str, key: str) -> int:
     if size <= 0:
         raise UserError(f"{key}: {text!r} is not a size: write a number and a unit, such as 5GB or 512MiB")
     return size
-
-
-OCTAL = re.compile(r"[-+]?0[0-7_]+")
-SIXTIES = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
-EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+", re.ASCII)
-NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-NO_DATES = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 class _Loader(yaml.SafeLoader):

@@ -14,6 +14,10 @@ SIZES = 1000
 """Samples whose size is looked at: a million files must not need a million calls of stat."""
 TOGETHER = 4096
 """Samples that are hashed at a time."""
+REASONS = CLASSES = 5
+"""Shown of each; the rest is an ellipsis."""
+LOOKED_AT = 16
+"""Images of which the size is read, evenly spread."""
 
 
 def fingerprint(source: Source, python: bool = False) -> dict[str, Any]:
@@ -77,12 +81,6 @@ def _size(source: Source, index: int) -> int:
         return source.size(index)
     except FileNotFoundError:
         return -1  # gone since it was listed: unreadable samples are counted elsewhere
-
-
-REASONS = CLASSES = 5
-"""Shown of each; the rest is an ellipsis."""
-LOOKED_AT = 16
-"""Images of which the size is read, evenly spread."""
 
 
 def describe(train: Source, val: Source) -> list[str]:

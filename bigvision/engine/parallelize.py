@@ -40,6 +40,8 @@ from bigvision.runtime import Runtime
 GRAPHS_PER_KIND = 8
 """Graphs that blocks of one kind may need. Four are expected: training and evaluation, each with the whole micro-batch and the
 short last one."""
+SYNCHRONIZED = ("cuda",)
+"""The kinds of devices that torch's SyncBatchNorm knows."""
 
 
 def check_compile(config: Config, device: torch.device) -> None:
@@ -224,9 +226,6 @@ def choose_computing(
 
 
 # BatchNorm over several ranks.
-
-SYNCHRONIZED = ("cuda",)
-"""The kinds of devices that torch's SyncBatchNorm knows."""
 
 
 def check_norms(config: Config, device: torch.device) -> None:

@@ -26,6 +26,8 @@ from bigvision.training.trainer import evaluate
 
 SUBJECT = ("--model.name", "--data.train", "--data.val")
 """The flags that say what is trained: a run that has one of them is not that of the digits."""
+PROG = "bigvision eval STEP_FOLDER|MODEL"
+Say = Callable[[str], None]
 
 
 def take_recipe(arguments: Sequence[str]) -> tuple[str | None, list[str], str | None]:
@@ -98,10 +100,6 @@ def whole(name: str, text: str, lowest: int = 1) -> int:
     if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) < lowest:
         raise UserError(f"{name}: {text!r} must be a whole number from {lowest} on")
     return int(text)
-
-
-PROG = "bigvision eval STEP_FOLDER|MODEL"
-Say = Callable[[str], None]
 
 
 def run(arguments: list[str], say: Say) -> dict[str, float]:

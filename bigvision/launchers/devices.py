@@ -17,6 +17,7 @@ from bigvision.runtime import Identity
 
 Devices = int | Sequence[int] | Literal["cpu", "auto"] | None
 """Ranks to start, CUDA devices, "cpu" (one rank), "auto" (all CUDA devices, or one CPU rank), or None: those there are."""
+FIX = "pass names instead of objects, or start it in a process that has not used CUDA (restart the notebook's kernel)"
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,6 @@ def _names(ordinals: list[int]) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in visible.split(",")] if visible else None
     return [names[ordinal] if names else str(ordinal) for ordinal in ordinals]
-
-
-FIX = "pass names instead of objects, or start it in a process that has not used CUDA (restart the notebook's kernel)"
 
 
 def check_parent(cuda: bool) -> None:

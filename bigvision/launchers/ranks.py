@@ -31,6 +31,17 @@ from bigvision.runtime import RankFailure
 from bigvision.signals import SAVE
 from bigvision.training import Result, read_history
 
+GRACE = 600
+"""Seconds that ranks have to save and end when they are asked to stop; a second Ctrl-C ends them at once."""
+FINAL = {int(Exit.MISTAKE), int(Exit.STOPPED)}
+"""Exit codes after which starting the ranks again changes nothing, or is not wanted."""
+SHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+NOISE = (
+    "torch.distributed.elastic.agent.server.api", "torch.distributed.elastic.agent.server.local_elastic_agent",
+    "torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn",
+)  # fmt: skip
+"""What the agent logs of an ending, which is raised in the caller."""
+
 
 def outcome(attempt: Path, done: bool, codes: dict[int, int], interrupted: bool, received: list[int], out: str) -> Result:
     """Return what rank 0 returned, or raise what ended the ranks.
@@ -92,18 +103,6 @@ def _fault(said: list[dict[str, Any]], codes: dict[int, int]) -> RankFailure:
             hint = " (stopped by a signal before the run began)" if code == Exit.STOPPED else hint
             return RankFailure(f"rank {number}: ended with exit code {code}{hint}")
     return RankFailure("the ranks ended without a result")
-
-
-GRACE = 600
-"""Seconds that ranks have to save and end when they are asked to stop; a second Ctrl-C ends them at once."""
-FINAL = {int(Exit.MISTAKE), int(Exit.STOPPED)}
-"""Exit codes after which starting the ranks again changes nothing, or is not wanted."""
-SHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-NOISE = (
-    "torch.distributed.elastic.agent.server.api", "torch.distributed.elastic.agent.server.local_elastic_agent",
-    "torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn",
-)  # fmt: skip
-"""What the agent logs of an ending, which is raised in the caller."""
 
 
 def fresh_ranks(config: Mapping[str, Any], count: int, environment: Mapping[str, str], max_restarts: int) -> Result:

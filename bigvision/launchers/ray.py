@@ -24,6 +24,8 @@ from bigvision.signals import SIGNALS, listening
 
 POLL_SECONDS = 0.5
 """Between two looks at the bell."""
+STORE_BYTES = 100 * 2**20
+"""Ray's object store on a machine of its own: the ranks put nothing there, they talk through their process group."""
 
 
 class Bell:
@@ -342,8 +344,3 @@ def _fail_fast() -> Any:
                     raise error
 
     return FailFast()
-
-
-POLL_SECONDS = 0.5
-STORE_BYTES = 100 * 2**20
-"""Ray's object store on a machine of its own: the ranks put nothing there, they talk through their process group."""

@@ -23,113 +23,13 @@ from bigvision.launchers.commands import take, take_all, whole
 RESTARTS = 100
 """How often a run is started again where nothing else is said. It ends itself where that leads nowhere (`faults`): this is for
 what keeps it from beginning at all."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe and where it is to run. Every text in it has been checked by `bigvision.launchers.submit`."""
-
-    name: str
-    recipe: Path
-    """Absolute."""
-    flags: tuple[str, ...]
-    nodes: int
-    ranks_per_node: int
-    gpus_per_node: int
-    """0 where the ranks compute on the CPU."""
-    restarts: int = RESTARTS
-    """How often it may be started again."""
-    seconds: int | None = None
-    """The longest that it may take."""
-    cpus_per_rank: int = 1
-    """For the rank itself and its data workers."""
-    directives: tuple[tuple[str, str], ...] = ()
-    """More options of sbatch, by their long names; "" for one without a value."""
-    image: str | None = None
-    claim: tuple[str, str] | None = None
-    """A volume claim and the folder where the container sees it."""
-
-
-def command(job: Job, rendezvous: str) -> list[str]:
-    """The command that starts the ranks.
-
-    Args:
-        rendezvous: a file in which they meet, in a folder of nobody else's. torchrun's own way opens a port to the network,
-            and unpickles what it reads there.
-    """
-    return [sys.executable, "-m", "bigvision.launchers.torchrun", *_arguments(job, rendezvous)]
-
-
-def start(job: Job) -> int:
-    """Run the job to its end, in this process; returns the exit code of its ranks.
-
-    Ranks that failed are started again, all of them, and go on from the newest checkpoint. torchrun's own restarts do the same
-    after a mistake too, and after a signal.
-    """
-    from bigvision.launchers import torchrun
-
-    # torchrun alone would give each rank one thread.
-    cores = os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(-(-cores // job.ranks_per_node)))
-    for restart in range(job.restarts + 1):
-        with tempfile.TemporaryDirectory(prefix="bigvision-") as folder:
-            code = torchrun.main(_arguments(job, f"{folder}/rendezvous"))
-        if code in (Exit.DONE, Exit.MISTAKE, Exit.STOPPED) or restart == job.restarts:
-            break
-        print(f"exit code {code}: starting the ranks again ({restart + 1} of at most {job.restarts})", file=sys.stderr)
-    return code
-
-
-def _arguments(job: Job, rendezvous: str) -> list[str]:
-    return [
-        "--nproc-per-node", str(job.ranks_per_node), "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file",
-        "--rdzv-endpoint", rendezvous, "--local-addr", "127.0.0.1",
-        "-m", "bigvision.cli", "train", str(job.recipe), *job.flags,
-    ]  # fmt: skip
-
-
 SIGNAL_SECONDS = 120
 """How long before its time is over the run is asked to save and stop."""
 LEFT_SECONDS = 60
 """How long a rank may run on when another has ended. Not at once: the ranks would be stopped by a signal before they ended with
 exit codes of their own, and a mistake looked like a run that is to go on."""
-
-
 GPUS = {"gres", "gpus", "gpus-per-node"}
 """The options that ask for GPUs."""
-
-
-def script(job: Job) -> str:
-    """The script: srun starts a rank for each task, and a run that did not get to its end is put into the queue again."""
-    options = {
-        "job-name": job.name,
-        "nodes": job.nodes,
-        "ntasks-per-node": job.ranks_per_node,
-        "cpus-per-task": job.cpus_per_rank,
-        "gpus-per-node": None if GPUS & {name for name, _ in job.directives} else job.gpus_per_node or None,
-        "time": None if job.seconds is None else _time(job.seconds),
-        "output": f"{job.name}-%j.log",
-        # To the ranks, not to this script.
-        "signal": f"USR1@{SIGNAL_SECONDS}",
-    }
-    lines = ["#!/bin/bash"]
-    options |= dict(job.directives)
-    lines += [f"#SBATCH --{name}={value}".removesuffix("=") for name, value in options.items() if value is not None]
-    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
-    # Since Slurm 22.05 srun does not take --cpus-per-task over from the job: ranks would share one core with their workers.
-    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LEFT_SECONDS}", f"--cpus-per-task={job.cpus_per_rank}"]
-    program = [sys.executable, "-m", "bigvision.cli", "train", str(job.recipe), *job.flags]
-    return (
-        "\n".join(lines)
-        + "\n"
-        + BODY.format(
-            program=shlex.join([*srun, *program]),
-            mistake=int(Exit.MISTAKE),
-            restarts=job.restarts,
-        )
-    )
-
-
 BODY = """
 {program}
 code=$?
@@ -141,75 +41,11 @@ if [ "$code" -ne 0 ] && [ "$code" -ne {mistake} ] && [ "${{SLURM_RESTART_COUNT:-
 fi
 exit "$code"
 """
-
-
-def _time(seconds: int) -> str:
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days}-{hours:02}:{minutes:02}:{seconds:02}"
-
-
 RUNTIME = "bigvision"
 """The runtime of launch/kubeflow/runtime.yaml, which says when a job is started again."""
 POD_GRACE_SECONDS = 60
 """From SIGTERM to SIGKILL: a run saves and stops within ten seconds and one step."""
 RECIPE = "/etc/bigvision/recipe.yaml"
-
-
-def manifest(job: Job) -> str:
-    """The YAML documents for ``kubectl apply``."""
-    return yaml.safe_dump_all([config_map(job), train_job(job)], sort_keys=False)
-
-
-def config_map(job: Job) -> dict[str, Any]:
-    """The recipe, which need not be in the image."""
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": f"{job.name}-recipe"},
-        "data": {"recipe.yaml": job.recipe.read_text(encoding="utf-8")},
-    }
-
-
-def train_job(job: Job) -> dict[str, Any]:
-    """The job: torchrun on each node, which the runtime tells of the others by PET_*."""
-    # Kubernetes takes $(NAME) for a variable of the container, and $$ for the sign itself.
-    flags = [flag.replace("$", "$$") for flag in job.flags]
-    program = ["python", "-m", "bigvision.launchers.torchrun", "-m", "bigvision.cli", "train", RECIPE, *flags]
-    volumes: list[dict[str, Any]] = [{"name": "recipe", "configMap": {"name": f"{job.name}-recipe"}}]
-    mounts: list[dict[str, Any]] = [{"name": "recipe", "mountPath": RECIPE.rpartition("/")[0], "readOnly": True}]
-    if job.claim:
-        volumes.append({"name": "claim", "persistentVolumeClaim": {"claimName": job.claim[0]}})
-        mounts.append({"name": "claim", "mountPath": job.claim[1]})
-    trainer: dict[str, Any] = {
-        "image": job.image,
-        "command": program,
-        "numNodes": job.nodes,
-        "numProcPerNode": job.ranks_per_node,
-    }
-    if job.gpus_per_node:
-        trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": str(job.gpus_per_node)}}
-    pod = {
-        "terminationGracePeriodSeconds": POD_GRACE_SECONDS,
-        "volumes": volumes,
-        "containers": [{"name": "node", "volumeMounts": mounts}],
-    }
-    patch = {"template": {"spec": {"replicatedJobs": [{"name": "node", "template": {"spec": {"template": {"spec": pod}}}}]}}}
-    spec: dict[str, Any] = {} if job.seconds is None else {"activeDeadlineSeconds": job.seconds}
-    return {
-        "apiVersion": "trainer.kubeflow.org/v1alpha1",
-        "kind": "TrainJob",
-        "metadata": {"name": job.name},
-        "spec": {
-            **spec,
-            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": RUNTIME},
-            "trainer": trainer,
-            "runtimePatches": [{"manager": "bigvision.dev/submit", "trainingRuntimeSpec": patch}],
-        },
-    }
-
-
 USAGE = """usage: bigvision submit --to local|slurm|k8s RECIPE.yaml [--dry-run] [options] [--section.key value ...]
 
   --to local              start the ranks here and wait for them
@@ -283,6 +119,160 @@ OPTIONS = ("--to", "--nodes", "--ranks-per-node", "--name", *(option for option 
 NAME = r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?"
 IMAGE = r"[a-z0-9][A-Za-z0-9._/-]*(:[0-9]+/[A-Za-z0-9._/-]+)?(:[A-Za-z0-9_.-]+)?(@sha256:[0-9a-f]{64})?"
 TIME = r"(?:(\d{1,3})-)?(\d{1,7})(?::([0-5]\d))?(?::([0-5]\d))?"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe and where it is to run. Every text in it has been checked by `bigvision.launchers.submit`."""
+
+    name: str
+    recipe: Path
+    """Absolute."""
+    flags: tuple[str, ...]
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+    """0 where the ranks compute on the CPU."""
+    restarts: int = RESTARTS
+    """How often it may be started again."""
+    seconds: int | None = None
+    """The longest that it may take."""
+    cpus_per_rank: int = 1
+    """For the rank itself and its data workers."""
+    directives: tuple[tuple[str, str], ...] = ()
+    """More options of sbatch, by their long names; "" for one without a value."""
+    image: str | None = None
+    claim: tuple[str, str] | None = None
+    """A volume claim and the folder where the container sees it."""
+
+
+def command(job: Job, rendezvous: str) -> list[str]:
+    """The command that starts the ranks.
+
+    Args:
+        rendezvous: a file in which they meet, in a folder of nobody else's. torchrun's own way opens a port to the network,
+            and unpickles what it reads there.
+    """
+    return [sys.executable, "-m", "bigvision.launchers.torchrun", *_arguments(job, rendezvous)]
+
+
+def start(job: Job) -> int:
+    """Run the job to its end, in this process; returns the exit code of its ranks.
+
+    Ranks that failed are started again, all of them, and go on from the newest checkpoint. torchrun's own restarts do the same
+    after a mistake too, and after a signal.
+    """
+    from bigvision.launchers import torchrun
+
+    # torchrun alone would give each rank one thread.
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(-(-cores // job.ranks_per_node)))
+    for restart in range(job.restarts + 1):
+        with tempfile.TemporaryDirectory(prefix="bigvision-") as folder:
+            code = torchrun.main(_arguments(job, f"{folder}/rendezvous"))
+        if code in (Exit.DONE, Exit.MISTAKE, Exit.STOPPED) or restart == job.restarts:
+            break
+        print(f"exit code {code}: starting the ranks again ({restart + 1} of at most {job.restarts})", file=sys.stderr)
+    return code
+
+
+def _arguments(job: Job, rendezvous: str) -> list[str]:
+    return [
+        "--nproc-per-node", str(job.ranks_per_node), "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file",
+        "--rdzv-endpoint", rendezvous, "--local-addr", "127.0.0.1",
+        "-m", "bigvision.cli", "train", str(job.recipe), *job.flags,
+    ]  # fmt: skip
+
+
+def script(job: Job) -> str:
+    """The script: srun starts a rank for each task, and a run that did not get to its end is put into the queue again."""
+    options = {
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "ntasks-per-node": job.ranks_per_node,
+        "cpus-per-task": job.cpus_per_rank,
+        "gpus-per-node": None if GPUS & {name for name, _ in job.directives} else job.gpus_per_node or None,
+        "time": None if job.seconds is None else _time(job.seconds),
+        "output": f"{job.name}-%j.log",
+        # To the ranks, not to this script.
+        "signal": f"USR1@{SIGNAL_SECONDS}",
+    }
+    lines = ["#!/bin/bash"]
+    options |= dict(job.directives)
+    lines += [f"#SBATCH --{name}={value}".removesuffix("=") for name, value in options.items() if value is not None]
+    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
+    # Since Slurm 22.05 srun does not take --cpus-per-task over from the job: ranks would share one core with their workers.
+    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LEFT_SECONDS}", f"--cpus-per-task={job.cpus_per_rank}"]
+    program = [sys.executable, "-m", "bigvision.cli", "train", str(job.recipe), *job.flags]
+    return (
+        "\n".join(lines)
+        + "\n"
+        + BODY.format(
+            program=shlex.join([*srun, *program]),
+            mistake=int(Exit.MISTAKE),
+            restarts=job.restarts,
+        )
+    )
+
+
+def _time(seconds: int) -> str:
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}-{hours:02}:{minutes:02}:{seconds:02}"
+
+
+def manifest(job: Job) -> str:
+    """The YAML documents for ``kubectl apply``."""
+    return yaml.safe_dump_all([config_map(job), train_job(job)], sort_keys=False)
+
+
+def config_map(job: Job) -> dict[str, Any]:
+    """The recipe, which need not be in the image."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": f"{job.name}-recipe"},
+        "data": {"recipe.yaml": job.recipe.read_text(encoding="utf-8")},
+    }
+
+
+def train_job(job: Job) -> dict[str, Any]:
+    """The job: torchrun on each node, which the runtime tells of the others by PET_*."""
+    # Kubernetes takes $(NAME) for a variable of the container, and $$ for the sign itself.
+    flags = [flag.replace("$", "$$") for flag in job.flags]
+    program = ["python", "-m", "bigvision.launchers.torchrun", "-m", "bigvision.cli", "train", RECIPE, *flags]
+    volumes: list[dict[str, Any]] = [{"name": "recipe", "configMap": {"name": f"{job.name}-recipe"}}]
+    mounts: list[dict[str, Any]] = [{"name": "recipe", "mountPath": RECIPE.rpartition("/")[0], "readOnly": True}]
+    if job.claim:
+        volumes.append({"name": "claim", "persistentVolumeClaim": {"claimName": job.claim[0]}})
+        mounts.append({"name": "claim", "mountPath": job.claim[1]})
+    trainer: dict[str, Any] = {
+        "image": job.image,
+        "command": program,
+        "numNodes": job.nodes,
+        "numProcPerNode": job.ranks_per_node,
+    }
+    if job.gpus_per_node:
+        trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": str(job.gpus_per_node)}}
+    pod = {
+        "terminationGracePeriodSeconds": POD_GRACE_SECONDS,
+        "volumes": volumes,
+        "containers": [{"name": "node", "volumeMounts": mounts}],
+    }
+    patch = {"template": {"spec": {"replicatedJobs": [{"name": "node", "template": {"spec": {"template": {"spec": pod}}}}]}}}
+    spec: dict[str, Any] = {} if job.seconds is None else {"activeDeadlineSeconds": job.seconds}
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": {"name": job.name},
+        "spec": {
+            **spec,
+            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": RUNTIME},
+            "trainer": trainer,
+            "runtimePatches": [{"manager": "bigvision.dev/submit", "trainingRuntimeSpec": patch}],
+        },
+    }
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,11 @@ GivenModel = nn.Module | Callable[..., nn.Module]
 """A module, whose values are the first ones, or a function (or class) that builds one."""
 PREFIX = "python:"
 """Before the name of such a model in a configuration, where no timm model has it."""
+KEYS = {"img_size": "model.image_size", "drop_path_rate": "model.drop_path", "num_classes": "model.num_classes"}
+RESERVED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
+RESERVED |= {"device", "dtype", "pretrained_model_args"}
+HUB = ("hf-hub:timm/", "hf_hub:timm/", "timm/")
+"""Before the name of timm's repositories in the Hugging Face hub, which are called NAME.TAG."""
 
 
 def given_name(model: GivenModel) -> str:
@@ -129,11 +134,6 @@ def given_card(name: str, outputs: int | None, shape: tuple[int, int, int], **no
         "pretrained_cfg": {"input_size": list(shape), **normalised},
         "note": "This model was given from Python and is none of timm's: load model.safetensors into your own module.",
     }
-
-
-KEYS = {"img_size": "model.image_size", "drop_path_rate": "model.drop_path", "num_classes": "model.num_classes"}
-RESERVED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
-RESERVED |= {"device", "dtype", "pretrained_model_args"}
 
 
 def image_size(config: ModelConfig) -> tuple[int, int] | None:
@@ -274,10 +274,6 @@ def check_model(config: ModelConfig, model: GivenModel | None = None) -> None:
         raise UserError(f"model.image_size: {config.image_size} is not a size in pixels; give a positive number, or two")
     if not 0.0 <= config.drop_path < 1.0:
         raise UserError(f"model.drop_path: {config.drop_path} is not a rate; give a number from 0 up to 1")
-
-
-HUB = ("hf-hub:timm/", "hf_hub:timm/", "timm/")
-"""Before the name of timm's repositories in the Hugging Face hub, which are called NAME.TAG."""
 
 
 def current_name(name: str) -> tuple[str, str | None]:

@@ -16,6 +16,9 @@ from torchvision.ops import StochasticDepth
 
 from bigvision.models.tracing import CONTAINERS, TraceFailed, holders, is_piece, shares_nothing, size, tensors_of, trace
 
+RATES: dict[type[nn.Module], str] = {DropPath: "drop_prob", StochasticDepth: "p", nn.Dropout: "p"}
+"""Modules that zero parts of their input at random, and the attribute with their probability."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -125,10 +128,6 @@ def _watched(module: nn.Module, image_size: int | tuple[int, int] | None, paths:
     except Exception:
         return paths
     return [path for path, count in called.items() if count == 1]
-
-
-RATES: dict[type[nn.Module], str] = {DropPath: "drop_prob", StochasticDepth: "p", nn.Dropout: "p"}
-"""Modules that zero parts of their input at random, and the attribute with their probability."""
 
 
 def kinds(blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:

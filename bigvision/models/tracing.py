@@ -22,6 +22,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+SAMPLES = 2
+"""Images with which a graph is run; BatchNorm refuses single values."""
+FLOPS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0}
+"""How many FLOPs a device computes while it moves one byte of an operation's inputs and outputs; rounded."""
 
 
 class TraceFailed(Exception):
@@ -236,12 +240,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, immutable_list):
         return [_plain(item) for item in value]
     return tuple(map(_plain, value)) if type(value) is tuple else value
-
-
-SAMPLES = 2
-"""Images with which a graph is run; BatchNorm refuses single values."""
-FLOPS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0}
-"""How many FLOPs a device computes while it moves one byte of an operation's inputs and outputs; rounded."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from bigvision.models.exact_init.recording import replay
 from bigvision.models.weights_file import WeightsFile, shards_of
 
 OTHERWISE_CALLED = {"open_clip_pytorch_model.safetensors": "open_clip_model.safetensors"}
+Loading = dict[str, Any]
+"""The keyword arguments with which timm would have loaded weights: its model card, filter and class count."""
 
 
 def timm_file(name: str, card: dict[str, Any]) -> str:
@@ -81,10 +83,6 @@ def _download(repository: str, revision: str | None, file: str) -> str:
     for shard in shards:
         hf_hub_download(repository, shard, revision=revision)
     return index
-
-
-Loading = dict[str, Any]
-"""The keyword arguments with which timm would have loaded weights: its model card, filter and class count."""
 
 
 @contextmanager

@@ -23,6 +23,15 @@ COUNTERS = ("n_averaged",)
 """What `torch.optim.swa_utils.AveragedModel` keeps beside a model."""
 DEEPEST = 5
 """Components that a prefix may have, as ``module.model.teacher.backbone.``"""
+PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"}
+INDEX = "model.safetensors.index.json"
+CHUNK = 8 << 20
+"""Bytes held at a time where values are converted or go to another device."""
+LARGEST_INDEX = 100_000_000
+"""Bytes; safetensors' own limit for a header."""
+MARK = "?prefix="
+"""Between a file and the prefix of the tensors that are meant."""
+REPAIR = "fetch or write it again"
 
 
 def plain_name(name: str) -> str:
@@ -57,17 +66,6 @@ def find_prefix(names: Iterable[str], expected: Collection[str], where: str, cho
     if len(alike) > 1:
         raise UserError(f"{where} has the model's tensors under {either(alike)}: choose one, such as {choose}{alike[-1]}")
     return alike[0]
-
-
-PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"}
-INDEX = "model.safetensors.index.json"
-CHUNK = 8 << 20
-"""Bytes held at a time where values are converted or go to another device."""
-LARGEST_INDEX = 100_000_000
-"""Bytes; safetensors' own limit for a header."""
-MARK = "?prefix="
-"""Between a file and the prefix of the tensors that are meant."""
-REPAIR = "fetch or write it again"
 
 
 class WeightsFile:

@@ -26,6 +26,10 @@ SCHEDULES = {
     "zbv": schedules.ScheduleZBVZeroBubble,
     "dualpipev": schedules.ScheduleDualPipeV,
 }
+USABLE = 0.9
+"""Of a device's memory; the rest is for the context, libraries' workspaces and fragmentation."""
+MASTER = 4
+"""Bytes of an fp32 value: master weights, gradients."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,6 @@ def make_schedule(
         made[-1].stage_index_to_group_rank = {number: placement.rank_of(number) for number in range(total)}
     kind = SCHEDULES[torch_schedule(name, placement, count)]
     return kind(made[0] if name in ONE_STAGE else made, count, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]
-
-
-USABLE = 0.9
-"""Of a device's memory; the rest is for the context, libraries' workspaces and fragmentation."""
-MASTER = 4
-"""Bytes of an fp32 value: master weights, gradients."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,12 @@ from itertools import islice, product
 
 from bigvision.errors import UserError
 
+LOOPBACK = "127.0.0.1"
+OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+FIRST_OWN_STEP = 0xFFFFFFF0
+"""Steps from here on are Slurm's own: a batch script, an interactive shell. Programs in them are not started by srun."""
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -27,9 +33,6 @@ class Identity:
     address: str = ""
     """Where rank 0 is found; empty where there is one rank, which meets nobody."""
     port: int = 0
-
-
-LOOPBACK = "127.0.0.1"
 
 
 def number(environ: Mapping[str, str], name: str, least: int = 0) -> int:
@@ -142,10 +145,6 @@ def announced(identity: Identity) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
-HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-
-
 def from_open_mpi(environ: Mapping[str, str]) -> Identity | None:
     """One rank per process of Open MPI's mpirun."""
     return _from_variables(environ, "open mpi", OPEN_MPI, "mpirun -x MASTER_ADDR=HOST", environ.get("PMIX_NAMESPACE", ""))
@@ -181,10 +180,6 @@ def _from_variables(
         f"name the host of rank 0, the first in the list of hosts: {flag}",
     )
     return replace(found, address=address, port=port)
-
-
-FIRST_OWN_STEP = 0xFFFFFFF0
-"""Steps from here on are Slurm's own: a batch script, an interactive shell. Programs in them are not started by srun."""
 
 
 def from_step(environ: Mapping[str, str]) -> Identity | None:

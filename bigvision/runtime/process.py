@@ -32,6 +32,8 @@ NO_DETERMINISTIC_FORM = re.compile(r"(\w+) does not have a deterministic impleme
 
 _users = 0
 _restore = ExitStack()
+ABORTING = 5.0
+"""Seconds that NCCL gets to abort its communicators after a fault, and the process to end after that."""
 
 
 @contextmanager
@@ -138,10 +140,6 @@ def _set_torch(stack: ExitStack) -> None:
     ):
         stack.callback(switch, is_on())
         switch(False)
-
-
-ABORTING = 5.0
-"""Seconds that NCCL gets to abort its communicators after a fault, and the process to end after that."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,14 @@ import torch.distributed as dist
 from bigvision.errors import UserError
 from bigvision.runtime.identity import LOOPBACK, Identity
 
+if TYPE_CHECKING:
+    from bigvision.runtime.process import Runtime
+
 BACKLOG = 2048
 """Connections that may wait to be accepted: all ranks come at once."""
+T = TypeVar("T")
+SHARED_PER_RANK = 64 << 20
+"""Bytes of /dev/shm that NCCL may take for a rank: some segments of 10 MB. Its manual asks for 1 GB in a container."""
 
 
 @dataclass
@@ -135,14 +141,6 @@ def private_address(identity: Identity) -> str:
         return identity.address if ipaddress.ip_address(identity.address).is_loopback else ""
     except ValueError:
         return ""
-
-
-if TYPE_CHECKING:
-    from bigvision.runtime.process import Runtime
-
-T = TypeVar("T")
-SHARED_PER_RANK = 64 << 20
-"""Bytes of /dev/shm that NCCL may take for a rank: some segments of 10 MB. Its manual asks for 1 GB in a container."""
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

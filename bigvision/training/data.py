@@ -42,6 +42,10 @@ from bigvision.samples import from_bytes, to_bytes
 from bigvision.tasks import build_task
 
 BAD_SAMPLES = "bad_samples.jsonl"
+MESSAGE = 4096
+"""Bytes that pass from a pipeline's first stage to the others with each micro-batch, where its targets need no more."""
+Given = tuple[Any, Any]
+"""Training and validation data as the caller has them, in the place of names; the second may be a name."""
 
 
 class BadSamples:
@@ -105,10 +109,6 @@ def _read(path: Path) -> list[tuple[str, int]]:
     return [(line["split"], line["id"]) for line in read_lines(path) if {"split", "id"} <= line.keys()]
 
 
-MESSAGE = 4096
-"""Bytes that pass from a pipeline's first stage to the others with each micro-batch, where its targets need no more."""
-
-
 @dataclass(frozen=True)
 class Data:
     """The training and validation sources, and what of them could not be read."""
@@ -120,10 +120,6 @@ class Data:
     @property
     def num_classes(self) -> int:
         return len(self.train.classes)
-
-
-Given = tuple[Any, Any]
-"""Training and validation data as the caller has them, in the place of names; the second may be a name."""
 
 
 def with_data(config: Config, data: Any, val: Any) -> tuple[Config, Given | None]:

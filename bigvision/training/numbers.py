@@ -23,6 +23,10 @@ WINDOW = 100
 """Losses whose mean and deviation the next one is measured by."""
 LEAST = 20
 """Losses before the first verdict; and spikes in a row that are no spikes any more, but where the loss is now."""
+ROLLBACKS = 3
+"""Returns to an earlier checkpoint without a newer one in between; one more ends the run."""
+SHOWN = 20
+"""Samples of a rank that a line names; metrics.jsonl has all."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,6 @@ class Spikes:
         self.in_a_row = []
         self.losses.append(loss)
         return None
-
-
-ROLLBACKS = 3
-"""Between two checkpoints; one more ends the run."""
-SHOWN = 20
-"""Samples of a rank that a line names; metrics.jsonl has all."""
 
 
 class BadNumbers(Exception):

@@ -21,6 +21,8 @@ from bigvision.models import Blueprint
 from bigvision.monitor import append_line, read_lines
 from bigvision.runtime import RankFailure, Runtime
 
+NAME = "starts.jsonl"
+
 
 @contextmanager
 def retry_with_smaller_batch(config: Config, blueprint: Blueprint, runtime: Runtime, starts: Starts) -> Iterator[None]:
@@ -69,9 +71,6 @@ def with_micro_batch(config: Config, size: int) -> Config:
     """*config* with micro-batches of *size* samples."""
     train, parallel = replace(config.train, micro_batch=size), replace(config.parallel, microbatches=None)
     return replace(config, train=train, parallel=parallel)
-
-
-NAME = "starts.jsonl"
 
 
 class Starts:

@@ -23,6 +23,12 @@ from bigvision.runtime import RankFailure, Runtime, all_or_none, from_main, gath
 from bigvision.signals import SIGNALS
 from bigvision.training.build import Build
 
+PIECE = 1 << 22
+"""Words that are added up at a time, eight bytes each."""
+SHOWN = 4
+"""Tensors that an error names."""
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass(frozen=True)
 class Event:
@@ -84,13 +90,6 @@ class Callbacks:
     def _fail(self) -> None:
         if self.failure is not None:
             raise self.failure
-
-
-PIECE = 1 << 22
-"""Words that are added up at a time, eight bytes each."""
-SHOWN = 4
-"""Tensors that an error names."""
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Corruption(Exception):

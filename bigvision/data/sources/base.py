@@ -17,6 +17,13 @@ from torch import Tensor
 
 from bigvision.data.order import Part, shares
 
+Split = Literal["train", "val"]
+Style = Literal["photo", "tiny", "digit"]
+"""What the images are like; picks the default training augmentation (see `bigvision.data.transforms`)."""
+
+HEADER = 1 << 16
+"""Bytes at the start of an image file that tell its size, unless much else is before it."""
+
 
 class _Shared:
     """A tensor, read by NumPy: its own indexing takes ten times as long."""
@@ -63,14 +70,6 @@ class Texts:
 
     def __getitem__(self, index: int) -> bytes:
         return self._values.array[self._ends[index - 1] if index else 0 : self._ends[index]].tobytes()
-
-
-Split = Literal["train", "val"]
-Style = Literal["photo", "tiny", "digit"]
-"""What the images are like; picks the default training augmentation (see `bigvision.data.transforms`)."""
-
-HEADER = 1 << 16
-"""Bytes at the start of an image file that tell its size, unless much else is before it."""
 
 
 class Sample(NamedTuple):

@@ -38,6 +38,9 @@ from bigvision.data.sources.parquet import ASKED, Columns, arrow_labels, fitting
 from bigvision.data.splits import named_parts
 from bigvision.errors import UserError, one_line
 
+BROKEN = (OSError, SyntaxError, Image.DecompressionBombError)
+"""What opening and decoding a damaged file raises, in Pillow too ("broken PNG file" is a SyntaxError)."""
+
 
 @dataclass
 class Described:
@@ -217,10 +220,6 @@ def _hugging_face(hub: Any, dataset: Any, name: str, columns: Columns | None) ->
     column = dataset.with_format("arrow").select_columns([columns.label])[:].column(0)
     labels = arrow_labels(column, key=name, where="the dataset")
     return Described(rows, getattr(dataset.features[columns.label], "names", None), labels, columns)
-
-
-BROKEN = (OSError, SyntaxError, Image.DecompressionBombError)
-"""What opening and decoding a damaged file raises, in Pillow too ("broken PNG file" is a SyntaxError)."""
 
 
 @runtime_checkable

@@ -28,6 +28,10 @@ IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 LABELS = ("label", "cls", "class", "target", "category", "labels", "class_id", "label_id", "fine_label", "coarse_label")
 ASKED = ("image", "label")
 """What may be named after a path's question mark."""
+CACHE = 256 << 20
+"""Bytes of decoded row groups that each process keeps."""
+OPEN_FILES = 64
+"""In each process."""
 
 
 class Columns(NamedTuple):
@@ -215,12 +219,6 @@ def _features(schema: Any) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-CACHE = 256 << 20
-"""Bytes of decoded row groups that each process keeps."""
-OPEN_FILES = 64
-"""In each process."""
 
 
 class Parquet(Source):

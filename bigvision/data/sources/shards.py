@@ -35,6 +35,9 @@ LARGEST_TEXT = 1 << 24
 IMAGES = tuple(extension[1:].encode() for extension in EXTENSIONS)
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 REGULAR, NO_CONTENT, LINKS = b"07\0", b"123456", b"12"
+VERSION = "1"
+OPEN_FILES = 128
+"""In each process; 1024 is a common limit of all that it opens."""
 
 
 class Place(NamedTuple):
@@ -244,11 +247,6 @@ def _records(data: bytes) -> dict[bytes, bytes]:
             raise ValueError("a pax header is damaged; copy or write it again")
         found[name], data = value, data[length:]
     return found
-
-
-VERSION = "1"
-OPEN_FILES = 128
-"""In each process; 1024 is a common limit of all that it opens."""
 
 
 class Shards(Source):

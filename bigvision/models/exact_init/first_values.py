@@ -17,6 +17,10 @@ from bigvision.models.exact_init.recording import NotRecordable, Recording, Repl
 
 Attribute = tuple[str, tuple[Any, ...], View | Tensor]
 """A tensor that is neither parameter nor buffer: its module's path, the attribute and the keys to it, its value."""
+Build = Callable[[dict[str, Any]], nn.Module]
+"""From keyword arguments to a module."""
+Choose = Callable[[Build], tuple[nn.Module, dict[str, Any]]]
+"""Finds the arguments that a `Build` takes, by calling it once or more; returns what it built and the arguments."""
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -94,12 +98,6 @@ def to_meta(module: nn.Module, attributes: list[Attribute]) -> None:
     for path, keys, value in attributes:
         if isinstance(value, Tensor):
             _put(vars(module.get_submodule(path)), keys, value.to("meta"))
-
-
-Build = Callable[[dict[str, Any]], nn.Module]
-"""From keyword arguments to a module."""
-Choose = Callable[[Build], tuple[nn.Module, dict[str, Any]]]
-"""Finds the arguments that a `Build` takes, by calling it once or more; returns what it built and the arguments."""
 
 
 @dataclass
