@@ -29,129 +29,6 @@ WINDOWS, STEPS = 3, 20
 """... for this many windows and steps in a row: anything may be slow once."""
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in *path*, without lines that are cut, damaged or no object; none where there is no file.
-
-    Raises:
-        OSError: the file is there and cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    found: list[Any] = []
-    for line in text.split("\n"):
-        with suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict)]
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add *line* to *path*; behind what a kill has cut it stands on a line of its own."""
-    with path.open("a+b") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            cut = file.read(1) != b"\n"
-        else:
-            cut = False
-        # In one piece: several ranks may add to one file.
-        file.write((b"\n" if cut else b"") + json.dumps(line).encode() + b"\n")
-
-
-class ProgressBar:
-    """Shows loss, accuracy, images/s and the time left."""
-
-    def __init__(self, console: Console, step: int, steps: int, metrics: dict[str, float]) -> None:
-        self.console, self.steps = console, steps
-        self.loss, self.speed, self.accuracy = "", "", _accuracy(metrics)
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("train", total=steps, completed=step, facts=self._facts())
-        self.bar.start()
-
-    def update(self, step: int, loss: float, images_per_second: float) -> None:
-        """Show a logged step."""
-        self.loss, self.speed = f"loss {loss:.4f}", f"{images_per_second:.0f} images/s"
-        self.bar.update(self.task, completed=step, facts=self._facts())
-
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """Show an evaluation; without a terminal, as a line of its own."""
-        self.accuracy = _accuracy(metrics)
-        self.bar.update(self.task, completed=step, facts=self._facts())
-        if not self.console.is_terminal:
-            self.console.print(f"step {step}/{self.steps}  {self._facts()}", markup=False)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self.bar.stop()
-
-    def _facts(self) -> str:
-        return "  ".join(fact for fact in (self.loss, self.accuracy, self.speed) if fact)
-
-
-def _accuracy(metrics: dict[str, float]) -> str:
-    return f"accuracy {metrics['top1']:.2%}" if "top1" in metrics else ""
-
-
-@dataclass(frozen=True)
-class Own:
-    """What a rank spent by itself in a step, in seconds: not what it waited for others, which is alike on all."""
-
-    data: float | None
-    """Waiting for its data; None where another rank reads it."""
-    work: float
-    """Working before it first needed the others."""
-
-    @property
-    def total(self) -> float:
-        return (self.data or 0.0) + self.work
-
-
-class Stragglers:
-    """Compares the ranks, window by window. Ranks take their steps together, so that all steps last as long as the slowest."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, tuple[int, int]] = {}
-        """For each slow rank the windows and steps for which it has been."""
-        self.known: set[int] = set()
-
-    def take(self, ranks: list[Own], steps: int, seconds: float) -> tuple[dict[int, float], list[str]]:
-        """Take note of a window.
-
-        Args:
-            ranks: each rank's mean.
-            steps: in the window.
-            seconds: of a step.
-
-        Returns:
-            The ranks that are slow, with the seconds by which each is in a step, and what is new about it, in words.
-        """
-        compared = {rank: own.total for rank, own in enumerate(ranks) if own.data is not None}
-        if len(compared) < 2:
-            return {}, []
-        usual = median_low(compared.values())
-        behind = {rank: own - usual for rank, own in compared.items() if own > SLOWER * usual and own - usual > SHARE * seconds}
-        before = {rank: self.rows.get(rank, (0, 0)) for rank in behind}
-        self.rows = {rank: (windows + 1, taken + steps) for rank, (windows, taken) in before.items()}
-        slow = {r: behind[r] for r, (windows, taken) in self.rows.items() if windows >= WINDOWS and taken >= STEPS}
-        said = []
-        for rank in sorted(slow.keys() - self.known):
-            own = ranks[rank]
-            said.append(
-                f"rank {rank} is slow: the others wait {slow[rank]:.3g} of the {seconds:.3g} s of each step for it; it waits "
-                f"{own.data:.3g} s for its data and works {own.work:.3g} s before it needs them"
-            )
-        said += [f"rank {rank} is no longer slow" for rank in sorted(self.known - behind.keys())]
-        self.known = (self.known & behind.keys()) | slow.keys()
-        return slow, said
-
-
 class Monitor:
     """Writes metrics.jsonl, shows progress and names the next commands. Every rank has one; only rank 0's speaks."""
 
@@ -278,3 +155,126 @@ def _keep_lines(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
+
+
+class ProgressBar:
+    """Shows loss, accuracy, images/s and the time left."""
+
+    def __init__(self, console: Console, step: int, steps: int, metrics: dict[str, float]) -> None:
+        self.console, self.steps = console, steps
+        self.loss, self.speed, self.accuracy = "", "", _accuracy(metrics)
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("train", total=steps, completed=step, facts=self._facts())
+        self.bar.start()
+
+    def update(self, step: int, loss: float, images_per_second: float) -> None:
+        """Show a logged step."""
+        self.loss, self.speed = f"loss {loss:.4f}", f"{images_per_second:.0f} images/s"
+        self.bar.update(self.task, completed=step, facts=self._facts())
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Show an evaluation; without a terminal, as a line of its own."""
+        self.accuracy = _accuracy(metrics)
+        self.bar.update(self.task, completed=step, facts=self._facts())
+        if not self.console.is_terminal:
+            self.console.print(f"step {step}/{self.steps}  {self._facts()}", markup=False)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.stop()
+
+    def _facts(self) -> str:
+        return "  ".join(fact for fact in (self.loss, self.accuracy, self.speed) if fact)
+
+
+def _accuracy(metrics: dict[str, float]) -> str:
+    return f"accuracy {metrics['top1']:.2%}" if "top1" in metrics else ""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a rank spent by itself in a step, in seconds: not what it waited for others, which is alike on all."""
+
+    data: float | None
+    """Waiting for its data; None where another rank reads it."""
+    work: float
+    """Working before it first needed the others."""
+
+    @property
+    def total(self) -> float:
+        return (self.data or 0.0) + self.work
+
+
+class Stragglers:
+    """Compares the ranks, window by window. Ranks take their steps together, so that all steps last as long as the slowest."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, tuple[int, int]] = {}
+        """For each slow rank the windows and steps for which it has been."""
+        self.known: set[int] = set()
+
+    def take(self, ranks: list[Own], steps: int, seconds: float) -> tuple[dict[int, float], list[str]]:
+        """Take note of a window.
+
+        Args:
+            ranks: each rank's mean.
+            steps: in the window.
+            seconds: of a step.
+
+        Returns:
+            The ranks that are slow, with the seconds by which each is in a step, and what is new about it, in words.
+        """
+        compared = {rank: own.total for rank, own in enumerate(ranks) if own.data is not None}
+        if len(compared) < 2:
+            return {}, []
+        usual = median_low(compared.values())
+        behind = {rank: own - usual for rank, own in compared.items() if own > SLOWER * usual and own - usual > SHARE * seconds}
+        before = {rank: self.rows.get(rank, (0, 0)) for rank in behind}
+        self.rows = {rank: (windows + 1, taken + steps) for rank, (windows, taken) in before.items()}
+        slow = {r: behind[r] for r, (windows, taken) in self.rows.items() if windows >= WINDOWS and taken >= STEPS}
+        said = []
+        for rank in sorted(slow.keys() - self.known):
+            own = ranks[rank]
+            said.append(
+                f"rank {rank} is slow: the others wait {slow[rank]:.3g} of the {seconds:.3g} s of each step for it; it waits "
+                f"{own.data:.3g} s for its data and works {own.work:.3g} s before it needs them"
+            )
+        said += [f"rank {rank} is no longer slow" for rank in sorted(self.known - behind.keys())]
+        self.known = (self.known & behind.keys()) | slow.keys()
+        return slow, said
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in *path*, without lines that are cut, damaged or no object; none where there is no file.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    found: list[Any] = []
+    for line in text.split("\n"):
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add *line* to *path*; behind what a kill has cut it stands on a line of its own."""
+    with path.open("a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            cut = file.read(1) != b"\n"
+        else:
+            cut = False
+        # In one piece: several ranks may add to one file.
+        file.write((b"\n" if cut else b"") + json.dumps(line).encode() + b"\n")
