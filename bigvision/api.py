@@ -1,4 +1,10 @@
-"""bigvision from Python: ``train`` runs a recipe, ``Engine`` shards, steps and saves in a loop of your own."""
+"""bigvision from Python: `train` runs a recipe, `Engine` is for a loop of the user's own.
+
+In come a recipe (a path, a mapping, a `Config` or nothing), keywords that override it, and names or objects for model and data.
+Out come a `Result`, or an engine that takes steps, evaluates, saves and resumes. Both start with `configured`, which makes one
+`Config` of all that. `train` starts ranks if ``devices`` asks for them (`bigvision.launchers`) and calls
+`bigvision.training.train`; `Engine` wraps the engine of `bigvision.engine` and the `Saver` of `bigvision.checkpoint`.
+"""
 
 from __future__ import annotations
 

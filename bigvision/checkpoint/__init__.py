@@ -1,4 +1,13 @@
-"""Fragments to bytes and back. Knows no strategy: the bytes do not depend on how the model was trained."""
+"""Fragments to bytes and back. It knows no strategy: the bytes do not depend on how the model was trained.
+
+In come fragments (`bigvision.fragments.Fragment`) of all ranks and JSON documents; out comes a step folder of safetensors files
+with a manifest, and the same back into fragments.
+
+Read ``commit.py`` first: the stages of a save, in the foreground or in a thread. ``writer.py`` says which rank writes which
+bytes, ``layout.py`` where each tensor lies. ``resume.py`` chooses and restores a checkpoint, through ``reader.py``.
+``retention.py`` names and removes step folders, ``lock.py`` keeps other runs out, ``disk.py`` writes durably; ``commands.py``
+and ``export.py`` are for the command line.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""The run configuration: dataclasses, filled from a YAML recipe, then from flags. Nothing in a recipe names code."""
+"""The run configuration: dataclasses, filled from a YAML recipe, then from flags. Nothing in a recipe names code.
+
+In come a recipe, keywords, flags, what a launcher's environment asks for, and a DeepSpeed file; out comes a checked `Config`,
+in which every value has the type of its field.
+
+Read ``schema.py`` first: every key and its help. ``resolve.py`` puts the sources together, ``values.py`` reads and checks
+single values, ``checks.py`` those that exclude each other. ``ds_file.py`` reads and writes DeepSpeed's files by the table
+``ds_keys.py``.
+"""
 
 from bigvision.config.checks import WHOLE, check_batches, micro_batch
 from bigvision.config.ds_file import DsFile, deepspeed_settings, read_ds_file

@@ -1,4 +1,12 @@
-"""Sources, decoding, transforms and the loader."""
+"""Sources, decoding, transforms and the loader.
+
+In come a dataset's name or object and a position (samples consumed so far); out come micro-batches of uint8 images with their
+targets, the same for any number of ranks and workers.
+
+Read ``loader.py`` first, then what it calls: ``order.py`` (which samples), ``reading.py`` (a worker), ``transforms.py`` and
+``decode.py`` (pixels), ``batch.py`` (what arrives, and its arithmetic on the device). ``sources`` has a file for each format.
+``labels.py``, ``layouts.py``, ``splits.py`` and ``report.py`` find out what a dataset holds, when it is opened.
+"""
 
 from bigvision.data.batch import Batch, Mixer, StepBatch, normalize
 from bigvision.data.loader import Batches, eval_batches, train_batches

@@ -1,9 +1,10 @@
 """The engine: a model under a strategy, its steps and its state.
 
-In come a model on meta (`Blueprint`), its blocks and batches; out come step results, metrics and fragments. Read
-``engine.py`` first (the step from above), then ``step.py`` (the update) and ``parallelize.py`` (how a model is spread).
-``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage, statistics and fragments,
-``results.py`` what steps and evaluations return.
+In come a model on meta (`Blueprint`), its blocks and batches; out come step results, sums of metrics and fragments.
+
+Read ``engine.py`` first (the step from above), then ``step.py`` (the update and what it returns) and ``parallelize.py`` (how a
+model is spread over the ranks). ``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage,
+first values, running statistics and fragments.
 """
 
 from __future__ import annotations

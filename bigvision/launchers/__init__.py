@@ -1,3 +1,11 @@
-"""Starting ranks from Python, and what launchers ask for."""
+"""Ranks that bigvision starts itself, and what other launchers ask for. (The folder ``launch/`` has their entry scripts.)
+
+In come a configuration and a number of ranks, from Python or the command line; out come ranks that run
+`bigvision.training.train`, and their result or error in the process that started them.
+
+Read ``ranks.py`` first (ranks on this host) and ``rank.py`` (one of them). ``devices.py`` decides how many; ``ray.py`` starts
+them on Ray, ``submit.py`` hands a job to Slurm or Kubernetes. ``accelerate.py`` and ``torchrun.py`` are for those launchers;
+``commands.py`` has ``bigvision eval`` and the arguments that commands share.
+"""
 
 from __future__ import annotations

@@ -1,4 +1,12 @@
-"""timm models: built on meta, with exact first values on demand, and divided into blocks."""
+"""timm models: built on meta, with exact first values on demand, and divided into blocks.
+
+In come the section ``model`` of a configuration, or a module of the user's; out come a `Blueprint` (the module on meta, the
+values of its tensors, what its images are like) and `Blocks`.
+
+Read ``build.py`` first, then ``blocks.py``. ``exact_init`` gives first values, ``weights.py`` and ``weights_file.py``
+pretrained ones. ``tracing.py`` finds and prices the parts of a model, ``formats.py`` makes it compute in bf16, fp16 or
+channels_last, ``arguments.py`` checks what was asked for, ``convert.py`` is a command.
+"""
 
 from bigvision.models.arguments import GivenModel, check_model, given_card, given_name
 from bigvision.models.blocks import Block, Blocks, find_blocks, kinds, share_rates, trace

@@ -1,7 +1,10 @@
 """Pipeline stages: a traced model is cut between blocks, and each stage runs under a schedule of torch's.
 
-Read in this order: ``stages`` (what a stage is, and the plan), ``cutting`` (what crosses a cut), ``balance`` (where to
-cut), ``schedules`` (which rank has which stage, and when it runs), ``memory`` (what a stage needs of its device).
+In come a model on meta, its blocks and what a stage may need of memory; out come a plan (which blocks each stage has), stages
+as modules, and a schedule of ``torch.distributed.pipelining`` over them.
+
+Read in this order: ``stages.py`` (what a stage is, and the plan), ``cutting.py`` (what crosses a cut), ``balance.py`` (where to
+cut), ``schedules.py`` (which rank has which stage, when it runs, and what it needs of its device).
 """
 
 from bigvision.pipeline.schedules import Placement, StageMemory, make_schedule

@@ -1,4 +1,12 @@
-"""Who am I: launcher environments, process groups, device and mesh."""
+"""This process among the ranks: launcher environments, process groups, device and mesh, and the end of runs that hang.
+
+In come the environment that a launcher set and the sections ``parallel`` and ``limits``; out come a `Runtime`, and functions by
+which ranks agree (`all_or_none`, `from_main`, `gather_json`).
+
+Read ``process.py`` first, then ``identity.py`` (rank and meeting point from each launcher's variables) and ``rendezvous.py``
+(how ranks meet and agree). ``watchdog.py`` ends a run that hangs, ``diagnosis.py`` explains it, ``guard.py`` ends a rank whose
+native code holds the interpreter.
+"""
 
 from bigvision.runtime.identity import Identity, identify
 from bigvision.runtime.process import Runtime, choose_device, deterministic, operations_named, start

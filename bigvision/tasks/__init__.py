@@ -1,4 +1,8 @@
-"""What is learned."""
+"""What is learned: targets, losses and metrics.
+
+In come a model's outputs and a batch's targets; out come the sum of the losses and sums of metrics, which add up over ranks.
+All of it is in ``classify.py``: `Task`, which engine and loader call, and single-label classification.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""The trainer: the loop a reader can follow in one screen."""
+"""The trainer: the loop, and all that a run does beside its steps.
+
+In come a `Config`, and datasets, a model and callbacks of the user's; out come checkpoints, metrics.jsonl and a `Result`.
+
+Read ``trainer.py`` first (the loop, evaluation), then ``build.py`` (all that happens before the first step). ``data.py`` feeds
+the loop, ``saving.py`` decides when to save, ``numbers.py`` what becomes of non-finite losses and spikes. ``lineage.py``
+compares a run with its folder, ``restarts.py`` logs each start.
+"""
 
 from bigvision.training.saving import Callback, Event
 from bigvision.training.trainer import Result, evaluate_checkpoint, read_history, train

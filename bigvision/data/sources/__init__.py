@@ -1,6 +1,11 @@
 """Datasets by name: ``digits``, ``imagefolder:PATH``, ``webdataset:PATH``, ``parquet:PATH``, ``csv:PATH``, ``hf:PATH``,
 ``arrays:PATH``, ``volumes:PATH``, torchvision's, ``synthetic:SAMPLESxSIZE``, and several of them with weights:
-``0.7*imagefolder:A + 0.3*webdataset:B``."""
+``0.7*imagefolder:A + 0.3*webdataset:B``.
+
+In come such a name, or a dataset of the user's, and a split; out comes a `Source`, which gives an encoded image and its label
+by index. Read ``base.py`` first, then ``folder.py`` as an example. A new format is a file with a `Source` and an ``open_...``
+function, a name in `FILES` or `DATASETS`, and a line in `_open`.
+"""
 
 from __future__ import annotations
 
