@@ -1,4 +1,8 @@
-"""Train and fine-tune timm backbones that are too large, or too slow, for one device."""
+"""Train and fine-tune timm backbones that are too large, or too slow, for one device.
+
+This file has the public names only. Read ``api.py`` first (`train` and `Engine`), or ``cli.py`` for the command line;
+then ``training/trainer.py``, the loop. docs/architecture.md lists all files and follows a batch, a parameter and a checkpoint.
+"""
 
 from __future__ import annotations
 
