@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bigvision.checkpoint.commit import Saver, check_shared, prepare_folder, save
     from bigvision.checkpoint.disk import replace
-    from bigvision.checkpoint.layout import Damaged, ReadError
     from bigvision.checkpoint.lock import Lock
+    from bigvision.checkpoint.manifest import Damaged, ReadError
     from bigvision.checkpoint.resume import Checkpoint, find, open_checkpoint, set_aside_later
     from bigvision.checkpoint.retention import Retention, best_value, folder_name, is_step_folder, prune, sign, steps_in
 
@@ -36,9 +36,9 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "resume",
-    "Damaged": "layout",
+    "Damaged": "manifest",
     "Lock": "lock",
-    "ReadError": "layout",
+    "ReadError": "manifest",
     "Retention": "retention",
     "Saver": "commit",
     "best_value": "retention",
