@@ -3,10 +3,10 @@
 In come fragments (`bigvision.fragments.Fragment`) of all ranks and JSON documents; out comes a step folder of safetensors files
 with a manifest, and the same back into fragments.
 
-Read ``commit.py`` first: the stages of a save, in the foreground or in a thread. ``writer.py`` says which rank writes which
-bytes, ``layout.py`` where each tensor lies. ``resume.py`` chooses and restores a checkpoint, through ``reader.py``.
-``retention.py`` names and removes step folders, ``lock.py`` keeps other runs out, ``disk.py`` writes durably; ``commands.py``
-and ``export.py`` are for the command line.
+Read ``commit.py`` first: the stages of a save, in the foreground or in a thread. ``layout.py`` says where each tensor lies
+and which bytes this rank writes, ``writer.py`` writes them, ``manifest.py`` has their checksums. ``resume.py`` chooses and
+restores a checkpoint, through ``reader.py``. ``retention.py`` names and removes step folders, ``lock.py`` keeps other runs out,
+``disk.py`` writes durably; ``commands.py``, ``diff.py`` and ``export.py`` are for the command line.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bigvision.checkpoint.commit import Saver, check_shared, prepare_folder, save
     from bigvision.checkpoint.disk import replace
-    from bigvision.checkpoint.layout import Damaged, ReadError
     from bigvision.checkpoint.lock import Lock
+    from bigvision.checkpoint.manifest import Damaged, ReadError
     from bigvision.checkpoint.resume import Checkpoint, find, open_checkpoint, set_aside_later
     from bigvision.checkpoint.retention import Retention, best_value, folder_name, is_step_folder, prune, sign, steps_in
 
@@ -45,9 +45,9 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "resume",
-    "Damaged": "layout",
+    "Damaged": "manifest",
     "Lock": "lock",
-    "ReadError": "layout",
+    "ReadError": "manifest",
     "Retention": "retention",
     "Saver": "commit",
     "best_value": "retention",

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from bigvision.checkpoint import layout
+from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import (
     FOLDER_MODE,
     ONE_WRITER,
@@ -32,10 +32,11 @@ from bigvision.checkpoint.disk import (
     sync_folder,
     write_new,
 )
-from bigvision.checkpoint.layout import Damaged, Run, index
+from bigvision.checkpoint.layout import Plan, index, plan
 from bigvision.checkpoint.lock import check_held
+from bigvision.checkpoint.manifest import Damaged, Run
 from bigvision.checkpoint.retention import Retention, folder_name, prune
-from bigvision.checkpoint.writer import Arena, Plan, create, plan, write_by_owners, write_document, write_pieces
+from bigvision.checkpoint.writer import Arena, create, write_by_owners, write_document, write_pieces
 from bigvision.errors import UserError, lacks_memory
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, all_or_none, from_main, gather_json
@@ -157,7 +158,7 @@ def commit(
         if main:
             _finish(unfinished, content, documents, runs)
             if verify != "none":
-                written = layout.read(unfinished)
+                written = manifest.read(unfinished)
                 _read_back(unfinished, [run for name in written if name.endswith(".json") for run in written[name]])
             _publish(unfinished, final)
 
@@ -200,7 +201,7 @@ def _read_back(folder: Path, runs: list[Run]) -> None:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
-        layout.verify(folder, runs)
+        manifest.verify(folder, runs)
     except (Damaged, OSError) as error:
         raise RuntimeError(f"what was just written cannot be read back: {error}") from error
 
@@ -216,7 +217,7 @@ def _finish(unfinished: Path, content: Plan, documents: dict[str, Any], runs: li
         run = write_document(unfinished, name, document)
         sizes[name] = run.length
         runs.append(run)
-    write_new(unfinished / layout.NAME, layout.build(sizes, runs))
+    write_new(unfinished / manifest.NAME, manifest.build(sizes, runs))
     sync_folder(unfinished)
 
 

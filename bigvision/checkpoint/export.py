@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from bigvision.checkpoint import layout
+from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import FOLDER_MODE, open_new, sync_folder
-from bigvision.checkpoint.layout import Damaged, FileLayout, ReadError, TensorSpec, index, lay_out
+from bigvision.checkpoint.layout import FileLayout, TensorSpec, index, lay_out
+from bigvision.checkpoint.manifest import Damaged, ReadError
 from bigvision.checkpoint.reader import Tensors
 from bigvision.checkpoint.retention import check_step_folder
 from bigvision.errors import UserError
@@ -107,7 +108,7 @@ def _check_target(target: Path, single: bool, force: bool) -> None:
         raise UserError(f"export: {target} is a link: name the place itself")
     if not target.absolute().parent.is_dir():
         raise UserError(f"export: {target}: there is no folder {target.absolute().parent}: make it first")
-    if all((target.parent / name).exists() for name in (layout.NAME, "progress.json")):
+    if all((target.parent / name).exists() for name in (manifest.NAME, "progress.json")):
         raise UserError(f"export: {target} lies in a checkpoint: name another place")
     if not target.exists() or (not single and target.is_dir() and not any(target.iterdir())):
         return

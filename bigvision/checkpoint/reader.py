@@ -19,17 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigvision.checkpoint import layout
+from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import open_existing
-from bigvision.checkpoint.layout import Damaged, Run, checksum, chunks, differs, read_run, retry_reading
-from bigvision.checkpoint.writer import from_share
+from bigvision.checkpoint.layout import from_share
+from bigvision.checkpoint.manifest import Damaged, Run, checksum, chunks, differs, read_run, retry_reading
 from bigvision.errors import UserError
 from bigvision.fragments import DTYPES, TYPES, Fragment, Place, read_into
 
 PIECE = 1 << 20
 """Bytes handed out at a time; a multiple of every type's width."""
 THREADS = 2
-"""Threads of each rank that read: one sums while the disk works for the other."""
+"""That read at a time on each rank: one sums while the disk works for the other."""
 AHEAD = 6
 """Reads that the system is told of beforehand."""
 
@@ -231,7 +231,7 @@ class Tensors:
 
     def __init__(self, folder: Path, groups: tuple[str, ...]) -> None:
         self.folder = folder
-        self.runs = layout.read(folder)
+        self.runs = manifest.read(folder)
         wanted = {name: runs for name, runs in self.runs.items() if name.split(".")[0].split("-")[0] in groups}
         self.places = read_places(folder, wanted)
         for name, place in (item for tensors in self.places.values() for item in tensors.items()):

@@ -8,9 +8,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bigvision.checkpoint import layout
+from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import sync_folder
-from bigvision.checkpoint.layout import Damaged, Run, read_document, retry_reading
+from bigvision.checkpoint.manifest import Damaged, Run, read_document, retry_reading
 from bigvision.checkpoint.reader import check_same_tensors, read_fragments, read_places
 from bigvision.checkpoint.retention import folder_name, is_step_folder, steps_in
 from bigvision.errors import UserError, nearest
@@ -185,7 +185,7 @@ def _try_open(folder: Path, full: bool, what: str) -> tuple[Checkpoint | None, s
     """The checkpoint in *folder*, or what is damaged; the same on every rank."""
 
     def read() -> Checkpoint:
-        runs = layout.read(folder)
+        runs = manifest.read(folder)
         # Also those that only other tools read.
         documents = {name: read_document(folder, runs, name) for name in runs if name.endswith(".json")}
         progress = documents["progress.json"]
@@ -224,7 +224,7 @@ def _agreed(folder: Path, read: Callable[[], T]) -> tuple[T | None, str]:
         """Whether this rank finds damage too: each rank has read other bytes, and looks at those of the others now."""
         if damage is None:
             try:
-                layout.verify(folder, doubtful)
+                manifest.verify(folder, doubtful)
             except Damaged:
                 return True
         return damage is not None

@@ -11,9 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bigvision.checkpoint import layout
+from bigvision.checkpoint import manifest
 from bigvision.checkpoint.disk import sync_folder
-from bigvision.checkpoint.layout import Damaged, ReadError, read_document
+from bigvision.checkpoint.manifest import Damaged, ReadError, read_document
 from bigvision.errors import UserError
 
 OTHERS = {
@@ -24,8 +24,6 @@ OTHERS = {
 }
 """State and reason of a folder by what follows its step."""
 _OTHER = re.compile(rf"step-(\d{{8,}})\.({'|'.join(OTHERS)})-[0-9a-f]+")
-Metrics = dict[int, dict[str, Any]]
-"""The metrics of each step; none for a step that was not itself evaluated."""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -42,7 +40,7 @@ def steps_in(out: Path) -> list[int]:
 
 def is_step_folder(folder: Path) -> bool:
     """Whether *folder* is, was or is named as a checkpoint, and not the output folder of a run."""
-    held = (folder / layout.NAME).exists() or (folder / "progress.json").exists()
+    held = (folder / manifest.NAME).exists() or (folder / "progress.json").exists()
     return held or _STEP.fullmatch(folder.absolute().name) is not None
 
 
@@ -147,7 +145,7 @@ def _progress(out: Path, newest: int) -> dict[int, dict[str, Any]]:
             continue
         folder = out / folder_name(step)
         try:
-            found[step] = read_document(folder, layout.read(folder), "progress.json")
+            found[step] = read_document(folder, manifest.read(folder), "progress.json")
         except Damaged:
             continue
     return found
@@ -161,19 +159,23 @@ def remove_step(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+Metrics = dict[int, dict[str, Any]]
+"""The metrics of each step; none for a step that was not itself evaluated."""
+
+
 # For the commands: every byte is read.
 
 
 def problems(folder: Path) -> list[str]:
     """Read every byte of a checkpoint; return what is wrong with each file that is damaged or cannot be read."""
     try:
-        files = layout.read(folder)
+        files = manifest.read(folder)
     except (Damaged, ReadError) as error:
         return [str(error)]
     found = []
     for runs in files.values():
         try:
-            layout.verify(folder, runs)
+            manifest.verify(folder, runs)
         except (Damaged, ReadError) as error:
             found.append(str(error))
     return found
@@ -208,7 +210,7 @@ def plan_pruning(out: Path, keep: int) -> Pruning:
         if found := ["is a link"] if folder.is_symlink() else problems(folder):
             plan.leave[folder] = found[0]
         else:
-            progress[step] = read_document(folder, layout.read(folder), "progress.json")
+            progress[step] = read_document(folder, manifest.read(folder), "progress.json")
     best = {}
     for name in sorted({str(name) for facts in progress.values() if (name := _keep_best(facts))}):
         best |= {step: f"the best {name}" for metrics in _metrics(progress) if (step := best_step(metrics, name)) is not None}
@@ -321,7 +323,7 @@ def _entry(folder: Path) -> Entry:
         return Entry(folder.name, int(match[1]), *OTHERS[match[2]], saved, size)
     step = int(folder.name.removeprefix("step-"))
     try:
-        progress = read_document(folder, layout.read(folder), "progress.json")
+        progress = read_document(folder, manifest.read(folder), "progress.json")
     except (Damaged, ReadError) as error:
         state = "damaged" if isinstance(error, Damaged) else "unreadable"
         return Entry(folder.name, step, state, str(error), saved, size)
@@ -355,6 +357,6 @@ def _number(entry: Entry, name: str) -> str:
 
 def _saved(folder: Path) -> str:
     # The manifest is written last, and nothing changes it afterwards.
-    path = folder / layout.NAME
+    path = folder / manifest.NAME
     time = (path if path.exists() else folder).stat().st_mtime
     return datetime.fromtimestamp(time).astimezone().isoformat(timespec="seconds")

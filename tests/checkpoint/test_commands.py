@@ -141,7 +141,7 @@ def test_a_difference_in_numbers(copy: Path, run: Path) -> None:
 
 def test_a_difference_in_tensors(tmp_path: Path) -> None:
     """Names, shapes, types, signs of zero and what is not a number; read in pieces that end inside a tensor."""
-    from bigvision.checkpoint import commands, reader
+    from bigvision.checkpoint import diff, reader
 
     values = torch.linspace(-1, 1, 1000)
     nan = torch.where(values > 0.99, torch.nan, values)
@@ -168,7 +168,7 @@ def test_a_difference_in_tensors(tmp_path: Path) -> None:
     before = reader.PIECE
     reader.PIECE = 64
     try:
-        found = commands.compare(a, b)
+        found = diff.compare(a, b)
     finally:
         reader.PIECE = before
     model = found.groups["model"]

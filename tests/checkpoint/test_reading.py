@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from bigvision import checkpoint
-from bigvision.checkpoint import ReadError, Saver, commit, disk, layout, retention
+from bigvision.checkpoint import ReadError, Saver, commit, disk, manifest, retention
 from bigvision.checkpoint import writer as writing
 from bigvision.checkpoint.commands import run_checkpoint
 from bigvision.runtime import RankFailure, gather_json, start
@@ -30,7 +30,7 @@ class Failing:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.patch, self.count = monkeypatch, 0
-        monkeypatch.setattr(layout, "PAUSES", (0.0, 0.0, 0.0))
+        monkeypatch.setattr(manifest, "PAUSES", (0.0, 0.0, 0.0))
 
     def calls(self, names: tuple[str, ...], path: Path, number: int, times: int) -> None:
         """Fail the first *times* of the calls *names* on *path* with errno *number*."""
@@ -102,8 +102,8 @@ def see_otherwise(out: Path, how: str) -> tuple[str, list[str]]:
         if runtime.rank == 1 and how == "missing":
             failing.calls(("lstat",), out / TENSORS, errno.ENOENT, LASTING)
         elif runtime.rank == 1:
-            patch.setattr(layout, "checksum", lambda data, real=layout.checksum: real(data) ^ (len(data) == 8192))
-            checksum = layout.checksum
+            patch.setattr(manifest, "checksum", lambda data, real=manifest.checksum: real(data) ^ (len(data) == 8192))
+            checksum = manifest.checksum
             from bigvision.checkpoint import reader
 
             patch.setattr(reader, "checksum", lambda data: checksum(data) ^ (len(data) > 20_000))
@@ -181,7 +181,7 @@ def test_what_was_written_is_read_back_before_older_ones_go(
 
 def test_a_manifest_that_does_not_cover_its_files_is_never_written() -> None:
     with pytest.raises(ValueError, match="do not add up"):  # also under python -O
-        layout.build({"a": 3}, [layout.Run("a", 0, 2, 0)])
+        manifest.build({"a": 3}, [manifest.Run("a", 0, 2, 0)])
 
 
 def test_direct_writing_that_another_thread_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from bigvision import checkpoint
-from bigvision.checkpoint import Retention, Saver, commit, writer
-from bigvision.checkpoint.layout import CHUNK
+from bigvision.checkpoint import Retention, Saver, commit, layout, writer
+from bigvision.checkpoint.manifest import CHUNK
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, gather_json, start
 from tests.checkpoint.test_format import DOCUMENTS, digests, load_on_rank, make_fragments, save_on_rank, whole_tensors
@@ -195,9 +195,9 @@ def test_the_failure_of_one_rank_is_raised_on_all() -> None:
     assert run_ranks(only_one_rank_failed, 3) == ["the disk is gone"] * 3
 
 
-def piece(number: int, offset: int, length: int) -> writer.Piece:
+def piece(number: int, offset: int, length: int) -> layout.Piece:
     values = torch.arange(offset, offset + length, dtype=torch.int64).to(torch.uint8)
-    return writer.Piece(f"file-{number}", offset, length, (values[: length // 3], values[length // 3 :]))
+    return layout.Piece(f"file-{number}", offset, length, (values[: length // 3], values[length // 3 :]))
 
 
 def test_a_copy_uses_few_slabs_of_one_size_and_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +339,7 @@ def test_copies_are_written_once_and_the_work_is_shared() -> None:
     total, written = 0, []
     for rank in range(3):
         fragments = [Fragment("model", name, (size,), 0, torch.empty(size, dtype=torch.uint8), (rank, 3)) for name in "ab"]
-        found = writer.plan(fragments, 10**12).pieces
+        found = layout.plan(fragments, 10**12).pieces
         assert all(piece.length <= CHUNK and sum(map(len, piece.parts)) == piece.length for piece in found)
         written += [(piece.offset, piece.length) for piece in found]
         total += (mine := sum(piece.length for piece in found))

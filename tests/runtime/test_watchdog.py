@@ -323,7 +323,7 @@ def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_one_rank_alone(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(tmp_path / "out", limits={"step": 2.0})))
+    path.write_text(yaml.safe_dump(recipe(tmp_path / "out", limits={"step": 2.0}, train={"micro_batch": 12})))
     done = start([sys.executable, "-m", "tests.runtime.hangs", str(path), "data", "0"])
     assert done.returncode == 124
     line = done.stderr.splitlines()[-1]
