@@ -5,7 +5,6 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-DOCS := build/docs-venv
 RANKS ?= 2
 ARGS ?=
 MARK :=
@@ -59,14 +58,11 @@ format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A site of its own environment: mkdocs-material is no part of the dev extra.
-docs: $(DOCS)/installed  ## build the documents as a site in build/site
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+docs: $(VENV)/docs  ## build the documents as a site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-$(DOCS)/installed: pyproject.toml constraints.txt | $(STAMP)
-	@echo "Installing mkdocs-material into $(DOCS)"
-	$(BIN)/python -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt mkdocs-material
+$(VENV)/docs: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
 bench: $(STAMP)  ## measure the training step beside its peers, on one rank and on two, checkpoints, the loader, imports, and compilation

@@ -1,5 +1,6 @@
-"""Install this project and its dev extra into the environment that runs this file: a line for each large package instead of pip's
-hundreds, the time while nothing is printed, and everything that pip wrote where it fails. `make install` runs it.
+"""Install this project and its dev extra into the environment that runs this file, for `make install`.
+
+It prints a line for each large package instead of pip's hundreds, the time every 15 s, and all of pip's output if pip fails.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ QUIET_SECONDS = 15
 def main() -> int:
     start, done = time.monotonic(), threading.Event()
     threading.Thread(target=_print_time, args=(start, done), daemon=True).start()
-    pip = subprocess.Popen([sys.executable, *PIP], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    pip = subprocess.Popen(
+        [sys.executable, *PIP], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     assert pip.stdout is not None
     written = []
     for line in pip.stdout:
