@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python >= 3.11 and nothing else: they create .venv and install into it.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all lint format bench gpu clean
+.PHONY: help install train test test-all lint format docs bench gpu clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,16 +22,23 @@ install: $(STAMP)  ## create .venv and install bigvision into it (again when the
 
 # The first Python that runs, is new enough and can make virtual environments (a version manager's shim may be none of these).
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Installing bigvision into $(VENV): once, most of it is torch. A progress line at least every 15 s."
 	@for python in python3 python3.13 python3.12 python3.11; do \
 		if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			exec $$python -m venv $(VENV); \
 		fi; \
 	done; echo 'bigvision needs Python >= 3.11 with its venv module; none was found on PATH' >&2; exit 1
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python .ci/install.py
 	@touch $@
 
 train: $(STAMP)  ## train on two ranks, by default recipes/digits.yaml: make train ARGS="--train.epochs 2" RANKS=4
-	$(TORCHRUN) launch/train.py $(ARGS)
+	@echo "Training on $(RANKS) ranks: launch/train.py $(ARGS) (the first lines follow when torch is imported)"
+	@$(TORCHRUN) launch/train.py $(ARGS)
+	@echo
+	@echo "Next:"
+	@echo "  $(BIN)/bigvision train --data.train imagefolder:FOLDER --data.val imagefolder:FOLDER   # your images: FOLDER/CLASS/*.jpg"
+	@echo "  $(BIN)/bigvision train recipes/digits.yaml --print-config   # every setting, its value and where it comes from"
+	@echo "  make test   # does everything work on this machine?"
 
 test: MARK := not long and
 test: test-all  ## run the tests, without the long matrices
@@ -50,6 +57,13 @@ lint: $(STAMP)  ## check style, format and the types of the public API
 format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/docs  ## build the documents as a site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/docs: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	@touch $@
 
 bench: $(STAMP)  ## measure the training step beside its peers, on one rank and on two, checkpoints, the loader, imports, and compilation
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
