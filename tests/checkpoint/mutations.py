@@ -77,9 +77,9 @@ MUTATIONS = [
     Mutation("short reads go on", "disk.py", "    while offset < end and (part := os.pread(descriptor, end - offset, offset)):", "    if part := os.pread(descriptor, end - offset, offset):", READING),
     Mutation("files are no links", "disk.py", "flags | os.O_NOFOLLOW | os.O_CLOEXEC", "flags | os.O_CLOEXEC", f"{DAMAGE} {ERRORS}"),
     Mutation("files are new", "disk.py", "os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE", "os.O_CREAT | os.O_CLOEXEC, FILE_MODE", f"{DAMAGE} {ERRORS} {SAVER}"),
-    Mutation("the copy", "background.py", "            return Plan(content.layouts, self.arena.copy(content.pieces))", "            return content", SAVER),
-    Mutation("one save at a time", "background.py", "        self.wait()\n        content", "        content", SAVER),
-    Mutation("errors in the background are asked for", "background.py", "        return self.failure is not None\n", "        return False\n", SAVER),
+    Mutation("the copy", "commit.py", "            return Plan(content.layouts, self.arena.copy(content.pieces))", "            return content", SAVER),
+    Mutation("one save at a time", "commit.py", "        self.wait()\n        content", "        content", SAVER),
+    Mutation("errors in the background are asked for", "commit.py", "        return self.failure is not None\n", "        return False\n", SAVER),
     Mutation("errors of the owner of a file", "writer.py", "    if failure is not None:\n        raise failure\n", "", SAVER),
 ]  # fmt: skip
 

@@ -109,4 +109,4 @@ def test_the_runtime_restarts_all_but_mistakes() -> None:
     (node,) = jobs["replicatedJobs"]
     spec = node["template"]["spec"]
     assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [int(Exit.MISTAKE)]
-    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] == submit.GRACE_SECONDS
+    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] == submit.POD_GRACE_SECONDS
