@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigvision.disk import replace
 from bigvision.errors import Exit, Stopped, UserError
 from bigvision.signals import SAVE, STOP
 
@@ -96,9 +97,7 @@ def _words(error: BaseException) -> str:
 
 
 def _leave(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    temporary.replace(path)
+    replace(path, json.dumps(value).encode())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def test_other_classes_and_what_allows_them(now: list[str], said: str, tmp_path:
     assert classes_difference(list(CLASSES), now) == said
     facts = {"train": {"samples": 3, "labels": "a"}, "val": {"samples": 2}}
     card = {"label_names": list(CLASSES)}
-    found = Checkpoint(tmp_path, {"step": 3, "data": facts}, card, {}, {}, True, "auto")
+    found = Checkpoint(SimpleNamespace(folder=tmp_path), {"step": 3, "data": facts}, card, True, "auto")  # type: ignore[arg-type]
     told: list[str] = []
     other = facts | {"train": {"samples": 4, "labels": "a"}}
     texts = {"data": "data.train has 4 samples instead of 3", "classes": said or "classes instead"}
