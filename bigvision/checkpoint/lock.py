@@ -1,6 +1,6 @@
 """One run at a time in an output folder.
 
-Two signs tell whether a run holds a folder. A POSIX record lock on ``OUT/.lock``, which the system drops with its owner; a file
+Two signs show whether a run holds a folder. A POSIX record lock on ``OUT/.lock``, which the system drops with its owner; a file
 server may keep the lock of a host that has died, and some file systems have locks that other hosts do not see. And a heartbeat:
 while the owner lives, a thread sets the file's time every few seconds. Times are compared by the file system's own clock.
 """
@@ -47,7 +47,7 @@ class _Owner:
     boot: str = ""
     """The host's boot: hosts may have one name, and containers of one host several."""
     numbers: str = ""
-    """The process's number space, without which its number says nothing."""
+    """The process's PID namespace: another may have the same number in another namespace."""
 
     @property
     def is_here(self) -> bool:
@@ -221,7 +221,7 @@ def check_held(out: Path) -> None:
     for lock in list(_held.values()):
         if lock.lost and lock.out == out:
             raise RuntimeError(
-                f"out: another run has taken {out} over, because this one gave no sign of life for {SILENT:.0f} s or more: "
+                f"out: another run has taken {out} over, because this one had no heartbeat for {SILENT:.0f} s or more: "
                 "this one ends, and nothing of it is saved any more"
             )
 

@@ -35,7 +35,7 @@ NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.E
 
 
 class Damaged(Exception):
-    """A checkpoint that does not verify; says which file and what is wrong with it.
+    """A checkpoint that does not verify; names the file and what is wrong with it.
 
     Only a missing file, a wrong size and a wrong checksum are damage. What the system cannot read is a `ReadError`.
     """
@@ -90,8 +90,8 @@ def read(folder: Path) -> dict[str, list[ByteRange]]:
     """Return the byte ranges of each file of the checkpoint *folder*, after checking the manifest and the files' sizes.
 
     Raises:
-        Damaged: the manifest or a file is missing, cut or not what the manifest says.
-        ReadError: the system cannot tell.
+        Damaged: the manifest or a file is missing, cut or not as the manifest lists it.
+        ReadError: the system cannot read one of them.
     """
     if (size := _size(folder / NAME)) > LARGEST:
         raise Damaged(f"{NAME} is larger than {LARGEST} bytes")

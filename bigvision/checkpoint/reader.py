@@ -28,7 +28,7 @@ PART = 1 << 20
 THREADS = 2
 """That read at a time on each rank: one sums while the disk works for the other."""
 AHEAD = 6
-"""Reads that the system is told of beforehand."""
+"""Reads that are announced to the system before they begin."""
 
 
 class Tensors:
@@ -39,7 +39,7 @@ class Tensors:
 
         Raises:
             Damaged: the manifest, a file's size or a header is wrong.
-            ReadError: the system cannot tell.
+            ReadError: the system cannot read one of them.
         """
         self.folder = folder
         self.ranges = manifest.read(folder)

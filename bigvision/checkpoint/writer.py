@@ -373,7 +373,7 @@ class OpenFile:
             try:
                 written = os.pwrite(descriptor, data[position:], offset + position)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # this file system's blocks are larger, or it only said that it could
+                if error.errno != errno.EINVAL:  # larger blocks, or O_DIRECT that only opening accepts
                     raise
                 self.direct = None
                 break
