@@ -211,7 +211,7 @@ def _fit(trainer: Any, bell: Any) -> dict[str, Any]:
     thread = threading.Thread(target=work, name="ray", daemon=True)
     thread.start()
     told = ""
-    SIGNALS.alone = False
+    SIGNALS.stop_at_once(False)
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         save, SIGNALS.save = SIGNALS.save, False
@@ -310,7 +310,7 @@ def _become_rank(address: str, port: int) -> None:
     os.environ.update({name: str(value) for name, value in values.items()})
     SIGNALS.listen()
     # The run itself is in another thread: it looks whether there was a signal as soon as it can agree with the others.
-    SIGNALS.alone = False
+    SIGNALS.stop_at_once(False)
 
 
 def rank(settings: dict[str, Any]) -> dict[str, Any]:
