@@ -69,17 +69,10 @@ class Guard:
         self._pipe = self._process.stdin.fileno()
         os.set_blocking(self._pipe, False)
 
-    def report(self, fault: str, peers: list[tuple[int, str, str]], left: bool) -> None:
-        """Pass on what the program has to know.
-
-        Args:
-            fault: the fault of another rank, if one is known.
-            peers: (pid, start time, the sentence that reports its end) of each rank of this host that has not left.
-            left: whether this rank needs the others no more: then it is not ended.
-        """
-        report = {"fault": "", "peers": []} if left else {"fault": fault, "peers": peers}
+    def report(self, fault: str, peers: list[tuple[int, str, str]]) -> None:
+        """Pass on the *fault* that is known, if any, and (pid, start time, sentence for its end) of each rank of this host."""
         with suppress(OSError):  # it has ended, or has not read for long
-            os.write(self._pipe, (json.dumps(report) + "\n").encode())
+            os.write(self._pipe, (json.dumps({"fault": fault, "peers": peers}) + "\n").encode())
 
     def close(self) -> None:
         """End it."""

@@ -1,4 +1,8 @@
-"""Who am I: this process's place among the ranks, read from the launcher's environment."""
+"""This process's place among the ranks, read from the launcher's environment (`identify`, `RESOLVERS`).
+
+All functions raise UserError, with the variable and the fix, where a value has the wrong form or contradicts others, and where
+a launcher's variables are there in part.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, product
 
@@ -36,11 +40,7 @@ class Identity:
 
 
 def number(environ: Mapping[str, str], name: str, least: int = 0) -> int:
-    """Return the whole number that *name* holds.
-
-    Raises:
-        UserError: it is not a whole number, or below *least*.
-    """
+    """Return the whole number that *name* holds."""
     text = environ[name]
     # int() takes more than launchers write: "1_0", " 1", other scripts' digits.
     if not re.fullmatch(r"-?[0-9]{1,18}", text):
@@ -51,15 +51,10 @@ def number(environ: Mapping[str, str], name: str, least: int = 0) -> int:
 
 
 def host(environ: Mapping[str, str], name: str) -> str:
-    """Return the host's name or address that *name* holds.
-
-    Raises:
-        UserError: no host is called so.
-    """
-    text = environ[name]
-    if not is_host(text):
-        raise UserError(f"environment: {name}={text[:80]!r} is not the name or the address of a host")
-    return text
+    """Return the host's name or address that *name* holds."""
+    if not is_host(environ[name]):
+        raise UserError(f"environment: {name}={environ[name][:80]!r} is not the name or the address of a host")
+    return environ[name]
 
 
 def is_host(text: str) -> bool:
@@ -75,11 +70,7 @@ def is_host(text: str) -> bool:
 
 
 def port(environ: Mapping[str, str], name: str) -> int:
-    """Return the TCP port that *name* holds.
-
-    Raises:
-        UserError: it is not from 1 to 65535.
-    """
+    """Return the TCP port that *name* holds."""
     value = number(environ, name, least=1)
     if value > 65535:
         raise UserError(f"environment: {name}={value} is not a port: they end at 65535")
@@ -91,9 +82,6 @@ def place(launcher: str, names: tuple[str, str, str, str], values: tuple[int, in
 
     Args:
         names: what the launcher calls rank, world size, local rank and local world size.
-
-    Raises:
-        UserError: they do not fit.
     """
     rank, world_size, local_rank, local_world_size = values
     if not 0 <= rank < world_size:
@@ -111,9 +99,6 @@ def meeting_point(environ: Mapping[str, str], alone: bool, first: str, number_of
         first: the host of rank 0, as far as the launcher tells.
         number_of_run: the same for all ranks of a run and another for the next run; makes the port.
         fix: what to do where nothing tells the host of rank 0.
-
-    Raises:
-        UserError: the ranks are on several hosts and nothing tells which is rank 0's; or the variables hold no host or port.
     """
     address = host(environ, "MASTER_ADDR") if environ.get("MASTER_ADDR") else LOOPBACK if alone else first
     if not address:
@@ -125,24 +110,35 @@ def meeting_point(environ: Mapping[str, str], alone: bool, first: str, number_of
 
 
 @contextmanager
-def announced(identity: Identity) -> Iterator[None]:
-    """Set torch's variables in here where the launcher did not: DeepSpeed would ask MPI instead, and libraries read them."""
-    values = {"LOCAL_RANK": str(identity.local_rank)}
-    if identity.address:
-        values |= {
-            "RANK": str(identity.rank),
-            "WORLD_SIZE": str(identity.world_size),
-            "LOCAL_WORLD_SIZE": str(identity.local_world_size),
-            "MASTER_ADDR": identity.address,
-            "MASTER_PORT": str(identity.port),
-        }
-    added = {name: value for name, value in values.items() if not os.environ.get(name)}
-    os.environ.update(added)
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set these environment variables in here, and set them back at the end."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for name in added:
+        for name, value in before.items():
             os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def announced(identity: Identity) -> AbstractContextManager[None]:
+    """Set torch's variables in here where the launcher did not: DeepSpeed would ask MPI instead, and libraries read them."""
+    values: dict[str, object] = {"LOCAL_RANK": identity.local_rank}
+    if identity.address:
+        values |= {
+            "RANK": identity.rank, "WORLD_SIZE": identity.world_size, "LOCAL_WORLD_SIZE": identity.local_world_size,
+            "MASTER_ADDR": identity.address, "MASTER_PORT": identity.port,
+        }  # fmt: skip
+    return environment({name: str(value) for name, value in values.items() if not os.environ.get(name)})
+
+
+def _complete(environ: Mapping[str, str], needed: Sequence[str], fix: str, shown: Sequence[str] = ()) -> None:
+    """Raise `UserError` where some of the variables *needed* are missing. It shows the others, or those of *shown*."""
+    if missing := [name for name in needed if not environ.get(name)]:
+        given = ", ".join(f"{name}={environ[name]}" for name in shown or needed if name not in missing)
+        raise UserError(f"environment: {given} without {', '.join(missing)}: {fix}")
 
 
 def from_open_mpi(environ: Mapping[str, str]) -> Identity | None:
@@ -160,14 +156,9 @@ def from_hydra(environ: Mapping[str, str]) -> Identity | None:
 def _from_variables(
     environ: Mapping[str, str], launcher: str, names: tuple[str, str, str, str], flag: str, run: str
 ) -> Identity | None:
-    present = [name for name in names if environ.get(name)]
-    if not present:
+    if not any(environ.get(name) for name in names):
         return None
-    if missing := [name for name in names if name not in present]:
-        raise UserError(
-            f"environment: {', '.join(f'{name}={environ[name]}' for name in present)} without {', '.join(missing)}: "
-            "start the ranks with mpirun, which sets them all, or unset them to run on one rank"
-        )
+    _complete(environ, names, "start the ranks with mpirun, which sets them all, or unset them to run on one rank")
     rank, world_size, local_rank, local_world_size = (number(environ, name) for name in names)
     found = place(launcher, names, (rank, world_size, local_rank, local_world_size))
     address, port = meeting_point(
@@ -194,11 +185,8 @@ def from_step(environ: Mapping[str, str]) -> Identity | None:
     if not step or not environ.get("SLURM_STEP_NUM_TASKS") or number(environ, "SLURM_STEP_ID") >= FIRST_OWN_STEP:
         return None
     needed = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
-    if missing := [name for name in needed if not environ.get(name)]:
-        raise UserError(
-            f"environment: SLURM_STEP_ID={step} without {', '.join(missing)}: start the ranks with srun, which sets them all, "
-            "or unset SLURM_STEP_ID to run on one rank"
-        )
+    fix = "start the ranks with srun, which sets them all, or unset SLURM_STEP_ID to run on one rank"
+    _complete(environ, needed, fix, shown=["SLURM_STEP_ID"])
     each = list(islice(tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"]), 1 << 20))
     node = number(environ, "SLURM_NODEID")
     if node >= len(each):
@@ -206,16 +194,9 @@ def from_step(environ: Mapping[str, str]) -> Identity | None:
             f"environment: SLURM_NODEID={node} is not among the {len(each)} hosts of SLURM_STEP_TASKS_PER_NODE="
             f"{environ['SLURM_STEP_TASKS_PER_NODE'][:80]}"
         )
-    found = place(
-        "slurm",
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-        (
-            number(environ, "SLURM_PROCID"),
-            number(environ, "SLURM_STEP_NUM_TASKS", least=1),
-            number(environ, "SLURM_LOCALID"),
-            each[node],
-        ),
-    )
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    rank, local_rank = number(environ, names[0]), number(environ, names[2])
+    found = place("slurm", names, (rank, number(environ, names[1], least=1), local_rank, each[node]))
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
     address, port = meeting_point(
         environ,
@@ -229,11 +210,7 @@ def from_step(environ: Mapping[str, str]) -> Identity | None:
 
 
 def tasks_per_node(text: str) -> Iterator[int]:
-    """How many tasks each host has, in order, from Slurm's short form: "2(x3),1" is 2, 2, 2, 1.
-
-    Raises:
-        UserError: it is not of that form.
-    """
+    """How many tasks each host has, in order, from Slurm's short form: "2(x3),1" is 2, 2, 2, 1."""
     for part in text.split(","):
         found = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part)
         if not found:
@@ -243,11 +220,7 @@ def tasks_per_node(text: str) -> Iterator[int]:
 
 
 def first_host(text: str) -> str:
-    """The first host of a list in Slurm's short form: "n[01-03,7],m2" is n01.
-
-    Raises:
-        UserError: it is not of that form, or its first host has a name that no host can have.
-    """
+    """The first host of a list in Slurm's short form: "n[01-03,7],m2" is n01."""
     name = next(hosts(text), "")
     if not is_host(name):
         raise UserError(f"environment: SLURM_STEP_NODELIST={text[:80]!r} does not begin with a host: set MASTER_ADDR")
@@ -255,11 +228,7 @@ def first_host(text: str) -> str:
 
 
 def hosts(text: str) -> Iterator[str]:
-    """The hosts of a list in Slurm's short form, in order: "n[01-03,7],m2" is n01, n02, n03, n7, m2.
-
-    Raises:
-        UserError: it is not of that form.
-    """
+    """The hosts of a list in Slurm's short form, in order: "n[01-03,7],m2" is n01, n02, n03, n7, m2."""
     # Commas separate hosts, and ranges in brackets.
     if not re.fullmatch(r"([^\[\],]|\[[^\[\]]*\])+(,([^\[\],]|\[[^\[\]]*\])+)*", text):
         raise UserError(f"environment: SLURM_STEP_NODELIST={text[:80]!r} is not a list of hosts such as n[1-3,7],m2")
@@ -281,11 +250,7 @@ def _range(ranges: str, text: str) -> Iterator[str]:
 
 
 def identify(environ: Mapping[str, str]) -> Identity:
-    """Read the launcher's environment; without one this process is the only rank.
-
-    Raises:
-        UserError: the environment of a launcher is there in part, or what it says does not fit together.
-    """
+    """Read the launcher's environment; without one this process is the only rank."""
     for resolve in RESOLVERS:
         if found := resolve(environ):
             return found
@@ -295,15 +260,11 @@ def identify(environ: Mapping[str, str]) -> Identity:
 def _from_torch_environment(environ: Mapping[str, str]) -> Identity | None:
     """torchrun, accelerate launch and the deepspeed launcher set these variables; a worker needs all of them."""
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    present = [name for name in needed if environ.get(name)]
     # MASTER_* alone are often exported in a shell or an image and start nothing.
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(present):
+    if not any(environ.get(name) for name in needed[:3]):
         return None
-    if missing := [name for name in needed if name not in present]:
-        raise UserError(
-            f"environment: {', '.join(f'{name}={environ[name]}' for name in present)} without {', '.join(missing)}: "
-            "start the ranks with torchrun or accelerate launch, which set them all, or unset them to run on one rank"
-        )
+    fix = "start the ranks with torchrun or accelerate launch, which set them all, or unset them to run on one rank"
+    _complete(environ, needed, fix)
     rank, world_size, local_rank = (number(environ, name) for name in needed[:3])
     local_name = "LOCAL_WORLD_SIZE" if environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
     local_world_size = number(environ, local_name) if environ.get(local_name) else world_size
@@ -325,9 +286,7 @@ def _from_pytorchjob(environ: Mapping[str, str]) -> Identity | None:
             f"environment: PET_NPROC_PER_NODE={each[:20]} asks for several ranks in a pod: start them with "
             "`torchrun launch/train.py`, which reads it, instead of `python launch/train.py`"
         )
-    found = place(
-        "pytorchjob", ("RANK", "WORLD_SIZE", "", ""), (number(environ, "RANK"), number(environ, "WORLD_SIZE"), 0, 1)
-    )  # fmt: skip
+    found = place("pytorchjob", (*needed[:2], "", ""), (number(environ, "RANK"), number(environ, "WORLD_SIZE"), 0, 1))
     return replace(found, address=host(environ, "MASTER_ADDR"), port=port(environ, "MASTER_PORT"))
 
 

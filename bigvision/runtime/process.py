@@ -20,7 +20,7 @@ from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from bigvision.errors import Stopped, UserError
+from bigvision.errors import Stopped, UserError, causes
 from bigvision.runtime.identity import Identity, announced, identify
 from bigvision.runtime.rendezvous import meet
 
@@ -28,7 +28,7 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATING_WORKSPACES = (":4096:8", ":16:8")
 """The sizes of cuBLAS's workspace with which its results repeat; cuBLAS reads the variable when CUDA starts."""
 NO_DETERMINISTIC_FORM = re.compile(r"(\w+) does not have a deterministic implementation")
-"""What torch says of such an operation, on every device, also while it compiles one."""
+"""In torch's error for such an operation, on every device, also while it compiles one."""
 
 _users = 0
 _restore = ExitStack()
@@ -156,7 +156,7 @@ def _join(device: str, replicas: int, stages: int | None, timeout: timedelta) ->
             stack.enter_context(announced(identity))
         chosen = choose_device(device, identity)
         stages = stages or identity.world_size
-        _check_layout(identity, stages, replicas)
+        _check_layout(identity.world_size, stages, replicas)
         joined = _joined or _Joined(identity, chosen)
         if chosen != joined.device:
             raise UserError(
@@ -168,7 +168,10 @@ def _join(device: str, replicas: int, stages: int | None, timeout: timedelta) ->
                 torch.cuda.set_device(chosen)
                 # Convolution algorithms picked by timing differ from run to run, and with them the bits of a resumed run.
                 torch.backends.cudnn.benchmark = False
-            stack.enter_context(_default_timeouts(timeout))
+            # For groups that are made without a timeout, by `init_device_mesh` and `deepspeed.initialize`. torch's own default
+            # for NCCL is 10 minutes, which would run out before a longer `limits.step` names the missing rank.
+            timeouts = {"default_pg_timeout": timeout, "default_pg_nccl_timeout": timeout}
+            stack.enter_context(_attributes(distributed_c10d, **timeouts))
             if not dist.is_initialized():  # Ray's workers have one
                 stack.enter_context(_process_group(joined, timeout))
         mesh, data_group = _mesh(joined, stages, replicas, timeout)
@@ -178,14 +181,12 @@ def _join(device: str, replicas: int, stages: int | None, timeout: timedelta) ->
     return joined, Runtime(identity, chosen, mesh, data_group)
 
 
-def _check_layout(identity: Identity, stages: int, replicas: int) -> None:
-    if identity.world_size % stages:
-        raise UserError(
-            f"parallel.stages: {stages} does not divide the {identity.world_size} ranks: start a multiple of {stages} ranks"
-        )
-    if identity.world_size // stages % replicas:
-        ranks = f"{identity.world_size} ranks" if stages == 1 else f"{identity.world_size // stages} ranks of a stage"
-        raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks}")
+def _check_layout(ranks: int, stages: int, replicas: int) -> None:
+    if ranks % stages:
+        raise UserError(f"parallel.stages: {stages} does not divide the {ranks} ranks: start a multiple of {stages} ranks")
+    if ranks // stages % replicas:
+        of_stage = "" if stages == 1 else " of a stage"
+        raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks // stages} ranks{of_stage}")
 
 
 def _mesh(
@@ -193,15 +194,15 @@ def _mesh(
 ) -> tuple[DeviceMesh, dist.ProcessGroup | None]:  # fmt: skip
     """Return the mesh of a layout, and the data-parallel ranks of this rank's stage: None is all ranks."""
     if (stages, replicas) not in joined.meshes:
-        kind, shares = joined.device.type, joined.identity.world_size // stages
-        shape = (stages, replicas, shares // replicas)
+        kind, data_ranks = joined.device.type, joined.identity.world_size // stages
+        shape = (stages, replicas, data_ranks // replicas)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("stage", "replicate", "shard"))
-        alike = init_device_mesh(kind, (stages, shares), mesh_dim_names=("stage", "data")) if stages > 1 else None
-        for group in [*mesh.get_all_groups(), *(alike.get_all_groups() if alike is not None else [])]:
+        flat = init_device_mesh(kind, (stages, data_ranks), mesh_dim_names=("stage", "data")) if stages > 1 else None
+        for group in [*mesh.get_all_groups(), *(flat.get_all_groups() if flat is not None else [])]:
             # Beside NCCL torch splits the default group, and gives the gloo half of what it splits off a timeout of 30 minutes.
             if (cpu := torch.device("cpu")) in group._device_types:
                 group._get_backend(cpu)._set_default_timeout(timeout)
-        joined.meshes[stages, replicas] = mesh, alike["data"].get_group() if alike is not None else None
+        joined.meshes[stages, replicas] = mesh, flat["data"].get_group() if flat is not None else None
     return joined.meshes[stages, replicas]
 
 
@@ -250,21 +251,16 @@ def _process_group(joined: _Joined, timeout: timedelta) -> Iterator[None]:
 
 
 @contextmanager
-def _default_timeouts(timeout: timedelta) -> Iterator[None]:
-    """Give *timeout* to each group that is made in here without one: those of meshes and of DeepSpeed.
-
-    torch's own default for NCCL is 10 minutes, which would run out before a longer `limits.step` names the missing rank.
-    Neither `init_device_mesh` nor `deepspeed.initialize` takes a timeout for its groups.
-    """
-    names = ("default_pg_timeout", "default_pg_nccl_timeout")
-    before = {name: getattr(distributed_c10d, name) for name in names}
-    for name in names:
-        setattr(distributed_c10d, name, timeout)
+def _attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Set these attributes of *owner* in here, and set them back at the end."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(distributed_c10d, name, value)
+            setattr(owner, name, value)
 
 
 def uses_nccl() -> bool:
@@ -280,16 +276,16 @@ def nccl_trace() -> bytes:
 
 def _abort_groups() -> None:
     """Abort all process groups, but wait for it no longer than `ABORTING`: ncclCommAbort may hang as what it ends does."""
-    thread = threading.Thread(target=_abort, name="abort", daemon=True)
+
+    def abort() -> None:
+        with suppress(Exception):  # the process ends either way
+            distributed_c10d._abort_process_group()
+
+    thread = threading.Thread(target=abort, name="abort", daemon=True)
     thread.start()
     thread.join(ABORTING)
     # The destructors of groups wait again, when the interpreter ends. The code is that of a fault, 1.
     atexit.register(faulthandler.dump_traceback_later, ABORTING, exit=True, file=2)
-
-
-def _abort() -> None:
-    with suppress(Exception):  # the process ends either way
-        distributed_c10d._abort_process_group()
 
 
 @contextmanager
@@ -335,16 +331,12 @@ def operations_named() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, UserError) as error:  # a trace that meets such an operation ends with a UserError
-        cause: BaseException | None = error
-        seen: set[int] = set()
-        while cause is not None and id(cause) not in seen:
-            seen.add(id(cause))
+        for cause in causes(error):
             if found := NO_DETERMINISTIC_FORM.search(str(cause)):
                 raise UserError(
                     f"train.deterministic: true, but the operation {found[1]} has no deterministic form on this device: "
                     "use a model without it, or train.deterministic: false"
                 ) from error
-            cause = cause.__cause__ or cause.__context__
         raise
 
 
@@ -363,31 +355,26 @@ def _set_workspace(stack: ExitStack, device: str) -> None:
             f"set it to {REPEATING_WORKSPACES[0]} before, or start a fresh process"
         )
     os.environ[WORKSPACE] = REPEATING_WORKSPACES[0]
-    stack.callback(_unset_workspace)
 
+    def unset() -> None:
+        if not torch.cuda.is_initialized():  # else the variable continues to show how CUDA was started
+            del os.environ[WORKSPACE]
 
-def _unset_workspace() -> None:
-    if not torch.cuda.is_initialized():  # else the variable goes on saying how CUDA was started
-        del os.environ[WORKSPACE]
+    stack.callback(unset)
 
 
 def _set_torch(stack: ExitStack) -> None:
     import torch._inductor.config as inductor
 
-    cuda = torch.backends.cuda
-    # Callbacks run in reverse: this one comes after use_deterministic_algorithms, which sets inductor's switch too.
-    stack.callback(setattr, inductor, "deterministic", inductor.deterministic)
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    # Set back in reverse: this one after use_deterministic_algorithms, which sets inductor's switch too.
+    stack.enter_context(_attributes(inductor, deterministic=inductor.deterministic))
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     stack.callback(lambda: torch.use_deterministic_algorithms(before[0], warn_only=before[1]))
     torch.use_deterministic_algorithms(True)
-    for owner, name, value in (
-        # Filling fresh memory would cost a pass over it; nothing here reads memory before it is written.
-        (torch.utils.deterministic, "fill_uninitialized_memory", False),
-        (torch.backends.cudnn, "deterministic", True),
-        (torch.backends.cudnn, "benchmark", False),
-    ):
-        stack.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, value)
+    # Filling fresh memory would cost a pass over it; nothing here reads memory before it is written.
+    stack.enter_context(_attributes(torch.utils.deterministic, fill_uninitialized_memory=False))
+    stack.enter_context(_attributes(cudnn, deterministic=True, benchmark=False))
     # What is left for attention: the flash kernels in bf16 and fp16, which have a deterministic form, and matrix products. The
     # backward pass of the memory-efficient kernels, which fp32 takes otherwise, and cuDNN's are not known to repeat.
     for switch, is_on in (

@@ -67,7 +67,7 @@ def make_store(identity: Identity, timeout: timedelta) -> dist.Store:
     if identity.launcher == "python":
         # One rank needs no rendezvous, and so opens no port to others.
         return dist.HashStore()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+    if launcher_holds_store():
         store, _, _ = next(dist.rendezvous("env://", identity.rank, identity.world_size, timeout=timeout))
         return store
     serves = identity.rank == 0
@@ -80,6 +80,11 @@ def make_store(identity: Identity, timeout: timedelta) -> dist.Store:
         wait_for_workers=True,
         master_listen_fd=_listen(identity) if serves else None,
     )
+
+
+def launcher_holds_store() -> bool:
+    """Whether the ranks' store is torchrun's own, and not rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
 def _listen(identity: Identity) -> int:

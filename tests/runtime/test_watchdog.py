@@ -220,7 +220,7 @@ from bigvision.runtime.guard import Guard
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 guard = Guard(0, 0.05, {grace})
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-guard.report("rank 1 failed", [], False)
+guard.report("rank 1 failed", [])
 time.sleep({grace} + {late})
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 time.sleep(30)
