@@ -37,14 +37,11 @@ class Signals:
     def __init__(self) -> None:
         self.before: dict[int, Any] = {}
         """What answered before; empty where this does not listen."""
-        self._meeting: tuple[threading.Event, int, int] | None = None
+        self._at_once: tuple[threading.Event, int, int] | None = None
         """While a stop ends the process at once: an event that ends this, the wake-up pipe, and the one before it."""
 
     def listen(self) -> bool:
-        """Answer signals from now on, a stop by the end of the process; returns whether it did not listen before.
-
-        Outside of the main thread nothing can listen.
-        """
+        """Answer signals from now on, a stop at once; returns whether it did not before. Only the main thread can listen."""
         if self.before or threading.current_thread() is not threading.main_thread():
             return False
         self.stop, self.save = "", False
@@ -64,14 +61,14 @@ class Signals:
 
     def stop_at_once(self, begins: bool) -> None:
         """From now on a stop ends the process at once; or, at the end of that, it is left to the run."""
-        if begins and self._meeting is None:
+        if begins and self._at_once is None:
             met = threading.Event()
             inlet, outlet = os.pipe()
             os.set_blocking(outlet, False)
-            self._meeting = met, outlet, signal.set_wakeup_fd(outlet, warn_on_full_buffer=False)
+            self._at_once = met, outlet, signal.set_wakeup_fd(outlet, warn_on_full_buffer=False)
             threading.Thread(target=_end_at_a_stop, args=(inlet, met), name="signals", daemon=True).start()
-        elif not begins and self._meeting is not None:
-            (met, outlet, before), self._meeting = self._meeting, None
+        elif not begins and self._at_once is not None:
+            (met, outlet, before), self._at_once = self._at_once, None
             met.set()
             signal.set_wakeup_fd(before)
             os.close(outlet)
@@ -83,7 +80,7 @@ class Signals:
             raise KeyboardInterrupt  # the second Ctrl-C
         elif not self.stop:
             self.stop = signal.Signals(number).name
-            if self._meeting is not None:
+            if self._at_once is not None:
                 raise SystemExit(_stopped(self.stop))
 
 
@@ -99,6 +96,7 @@ def _end_at_a_stop(inlet: int, met: threading.Event) -> None:
 
 
 def _stopped(name: str) -> int:
+    """Report a stop before the run began; returns its exit code."""
     print(f"stopped by {name} before the run began: there is nothing new to save", file=sys.stderr, flush=True)
     return Exit.STOPPED
 
@@ -117,11 +115,11 @@ def listening() -> Iterator[None]:
 @contextmanager
 def until_ranks_meet() -> Iterator[None]:
     """Let a stop in here end the process at once, and leave it to the run afterwards."""
-    listens = bool(SIGNALS.before) and threading.current_thread() is threading.main_thread()
-    if listens:
-        SIGNALS.stop_at_once(True)
+    if not SIGNALS.before or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    SIGNALS.stop_at_once(True)
     try:
         yield
     finally:
-        if listens:
-            SIGNALS.stop_at_once(False)
+        SIGNALS.stop_at_once(False)

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from bigvision.runtime.guard import GONE, process_state, start_time
-from bigvision.runtime.identity import Identity
-from bigvision.runtime.rendezvous import launcher_holds_store
+from bigvision.runtime.rendezvous import Identity, launcher_holds_store
 
 Report = dict[str, Any]
 """What a rank publishes: `this_process`, the phase, step and count of its beats, whether it waits for data and whether it has
@@ -73,8 +72,8 @@ def this_process() -> Report:
     except OSError:
         sight = ""
     # Two hosts may have one name, as containers of an image do.
-    node, pid = os.environ.get("GROUP_RANK", ""), os.getpid()
-    return {"host": socket.gethostname(), "node": node, "pid": pid, "born": start_time(pid), "sight": sight}
+    host, pid = [socket.gethostname(), os.environ.get("GROUP_RANK", "")], os.getpid()
+    return {"host": host, "pid": pid, "born": start_time(pid), "sight": sight}
 
 
 def current_place(thread: int) -> Report:
@@ -147,7 +146,8 @@ def ended_ranks(news: News) -> list[str]:
     lost = news.refused and news.reached and not launcher_holds_store()
     if lost and 0 not in found and news.identity.rank != 0 and (main is None or not main.report["left"]):
         words = _gone(0, main, news.patience) if main else f"rank 0 {GONE}"
-        found[0] = f"{words}: the store at {_address(news)}, which it served, refuses connections"
+        address = f"{news.identity.address}:{news.identity.port}"
+        found[0] = f"{words}: the store at {address}, which it served, refuses connections"
     return [found[rank] for rank in sorted(found)]
 
 
@@ -171,19 +171,19 @@ def store_lost(news: News) -> str:
     silence = time.monotonic() - news.answered
     if silence <= news.patience:
         return ""
-    address, main = _address(news), news.heard.get(0)
+    address, main = f"{news.identity.address}:{news.identity.port}", news.heard.get(0)
+    holder = "the launcher of rank 0" if launcher_holds_store() else "rank 0"
     if not news.reached:
-        holder = "the launcher of rank 0" if launcher_holds_store() else "rank 0"
         return f"{holder} does not answer at {address}: it has not come, or cannot be reached from here"
     silent = f"does not answer since {silence:.1f} s"
     if not launcher_holds_store():
         state = (main and news.state(main.report)) or "does not answer"
         who = f" ({_process(main.report)})" if main else ""
         return f"rank 0{who} {state}: the store of the ranks at {address}, which it holds, {silent}"
-    if main is None or _host(main.report) == _host(news.process):
-        return f"the launcher of rank 0, which holds the store of the ranks at {address}, {silent}"
-    there = [rank for rank, heard in sorted(news.heard.items()) if _host(heard.report) == _host(main.report)]
-    return f"{_ranks(there)} on host {main.report['host']} cannot be reached: the store at {address} {silent}"
+    if main is None or main.report["host"] == news.process["host"]:
+        return f"{holder}, which holds the store of the ranks at {address}, {silent}"
+    there = [rank for rank, heard in sorted(news.heard.items()) if heard.report["host"] == main.report["host"]]
+    return f"{_ranks(there)} on host {main.report['host'][0]} cannot be reached: the store at {address} {silent}"
 
 
 def _late(reports: dict[int, Report]) -> list[int]:
@@ -214,16 +214,8 @@ def describe(report: Report) -> str:
     return f"{place}, and has left" if report["left"] else place
 
 
-def _address(news: News) -> str:
-    return f"{news.identity.address}:{news.identity.port}"
-
-
-def _host(report: Report) -> tuple[str, str]:
-    return report["host"], report["node"]
-
-
 def _process(report: Report) -> str:
-    return f"process {report['pid']} on host {report['host']}"
+    return f"process {report['pid']} on host {report['host'][0]}"
 
 
 def _ranks(ranks: Iterable[int]) -> str:

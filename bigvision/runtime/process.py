@@ -1,19 +1,21 @@
-"""This rank while it runs: its device, process group and mesh; ``train.deterministic``."""
+"""This rank while it runs: its device, process group and mesh, what the ranks agree on, and ``train.deterministic``."""
 
 from __future__ import annotations
 
 import atexit
 import faulthandler
+import json
 import os
+import platform
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d
@@ -21,8 +23,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bigvision.errors import Stopped, UserError, causes
-from bigvision.runtime.identity import Identity, announced, identify
-from bigvision.runtime.rendezvous import meet
+from bigvision.runtime.rendezvous import Identity, announced, identify, meet
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATING_WORKSPACES = (":4096:8", ":16:8")
@@ -30,6 +31,10 @@ REPEATING_WORKSPACES = (":4096:8", ":16:8")
 NO_DETERMINISTIC_FORM = re.compile(r"(\w+) does not have a deterministic implementation")
 """In torch's error for such an operation, on every device, also while it compiles one."""
 
+SHARED_PER_RANK = 64 << 20
+"""Bytes of /dev/shm that NCCL may take for a rank: some segments of 10 MB. Its manual asks for 1 GB in a container."""
+
+T = TypeVar("T")
 _users = 0
 _restore = ExitStack()
 ABORTING = 5.0
@@ -44,51 +49,24 @@ class Runtime:
     device: torch.device
     mesh: DeviceMesh
     """(stage, replicate, shard), over all ranks; one stage but for pipelines."""
-    data_group: dist.ProcessGroup | None = None
+    data_group: dist.ProcessGroup | None
     """The data-parallel ranks of this rank's stage; None is all ranks."""
-
-    @property
-    def rank(self) -> int:
-        return self.identity.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.identity.world_size
-
-    @property
-    def stage(self) -> int:
-        """This rank's place in its pipeline."""
-        return self.rank // self.data_ranks
-
-    @property
-    def data_rank(self) -> int:
-        """Which part of each batch this rank's pipeline takes."""
-        return self.rank % self.data_ranks
-
-    @property
-    def data_ranks(self) -> int:
-        """Into how many parts a batch is cut."""
-        return self.world_size // self.pipeline_ranks
-
-    @cached_property
-    def pipeline_ranks(self) -> int:
-        """Ranks in a pipeline; 1 where there is none."""
-        return self.mesh["stage"].size()
-
-    @cached_property
-    def shard(self) -> tuple[int, int]:
-        """(which shard of its replica this rank holds, how many there are)."""
-        return self.mesh.get_local_rank("shard"), self.mesh["shard"].size()
-
-    @cached_property
-    def replica(self) -> tuple[int, int]:
-        """(which replica this rank is part of, how many there are)."""
-        return self.mesh.get_local_rank("replicate"), self.mesh["replicate"].size()
-
-    @property
-    def is_main(self) -> bool:
-        """Only this rank prints and writes what is written once."""
-        return self.rank == 0
+    rank: int
+    world_size: int
+    is_main: bool
+    """Only this rank prints and writes what is written once."""
+    pipeline_ranks: int
+    """Ranks in a pipeline; 1 where there is none."""
+    stage: int
+    """This rank's place in its pipeline."""
+    data_ranks: int
+    """Into how many parts a batch is cut."""
+    data_rank: int
+    """Which part of each batch this rank's pipeline takes."""
+    shard: tuple[int, int]
+    """(which shard of its replica this rank holds, how many there are)."""
+    replica: tuple[int, int]
+    """(which replica this rank is part of, how many there are)."""
 
 
 @dataclass
@@ -109,7 +87,7 @@ _joined: _Joined | None = None
 
 
 def current_identity() -> Identity:
-    """This process among the ranks that it has joined; else what the launcher's environment tells (see `identify`)."""
+    """This process among the ranks that it has joined; else as the launcher's environment has it (see `identify`)."""
     return _joined.identity if _joined is not None else identify(os.environ)
 
 
@@ -127,10 +105,6 @@ def start(
         replicas: full copies of the model; the mesh is (stages, replicas, ranks / stages / replicas).
         stages: ranks in a pipeline; None is all of them.
         timeout: how long a rank waits for the others in one collective, in all groups that have no timeout of their own.
-
-    Raises:
-        UserError: half-set environment, more ranks than devices, ranks that stages or replicas do not divide, another device
-            than the one on which this process has joined the ranks.
     """
     global _joined
     joined, runtime = _join(device, replicas, stages, timeout)
@@ -156,7 +130,12 @@ def _join(device: str, replicas: int, stages: int | None, timeout: timedelta) ->
             stack.enter_context(announced(identity))
         chosen = choose_device(device, identity)
         stages = stages or identity.world_size
-        _check_layout(identity.world_size, stages, replicas)
+        ranks = identity.world_size
+        if ranks % stages:
+            raise UserError(f"parallel.stages: {stages} does not divide the {ranks} ranks: start a multiple of {stages} ranks")
+        if ranks // stages % replicas:
+            of_stage = "" if stages == 1 else " of a stage"
+            raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks // stages} ranks{of_stage}")
         joined = _joined or _Joined(identity, chosen)
         if chosen != joined.device:
             raise UserError(
@@ -171,22 +150,19 @@ def _join(device: str, replicas: int, stages: int | None, timeout: timedelta) ->
             # For groups that are made without a timeout, by `init_device_mesh` and `deepspeed.initialize`. torch's own default
             # for NCCL is 10 minutes, which would run out before a longer `limits.step` names the missing rank.
             timeouts = {"default_pg_timeout": timeout, "default_pg_nccl_timeout": timeout}
-            stack.enter_context(_attributes(distributed_c10d, **timeouts))
+            stack.enter_context(attributes(distributed_c10d, **timeouts))
             if not dist.is_initialized():  # Ray's workers have one
                 stack.enter_context(_process_group(joined, timeout))
         mesh, data_group = _mesh(joined, stages, replicas, timeout)
         if _joined is None:
             joined.end, _joined = stack.pop_all(), joined
     joined.users += 1
-    return joined, Runtime(identity, chosen, mesh, data_group)
-
-
-def _check_layout(ranks: int, stages: int, replicas: int) -> None:
-    if ranks % stages:
-        raise UserError(f"parallel.stages: {stages} does not divide the {ranks} ranks: start a multiple of {stages} ranks")
-    if ranks // stages % replicas:
-        of_stage = "" if stages == 1 else " of a stage"
-        raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks // stages} ranks{of_stage}")
+    data_ranks = ranks // stages
+    stage, data_rank = divmod(identity.rank, data_ranks)
+    return joined, Runtime(
+        identity, chosen, mesh, data_group, identity.rank, ranks, identity.rank == 0, stages, stage, data_ranks, data_rank,
+        shard=(mesh.get_local_rank("shard"), data_ranks // replicas), replica=(mesh.get_local_rank("replicate"), replicas),
+    )  # fmt: skip
 
 
 def _mesh(
@@ -207,11 +183,7 @@ def _mesh(
 
 
 def choose_device(device: str, identity: Identity) -> torch.device:
-    """The device of this rank.
-
-    Raises:
-        UserError: CUDA was asked for and is not there, or there are more ranks on this host than devices.
-    """
+    """The device of this rank; raises `UserError` where CUDA or devices for all ranks of this host are missing."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -231,13 +203,9 @@ def _process_group(joined: _Joined, timeout: timedelta) -> Iterator[None]:
     identity, on_cuda = joined.identity, joined.device.type == "cuda"
     dist.init_process_group(
         # Metadata (errors, checksums) travels over gloo also where tensors travel over NCCL.
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=meet(identity, timeout),
-        rank=identity.rank,
-        world_size=identity.world_size,
-        timeout=timeout,
-        device_id=joined.device if on_cuda else None,
-    )
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=meet(identity, timeout), rank=identity.rank,
+        world_size=identity.world_size, timeout=timeout, device_id=joined.device if on_cuda else None,
+    )  # fmt: skip
     try:
         yield
     except BaseException:
@@ -251,7 +219,7 @@ def _process_group(joined: _Joined, timeout: timedelta) -> Iterator[None]:
 
 
 @contextmanager
-def _attributes(owner: Any, **values: Any) -> Iterator[None]:
+def attributes(owner: Any, **values: Any) -> Iterator[None]:
     """Set these attributes of *owner* in here, and set them back at the end."""
     before = {name: getattr(owner, name) for name in values}
     for name, value in values.items():
@@ -288,6 +256,78 @@ def _abort_groups() -> None:
     atexit.register(faulthandler.dump_traceback_later, ABORTING, exit=True, file=2)
 
 
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return every rank's *value*, in the order of the ranks, on every rank.
+
+    Args:
+        group: all ranks, where several threads exchange values at a time and each needs a group of its own.
+    """
+    if dist.get_world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    text = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([text.numel()]), group)
+    longest = max(int(size) for size in sizes)
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - text.numel())), group)
+    return [json.loads(bytes(text[: int(size)].numpy()).decode()) for text, size in zip(texts, sizes)]
+
+
+def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Return rank 0's *value* on every rank."""
+    return gather_json(value if dist.get_rank() == 0 else None, group)[0]
+
+
+class RankFailure(RuntimeError):
+    """Another rank could not do its part; names the rank and its error."""
+
+
+def all_or_none(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Do *work* on every rank; when it fails on any, raise the same error on all, so that none waits for another.
+
+    Raises:
+        UserError: in the words of the first failing rank, when what failed was a user's mistake.
+        RankFailure: names the first rank that failed and its error.
+    """
+    failure: Exception | None = None
+    result: T | None = None
+    report = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+        words = str(error) if isinstance(error, (UserError, RankFailure)) else f"{type(error).__name__}: {error}"
+        report = [isinstance(error, UserError), words]
+    for rank, other in enumerate(gather_json(report, group)):
+        if other is not None:
+            mistake, words = other
+            raise (UserError(words) if mistake else RankFailure(f"rank {rank}: {words}")) from failure
+    return result  # type: ignore[return-value]
+
+
+def warn_of_shared_memory(runtime: Runtime, say: Callable[[str], None]) -> None:
+    """Call *say* with each host's `lacks_shared_memory`. Called on every rank."""
+    found = gather_json(lacks_shared_memory(runtime.device, runtime.identity.local_world_size))
+    for text in dict.fromkeys(filter(None, found)):
+        say(text)
+
+
+def lacks_shared_memory(device: torch.device, ranks: int) -> str | None:
+    """A warning where /dev/shm is small for NCCL between *ranks* of this host; None where it is not needed or large enough."""
+    if device.type != "cuda" or ranks == 1 or os.environ.get("NCCL_SHM_DISABLE") == "1":
+        return None
+    with suppress(OSError):
+        found = os.statvfs("/dev/shm")
+        free, needed = found.f_bavail * found.f_frsize, ranks * SHARED_PER_RANK
+        if free < needed:
+            return (
+                f"warning: /dev/shm of {platform.node()} has {free >> 20} MB left, but NCCL between {ranks} ranks of a host "
+                f"may need {needed >> 20} MB: start the container with --shm-size=1g (Kubernetes: mount an emptyDir of medium "
+                "Memory there)"
+            )
+    return None
+
+
 @contextmanager
 def deterministic(enabled: bool, device: str = "auto") -> Iterator[None]:
     """Make torch deterministic in this process; restore its settings at the end. Without *enabled* it changes nothing.
@@ -302,10 +342,10 @@ def deterministic(enabled: bool, device: str = "auto") -> Iterator[None]:
         UserError: cuBLAS was started, or is to be started, in a way that does not repeat; or an operation inside has no
             deterministic form, on this rank or on another.
     """
+    global _users
     if not enabled:
         yield
         return
-    global _users
     if _users == 0:
         with ExitStack() as stack:
             _set_workspace(stack, device)
@@ -368,18 +408,16 @@ def _set_torch(stack: ExitStack) -> None:
 
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     # Set back in reverse: this one after use_deterministic_algorithms, which sets inductor's switch too.
-    stack.enter_context(_attributes(inductor, deterministic=inductor.deterministic))
+    stack.enter_context(attributes(inductor, deterministic=inductor.deterministic))
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     stack.callback(lambda: torch.use_deterministic_algorithms(before[0], warn_only=before[1]))
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory would cost a pass over it; nothing here reads memory before it is written.
-    stack.enter_context(_attributes(torch.utils.deterministic, fill_uninitialized_memory=False))
-    stack.enter_context(_attributes(cudnn, deterministic=True, benchmark=False))
+    stack.enter_context(attributes(torch.utils.deterministic, fill_uninitialized_memory=False))
+    stack.enter_context(attributes(cudnn, deterministic=True, benchmark=False))
     # What is left for attention: the flash kernels in bf16 and fp16, which have a deterministic form, and matrix products. The
     # backward pass of the memory-efficient kernels, which fp32 takes otherwise, and cuDNN's are not known to repeat.
-    for switch, is_on in (
-        (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled),
-        (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled),
-    ):
-        stack.callback(switch, is_on())
+    for name in ("mem_efficient", "cudnn"):
+        switch = getattr(cuda, f"enable_{name}_sdp")
+        stack.callback(switch, getattr(cuda, f"{name}_sdp_enabled")())
         switch(False)

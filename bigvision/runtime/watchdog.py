@@ -41,9 +41,8 @@ from bigvision.config import LimitsConfig
 from bigvision.errors import Exit, Stopped, UserError, one_line
 from bigvision.runtime import diagnosis, guard
 from bigvision.runtime.diagnosis import Heard, News, Report
-from bigvision.runtime.identity import Identity, environment
-from bigvision.runtime.process import current_identity, nccl_trace
-from bigvision.runtime.rendezvous import RankFailure, launcher_holds_store
+from bigvision.runtime.process import RankFailure, current_identity, nccl_trace
+from bigvision.runtime.rendezvous import Identity, environment, launcher_holds_store
 
 Phase = Literal["start", "step", "evaluate", "save"]
 Event = Literal["fault", "error", "leave", "close"]
@@ -82,18 +81,17 @@ PHASE = Limit("phase", 1.0, Exit.HUNG)
 BLOCKED = Limit("grace", 0.5, Exit.FAULT, "it still waited")
 UNFINISHED = Limit("grace", 1.0, Exit.FAULT, "it had not cleaned up")
 STATES = {
-    # a rank that           needs others  limits               on a fault  on an error  on leaving
-    "running": State(True,  (PHASE,),            "lost",   "failed", "left"),    # waits for nobody, or in a collective
-    "lost":    State(True,  (BLOCKED, PHASE),    "lost",   "failed", "left"),    # waits for an exception: NCCL raises none
-    "failed":  State(False, (UNFINISHED, PHASE), "failed", "failed", "failed"),  # waits for its clean-up, which may block
-    "left":    State(False, (PHASE,),            "left",   "left",   "left"),    # waits for nobody
-    "closed":  State(False, (),                  "closed", "closed", "closed"),  # has ended its watchdog
+    #          needs others  limits              on a fault  on an error  on leaving     waits for
+    "running": State(True,  (PHASE,),            "lost",     "failed",    "left"),     # nobody, or the others in a collective
+    "lost":    State(True,  (BLOCKED, PHASE),    "lost",     "failed",    "left"),     # an exception; NCCL raises none
+    "failed":  State(False, (UNFINISHED, PHASE), "failed",   "failed",    "failed"),   # its own clean-up, which may block
+    "left":    State(False, (PHASE,),            "left",     "left",      "left"),     # nobody
+    "closed":  State(False, (),                  "closed",   "closed",    "closed"),   # nobody: the watchdog has ended
 }  # fmt: skip
 
 LONGEST_PULSE, SHORTEST_PULSE = 1.0, 0.05
-"""Seconds between two looks of the clock, and between two rounds of the store thread."""
+"""Seconds between two looks of the clock, and two rounds of the store thread; with `PULSES` in the shortest limit."""
 PULSES, PULSES_OF_GRACE = 30, 10
-"""In the shortest limit, and in limits.grace."""
 SILENT = 5.0
 """Pulses without news after which a rank is silent, and no less than a second: a busy host may be late."""
 NAP = 2.0
@@ -101,6 +99,8 @@ NAP = 2.0
 WRITING = 5.0
 """Seconds that a disk and a terminal get for the stacks, and the driver for its trace."""
 CONNECT = timedelta(seconds=5)
+_starts: Counter[tuple[object, ...]] = Counter()
+"""How often this process has been a rank of a run."""
 
 _BROKEN = re.compile("another rank is gone")
 _LOST = re.compile("connection|closed by peer|broken pipe|timed ?out|timeout|NCCL|another rank is gone", re.I)
@@ -202,14 +202,12 @@ class Watchdog:
     """Watches this rank from its start on; a context manager, on every rank."""
 
     def __init__(self, limits: LimitsConfig, stacks: Path | None = None) -> None:
-        """Args:
-        limits: seconds for each phase; None is for ever.
-        stacks: folder that gets a file for each rank.
-        """
+        """*stacks* is a folder that gets a file for each rank."""
         self._config = limits
         self.limits: dict[str, float | None] = asdict(limits)
         self.folder = stacks
-        self.pulse = _pulse(limits)
+        shortest = min([LONGEST_PULSE, *(limit / PULSES for limit in _phase_limits(limits))])
+        self.pulse = max(SHORTEST_PULSE, min(shortest, (limits.grace or PULSES) / PULSES_OF_GRACE))
         self._guard: guard.Guard | None = None
 
     def __enter__(self) -> Watchdog:
@@ -221,7 +219,11 @@ class Watchdog:
         self.board = Board(News(self.identity, diagnosis.this_process(), max(1.0, SILENT * self.pulse)))
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         if self.identity.world_size > 1:
-            self._prefix = _prefix(self.identity)
+            # A store may outlive a restart of the ranks, and a process may train several times in a row.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            place = (self.identity, os.environ.get("TORCHELASTIC_RUN_ID"), attempt)
+            _starts[place] += 1
+            self._prefix = f"bigvision/heartbeats/{attempt}.{_starts[place]}"
             self._threads.append(threading.Thread(target=self._talk, name="heartbeats", daemon=True))
             if self.limits["grace"] is not None and guard.needed():
                 self._guard = guard.Guard(self.identity.rank, self.pulse, self.limits["grace"] / 2)
@@ -417,10 +419,9 @@ class Watchdog:
         rank, hung = self.identity.rank, code == Exit.HUNG
         path = self.folder / f"rank-{rank}.txt" if hung and self.folder is not None else None
         line = f"error: rank {rank}: {text}{f'; stacks: {path}' if path is not None else ''}\n"
-        before = self.board.copy().traceback
-        if hung:
-            before = f"rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}: {text}\n\n{all_stacks()}\n"
-        _in_time(lambda: _write(2, f"\n{before}{line}"), *([lambda: _write(path, before)] if path is not None else []))
+        stacks = f"rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}: {text}\n\n{all_stacks()}\n"
+        before = stacks if hung else self.board.copy().traceback
+        _in_time(lambda: _write(2, f"\n{before}{line}"), lambda: _write(path, stacks) if path is not None else None)
         if path is not None:
             # The driver may not answer while it holds the interpreter: then this ends the process, with code 1.
             faulthandler.dump_traceback_later(WRITING, exit=True, file=2)
@@ -447,9 +448,8 @@ class Watchdog:
                 board.changed.notify_all()
                 board.changed.wait_for(lambda: board.state == "closed" or board.rounds < board.wanted, self.pulse)
 
-    def _connect(self) -> dist.TCPStore:
-        address, port = self.identity.address, self.identity.port
-        refused = False
+    def _connect(self) -> dist.Store:
+        address, port, refused = self.identity.address, self.identity.port, False
         try:
             # TCPStore fills the screen when nobody listens.
             socket.create_connection((address, port), timeout=max(1.0, self.pulse)).close()
@@ -459,7 +459,7 @@ class Watchdog:
         finally:
             with self.board.changed:
                 self.board.news.refused = refused
-        return dist.TCPStore(address, port, None, False, CONNECT, wait_for_workers=False)
+        return dist.PrefixStore(self._prefix, dist.TCPStore(address, port, None, False, CONNECT, wait_for_workers=False))
 
     def _exchange(self, store: Any) -> None:
         """Report a fault or look for one, publish where this rank is, and read where the others are when somebody asks."""
@@ -471,14 +471,13 @@ class Watchdog:
             curious = curious or (limit is not None and board.waited() > limit / 2)
             news.reading_since = min(news.reading_since, time.monotonic()) if curious else math.inf
         if mine is not None:
-            text = json.dumps({"text": mine.text, "ends_all": mine.ends_all})
-            self._take_fault(store.compare_set(self._key("fault"), "", text))
-        elif fault is None and store.check([self._key("fault")]):
-            self._take_fault(store.get(self._key("fault")))
-        store.set(self._key(rank), json.dumps(self._own_report(curious) | {"number": number}))
+            self._take_fault(store.compare_set("fault", "", json.dumps([mine.text, mine.ends_all])))
+        elif fault is None and store.check(["fault"]):
+            self._take_fault(store.get("fault"))
+        store.set(str(rank), json.dumps(self._own_report(curious) | {"number": number}))
         others = [other for other in range(self.identity.world_size) if other != rank] if curious else []
-        ready = [other for other in others if other in known or store.check([self._key(other)])]  # to read one waits for it
-        reports = [json.loads(text) for text in store.multi_get([self._key(other) for other in ready])] if ready else []
+        ready = [other for other in others if other in known or store.check([str(other)])]  # to read one waits for it
+        reports = [json.loads(text) for text in store.multi_get([str(other) for other in ready])] if ready else []
         with board.changed:
             for other, report in zip(ready, reports):
                 if other not in known or news.heard[other].report["number"] != report["number"]:
@@ -487,25 +486,11 @@ class Watchdog:
 
     def _take_fault(self, text: bytes) -> None:
         """Take the fault that the store has as the first one."""
-        board, found = self.board, json.loads(text)
+        board, (words, ends_all) = self.board, json.loads(text)
         with board.changed:
             since = board.fault.since if board.fault is not None else time.monotonic()
-            board.fault, board.to_report = Fault(found["text"], found["ends_all"], since), None
+            board.fault, board.to_report = Fault(words, ends_all, since), None
             board.changed.notify_all()
-
-    def _key(self, name: object) -> str:
-        return f"{self._prefix}/{name}"
-
-
-_STARTS: Counter[tuple[object, ...]] = Counter()
-
-
-def _prefix(identity: Identity) -> str:
-    """Where in the store: a store may outlive a restart of the ranks, and a process may train several times in a row."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    place = (identity, os.environ.get("TORCHELASTIC_RUN_ID"), attempt)
-    _STARTS[place] += 1
-    return f"bigvision/heartbeats/{attempt}.{_STARTS[place]}"
 
 
 def collective_timeout(limits: LimitsConfig) -> timedelta:
@@ -535,11 +520,6 @@ def _phase_limits(limits: LimitsConfig) -> list[float]:
     return [limit for limit in (limits.start, limits.step, limits.evaluate, limits.save) if limit is not None]
 
 
-def _pulse(limits: LimitsConfig) -> float:
-    shortest = min([LONGEST_PULSE, *(limit / PULSES for limit in _phase_limits(limits))])
-    return max(SHORTEST_PULSE, min(shortest, (limits.grace or PULSES) / PULSES_OF_GRACE))
-
-
 def _in_time(*works: Callable[[], None]) -> None:
     """Do each in a thread of its own, and wait for them no longer than `WRITING`."""
     threads = [threading.Thread(target=work, daemon=True) for work in works]
@@ -551,12 +531,11 @@ def _in_time(*works: Callable[[], None]) -> None:
 
 
 def _write(target: Path | int, content: str | bytes) -> None:
-    """Write to a file, which nothing does not make, or to a descriptor, as far as it is possible."""
+    """Write to a file, or to a descriptor, as far as it is possible; no content makes no file."""
     data = content.encode(errors="replace") if isinstance(content, str) else content
     with suppress(OSError):
-        if isinstance(target, int):
-            while data:
-                data = data[os.write(target, data) :]
-        elif data:
+        if data and isinstance(target, Path):
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
+        if data:
+            with open(target, "wb", closefd=isinstance(target, Path)) as file:
+                file.write(data)

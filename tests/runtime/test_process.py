@@ -19,8 +19,9 @@ from torch.distributed import distributed_c10d
 
 from bigvision.config import LimitsConfig
 from bigvision.errors import Exit, UserError
-from bigvision.runtime import Identity, Watchdog, lacks_shared_memory, process, start
+from bigvision.runtime import Identity, Watchdog, process, start
 from bigvision.runtime.diagnosis import News
+from bigvision.runtime.process import lacks_shared_memory
 from bigvision.runtime.watchdog import NCCL_DEFAULTS, Board
 from tests.distributed import run_ranks
 
