@@ -341,9 +341,9 @@ def save_in_turns(plain: dict[str, Any], folder: str) -> list[Any]:
 def save_and_resume(plain: dict[str, Any]) -> list[Any]:
     """What engines with and without a word about their data record, accept and print."""
     import bigvision
-    from bigvision.runtime import rendezvous
+    from bigvision.runtime import process
 
-    rendezvous.lacks_shared_memory = lambda device, ranks: "warning: /dev/shm is small"
+    process.lacks_shared_memory = lambda device, ranks: "warning: /dev/shm is small"
     keys, found = {"num_classes": 10, "steps": 3}, list[Any]()
     silent = {name: section for name, section in plain.items() if name != "data"}
     first = Path(plain["out"]) / "step-00000000"
