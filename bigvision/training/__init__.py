@@ -3,8 +3,8 @@
 In come a `Config`, and datasets, a model and callbacks of the user's; out come checkpoints, metrics.jsonl and a `Result`.
 
 Read ``trainer.py`` first (the loop, evaluation), then ``build.py`` (all that happens before the first step). ``data.py`` feeds
-the loop, ``saving.py`` decides when to save, ``numbers.py`` what becomes of non-finite losses and spikes. ``lineage.py``
-compares a run with its folder, ``restarts.py`` logs each start.
+the loop, ``saving.py`` decides when to save, ``numbers.py`` what becomes of non-finite losses and spikes. ``run_folder.py``
+logs each start, and compares a run with what its folder holds.
 """
 
 from bigvision.training.saving import Callback, Event

@@ -23,7 +23,7 @@ from bigvision.data import MapStyle, Source, open_source
 from bigvision.data.report import SIZES, classes_difference, difference, fingerprint
 from bigvision.data.sources.arrays import Synthetic
 from bigvision.training import read_history
-from bigvision.training.lineage import check_same_run, read_lineage
+from bigvision.training.run_folder import check_same_run, read_lineage
 from tests.distributed import run_ranks
 from tests.recipes import recipe
 
