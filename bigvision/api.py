@@ -3,7 +3,7 @@
 In come a recipe (a path, a mapping, a `Config` or nothing), keywords that override it, and names or objects for model and data.
 Out come a `Result`, or an engine that takes steps, evaluates, saves and resumes. Both start with `configured`, which makes one
 `Config` of all that. `train` starts ranks if ``devices`` asks for them (`bigvision.launchers`) and calls
-`bigvision.training.train`; `Engine` wraps the engine of `bigvision.engine` and the `Saver` of `bigvision.checkpoint`.
+`bigvision.training.train_on_rank`; `Engine` wraps the engine of `bigvision.engine` and the `Saver` of `bigvision.checkpoint`.
 """
 
 from __future__ import annotations
@@ -412,7 +412,7 @@ def train(
         )
 
     def work() -> Result:
-        return training.train(made, objects.data, objects.val, model=objects.model, callbacks=callbacks)
+        return training.train_on_rank(made, objects.data, objects.val, model=objects.model, callbacks=callbacks)
 
     if placement is None:
         return work()

@@ -117,9 +117,9 @@ def _train(arguments: list[str]) -> int:
         if _rank() == 0:
             print(describe(config, origins))
         return Exit.DONE
-    from bigvision.training import train
+    from bigvision.training import train_on_rank
 
-    train(config, began=began)
+    train_on_rank(config, began=began)
     return Exit.DONE
 
 

@@ -318,10 +318,10 @@ def rank(settings: dict[str, Any]) -> dict[str, Any]:
     if Path(settings["folder"]).is_dir():
         os.chdir(settings["folder"])
     threading.Thread(target=_listen, args=(settings["bell"],), name="bell", daemon=True).start()
-    from bigvision.training import train as train_here
+    from bigvision.training import train_on_rank
 
     try:
-        result = train_here(load_config(settings["config"]))
+        result = train_on_rank(load_config(settings["config"]))
     except Stopped as stopped:
         # Not an error: Ray would start the ranks again.
         return {"stopped": stopped.name, "step": stopped.step, "checkpoint": str(stopped.checkpoint)}

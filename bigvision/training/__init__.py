@@ -7,7 +7,17 @@ the loop, ``saving.py`` decides when to save, ``numbers.py`` what becomes of non
 logs each start, and compares a run with what its folder holds.
 """
 
-from bigvision.training.saving import Callback, Event
-from bigvision.training.trainer import Result, evaluate_checkpoint, read_history, train
+import warnings
+from typing import Any
 
-__all__ = ["Callback", "Event", "Result", "evaluate_checkpoint", "read_history", "train"]
+from bigvision.training.saving import Callback, Event
+from bigvision.training.trainer import Result, evaluate_checkpoint, read_history, train_on_rank
+
+__all__ = ["Callback", "Event", "Result", "evaluate_checkpoint", "read_history", "train_on_rank"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "train":
+        raise AttributeError(f"module 'bigvision.training' has no attribute {name!r}")
+    warnings.warn("bigvision.training.train is called train_on_rank now", FutureWarning, stacklevel=2)
+    return train_on_rank

@@ -49,11 +49,13 @@ class Result:
     """The lines of metrics.jsonl, also those of starts before this one; on rank 0, which writes them."""
 
 
-def train(
+def train_on_rank(
     config: Config, data: Any = None, val: Any = None, *, model: GivenModel | None = None,
     callbacks: Sequence[Callback] = (), began: float | None = None,
 ) -> Result:  # fmt: skip
     """Train, evaluate and save as *config* says, from the newest checkpoint or from the start. Run on every rank.
+
+    `bigvision.train` starts the ranks, and calls this on each.
 
     Args:
         data, val: map-style datasets of your own (see `bigvision.data.MapStyle`) in the place of what ``data.train`` and
