@@ -3,7 +3,7 @@
 In come a recipe (a path, a mapping, a `Config` or nothing), keywords that override it, and names or objects for model and data.
 Out come a `Result`, or an engine that takes steps, evaluates, saves and resumes. Both start with `configured`, which makes one
 `Config` of all that. `train` starts ranks if ``devices`` asks for them (`bigvision.launchers`) and calls
-`bigvision.training.train`; `Engine` wraps the engine of `bigvision.engine` and the `Saver` of `bigvision.checkpoint`.
+`bigvision.training.train_on_rank`; `Engine` wraps the engine of `bigvision.engine` and the `Saver` of `bigvision.checkpoint`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigvision import checkpoint, training
-from bigvision.config import Config, DataConfig, parse_size, resolve
+from bigvision.config import Config, DataConfig, resolve
 from bigvision.config.resolve import flatten
 from bigvision.config.values import AUTO, leaves
 from bigvision.data import Batch, StepBatch
@@ -29,14 +29,14 @@ from bigvision.data.sources.base import Source
 from bigvision.data.sources.custom import MapDataset
 from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError, either, nearest
-from bigvision.launchers.ranks import Devices, Placement, place
+from bigvision.launchers.ranks import Devices, place
 from bigvision.models import GivenModel, check_model, given_name
 from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
 from bigvision.training import Callback, Result
-from bigvision.training.build import build_model, with_model, without_weights
-from bigvision.training.data import open_data
-from bigvision.training.lineage import check_same_run, data_facts
-from bigvision.training.saving import progress_of
+from bigvision.training.build import build_model, take_folder, with_model, without_weights
+from bigvision.training.data import name_of_data, open_data
+from bigvision.training.run_folder import check_same_run, data_facts
+from bigvision.training.saving import new_saver, progress_of
 
 Recipe = str | Path | Mapping[str, Any] | Config | None
 """The path of a YAML file, a mapping like one, a configuration, or None for the defaults."""
@@ -62,14 +62,9 @@ class Objects:
 
 
 def configured(
-    caller: str,
-    recipe: Recipe,
-    model: Any,
-    data: Any,
-    val: Any,
-    image_size: int | tuple[int, int] | None,
+    caller: str, recipe: Recipe, model: Any, data: Any, val: Any, image_size: int | tuple[int, int] | None,
     keys: Mapping[str, Any],
-) -> tuple[Config, Objects]:
+) -> tuple[Config, Objects]:  # fmt: skip
     """The configuration that is asked for, keywords before the recipe, and the objects.
 
     Args:
@@ -82,7 +77,12 @@ def configured(
             have wrong.
     """
     kinds = dict(leaves(Config))
-    _check_names(caller, keys, kinds)
+    for name in keys:
+        if name not in SECTIONS and name not in kinds:
+            sections = [section for section, _, key in (known.rpartition(".") for known in kinds) if key == name]
+            places = [f"{section}={{{name!r}: ...}}" for section in sections]
+            hint = f"; did you mean {either(places)}?" if places else nearest(name, [*SECTIONS, *ARGUMENTS, *kinds])
+            raise UserError(f"{caller}: unknown keyword {name!r}{hint}")
     given = flatten(keys, kinds, caller)
     objects = {}
     for name, value, key in (("model", model, "model.name"), ("data", data, "data.train"), ("val", val, "data.val")):
@@ -102,10 +102,11 @@ def configured(
         raise UserError(f"data: {caller} got a dataset in val, but none to train on: give both")
     if "data" in objects and "val" not in objects:
         objects["val"] = given.pop("data.val")
-    names = {"model": ("model.name", given_name), "data": ("data.train", _class_name), "val": ("data.val", _class_name)}
-    for name, value in objects.items():
-        key, named = names[name]
-        given[key] = value if isinstance(value, str) else named(value)  # what a folder is named after
+    for name, key in (("data", "data.train"), ("val", "data.val")):
+        if name in objects:
+            given[key] = name_of_data(objects[name])
+    if "model" in objects:
+        given["model.name"] = given_name(objects["model"])
     if isinstance(recipe, Config):
         if not given and recipe.out != AUTO:
             return recipe, Objects(data_named=recipe.data.train != DataConfig.train)
@@ -118,21 +119,6 @@ def configured(
     if notes and identify(os.environ).rank == 0:
         print("\n".join(notes))
     return config, Objects(**objects, data_named=origins["data.train"] != "default")
-
-
-def _class_name(data: Any) -> str:
-    return f"python:{type(data).__name__}"
-
-
-def _check_names(caller: str, keys: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    for name in keys:
-        if name in SECTIONS or name in known:
-            continue
-        homes = [key for key in known if key.rpartition(".")[2] == name]
-        if homes:
-            places = [f"{section}={{{name!r}: ...}}" for section in (key.rpartition(".")[0] for key in homes)]
-            raise UserError(f"{caller}: unknown keyword {name!r}; did you mean {either(places)}?")
-        raise UserError(f"{caller}: unknown keyword {name!r}{nearest(name, [*SECTIONS, *ARGUMENTS, *known])}")
 
 
 class Engine:
@@ -202,6 +188,9 @@ class Engine:
         parallel, steps, model = self.config.parallel, self.config.train.steps or 0, objects.model
         self._stack.enter_context(deterministic(self.config.train.deterministic, parallel.device))
         self.runtime = self._stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks))
+        self.rank, self.world_size, self.device = self.runtime.rank, self.runtime.world_size, self.runtime.device
+        self.is_main = self.runtime.is_main
+        """Whether this is rank 0, which prints and writes."""
         all_or_none(lambda: check_engine(self.config, self.runtime))
         warn_of_shared_memory(self.runtime, self._say)
         self._facts: dict[str, Any] | None = None
@@ -232,23 +221,6 @@ class Engine:
     def step(self) -> int:
         """Steps taken."""
         return self.engine.step
-
-    @property
-    def rank(self) -> int:
-        return self.runtime.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.runtime.world_size
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0, which prints and writes."""
-        return self.runtime.is_main
-
-    @property
-    def device(self) -> torch.device:
-        return self.runtime.device
 
     def train_step(self, images: Tensor | Batch | StepBatch, labels: Tensor | None = None) -> StepResult:
         """Take one optimizer step on this rank's part of the global batch.
@@ -297,13 +269,8 @@ class Engine:
         """
         folder, keep = Path(out or self.config.out), self.config.checkpoint
         if folder not in self._savers:
-            all_or_none(lambda: self._take(folder) if self.is_main else None)
-            checkpoint.check_shared(folder)
-            self._savers[folder] = checkpoint.Saver(
-                folder, parse_size(keep.shard_size, "checkpoint.shard_size"),
-                checkpoint.Retention(keep.keep, None, keep.keep_every), background=False, writer=keep.writer,
-                verify=keep.verify_after_save, timeout=keep.timeout, say=self._say,
-            )  # fmt: skip
+            take_folder(folder, self.runtime, self._stack, self._say)
+            self._savers[folder] = new_saver(folder, replace(keep, keep_best=None, background=False), self._say)
         self._out = folder
         self.engine.synchronize()
         evaluated = self.step if metrics else None
@@ -370,11 +337,6 @@ class Engine:
             self._facts = found.progress.get("data")
             self._card |= {name: names for name, names in found.card.items() if name == "label_names"}
 
-    def _take(self, folder: Path) -> None:
-        """Lock *folder*, and remove what a killed run has left half done there."""
-        self._stack.callback(checkpoint.Lock(folder, self._say).release)
-        checkpoint.prepare_folder(folder)
-
     def close(self) -> None:
         """Release the model. The last engine of a process that closes leaves the other ranks."""
         self._stack.close()
@@ -382,9 +344,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:  # fmt: skip
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # With the error: after it NCCL's groups are aborted, not destroyed.
         self._stack.__exit__(kind, error, trace)
 
@@ -452,7 +412,7 @@ def train(
         )
 
     def work() -> Result:
-        return training.train(made, objects.data, objects.val, model=objects.model, callbacks=callbacks)
+        return training.train_on_rank(made, objects.data, objects.val, model=objects.model, callbacks=callbacks)
 
     if placement is None:
         return work()
@@ -462,12 +422,8 @@ def train(
         from bigvision.launchers.ranks import fresh_ranks
 
         return fresh_ranks(made.to_dict(), placement.ranks, placement.environment, max_restarts)
-    return _forked(work, objects, placement, max_restarts, made.out)
-
-
-def _forked(work: Any, objects: Objects, placement: Placement, max_restarts: int, out: str) -> Result:
-    """Objects reach other processes only by a fork: they may be closures, open files, classes of a notebook."""
+    # Objects reach other processes only by a fork: they may be closures, open files, classes of a notebook.
     from bigvision.launchers.ranks import check_parent, forked_ranks
 
     check_parent(placement.cuda)
-    return forked_ranks(work, placement.ranks, placement.cuda, placement.environment, max_restarts, out)
+    return forked_ranks(work, placement.ranks, placement.cuda, placement.environment, max_restarts, made.out)

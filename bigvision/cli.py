@@ -28,6 +28,10 @@ USAGE = """usage: bigvision COMMAND ...
 --parallel.deepspeed FILE. train and eval both run under every launcher of docs/launching.md.
 More: bigvision COMMAND --help. Versions, for a report: bigvision --version."""
 
+COMMANDS = ("train", "eval", "ray", "submit", "convert", "export", "checkpoint")
+GRACE = 5.0
+"""Seconds that a silent rank leaves to the one that reports a mistake."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code, an `Exit`."""
@@ -43,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
             return Exit.DONE
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
-        return COMMANDS[command](rest)
+        return run(command, rest)
     except UserError as error:
-        if _speaks():
+        if _rank(local=True) == 0:  # every rank makes the same mistake; one per host reports it
             print(f"error: {error}", file=sys.stderr)
         else:
             # A launcher ends all ranks when one leaves, also the one that has not come to say why.
@@ -61,13 +65,42 @@ def main(arguments: list[str] | None = None) -> int:
         return Exit.FAULT
 
 
-def run_train(arguments: list[str]) -> int:
-    """``bigvision train [RECIPE.yaml] [--print-config] [--section.key value ...]``."""
-    with listening():  # before what takes seconds to import
-        return _train(arguments)
+def run(command: str, arguments: list[str]) -> int:
+    """Run one of `COMMANDS` and return its exit code. What it needs is imported here: torch takes seconds."""
+    if command == "train":
+        with listening():
+            return _train(arguments)
+    if command == "ray":
+        with listening():
+            from bigvision.launchers import ray
+
+            return ray.run(_with_our_spelling(arguments))
+    if command == "submit":
+        from bigvision.launchers import submit
+
+        return submit.run(_with_our_spelling(arguments))
+    if command == "eval":
+        from bigvision.launchers import commands as evaluation
+
+        main_rank = _rank() == 0
+        metrics = evaluation.run(
+            _with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None
+        )
+        if main_rank:
+            print(json.dumps(metrics))
+        return Exit.DONE
+    if command == "convert":
+        from bigvision.models import convert
+
+        return convert.run(arguments)
+    from bigvision.checkpoint import commands
+
+    return commands.run_export(arguments) if command == "export" else commands.run_checkpoint(arguments)
 
 
 def _train(arguments: list[str]) -> int:
+    """``bigvision train [RECIPE.yaml] [--print-config] [--section.key value ...]``."""
+    began = time.monotonic()
     from bigvision.config import describe, resolve
     from bigvision.launchers.accelerate import overrides
     from bigvision.launchers.commands import take_recipe
@@ -83,58 +116,11 @@ def _train(arguments: list[str]) -> int:
     if print_only:
         if _rank() == 0:
             print(describe(config, origins))
-        return 0
-    from bigvision.training import train
+        return Exit.DONE
+    from bigvision.training import train_on_rank
 
-    train(config)
-    return 0
-
-
-def run_eval(arguments: list[str]) -> int:
-    """``bigvision eval STEP_FOLDER|MODEL [--section.key value ...]``: one JSON object of metrics on standard output."""
-    from bigvision.launchers.commands import run
-
-    main_rank = _rank() == 0
-    metrics = run(_with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None)
-    if main_rank:
-        print(json.dumps(metrics))
-    return 0
-
-
-def run_convert(arguments: list[str]) -> int:
-    """``bigvision convert IN.pth OUT.safetensors``."""
-    from bigvision.models.convert import run
-
-    return run(arguments)
-
-
-def run_ray(arguments: list[str]) -> int:
-    """``bigvision ray [RECIPE.yaml] [--workers N] [--section.key value ...]``."""
-    with listening():  # before what takes seconds to import
-        from bigvision.launchers.ray import run
-
-        return run(_with_our_spelling(arguments))
-
-
-def run_submit(arguments: list[str]) -> int:
-    """``bigvision submit --to local|slurm|k8s RECIPE.yaml ...``."""
-    from bigvision.launchers.submit import run
-
-    return run(_with_our_spelling(arguments))
-
-
-def run_export(arguments: list[str]) -> int:
-    """``bigvision export STEP_FOLDER FILE_OR_FOLDER``."""
-    from bigvision.checkpoint.commands import run_export
-
-    return run_export(arguments)
-
-
-def run_checkpoint(arguments: list[str]) -> int:
-    """``bigvision checkpoint list | verify | diff | prune``."""
-    from bigvision.checkpoint.commands import run_checkpoint
-
-    return run_checkpoint(arguments)
+    train_on_rank(config, began=began)
+    return Exit.DONE
 
 
 def _versions() -> str:
@@ -152,24 +138,15 @@ def _versions() -> str:
     return f"bigvision {__version__} ({', '.join(found)}; {platform.platform()})"
 
 
-def _rank() -> int:
-    """This process's rank; 0 where it does not know."""
+def _rank(local: bool = False) -> int:
+    """This process's rank, or its rank on this host; 0 where it does not know."""
     from bigvision.runtime.rendezvous import identify
 
     try:
-        return identify(os.environ).rank
+        here = identify(os.environ)
+        return here.local_rank if local else here.rank
     except UserError:
         return 0
-
-
-def _speaks() -> bool:
-    """Every rank makes the same mistake; one per host says it. A rank that does not know who it is speaks for itself."""
-    from bigvision.runtime.rendezvous import identify
-
-    try:
-        return identify(os.environ).local_rank == 0
-    except UserError:
-        return True
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
@@ -189,20 +166,6 @@ def _with_our_spelling(arguments: list[str]) -> list[str]:
             argument = re.sub(r"\A--deepspeed([-_]config)?(?==|\Z)", "--parallel.deepspeed", argument)
             kept.append(re.sub(r"\A--resume(?==|\Z)", "--checkpoint.resume", argument))
     return kept
-
-
-GRACE = 5.0
-"""Seconds that a silent rank leaves to the one that speaks."""
-
-COMMANDS = {
-    "train": run_train,
-    "eval": run_eval,
-    "ray": run_ray,
-    "submit": run_submit,
-    "convert": run_convert,
-    "export": run_export,
-    "checkpoint": run_checkpoint,
-}
 
 
 if __name__ == "__main__":

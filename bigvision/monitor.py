@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bigvision import checkpoint
 from bigvision.config import Config
 from bigvision.engine import StepResult
 from bigvision.runtime import Runtime, gather_json
@@ -30,10 +31,12 @@ WINDOWS, STEPS = 3, 20
 
 
 class Monitor:
-    """Writes metrics.jsonl, shows progress and names the next commands. Every rank has one; only rank 0's speaks."""
+    """Writes metrics.jsonl, shows progress and names the next commands. Every rank has one; only rank 0's prints."""
 
-    def __init__(self, config: Config, runtime: Runtime) -> None:
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: Config, runtime: Runtime, began: float) -> None:
+        """Args: *began* is the `time.monotonic()` from which the first step's line counts the seconds."""
+        self.config, self.runtime, self.began = config, runtime, began
+        self.first_step = True
         self.console = Console(quiet=not runtime.is_main, highlight=False, soft_wrap=True)
         self.path = Path(config.out) / "metrics.jsonl"
         self.progress: ProgressBar | None = None
@@ -48,16 +51,16 @@ class Monitor:
         """Start to measure at *step*, also again. Lines beyond it, of what was not saved or is not kept, are dropped."""
         self.close()
         if self.runtime.is_main:
-            _keep_lines(self.path, step)
+            if self.path.exists():
+                kept = [line for line in read_lines(self.path) if isinstance(at := line.get("step"), int) and at <= step]
+                checkpoint.replace(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self.file = self.path.open("a", encoding="utf-8", buffering=1)
             if self.config.monitor.progress:
                 self.progress = ProgressBar(self.console, step, steps, metrics)
         self.steps = steps
         self._restart_clock()
 
-    def after_step(
-        self, result: StepResult, bad: int = 0, waited: float | None = None
-    ) -> dict[str, Any] | None:  # fmt: skip
+    def after_step(self, result: StepResult, bad: int, waited: float | None) -> dict[str, Any] | None:
         """Log an optimizer step; each ``monitor.every`` steps, and at the last, write it down and return the line.
 
         Args:
@@ -65,14 +68,17 @@ class Monitor:
             waited: seconds that this rank waited for each batch of the steps since the last line.
         """
         self.seen, self.taken = self.seen + result.samples, self.taken + 1
+        loss, grad_norm = result.numbers
+        if self.first_step and not result.skipped:
+            self.first_step = False
+            seconds = time.monotonic() - self.began
+            self.say(f"step {result.step} of {self.steps}: loss {loss:.4f}, {seconds:.1f} s after the start")
         if not self.due(result.step):
             return None
-        mine = Own(waited, result.seconds())
-        loss, grad_norm = result.numbers
-        gathered = gather_json([_peak_memory(self.runtime.device), mine.data, mine.work])
+        gathered = gather_json([_peak_memory(self.runtime.device), waited, result.seconds()])
         elapsed = time.perf_counter() - self.since
-        slow, said = self.stragglers.take([Own(*rest) for _, *rest in gathered], self.taken, elapsed / self.taken)
-        for text in said:
+        slow, news = self.stragglers.take([Own(*rest) for _, *rest in gathered], self.taken, elapsed / self.taken)
+        for text in news:
             self.say(text)
         line = {
             "step": result.step,
@@ -83,12 +89,12 @@ class Monitor:
             "images_per_second": round(self.seen / (time.perf_counter() - self.since), 2),
             "peak_memory": max(peak for peak, *_ in gathered),
         }
-        slow = {str(rank): round(seconds, 4) for rank, seconds in slow.items()}
-        more = {"skipped": result.skipped, "bad_samples": bad, "stragglers": slow}
+        stragglers = {str(rank): round(seconds, 4) for rank, seconds in slow.items()}
+        more = {"skipped": result.skipped, "bad_samples": bad, "stragglers": stragglers}
         line |= {name: value for name, value in more.items() if value}
         self._write(line)
         if self.progress:
-            self.progress.update(result.step, line["loss"], line["images_per_second"])
+            self.progress.update(result.step, loss, line["images_per_second"])
         self._restart_clock()
         return line
 
@@ -111,7 +117,7 @@ class Monitor:
     def close(self) -> None:
         """Stop drawing; also when the run ends by an error."""
         if self.progress:
-            self.progress.close()
+            self.progress.bar.stop()
         if self.file:
             self.file.close()
             self.file = None
@@ -147,30 +153,16 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _keep_lines(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    lines = [line for line in read_lines(path) if isinstance(at := line.get("step"), int) and at <= step]
-    kept = [json.dumps(line) + "\n" for line in lines]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
-
-
 class ProgressBar:
     """Shows loss, accuracy, images/s and the time left."""
 
     def __init__(self, console: Console, step: int, steps: int, metrics: dict[str, float]) -> None:
         self.console, self.steps = console, steps
         self.loss, self.speed, self.accuracy = "", "", _accuracy(metrics)
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bar = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
         self.task = self.bar.add_task("train", total=steps, completed=step, facts=self._facts())
         self.bar.start()
 
@@ -185,10 +177,6 @@ class ProgressBar:
         self.bar.update(self.task, completed=step, facts=self._facts())
         if not self.console.is_terminal:
             self.console.print(f"step {step}/{self.steps}  {self._facts()}", markup=False)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self.bar.stop()
 
     def _facts(self) -> str:
         return "  ".join(fact for fact in (self.loss, self.accuracy, self.speed) if fact)
@@ -206,10 +194,6 @@ class Own:
     """Waiting for its data; None where another rank reads it."""
     work: float
     """Working before it first needed the others."""
-
-    @property
-    def total(self) -> float:
-        return (self.data or 0.0) + self.work
 
 
 class Stragglers:
@@ -231,7 +215,7 @@ class Stragglers:
         Returns:
             The ranks that are slow, with the seconds by which each is in a step, and what is new about it, in words.
         """
-        compared = {rank: own.total for rank, own in enumerate(ranks) if own.data is not None}
+        compared = {rank: own.data + own.work for rank, own in enumerate(ranks) if own.data is not None}
         if len(compared) < 2:
             return {}, []
         usual = median_low(compared.values())
@@ -239,16 +223,16 @@ class Stragglers:
         before = {rank: self.rows.get(rank, (0, 0)) for rank in behind}
         self.rows = {rank: (windows + 1, taken + steps) for rank, (windows, taken) in before.items()}
         slow = {r: behind[r] for r, (windows, taken) in self.rows.items() if windows >= WINDOWS and taken >= STEPS}
-        said = []
+        news = []
         for rank in sorted(slow.keys() - self.known):
             own = ranks[rank]
-            said.append(
+            news.append(
                 f"rank {rank} is slow: the others wait {slow[rank]:.3g} of the {seconds:.3g} s of each step for it; it waits "
                 f"{own.data:.3g} s for its data and works {own.work:.3g} s before it needs them"
             )
-        said += [f"rank {rank} is no longer slow" for rank in sorted(self.known - behind.keys())]
+        news += [f"rank {rank} is no longer slow" for rank in sorted(self.known - behind.keys())]
         self.known = (self.known & behind.keys()) | slow.keys()
-        return slow, said
+        return slow, news
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -271,10 +255,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Add *line* to *path*; behind what a kill has cut it stands on a line of its own."""
     with path.open("a+b") as file:
+        cut = b""
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
-            cut = file.read(1) != b"\n"
-        else:
-            cut = False
+            cut = b"" if file.read(1) == b"\n" else b"\n"
         # In one piece: several ranks may add to one file.
-        file.write((b"\n" if cut else b"") + json.dumps(line).encode() + b"\n")
+        file.write(cut + json.dumps(line).encode() + b"\n")

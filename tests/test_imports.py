@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,3 +181,13 @@ def test_the_checker_sees(path: str, source: str, said: str) -> None:
 )
 def test_the_checker_accepts(path: str, source: str) -> None:
     assert mistakes(source, Path(path)) == []
+
+
+def test_earlier_names_work_and_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigvision import launchers, training
+
+    with pytest.warns(FutureWarning, match="train_on_rank"):
+        assert training.train is training.train_on_rank
+    monkeypatch.delitem(sys.modules, "bigvision.launching", raising=False)
+    with pytest.warns(FutureWarning, match=r"bigvision\.launchers"):
+        assert importlib.import_module("bigvision.launching").__path__ == launchers.__path__

@@ -9,8 +9,8 @@ single values, ``checks.py`` those that exclude each other. ``ds_file.py`` reads
 """
 
 from bigvision.config.checks import WHOLE, check_batches, micro_batch
-from bigvision.config.ds_file import DsFile, deepspeed_settings, read_ds_file
-from bigvision.config.resolve import Overrides, describe, load_config, resolve
+from bigvision.config.ds_file import deepspeed_settings, read_ds_file
+from bigvision.config.resolve import describe, load_config, resolve
 from bigvision.config.schema import (
     ONE_STAGE,
     SPLIT_BACKWARD,
@@ -35,13 +35,11 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
-    "DsFile",
     "FaultsConfig",
     "LimitsConfig",
     "ModelConfig",
     "MonitorConfig",
     "OptimConfig",
-    "Overrides",
     "ParallelConfig",
     "TaskConfig",
     "TrainConfig",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from bigvision.config.ds_file import read_ds_file
 from bigvision.config.schema import ONE_STAGE, SPLIT_BACKWARD, Config, ParallelConfig
@@ -15,6 +17,41 @@ WHOLE = {
     "muon": ("orthogonalises whole matrices", ("ddp",)),
 }
 """The optimizers that are not elementwise: what they need whole, and the strategies that have it."""
+LOWEST = {
+    "seed": 0, "data.workers": 0, "parallel.replicas": 1, "parallel.stages": 2, "parallel.stages_per_rank": 1,
+    "parallel.microbatches": 1, "train.global_batch": 1, "train.micro_batch": 1, "train.steps": 0, "train.eval_every": 1,
+    "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 1, "monitor.every": 1, "model.num_classes": 1,
+    "data.max_pixels": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0, "task.label_smoothing": 0,
+    "task.mixup": 0, "task.cutmix": 0, "model.drop_path": 0, "data.jitter": 0, "data.erase": 0, "data.repeats": 1,
+    "data.shuffle_block": 1, "data.shuffle_window": 1, "data.bad_budget": 0, "faults.nonfinite": 0,
+    "faults.digest_every": 1, "faults.same_crash": 1, "faults.restarts": 0,
+}  # fmt: skip
+"""The least value of keys that are finite numbers."""
+ABOVE_ZERO = (
+    "train.epochs", "checkpoint.minutes", "checkpoint.timeout", "faults.spike",
+    "limits.start", "limits.step", "limits.evaluate", "limits.save", "limits.grace",
+)  # fmt: skip
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda value: value < 2**63, "below 2**63"),
+    **dict.fromkeys(("task.label_smoothing", "model.drop_path"), (lambda value: value < 1, "below 1")),
+    **dict.fromkeys(ABOVE_ZERO, (lambda value: 0 < value < math.inf, "a number above 0")),
+    "optim.betas": (lambda pair: all(0 <= value < 1 for value in pair), "from 0 to below 1"),
+    "optim.momentum": (lambda value: 0 <= value < 1, "from 0 to below 1"),
+    "model.image_size": (
+        lambda size: min(size if isinstance(size, tuple) else (size,)) >= 1,
+        "a number of pixels from 1 on, or two: [height, width]",
+    ),
+    "data.image_range": (lambda ends: -math.inf < ends[0] < ends[1] < math.inf, "two finite numbers, the smaller first"),
+    "data.crop_scale": (lambda ends: 0 < ends[0] <= ends[1] <= 1, "two shares above 0, the smaller first"),
+    "data.erase": (lambda value: value <= 1, "a share, at most 1"),
+    "optim.clip": (lambda value: value > 0, "above 0; null does not clip"),
+    "optim.layer_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1; null: one rate for all"),
+}
+"""What other keys must be where they are not null."""
+PIPELINE_KEYS = ("stages", "stages_per_rank", "microbatches", "schedule")
+"""Keys of `parallel` that only a pipeline has a use for."""
+SHARDED_KEYS = ("replicas", "reshard", "scatter")
+"""Those that fsdp has a use for too."""
 
 
 def micro_batch(config: Config, ranks: int, stages: int) -> int:
@@ -23,10 +60,6 @@ def micro_batch(config: Config, ranks: int, stages: int) -> int:
     Args:
         ranks: data-parallel parts of the global batch.
         stages: ranks of a pipeline.
-
-    Raises:
-        UserError: the ranks do not divide the global batch; the micro-batches of a pipeline do not divide its samples, or its
-            schedule needs more or others.
     """
     total = config.train.global_batch
     if total % ranks:
@@ -76,15 +109,7 @@ def _in_pipeline(config: Config, share: int, stages: int) -> int:
 
 
 def check_batches(config: Config, ranks: int, stages: int) -> None:
-    """Find batch sizes and layouts that so many ranks cannot have.
-
-    Args:
-        ranks, stages: as of :func:`micro_batch`.
-
-    Raises:
-        UserError: a pipeline without a second rank, or whose schedule does not fit its ranks; pairs of samples that are mixed
-            and would lie on two ranks or in two micro-batches; an accumulation that the DeepSpeed file contradicts.
-    """
+    """Raise `UserError` for batch sizes and layouts that so many *ranks* and *stages* (see `micro_batch`) cannot have."""
     parallel = config.parallel
     if parallel.strategy == "pipeline" and stages == 1:
         raise UserError("parallel.strategy: pipeline needs at least 2 ranks: start more, or use parallel.strategy fsdp")
@@ -100,13 +125,10 @@ def check_batches(config: Config, ranks: int, stages: int) -> None:
             f"task.{'mixup' if config.task.mixup else 'cutmix'}: samples are mixed in pairs, but a rank's {share} samples of a "
             f"step, in micro-batches of {size}, are not multiples of {whole}: change train.global_batch or train.micro_batch"
         )
-    if parallel.deepspeed:
-        _compare_accumulation(config, parallel.deepspeed, ranks, size)
-
-
-def _compare_accumulation(config: Config, path: str, ranks: int, size: int) -> None:
-    """Compare the accumulation that the DeepSpeed file asks for with ours, which depends on the number of ranks."""
-    file, total = read_ds_file(path), config.train.global_batch
+    if not parallel.deepspeed:
+        return
+    # How often the file accumulates is compared here, since ours depends on the number of ranks.
+    file, total = read_ds_file(parallel.deepspeed), config.train.global_batch
     asked, ours = file.accumulation, -(-total // ranks // size)
     if asked is not None and asked != ours:
         fits = f"train.micro_batch {total // ranks // asked}" if total % (ranks * asked) == 0 else "another value"
@@ -114,7 +136,7 @@ def _compare_accumulation(config: Config, path: str, ranks: int, size: int) -> N
             f"{file.path}: gradient_accumulation_steps: {asked} contradicts train.global_batch: {total}, which "
             f'in micro-batches of {size} on {ranks} ranks takes {ours}: use {fits}, or write "auto" in the file'
         )
-    asked_size = file.said.get("train_micro_batch_size_per_gpu")
+    asked_size = file.written.get("train_micro_batch_size_per_gpu")
     if isinstance(asked_size, int) and asked_size != size:
         raise UserError(
             f"{file.path}: train_micro_batch_size_per_gpu: {asked_size} is more than the {size} samples that "
@@ -124,84 +146,45 @@ def _compare_accumulation(config: Config, path: str, ranks: int, size: int) -> N
 
 def check(config: Config) -> None:
     """Values that no run can have. What depends on ranks, model or data is checked where those are known."""
-    for key, lowest in {
-        "seed": 0, "data.workers": 0, "parallel.replicas": 1, "parallel.stages": 2,
-        "parallel.stages_per_rank": 1, "parallel.microbatches": 1, "train.global_batch": 1, "train.micro_batch": 1,
-        "train.steps": 0, "train.eval_every": 1, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 1,
-        "monitor.every": 1,
-        "model.num_classes": 1, "data.max_pixels": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0,
-        "task.label_smoothing": 0, "task.mixup": 0, "task.cutmix": 0, "model.drop_path": 0,
-        "data.jitter": 0, "data.erase": 0, "data.repeats": 1, "data.shuffle_block": 1, "data.shuffle_window": 1,
-        "data.bad_budget": 0, "faults.nonfinite": 0, "faults.digest_every": 1, "faults.same_crash": 1, "faults.restarts": 0,
-    }.items():  # fmt: skip
+    for key, lowest in LOWEST.items():
         value = get(config, key)
         if value is not None and not lowest <= value < math.inf:
             raise UserError(f"{key}: {value} must be a finite number from {lowest} on")
-    if config.seed >= 2**63:
-        raise UserError(f"seed: {config.seed} must be below 2**63")
-    for key in ("task.label_smoothing", "model.drop_path"):
-        if not get(config, key) < 1:
-            raise UserError(f"{key}: {get(config, key)} must be below 1")
-    limits = [f"limits.{name}" for name in ("start", "step", "evaluate", "save", "grace")]
-    for key in ("train.epochs", "checkpoint.minutes", "checkpoint.timeout", "faults.spike", *limits):
+    for key, (fits, text) in RANGES.items():
         value = get(config, key)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{key}: {value} must be a number above 0")
-    for key, values in (("optim.betas", config.optim.betas), ("optim.momentum", (config.optim.momentum,))):
-        if not all(0 <= value < 1 for value in values):
-            raise UserError(f"{key}: {spell(get(config, key))} must be from 0 to below 1")
-    size = config.model.image_size
-    if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
-        raise UserError(f"model.image_size: {spell(size)} must be a number of pixels from 1 on, or two: [height, width]")
-    if (bounds := config.data.image_range) is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
-        raise UserError(f"data.image_range: {spell(bounds)} must be two finite numbers, the smaller first")
-    least, largest = config.data.crop_scale
-    if not 0 < least <= largest <= 1:
-        raise UserError(f"data.crop_scale: {spell(config.data.crop_scale)} must be two shares above 0, the smaller first")
-    if config.data.erase > 1:
-        raise UserError(f"data.erase: {config.data.erase} must be a share, at most 1")
-    if config.optim.clip is not None and not config.optim.clip > 0:
-        raise UserError(f"optim.clip: {config.optim.clip} must be above 0; null does not clip")
-    if config.optim.layer_decay is not None and not 0 < config.optim.layer_decay <= 1:
-        raise UserError(f"optim.layer_decay: {config.optim.layer_decay} must be above 0 and at most 1; null: one rate for all")
+        if value is not None and not fits(value):
+            raise UserError(f"{key}: {spell(value) if isinstance(value, tuple) else value} must be {text}")
     parallel = config.parallel
     what, fits = WHOLE.get(config.optim.name, ("", (parallel.strategy,)))
     if parallel.strategy not in fits:
-        piece = "some rows" if parallel.strategy in ("fsdp", "pipeline") else "a flat piece"
+        part = "some rows" if parallel.strategy in ("fsdp", "pipeline") else "a flat piece"
         raise UserError(
-            f"optim.name: {config.optim.name} {what}, but parallel.strategy: {parallel.strategy} gives each rank {piece} of "
+            f"optim.name: {config.optim.name} {what}, but parallel.strategy: {parallel.strategy} gives each rank {part} of "
             f"them: use {either(fits)}, or adamw"
         )
     if parallel.offload != "none" and not parallel.strategy.startswith("zero"):
         raise UserError(f"parallel.offload: {parallel.offload} needs parallel.strategy zero1, zero2 or zero3")
     if parallel.offload == "all" and parallel.strategy != "zero3":
         raise UserError("parallel.offload: all needs parallel.strategy zero3; optimizer works with each ZeRO stage")
-    if parallel.strategy not in ("fsdp", "pipeline") and parallel.replicas != 1:
-        raise UserError(f"parallel.replicas: {parallel.replicas} needs parallel.strategy fsdp or pipeline")
-    for key in ("reshard", "scatter"):
-        value = getattr(parallel, key)
-        if value != getattr(ParallelConfig, key) and parallel.strategy not in ("fsdp", "pipeline"):
-            raise UserError(f"parallel.{key}: {value} needs parallel.strategy fsdp or pipeline")
-    check_pipeline(parallel)
+    unused = {"pipeline": (), "fsdp": PIPELINE_KEYS}.get(parallel.strategy, SHARDED_KEYS + PIPELINE_KEYS)
+    for key in unused:
+        if (value := getattr(parallel, key)) != getattr(ParallelConfig, key):
+            fits = "pipeline" if key in PIPELINE_KEYS else "fsdp or pipeline"
+            raise UserError(f"parallel.{key}: {value} needs parallel.strategy {fits}")
+    if parallel.strategy == "pipeline":
+        _check_schedule(parallel)
     if config.model.pretrained and config.model.weights:
         raise UserError("model.pretrained: true contradicts model.weights: choose one of the two")
     if config.faults.rollback and config.faults.spike is None:
         raise UserError("faults.rollback: true needs faults.spike: say how far above the mean a loss is a spike, such as 8")
     parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")
-    for name in (config.checkpoint.allow or "").split(",") if config.checkpoint.allow is not None else ():
-        if name.strip() not in ("data", "classes"):
-            raise UserError(f"checkpoint.allow: {config.checkpoint.allow!r} must be data, classes, or both: data,classes")
+    allow = config.checkpoint.allow
+    if allow is not None and not {name.strip() for name in allow.split(",")} <= {"data", "classes"}:
+        raise UserError(f"checkpoint.allow: {allow!r} must be data, classes, or both: data,classes")
 
 
-def check_pipeline(parallel: ParallelConfig) -> None:
-    """Settings of a pipeline that contradict each other or the strategy."""
-    if parallel.strategy != "pipeline":
-        for key in ("stages", "stages_per_rank", "microbatches"):
-            if (value := getattr(parallel, key)) is not None:
-                raise UserError(f"parallel.{key}: {value} needs parallel.strategy pipeline")
-        if parallel.schedule != ParallelConfig.schedule:
-            raise UserError(f"parallel.schedule: {parallel.schedule} needs parallel.strategy pipeline")
-        return
+def _check_schedule(parallel: ParallelConfig) -> None:
+    """Settings of a pipeline that contradict each other."""
     several, count = parallel.schedule not in ONE_STAGE, parallel.stages_per_rank
     if count is not None and several != (count > 1):
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,76 +19,35 @@ NEVER = (None, 0, math.inf)
 """Values of a number of steps."""
 COMMENTS = ("_", "//", "#", "comment")
 """With what people begin the names of keys that are comments."""
-Settings = dict[str, Any]
 UNDECIDED = ("train.micro_batch", "train.steps")
 """Keys whose null leaves the value open."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class DsFile:
+    """What a file says; `read_ds_file` fills it."""
+
     path: str
-    asked: Mapping[str, tuple[Any, str]]
+    asked: dict[str, tuple[Any, str]] = field(default_factory=dict)
     """Our key → (the value that the file asks for, the file's key). What the file leaves to us is not here."""
-    also: Mapping[str, tuple[Any, ...]]
+    also: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Other values that agree with the file, where a part of what decides the key is "auto"."""
-    accumulation: int | None
-    """gradient_accumulation_steps; whether it fits is known with the number of ranks."""
-    knobs: Mapping[str, Any]
+    knobs: dict[str, Any] = field(default_factory=dict)
     """What DeepSpeed gets as it stands, nested as in the file, without "auto"."""
-    said: Mapping[str, Any]
+    written: dict[str, Any] = field(default_factory=dict)
     """The file's key → its value, for the keys that are ours."""
-    notes: tuple[str, ...] = ()
+    present: set[str] = field(default_factory=set)
+    """All keys and sections of the file that ask for something."""
+    notes: list[str] = field(default_factory=list)
     """What of the file has no meaning here, or another one than it looks; a line each."""
+    neutral: dict[str, list[str]] = field(default_factory=dict)
+    """A reason why keys have no meaning here → these keys."""
 
-
-def read_ds_file(path: str | Path) -> DsFile:
-    """Read the DeepSpeed file *path*.
-
-    A scheduler's warmup_type, warmup_num_steps, cos_min_ratio and total_num_steps have to be written (a value or "auto"), and
-    so has SGD's nesterov: DeepSpeed's values for what is left out are not ours. A file that leaves the number of warm-up steps
-    to us ("auto", as the examples of transformers do) leaves us the shape too. DeepSpeed's warm-up is one step behind
-    :func:`bigvision.optim.learning_rate`, which is what trains: its first step has the rate 0, ours the first above 0.
-
-    Raises:
-        UserError: not a JSON object, a key that DeepSpeed does not know or has removed, one that bigvision does not offer, a
-            value of the wrong type, or values that contradict each other.
-    """
-    reader = _Reader(str(path))
-    tree = reader.parse()
-    knobs = reader.walk(tree, ds_keys.TOP)
-    spellings = {f"zero_optimization.stage3_{name}": f"zero_optimization.{name}" for name in ds_keys.STAGE3}
-    for one, other in {"bfloat16": "bf16", **spellings}.items():
-        if {one, other} <= reader.present:
-            raise reader.error(f"{one} and {other} are one key: drop one of the two")
-    if "bfloat16" in knobs:
-        knobs["bf16"] = knobs.pop("bfloat16")
-    reader.strategy()
-    reader.precision()
-    reader.offload()
-    reader.optimizer()
-    reader.scheduler()
-    reader.batches()
-    accumulation = reader.said.get("gradient_accumulation_steps", "auto")
-    return DsFile(
-        path=str(path),
-        asked=reader.asked,
-        also=reader.also,
-        accumulation=None if accumulation == "auto" else int(accumulation),
-        knobs=knobs,
-        said=reader.said,
-        notes=tuple(reader.notes()),
-    )
-
-
-class _Reader:
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.said: dict[str, Any] = {}
-        self.asked: dict[str, tuple[Any, str]] = {}
-        self.also: dict[str, tuple[Any, ...]] = {}
-        self.present: set[str] = set()
-        self.neutral: dict[str, str] = {}
-        self.remarks: list[str] = []
+    @property
+    def accumulation(self) -> int | None:
+        """gradient_accumulation_steps; whether it fits is known with the number of ranks."""
+        steps = self.written.get("gradient_accumulation_steps", "auto")
+        return None if steps == "auto" else int(steps)
 
     def error(self, text: str) -> UserError:
         return UserError(f"{self.path}: {text}")
@@ -145,17 +104,23 @@ class _Reader:
                     raise self.error(f"{key}: {_json(value)} is refused: {rule.why}")
             elif isinstance(rule, Neutral):
                 if value != "auto" and not _is_off(value, rule.switch):
-                    self.neutral[key] = rule.why
+                    self.neutral.setdefault(rule.why, []).append(key)
             elif isinstance(rule, Only):
                 if value not in (None, "auto") and not any(_same(value, right) for right in rule.values):
                     raise self.error(f"{key}: {_json(value)} is refused: {rule.why}")
             elif isinstance(rule, Choice):
-                self.choose(key, value, rule)
+                if not isinstance(value, str):
+                    raise self.error(f"{key}: {_json(value)} is not a text")
+                self.written[key], low = value, value.lower()
+                if low not in rule.accepts and value != "auto":
+                    raise self.error(f"{key}: {_json(value)} is refused: {rule.refused.get(low, rule.fix)}")
+                if value != "auto":
+                    self.ask(rule.key, rule.accepts[low], key)
             else:
                 value = _unquoted(value, rule.kind)
                 typed = value if value == "auto" else self.typed(key, value, rule)
                 if isinstance(rule, Ours):
-                    self.said[key] = value
+                    self.written[key] = value
                     if rule.key and value != "auto":
                         self.ask(rule.key, None if rule.key == "optim.clip" and value == 0 else typed, key)
                 elif value != "auto":
@@ -168,16 +133,6 @@ class _Reader:
                 known = [known for known, rule in table.items() if not isinstance(rule, Refused)]
                 raise self.error(f"unknown key {prefix + name!r}{nearest(name, known)}; correct or drop it")
         return knobs
-
-    def choose(self, key: str, value: Any, rule: Choice) -> None:
-        if not isinstance(value, str):
-            raise self.error(f"{key}: {_json(value)} is not a text")
-        self.said[key] = value
-        if value == "auto":
-            return
-        if value.lower() not in rule.accepts:
-            raise self.error(f"{key}: {_json(value)} is refused: {rule.refused.get(value.lower(), rule.fix)}")
-        self.ask(rule.key, rule.accepts[value.lower()], key)
 
     def typed(self, key: str, value: Any, rule: Ours | Knob) -> Any:
         """*value* as the rule's kind; 5e8 is a whole number, as it is for DeepSpeed."""
@@ -213,34 +168,28 @@ class _Reader:
     def strategy(self) -> None:
         """Stage 0, DeepSpeed's value where none is written, is data-parallel training in which nothing is sharded."""
         key = "zero_optimization.stage"
-        if key not in self.said:
-            self.said[key] = 0
+        if key not in self.written:
+            self.written[key] = 0
             self.ask("parallel.strategy", "ddp", key)
             self.also["parallel.strategy"] = ("zero1", "zero2", "zero3")
-        if self.said[key] == 0:
-            self.remarks.append(f"{key}: 0, or none, shards nothing, which is parallel.strategy: ddp")
+        if self.written[key] == 0:
+            self.notes.append(f"{key}: 0, or none, shards nothing, which is parallel.strategy: ddp")
 
     def batches(self) -> None:
         """The three sizes have to be those of a whole number of ranks."""
         names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        total, *parts = (self.said.get(name, "auto") for name in names)
+        total, *parts = (self.written.get(name, "auto") for name in names)
         if total != "auto" and "auto" not in parts and total % math.prod(parts):
             raise self.error(
                 f"{names[0]}: {total} is not {names[1]}: {parts[0]} times {names[2]}: {parts[1]} times a number of ranks: "
                 'make them fit, or write "auto" for one of them'
             )
 
-    def notes(self) -> list[str]:
-        reasons: dict[str, list[str]] = {}
-        for key, why in self.neutral.items():
-            reasons.setdefault(why, []).append(key)
-        return [*self.remarks, *(f"{', '.join(keys)}: has no meaning here: {why}" for why, keys in reasons.items())]
-
     def precision(self) -> None:
         """One that is on decides. One that is off leaves the other, unless that is off too."""
-        states = {"fp16": "fp16.enabled", "bf16": "bfloat16.enabled" if "bfloat16.enabled" in self.said else "bf16.enabled"}
-        on = [name for name, key in states.items() if self.said.get(key) is True]
-        off = [name for name, key in states.items() if self.said.get(key) is False]
+        states = {"fp16": "fp16.enabled", "bf16": "bfloat16.enabled" if "bfloat16.enabled" in self.written else "bf16.enabled"}
+        on = [name for name, key in states.items() if self.written.get(key) is True]
+        off = [name for name, key in states.items() if self.written.get(key) is False]
         if len(on) == 2:
             raise self.error(f"{states['fp16']} and {states['bf16']} are both true: choose one of the two")
         if on:
@@ -251,12 +200,12 @@ class _Reader:
 
     def offload(self) -> None:
         keys = [f"zero_optimization.offload_{name}.device" for name in ("optimizer", "param")]
-        optimizer, param = (self.said.get(key) for key in keys)
+        optimizer, param = (self.written.get(key) for key in keys)
         if param == "cpu" and optimizer not in ("cpu", "auto"):
             raise self.error(
                 f'{keys[1]}: "cpu" without {keys[0]}: "cpu": bigvision offloads parameters only together with the optimizer'
             )
-        stage = self.said["zero_optimization.stage"]
+        stage = self.written["zero_optimization.stage"]
         if param == "cpu" and stage not in (3, "auto"):
             raise self.error(f'{keys[1]}: "cpu" needs zero_optimization.stage 3, not {stage}')
         if optimizer == "none":
@@ -271,41 +220,68 @@ class _Reader:
             self.also["parallel.offload"] = ("optimizer",) if optimizer == "auto" else ()
 
     def optimizer(self) -> None:
-        if "optimizer" not in self.present:
-            return
-        if "optimizer.type" not in self.said:
-            raise self.error('optimizer.type: is missing: write AdamW, Lion, SGD or "auto"')
-        name, _ = self.asked.get("optim.name", (None, ""))
-        given = {key.rpartition(".")[2] for key in self.present if key.startswith("optimizer.params.")}
-        if strange := sorted(given & ds_keys.FOREIGN.get(name or "", set())):
-            raise self.error(f"optimizer.params.{strange[0]} does not belong to {self.said['optimizer.type']}: drop the key")
-        if self.said["optimizer.type"].lower() == "adam" and self.said.get("optimizer.params.adam_w_mode") is False:
+        name, _ = self._chosen("optimizer", "optim.name", "AdamW, Lion, SGD")
+        decoupled = self.written.get("optimizer.params.adam_w_mode")
+        if self.written.get("optimizer.type", "").lower() == "adam" and decoupled is False:
             raise self.error(
                 "optimizer.params.adam_w_mode: false is refused: bigvision's weight decay is decoupled; write true, or "
                 "use SGD for L2 decay"
             )
-        momentum, nesterov = (self.said.get(f"optimizer.params.{key}") for key in ("momentum", "nesterov"))
+        momentum, nesterov = (self.written.get(f"optimizer.params.{key}") for key in ("momentum", "nesterov"))
         if name == "sgd" and nesterov not in (True, "auto") and momentum != 0:
             raise self.error('optimizer.params.nesterov: must be true or "auto": the momentum of SGD is Nesterov\'s')
 
+    def _chosen(self, section: str, ours: str, types: str) -> tuple[str, set[str]]:
+        """Our name for what *section* chooses ("" for "auto" or no section), and the parameters that it gives."""
+        if section in self.present and f"{section}.type" not in self.written:
+            raise self.error(f'{section}.type: is missing: write {types} or "auto"')
+        name, _ = self.asked.get(ours, ("", ""))
+        given = {key.rpartition(".")[2] for key in self.present if key.startswith(f"{section}.params.")}
+        if strange := sorted(given & ds_keys.FOREIGN.get(name, set())):
+            kind = self.written[f"{section}.type"]
+            raise self.error(f"{section}.params.{strange[0]} does not belong to {kind}: drop the key")
+        return name, given
+
     def scheduler(self) -> None:
-        if "scheduler" not in self.present:
-            return
-        if "scheduler.type" not in self.said:
-            raise self.error('scheduler.type: is missing: write WarmupLR, WarmupDecayLR, WarmupCosineLR or "auto"')
-        schedule, _ = self.asked.get("optim.schedule", ("", ""))
-        given = {key.rpartition(".")[2] for key in self.present if key.startswith("scheduler.params.")}
-        if strange := sorted(given & ds_keys.FOREIGN_TO_SCHEDULE.get(schedule, set())):
-            raise self.error(f"scheduler.params.{strange[0]} does not belong to {self.said['scheduler.type']}: drop the key")
+        schedule, given = self._chosen("scheduler", "optim.schedule", "WarmupLR, WarmupDecayLR, WarmupCosineLR")
         missing = {name: default for name, default in ds_keys.NEEDED.get(schedule, {}).items() if name not in given}
-        if missing and self.said.get("scheduler.params.warmup_num_steps") == "auto":
+        if missing and self.written.get("scheduler.params.warmup_num_steps") == "auto":
             left = ", ".join(f"{name} ({default} in DeepSpeed)" for name, default in missing.items())
             then = ", and the cosine ends at 0" if schedule == "cosine" else ""
-            self.remarks.append(f"scheduler: leaves out {left}: here the warm-up is linear{then}")
+            self.notes.append(f"scheduler: leaves out {left}: here the warm-up is linear{then}")
             return
         for name, default in missing.items():
             fix = '"linear"' if name == "warmup_type" else '"auto"'
             raise self.error(f"scheduler.params.{name}: is missing, which means {default} in DeepSpeed: write {fix}")
+
+
+def read_ds_file(path: str | Path) -> DsFile:
+    """Read the DeepSpeed file *path*.
+
+    A scheduler's warmup_type, warmup_num_steps, cos_min_ratio and total_num_steps have to be written (a value or "auto"), and
+    so has SGD's nesterov: DeepSpeed's values for what is left out are not ours. A file that leaves the number of warm-up steps
+    to us ("auto", as the examples of transformers do) leaves us the shape too. DeepSpeed's warm-up is one step behind
+    :func:`bigvision.optim.learning_rate`, which is what trains: its first step has the rate 0, ours the first above 0.
+
+    A `UserError`: not a JSON object, a key that DeepSpeed does not know or has removed, one that bigvision does not offer, a
+    value of the wrong type, or values that contradict each other.
+    """
+    file = DsFile(str(path))
+    file.knobs = file.walk(file.parse(), ds_keys.TOP)
+    spellings = {f"zero_optimization.stage3_{name}": f"zero_optimization.{name}" for name in ds_keys.STAGE3}
+    for one, other in {"bfloat16": "bf16", **spellings}.items():
+        if {one, other} <= file.present:
+            raise file.error(f"{one} and {other} are one key: drop one of the two")
+    if "bfloat16" in file.knobs:
+        file.knobs["bf16"] = file.knobs.pop("bfloat16")
+    file.strategy()
+    file.precision()
+    file.offload()
+    file.optimizer()
+    file.scheduler()
+    file.batches()
+    file.notes += [f"{', '.join(keys)}: has no meaning here: {why}" for why, keys in file.neutral.items()]
+    return file
 
 
 def _is_number(value: Any) -> bool:
@@ -313,7 +289,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_is_number(item) for item in value)
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
 
 
 def _unquoted(value: Any, kind: str) -> Any:
@@ -374,14 +350,13 @@ def _json(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def merge(file: DsFile, config: Config, origins: Mapping[str, str], firm: set[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
+def keys_from_file(
+    file: DsFile, config: Config, origins: Mapping[str, str], firm: set[str], kinds: Mapping[str, Any]
+) -> dict[str, Any]:  # fmt: skip
     """Return the keys of ours that take the file's value.
 
     *origins* says where *config* got the keys that are not defaults. The file replaces defaults and the strategy, unless that
     is one of the keys in *firm*; every other key has to agree with the file.
-
-    Raises:
-        UserError: the file contradicts the configuration.
     """
     strategy = config.parallel.strategy
     if "parallel.strategy" not in file.asked and not strategy.startswith("zero"):
@@ -415,14 +390,14 @@ def _warmup_steps(config: Config, file: DsFile) -> float | None:
 
 
 def _contradiction(file: DsFile, json_key: str, key: str, config: Config, origins: Mapping[str, str]) -> UserError:
-    value = json.dumps(file.said[json_key])
+    value = json.dumps(file.written[json_key])
     return UserError(
         f"{file.path}: {json_key}: {value} contradicts {key}: {spell(get(config, key))} ({origins[key]}): "
         'make them equal, or write "auto" in the file'
     )
 
 
-def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int, largest: int) -> Settings:
+def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int, largest: int) -> dict[str, Any]:
     """The configuration for ``deepspeed.initialize``; what the file leaves open, or calls "auto", is decided here.
 
     Args:
@@ -432,7 +407,7 @@ def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int,
     """
     parallel = config.parallel
     share = config.train.global_batch // ranks
-    zero: Settings = {
+    zero: dict[str, Any] = {
         "overlap_comm": device == "cuda",
         "contiguous_gradients": True,
         "reduce_scatter": True,
@@ -448,7 +423,7 @@ def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int,
             "stage3_max_reuse_distance": largest,
             "stage3_param_persistence_threshold": min(parameters // 1000, 100_000),
         }
-    settings: Settings = {
+    settings: dict[str, Any] = {
         "zero_optimization": zero,
         # As in LossScale, so that a run may change its strategy.
         "fp16": {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1},
@@ -457,7 +432,7 @@ def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int,
         "timers": {"throughput": {"enabled": False}},
     }
     if parallel.deepspeed:
-        settings = _merge(settings, read_ds_file(parallel.deepspeed).knobs)
+        settings = _with_knobs(settings, read_ds_file(parallel.deepspeed).knobs)
     zero = settings["zero_optimization"]
     for section, wanted in (("offload_optimizer", parallel.offload != "none"), ("offload_param", parallel.offload == "all")):
         given = {"pin_memory": True} | zero.pop(section, {})
@@ -480,11 +455,11 @@ def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int,
     }
 
 
-def _merge(ours: Settings, knobs: Mapping[str, Any]) -> Settings:
+def _with_knobs(ours: dict[str, Any], knobs: Mapping[str, Any]) -> dict[str, Any]:
     """*ours* with the file's *knobs* over it. DeepSpeed reads some names with and without ``stage3_``."""
     merged = dict(ours)
     for name, value in knobs.items():
         twin = name.removeprefix("stage3_") if name.startswith("stage3_") else f"stage3_{name}"
         merged.pop(twin, None)
-        merged[name] = _merge(merged.get(name, {}), value) if isinstance(value, dict) else value
+        merged[name] = _with_knobs(merged.get(name, {}), value) if isinstance(value, dict) else value
     return merged

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from bigvision.config.checks import check
-from bigvision.config.ds_file import merge, read_ds_file
+from bigvision.config.ds_file import keys_from_file, read_ds_file
 from bigvision.config.schema import Config
 from bigvision.config.values import AUTO, PATHS, coerce, get, leaves, local_path, made_out, parse_flags, read_recipe, spell
 from bigvision.errors import UserError, nearest
 
 Overrides = Mapping[str, tuple[Any, str]]
 """Dotted key → (value, where it came from)."""
+WORDS = {("out", AUTO), ("checkpoint.resume", "auto"), ("checkpoint.resume", "never")}
+"""The values that stand where a path may stand, and are none."""
 
 
 def load_config(
@@ -73,7 +75,7 @@ def resolve(
         origins = {key: origin for key, (_, origin) in given.items()}
         firm = {*overrides, *(keywords or {}), *from_flags}
         file = read_ds_file(path)
-        taken = merge(file, config, origins, firm, kinds)
+        taken = keys_from_file(file, config, origins, firm, kinds)
         if "parallel.strategy" in taken and taken["parallel.strategy"] != config.parallel.strategy:
             said = f"{config.parallel.strategy} ({origins.get('parallel.strategy', 'default')})"
             notes.append(f"parallel.strategy: {taken['parallel.strategy']} ({path}) takes the place of {said}")
@@ -135,15 +137,10 @@ def _build(given: Overrides, kinds: Mapping[str, Any]) -> Config:
         value = coerce(value, kinds[key], key, where)
         if key == "checkpoint.resume" and value.isdecimal():
             value = str(int(value))  # a step has one spelling, by which it is known that it was named before
-        elif key in PATHS and isinstance(value, str) and not _is_word(key, value):
+        elif key in PATHS and isinstance(value, str) and (key, value) not in WORDS:
             value = local_path(key, value)
         section, _, name = key.rpartition(".")
         if section:
             name, value = section, dataclasses.replace(getattr(config, section), **{name: value})
         config = dataclasses.replace(config, **{name: value})
     return config
-
-
-def _is_word(key: str, value: str) -> bool:
-    """Whether *value* stands where a path may stand, and is none."""
-    return value == AUTO if key == "out" else key == "checkpoint.resume" and value in ("auto", "never")

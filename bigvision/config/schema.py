@@ -275,9 +275,8 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain YAML data; :func:`load_config` reads it back."""
-        plain = dataclasses.asdict(self)
-        plain["optim"]["betas"] = list(self.optim.betas)
-        for section, key in (("data", "crop_scale"), ("data", "image_range"), ("model", "image_size")):
-            if isinstance(value := plain[section][key], tuple):
-                plain[section][key] = list(value)
-        return plain
+
+        def lists(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {name: list(value) if isinstance(value, tuple) else value for name, value in pairs}
+
+        return dataclasses.asdict(self, dict_factory=lists)

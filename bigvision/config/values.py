@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import operator
 import os
 import re
 import types
@@ -39,19 +40,15 @@ GENERAL = {"train", "training", "val", "valid", "validation", "test", "images", 
 OCTAL = re.compile(r"[-+]?0[0-7_]+")
 SIXTIES = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+", re.ASCII)
-NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 NO_DATES = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def local_path(key: str, text: str) -> str:
-    """The path *text* with the home folder for ``~`` and values for components such as ``$SCRATCH``.
-
-    Raises:
-        UserError: empty, a URL, an unknown user or a variable that is not set.
-    """
+    """The path *text* with the home folder for ``~`` and values for components such as ``$SCRATCH``."""
     if not text.strip():
         raise UserError(f"{key}: {text!r} names nothing: write a path{', or null' if key not in ('out', 'data.root') else ''}")
     if URL.match(text):
@@ -74,11 +71,7 @@ def local_path(key: str, text: str) -> str:
 
 
 def made_out(config: Config, stem: str) -> str:
-    """The output folder of a run that names none, a function of the recipe's *stem* ("" without one), data and model.
-
-    Raises:
-        UserError: the data's name is of no use for a folder.
-    """
+    """The output folder of a run that names none, a function of the recipe's *stem* ("" without one), data and model."""
     names = [*map(_data_name, config.data.train.split(" + ")), _plain(config.model.name.rpartition("/")[2])]
     # A dict, since a recipe is often called as its data.
     folder = "-".join(dict.fromkeys([stem, *names] if stem else names))
@@ -121,10 +114,7 @@ def leaves(cls: type, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
 
 
 def get(config: Config, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
+    return operator.attrgetter(key)(config)
 
 
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
@@ -144,15 +134,9 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
                 return value
             if isinstance(value, int) and not isinstance(value, bool):
                 return str(value)  # a folder that is called 2024, the step 200
-        elif option is int:
-            if (number := _whole(value)) is not None:
+        elif option in (int, float):
+            if (number := _number(value, option)) is not None:
                 return number
-        elif option is float:
-            if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-                try:
-                    return float(value)
-                except (ValueError, OverflowError):
-                    pass
         elif typing.get_origin(option) is tuple:
             if isinstance(value, (list, tuple)) and len(value) == len(typing.get_args(option)):
                 return tuple(coerce(item, part, key, where) for item, part in zip(value, typing.get_args(option)))
@@ -167,17 +151,15 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
     raise UserError(f"{key}: {spell(value)} ({where}) is not {kind_name(kind)}{hint}")
 
 
-def _whole(value: Any) -> int | None:
-    """*value* as a whole number, also 1e4, which YAML 1.1 reads as text, and 1.0e4; None where it is none."""
+def _number(value: Any, kind: type[int] | type[float]) -> float | None:
+    """*value* as a number, a whole one where *kind* is int, also 1e4, which YAML 1.1 reads as text; None where it is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
-    if isinstance(value, int):
-        return value
     try:
-        if isinstance(value, str) and value.isdecimal():
-            return int(value)
+        if kind is int and (isinstance(value, int) or (isinstance(value, str) and value.isdecimal())):
+            return int(value)  # not by way of float, which has 53 bits
         number = float(value)
-        return int(number) if number.is_integer() else None
+        return number if kind is float else int(number) if number.is_integer() else None
     except (ValueError, OverflowError):
         return None
 
@@ -206,11 +188,7 @@ def spell(value: Any) -> str:
 
 
 def parse_size(text: str, key: str) -> int:
-    """Bytes in a size such as ``5GB`` (decimal) or ``512MiB`` (binary).
-
-    Raises:
-        UserError: not a positive number followed by a known unit.
-    """
+    """Bytes in a size such as ``5GB`` (decimal) or ``512MiB`` (binary)."""
     units = {"B": 1, "": 1}
     for power, letter in enumerate("KMGT", start=1):
         units |= {f"{letter}B": 1000**power, f"{letter}IB": 1024**power}
@@ -232,19 +210,20 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_recipe(path: str | Path) -> Mapping[str, Any]:
-    """The sections of the recipe *path*.
-
-    Raises:
-        UserError: it cannot be read, is no YAML or no mapping of sections, or holds what YAML reads in another way than it
-            looks: a key that is written twice, an octal or base-60 number.
-    """
+    """The sections of the recipe *path*."""
     where = f"recipe {path}"
     if URL.match(str(path)):
         raise UserError(f"{where}: recipes are read from files, not from URLs: download it and name the file")
     try:
-        text = _decoded(Path(path).expanduser().read_bytes(), where)
+        content = Path(path).expanduser().read_bytes()
+        # UTF-8, with or without a byte order mark, or UTF-16 with one, as some editors on Windows write it.
+        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
     except OSError as error:
         raise UserError(f"{where}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where}: line {line}: not UTF-8 text: save the file as UTF-8") from None
     tree = parse(text, where)
     if tree is None:
         raise UserError(f"{where}: is empty: write sections such as 'model:' and 'train:'")
@@ -255,51 +234,35 @@ def read_recipe(path: str | Path) -> Mapping[str, Any]:
 
 
 def parse(text: str, where: str, options: bool = False) -> Any:
-    """The value that *text* spells in YAML; *where* begins each message.
+    """The value that *text* spells in YAML; *where* begins each message. *options*: it is that of ``model.options``.
 
-    Args:
-        options: it is that of ``model.options``.
-
-    Raises:
-        UserError: as `read_recipe`.
+    What YAML reads in another way than it looks is a `UserError`: a key that is written twice, an octal or base-60 number.
     """
-    loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        _check(node, where, "", [])
-        _read_numbers(node if options else _value_at(node, ("model", "options")))
+        _check(node, where, "", [], options)
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {_problem(error)}") from None
     except (RecursionError, ValueError) as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
-def _decoded(content: bytes, where: str) -> str:
-    """UTF-8, with or without a byte order mark, or UTF-16 with one, as some editors on Windows write it."""
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where}: line {line}: not UTF-8 text: save the file as UTF-8") from None
+def _check(node: yaml.Node, where: str, key: str, above: list[yaml.Node], options: bool) -> None:
+    """Raise `UserError` for what YAML would read without an error, and otherwise than it is meant.
 
-
-def _check(node: yaml.Node, where: str, key: str, above: list[yaml.Node]) -> None:
-    """Raise `UserError` for what YAML would read without an error, and otherwise than it is meant."""
+    In ``model.options`` (*options*) let 1e-6 be a number: YAML 1.1 reads it as text, and no option has a type that would tell.
+    """
     line = node.start_mark.line + 1
     if any(node is one for one in above):
         raise UserError(f"{where}: line {line}: {key or 'the file'} contains itself: drop the alias")
     above = [*above, node]
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _check(item, where, key, above)
+            _check(item, where, key, above, options)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[tuple[str, str], int] = {}
         for name, value in node.value:
@@ -310,31 +273,14 @@ def _check(node: yaml.Node, where: str, key: str, above: list[yaml.Node]) -> Non
                     at = f"lines {first} and {second}" if first != second else f"line {first}"
                     raise UserError(f"{where}: {inner} is written twice, in {at}: drop one of the two, or join them")
                 lines[name.tag, name.value] = second
-            _check(value, where, inner, above)
+            _check(value, where, inner, above, options or inner == "model.options")
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and options and EXPONENT.fullmatch(node.value):
+        node.tag = NUMBERS[1]
     elif isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in NUMBERS:
         kind = "octal" if OCTAL.fullmatch(node.value) else "a number to the base 60" if SIXTIES.fullmatch(node.value) else ""
         if kind:
             at = f"{where}: line {line}: {key}" if key else where
             raise UserError(f"{at}: {node.value} is {kind} in YAML: write a plain number, or quote a text")
-
-
-def _value_at(node: yaml.Node | None, path: tuple[str, ...]) -> yaml.Node | None:
-    for name in path:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        node = next((value for key, value in pairs if key.value == name), None)
-    return node
-
-
-def _read_numbers(node: yaml.Node | None) -> None:
-    """Let 1e-6 in *node* be a number, which YAML 1.1 reads as text: a timm option has no kind by which it could be told."""
-    if isinstance(node, yaml.MappingNode):
-        for _, value in node.value:
-            _read_numbers(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _read_numbers(value)
-    elif isinstance(node, yaml.ScalarNode) and node.style is None and EXPONENT.fullmatch(node.value):
-        node.tag = NUMBERS[1]
 
 
 def _problem(error: yaml.YAMLError) -> str:
@@ -395,15 +341,12 @@ def parse_flags(defaults: Config, flags: list[str], kinds: Mapping[str, Any], pr
         name = unknown[0].split("=")[0]
         known = [f"--{key}" for key in kinds]
         raise UserError(f"unknown {'flag' if name.startswith('-') else 'argument'} {name!r}{nearest(name, known)}")
-    values: dict[str, Any] = {}
-    for key in kinds:
-        if isinstance(value := get(parsed, key), _Given):
-            # A folder named 2024 is still a text.
-            if kinds[key] is str:
-                values[key] = value.text
-            else:
-                values[key] = parse(value.text, f"--{key} {value.text!r}", key == "model.options") if value.text else ""
-    return values
+    given = {key: value.text for key in kinds if isinstance(value := get(parsed, key), _Given)}
+    # A folder named 2024 is still a text.
+    return {
+        key: text if kinds[key] is str or not text else parse(text, f"--{key} {text!r}", key == "model.options")
+        for key, text in given.items()
+    }
 
 
 @dataclass(frozen=True)

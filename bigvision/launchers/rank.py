@@ -86,9 +86,9 @@ def main(folder: Path) -> int:
 
     def work() -> Result:
         from bigvision.config import load_config
-        from bigvision.training import train
+        from bigvision.training import train_on_rank
 
-        return train(load_config(job["config"]))
+        return train_on_rank(load_config(job["config"]))
 
     return serve(folder, work, job["parent"])
 

@@ -22,7 +22,7 @@ from bigvision.launchers.submit import RESTARTS
 from bigvision.runtime import RankFailure
 from bigvision.signals import SIGNALS, listening
 from bigvision.training import Result
-from bigvision.training import train as train_here
+from bigvision.training import train_on_rank
 
 POLL_SECONDS = 0.5
 """Between two looks at what the driver was asked for."""
@@ -299,7 +299,7 @@ def rank(settings: dict[str, Any]) -> dict[str, Any]:
         os.chdir(settings["folder"])
     threading.Thread(target=_poll, args=(settings["requests"],), name="requests", daemon=True).start()
     try:
-        result = train_here(load_config(settings["config"]))
+        result = train_on_rank(load_config(settings["config"]))
     except Stopped as stopped:
         # Not an error: Ray would start the ranks again.
         return {"stopped": stopped.name, "step": stopped.step, "checkpoint": str(stopped.checkpoint)}

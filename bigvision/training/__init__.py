@@ -3,11 +3,21 @@
 In come a `Config`, and datasets, a model and callbacks of the user's; out come checkpoints, metrics.jsonl and a `Result`.
 
 Read ``trainer.py`` first (the loop, evaluation), then ``build.py`` (all that happens before the first step). ``data.py`` feeds
-the loop, ``saving.py`` decides when to save, ``numbers.py`` what becomes of non-finite losses and spikes. ``lineage.py``
-compares a run with its folder, ``restarts.py`` logs each start.
+the loop, ``saving.py`` decides when to save, ``numbers.py`` what becomes of non-finite losses and spikes. ``run_folder.py``
+logs each start, and compares a run with what its folder holds.
 """
 
-from bigvision.training.saving import Callback, Event
-from bigvision.training.trainer import Result, evaluate_checkpoint, read_history, train
+import warnings
+from typing import Any
 
-__all__ = ["Callback", "Event", "Result", "evaluate_checkpoint", "read_history", "train"]
+from bigvision.training.saving import Callback, Event
+from bigvision.training.trainer import Result, evaluate_checkpoint, read_history, train_on_rank
+
+__all__ = ["Callback", "Event", "Result", "evaluate_checkpoint", "read_history", "train_on_rank"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "train":
+        raise AttributeError(f"module 'bigvision.training' has no attribute {name!r}")
+    warnings.warn("bigvision.training.train is called train_on_rank now", FutureWarning, stacklevel=2)
+    return train_on_rank

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from bigvision import checkpoint
 from bigvision.checkpoint import Checkpoint
-from bigvision.config import Config, check_batches, micro_batch
+from bigvision.config import Config, micro_batch
 from bigvision.data import check_source
 from bigvision.engine import Engine, build_engine, check_engine
 from bigvision.engine.state import is_frozen
@@ -34,8 +35,15 @@ from bigvision.models import (
 from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
 from bigvision.tasks import build_task
 from bigvision.training.data import BAD_SAMPLES, Data, Given, open_data
-from bigvision.training.lineage import applied_origin, check_same_run, data_facts, record
-from bigvision.training.restarts import Starts, with_micro_batch
+from bigvision.training.run_folder import (
+    Starts,
+    applied_origin,
+    check_same_run,
+    data_facts,
+    record,
+    refusal,
+    with_micro_batch,
+)
 
 
 @dataclass
@@ -52,20 +60,14 @@ class Build:
     """timm's model card, config.json of every checkpoint."""
     steps: int
     """Optimizer steps of the whole run."""
-    metrics: dict[str, float]
-    """Of the last evaluation before this start; empty at a fresh one."""
-    resumed: Path | None = None
+    facts: dict[str, Any]
+    """The fingerprints of the data, for progress.json of every checkpoint (see `run_folder`)."""
+    accept: Callable[[Checkpoint], None]
+    """Raises `UserError` where a checkpoint was trained on other data or classes."""
+    resumed: Path | None
     """The step folder that was restored."""
-    resumed_at: int | None = None
-    """Its step."""
-    evaluation_owed: bool = False
-    """Whether the run was stopped in the evaluation of its last step."""
-    evaluated: int | None = None
-    """The step that `metrics` are of."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """The fingerprints of the data, for progress.json of every checkpoint (see `lineage`)."""
-    faults: dict[str, Any] = field(default_factory=dict)
-    """What the run before knew of its faults (`Numbers.state`)."""
+    progress: dict[str, Any]
+    """What its progress.json says; empty at a fresh start."""
 
 
 def build(
@@ -89,69 +91,70 @@ def build(
         metrics = build_task(config.task).metrics
         if (best := config.checkpoint.keep_best) is not None and best not in metrics:
             raise UserError(f"checkpoint.keep_best: {best} is no metric of this task: use {either(metrics)}")
-        if runtime.is_main:
-            stack.callback(checkpoint.Lock(out, say).release)
-            checkpoint.prepare_folder(out)
 
     # Together, also where every rank would find the same by itself: one that left early would break the others' start.
     all_or_none(check)
-    checkpoint.check_shared(out)
+    take_folder(out, runtime, stack, say)
     warn_of_shared_memory(runtime, say)
     resume = applied_origin(config, runtime, say)
     found = checkpoint.find(resume, out, config.checkpoint.verify, say)
     starts = Starts(config, runtime)
     begin = (lambda: starts.begin(found.progress["step"] if found else 0)) if runtime.is_main else lambda: None
     smaller = from_main(all_or_none(begin))
-    stack.enter_context(starts.noted())
+    stack.enter_context(starts.logged())
     if smaller is not None:
         say(f"{starts.path}: a rank was out of memory: train.micro_batch is {smaller}")
         config = with_micro_batch(config, smaller)
     fresh = config if found is None else without_weights(config)
     all_or_none(lambda: check_model(fresh.model, model))
     data = open_data(config, runtime, given, say)
-    steps = total_steps(config, len(data.train))
+    if (steps := config.train.steps) is None:
+        # The last one may reach into the next epoch, so that every sample is seen.
+        steps = math.ceil(config.train.epochs * len(data.train) / config.train.global_batch)
     if found and found.progress["step"] > steps:
         raise UserError(
             f"train.{'epochs' if config.train.steps is None else 'steps'}: the run would end at step {steps}, "
             f"but out: {out} holds a run that is at step {found.progress['step']}: name another folder for this one "
             f"(--out, or out= in Python), or more than {found.progress['step']} steps to train that one for longer"
         )
-    facts = data_facts(config, data, runtime)
-
-    def accept(found: Checkpoint) -> None:
-        check_same_run(found, facts, data.train.classes, config.checkpoint.allow, say)
-
+    facts, classes = data_facts(config, data, runtime), data.train.classes
+    accept = partial(check_same_run, facts=facts, classes=classes, allow=config.checkpoint.allow, say=say)
     if found:
         accept(found)
     resumes = found is not None
     engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say, data.train.channels, model, resumes)
-    if data.train.classes:
-        card["label_names"] = list(data.train.classes)  # timm's key
+    if classes:
+        card["label_names"] = list(classes)  # timm's key
     stack.callback(engine.close)
     starts.engine = engine
-    data.bad.keep_in(out / BAD_SAMPLES, runtime, resumed=found is not None)
-    metrics: dict[str, float] = {}
-    faults: dict[str, Any] = {}
+    data.bad.keep_in(out / BAD_SAMPLES, runtime, resumes)
     if found:
         found = found.restore_or_older(list(engine.fragments()), say, accept)
         engine.restored(found.progress["scalars"])
-        metrics, faults = found.progress["metrics"], found.progress.get("faults", {})
         say(f"resuming from {found.folder}, step {engine.step} of {steps}")
 
-    def note() -> None:
+    def log_start() -> None:
         if runtime.is_main:
             if found and resume != "auto" and found.is_in(out):
                 checkpoint.set_aside_later(out, engine.step, say)
-            record(config, facts, data.train.classes, found, resume, say)
+            record(config, facts, classes, found, resume, say)
             checkpoint.replace(out / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
 
-    all_or_none(note)
-    if found is None:
-        return Build(config, starts, engine, data, plan, card, steps, metrics, facts=facts)
-    return Build(
-        config, starts, engine, data, plan, card, steps, metrics, found.folder, engine.step,
-        found.progress.get("evaluation_owed", False), found.progress.get("evaluated"), facts, faults,
-    )  # fmt: skip
+    all_or_none(log_start)
+    folder, progress = (found.folder, found.progress) if found else (None, {})
+    return Build(config, starts, engine, data, plan, card, steps, facts, accept, folder, progress)
+
+
+def take_folder(out: Path, runtime: Runtime, stack: ExitStack, say: Callable[[str], None]) -> None:
+    """Lock *out* until *stack* ends, and remove what a killed run has left half done there. Called on every rank."""
+
+    def take() -> None:
+        if runtime.is_main:
+            stack.callback(checkpoint.Lock(out, say).release)
+            checkpoint.prepare_folder(out)
+
+    all_or_none(take)
+    checkpoint.check_shared(out)
 
 
 def build_model(
@@ -164,9 +167,6 @@ def build_model(
         model: the caller's own, or a function that builds it, in the place of timm's.
         restored: the caller restores a checkpoint right afterwards: only what no checkpoint contains gets first values.
         trains: whether the caller takes steps, or only evaluates.
-
-    Raises:
-        UserError: the model, its options, its weights, the number of classes and the micro-batch do not fit together.
     """
     outputs = config.model.num_classes or num_classes
     if outputs < num_classes:
@@ -205,12 +205,6 @@ def build_model(
     return engine, plan, card
 
 
-def restore_model(found: Checkpoint, engine: Engine) -> None:
-    """Take over only the weights of a checkpoint, for evaluation. Called on every rank."""
-    found.restore(list(engine.fragments()), groups=("model",))
-    engine.refresh()
-
-
 def without_weights(config: Config) -> Config:
     """The configuration of a model whose weights will all come from a checkpoint: the first ones are not looked for."""
     return replace(config, model=replace(config.model, pretrained=False, weights=None))
@@ -221,13 +215,6 @@ def with_model(config: Config, model: GivenModel | None) -> Config:
     return config if model is None else replace(config, model=replace(config.model, name=given_name(model)))
 
 
-def total_steps(config: Config, samples: int) -> int:
-    """Optimizer steps of the whole run; the last may reach into the next epoch, so that every sample is seen."""
-    if config.train.steps is not None:
-        return config.train.steps
-    return math.ceil(config.train.epochs * samples / config.train.global_batch)
-
-
 def check_one_sample(config: Config, blueprint: Blueprint, runtime: Runtime) -> None:
     """Raise `UserError` where a step has a micro-batch of one sample and the model, on meta, cannot train on one."""
     ranks = runtime.data_ranks
@@ -235,8 +222,7 @@ def check_one_sample(config: Config, blueprint: Blueprint, runtime: Runtime) -> 
     size = micro_batch(config, ranks, runtime.pipeline_ranks)
     if not _has_one(share, size) or (config.model.sync_batchnorm and ranks > 1):
         return
-    norm = refusing_norm(blueprint.module, blueprint.input_shape)
-    if norm is None:
+    if (norm := refusing_norm(blueprint.module, blueprint.input_shape)) is None:
         return
     why = f"{norm} would take its statistics over a single value of each channel"
     if share == 1:
@@ -244,7 +230,7 @@ def check_one_sample(config: Config, blueprint: Blueprint, runtime: Runtime) -> 
             f"train.global_batch: {config.train.global_batch} gives each of {ranks} data-parallel ranks one sample, and {why}: "
             f"use at least {2 * ranks}, or fewer ranks"
         )
-    fits = [other for other in range(2, share + 1) if not _has_one(share, other) and _allowed(config, other, runtime)]
+    fits = [other for other in range(2, share + 1) if not _has_one(share, other) and not refusal(config, other, runtime)]
     below, above = [n for n in fits if n < size][-1:], [n for n in fits if n > size][:1]
     advice = f"use {either([str(n) for n in below + above])}" if fits else "change train.global_batch"
     if (count := config.parallel.microbatches) is not None:
@@ -258,11 +244,9 @@ def refusing_norm(module: nn.Module, shape: tuple[int, int, int]) -> str | None:
     """The path of the norm that refuses to train on a single image of *shape*; None where *module*, on meta, can."""
     modes = {part: part.training for part in module.modules()}
     entered: list[str] = []
-
-    def enter(path: str) -> Any:
-        return lambda part, inputs: entered.append(path)
-
-    hooks = [part.register_forward_pre_hook(enter(path)) for path, part in module.named_modules()]
+    hooks = [
+        part.register_forward_pre_hook(lambda *_, path=path: entered.append(path)) for path, part in module.named_modules()
+    ]
     try:
         for part in modes:
             part.training = not is_frozen(part)
@@ -281,11 +265,3 @@ def refusing_norm(module: nn.Module, shape: tuple[int, int, int]) -> str | None:
 def _has_one(share: int, size: int) -> bool:
     """Whether one of the micro-batches of *share* samples has a single one."""
     return size == 1 or share % size == 1
-
-
-def _allowed(config: Config, size: int, runtime: Runtime) -> bool:
-    try:
-        check_batches(with_micro_batch(config, size), runtime.data_ranks, runtime.pipeline_ranks)
-    except UserError:
-        return False
-    return True

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from bigvision.runtime import Runtime, all_or_none, from_main, gather_json
 from bigvision.samples import from_bytes, to_bytes
 from bigvision.tasks import build_task
 
+T = TypeVar("T")
 BAD_SAMPLES = "bad_samples.jsonl"
 MESSAGE = 4096
 """Bytes that pass from a pipeline's first stage to the others with each micro-batch, where its targets need no more."""
@@ -62,27 +63,23 @@ class Data:
 
 
 def with_data(config: Config, data: Any, val: Any) -> tuple[Config, Given | None]:
-    """*config* that says of whose class the given datasets are, and both of them.
-
-    Raises:
-        UserError: only one is given.
-    """
+    """*config* that says of whose class the given datasets are, and both of them; only one is a `UserError`."""
     if data is None and val is None:
         return config, None
     if data is None or val is None:
         raise UserError(f"{'data' if data is None else 'val'}: give training and validation data, both or none")
-    names = [given if isinstance(given, str) else f"python:{type(given).__name__}" for given in (data, val)]
-    return replace(config, data=replace(config.data, train=names[0], val=names[1])), (data, val)
+    return replace(config, data=replace(config.data, train=name_of_data(data), val=name_of_data(val))), (data, val)
+
+
+def name_of_data(data: Any) -> str:
+    """What a configuration calls the dataset or name *data*: ``python:Pets``."""
+    return data if isinstance(data, str) else f"python:{type(data).__name__}"
 
 
 def open_data(config: Config, runtime: Runtime, given: Given | None = None, say: Callable[[str], None] | None = None) -> Data:
-    """Open both sources on every rank; what has to be downloaded or indexed is so by rank 0 alone.
+    """Open both sources on every rank, and log with *say* on rank 0 what was found.
 
-    Args:
-        say: told on rank 0 what was found.
-
-    Raises:
-        UserError: a source is unknown, missing, empty or does not fit the other; the same on every rank.
+    A source that is unknown, missing, empty or does not fit the other is the same `UserError` on every rank.
     """
 
     def open_all(first: bool) -> tuple[Source, Source]:
@@ -95,9 +92,7 @@ def open_data(config: Config, runtime: Runtime, given: Given | None = None, say:
             check_channels(train.channels, config.data.policy, config.data.jitter)
         return train, val
 
-    # On its own host each rank finds what rank 0 left on a shared disk.
-    opened = all_or_none(lambda: open_all(first=True) if runtime.is_main else None)
-    train, val = all_or_none(lambda: opened or open_all(first=False))
+    train, val = _opened(open_all, runtime)
     if say is not None and runtime.is_main:
         for line in describe(train, val):
             say(line)
@@ -105,18 +100,19 @@ def open_data(config: Config, runtime: Runtime, given: Given | None = None, say:
 
 
 def open_validation(config: Config, runtime: Runtime, classes: list[str]) -> Data:
-    """Open the validation data alone, whose labels follow the *classes* of a checkpoint; it stands for both.
-
-    Raises:
-        UserError: as `open_data`.
-    """
+    """Open the validation data alone, whose labels follow the *classes* of a checkpoint; it stands for both."""
 
     def open_it(first: bool) -> Source:
         return sources.open_validation(config.data.train, config.data.val, classes=classes, root=config.data.root, first=first)
 
-    opened = all_or_none(lambda: open_it(first=True) if runtime.is_main else None)
-    val = all_or_none(lambda: opened or open_it(first=False))
+    val = _opened(open_it, runtime)
     return Data(val, val, BadSamples(config.data.bad_budget, {"train": 0, "val": len(val)}))
+
+
+def _opened(open_it: Callable[[bool], T], runtime: Runtime) -> T:
+    """What *open_it* opens, on every rank: rank 0 downloads and indexes, the others find what it left on a shared disk."""
+    opened = all_or_none(lambda: open_it(True) if runtime.is_main else None)
+    return all_or_none(lambda: opened or open_it(False))
 
 
 class Feed(Iterator[StepBatch]):
@@ -136,7 +132,7 @@ class Feed(Iterator[StepBatch]):
         self.seconds, self.given = 0.0, 0
         self.batch: StepBatch | None = None
         self.data, self.runtime, self.step, self.steps, self.every = data, runtime, step, steps, config.monitor.every
-        settings = config.data
+        settings, collate = config.data, build_task(config.task).collate
         apart, total = settings.repeats, config.train.global_batch
         mixer = None
         if config.task.mixup or config.task.cutmix:
@@ -146,18 +142,16 @@ class Feed(Iterator[StepBatch]):
             config.seed, data.train.parts, repeats=apart, block=settings.shuffle_block, window=settings.shuffle_window
         )  # fmt: skip
         self.batches: Batches | None = None
-        collate = build_task(config.task).collate
-        self.share = total // runtime.data_ranks
-        # The schedules of pipelines take a step's micro-batches all at once.
-        size = self.share if runtime.pipeline_ranks > 1 else micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
-        self.size = size
+        self.share = self.size = total // runtime.data_ranks
+        if runtime.pipeline_ranks == 1:  # the schedules of pipelines take a step's micro-batches all at once
+            self.size = micro_batch(config, runtime.data_ranks, 1)
 
         def begin(position: int) -> Iterator[Batch]:
             if runtime.stage == 0:
                 self.batches = train_batches(
                     data.train, _transform(config, data.train, blueprint, train=True), seed=config.seed, position=position,
                     global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks, workers=settings.workers,
-                    device=runtime.device, stream=stream, mixer=mixer, micro_batch=size, collate=collate,
+                    device=runtime.device, stream=stream, mixer=mixer, micro_batch=self.size, collate=collate,
                 )  # fmt: skip
             return _relayed(self.batches, runtime)
 
@@ -170,22 +164,19 @@ class Feed(Iterator[StepBatch]):
     def __next__(self) -> StepBatch:
         if self.batch is not None:
             self.finish()
-        self.batch = StepBatch(self._awaited(), self.share, self.size)
+
+        def awaited() -> Iterator[Batch]:
+            while True:
+                self.waits(True)
+                part = next(self.relayed)
+                self.waits(False)
+                yield part
+
+        self.batch = StepBatch(awaited(), self.share, self.size)
         return self.batch
 
-    def _awaited(self) -> Iterator[Batch]:
-        while True:
-            self.waits(True)
-            part = next(self.relayed)
-            self.waits(False)
-            yield part
-
     def finish(self) -> None:
-        """Note what the last batch has brought, once its step is launched.
-
-        Raises:
-            UserError: too many samples cannot be read.
-        """
+        """Log what the last batch has brought, once its step is launched. Too many unreadable samples are a `UserError`."""
         assert self.batch is not None
         batch, self.batch = self.batch, None
         batch.finish()
@@ -238,11 +229,7 @@ class Validation(Iterator[Batch]):
         return next(self.relayed)
 
     def finish(self) -> int:
-        """Return how many samples could not be read, over all ranks.
-
-        Raises:
-            UserError: too many.
-        """
+        """Return how many samples could not be read, over all ranks. Too many are a `UserError`."""
         return self.data.bad.exchange("val", _taken(self.batches))
 
     def close(self) -> None:
@@ -259,12 +246,9 @@ def _taken(batches: Batches | None) -> list[BadSample]:
 
 
 def _relayed(batches: Batches | None, runtime: Runtime, number: int | None = None) -> Iterator[Batch]:
-    """The first stage's batches on all stages of its pipeline; the others get all but the images.
+    """The first stage's batches on all stages of its pipeline, *number* of them or for ever; the others get all but the images.
 
     They cannot know these by themselves: only who reads the images knows which have a stand-in.
-
-    Args:
-        number: of batches; None is for ever.
     """
     if runtime.pipeline_ranks == 1:
         assert batches is not None
@@ -310,15 +294,15 @@ def _transform(config: Config, source: Source, blueprint: Blueprint, train: bool
 
 
 class BadSamples:
-    """Every rank has one and calls all of its methods."""
+    """Unreadable samples, counted. Every rank has one and calls all of its methods.
+
+    Args:
+        budget: share (below 1) or number of each split's samples that may be unreadable.
+        lengths: samples of each split.
+    """
 
     def __init__(self, budget: float, lengths: dict[str, int]) -> None:
-        """Args:
-        budget: share (below 1) or number of each split's samples that may be bad.
-        lengths: samples of each split.
-        """
-        self.budget = budget
-        self.lengths = lengths
+        self.budget, self.lengths = budget, lengths
         self.known: dict[str, set[int]] = {split: set() for split in lengths}
         self.path: Path | None = None
         self.example = ""
@@ -330,8 +314,8 @@ class BadSamples:
             self.path = path
             if not resumed:
                 path.unlink(missing_ok=True)
-        listed = _read(path) if runtime.is_main else []
-        for split, id in from_main(listed):
+        lines = [line for line in read_lines(path) if {"split", "id"} <= line.keys()] if runtime.is_main else []
+        for split, id in from_main([(line["split"], line["id"]) for line in lines]):
             self.known.setdefault(split, set()).add(id)
 
     def count(self, split: str) -> int:
@@ -345,8 +329,7 @@ class BadSamples:
     def exchange(self, split: str, found: list[BadSample]) -> int:
         """Record what each rank has found since the last time, and return how many different samples these are.
 
-        Raises:
-            UserError: too many are bad; on every rank.
+        Where too many samples are unreadable it is a `UserError` on every rank.
         """
         samples = [BadSample(*sample) for part in gather_json(found) for sample in part]
         for sample in samples:
@@ -364,7 +347,3 @@ class BadSamples:
                 f"be unreadable, {count} are{example}; fix them, or allow more"
             )
         return len({sample.id for sample in samples})
-
-
-def _read(path: Path) -> list[tuple[str, int]]:
-    return [(line["split"], line["id"]) for line in read_lines(path) if {"split", "id"} <= line.keys()]

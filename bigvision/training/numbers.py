@@ -1,4 +1,4 @@
-"""What becomes of losses that are not finite or stand out, and of ranks that no longer agree."""
+"""What becomes of losses that are not finite or stand out: steps are skipped, the run goes back to a checkpoint, or it ends."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from bigvision import checkpoint
-from bigvision.config import Config
 from bigvision.data import StepBatch
-from bigvision.engine import Engine, StepResult
+from bigvision.engine import StepResult
 from bigvision.monitor import Monitor
-from bigvision.runtime import from_main, gather_json
+from bigvision.runtime import gather_json
+from bigvision.training.build import Build
 from bigvision.training.data import Feed
-from bigvision.training.lineage import check_same_run
-from bigvision.training.saving import Saving, check_copies
+from bigvision.training.saving import Saving
 
 WINDOW = 100
 """Losses whose mean and deviation the next one is measured by."""
@@ -30,15 +29,15 @@ SHOWN = 20
 
 
 class BadNumbers(Exception):
-    """The run cannot go on with its numbers; the same on every rank."""
+    """Too many steps in a row were skipped, or too many losses were spikes; the same on every rank."""
 
 
 class Numbers:
     """Takes each step and looks at its numbers. Every rank has one and calls all of its methods."""
 
-    def __init__(self, config: Config, engine: Engine, monitor: Monitor, known: dict[str, Any]) -> None:
-        """Args: *known* is :meth:`state` of the checkpoint that the run goes on from; empty at a fresh start."""
-        self.config, self.engine, self.monitor = config, engine, monitor
+    def __init__(self, run: Build, monitor: Monitor) -> None:
+        self.run, self.config, self.engine, self.monitor = run, run.config, run.engine, monitor
+        known = run.progress.get("faults", {})
         self.passed_over: list[list[int]] = known.get("passed_over", [])
         """(samples before it, its samples) of each batch that is not trained on."""
         self.back_from: tuple[int, int, Spike] | None = None
@@ -57,11 +56,6 @@ class Numbers:
             self.spikes = Spikes(threshold, known.get("losses", ()))
             self.spikes.in_a_row = known.get("spikes", [])
 
-    def begin(self, saving: Saving, metrics: dict[str, float]) -> None:
-        """Where a run may have to be rolled back and has no checkpoint yet, save it as it begins."""
-        if self.config.faults.rollback and not from_main(checkpoint.steps_in(Path(self.config.out))):
-            saving.save(metrics)
-
     def take(self, batch: StepBatch) -> StepResult:
         """Launch a step on *batch*, or skip it because it made a spike before."""
         engine, size = self.engine, self.config.train.global_batch
@@ -72,15 +66,10 @@ class Numbers:
         return engine.train_step(batch)
 
     def look(self, result: StepResult) -> None:
-        """Read the numbers of a step; waits for it. Called in the order of the steps.
-
-        Raises:
-            BadNumbers: too many steps in a row were skipped; the same on every rank.
-        """
-        if result.passed_over:
-            return
-        if result.skipped:
+        """Read the numbers of a step; waits for it. Called in the order of the steps."""
+        if result.skipped and not (result.passed_over or result.overflowed):
             self._not_finite(result)
+        if result.skipped or result.passed_over:
             return
         self.in_a_row = 0
         if self.spikes and (spike := self.spikes.look(result.numbers[0])):
@@ -89,19 +78,7 @@ class Numbers:
             if self.config.faults.rollback:
                 self.back_from = (result.step, result.consumed - result.samples, spike)
 
-    def digest(self, result: StepResult) -> None:
-        """Compare what ranks hold alike where that is due after the last step.
-
-        Raises:
-            Corruption: copies differ.
-        """
-        every = self.config.faults.digest_every
-        if every is not None and result.step % every == 0 and not result.skipped:
-            check_copies(self.engine)
-
     def _not_finite(self, result: StepResult) -> None:
-        if result.overflowed:
-            return
         self.in_a_row += 1
         found = {rank: ids for rank, ids in enumerate(gather_json(list(result.offending))) if ids}
         what = f"the loss is not finite on {_listed(found)}"
@@ -118,16 +95,11 @@ class Numbers:
             )
 
     def roll_back(self, saving: Saving, batches: Feed) -> dict[str, float]:
-        """Go back to the newest checkpoint; the batch of the spike will be passed over. Returns the metrics known there.
-
-        Raises:
-            BadNumbers: there are too many spikes, or there is no checkpoint.
-            UserError: no checkpoint is valid.
-        """
+        """Go back to the newest checkpoint; the batch of the spike will be passed over. Returns the metrics known there."""
         assert self.back_from is not None
         (step, at, spike), self.back_from = self.back_from, None
         engine, out, say = self.engine, Path(self.config.out), self.monitor.say
-        saving.wait()
+        saving.saver.wait()
         found = checkpoint.find("auto", out, self.config.checkpoint.verify, say)
         if found is None:
             raise BadNumbers(f"step {step}: a spike, but {out} has no checkpoint any more to go back to")
@@ -137,12 +109,7 @@ class Numbers:
                 f"step {step}: a spike, as in {since} batches before it since {found.folder.name}, which are passed over: "
                 "lower optim.lr, raise faults.spike, or set faults.rollback to false"
             )
-        found = found.restore_or_older(
-            list(engine.fragments()), say,
-            lambda older: check_same_run(
-                older, saving.facts, saving.card.get("label_names", []), self.config.checkpoint.allow, say
-            ),
-        )  # fmt: skip
+        found = found.restore_or_older(list(engine.fragments()), say, self.run.accept)
         engine.restored(found.progress["scalars"])
         self._take(found.progress.get("faults", {}))
         self.passed_over.append([at, self.config.train.global_batch])
@@ -155,7 +122,7 @@ class Numbers:
         self.monitor.event(engine.step, engine.samples, facts, words)
         # Now, so that a run that is killed before its next checkpoint knows it as well.
         saving.save(metrics, found.progress.get("evaluation_owed", False))
-        saving.wait()
+        saving.saver.wait()
         return metrics
 
 
@@ -176,13 +143,14 @@ class Spike:
 
 
 class Spikes:
-    """Looks at each step's loss, which is the same on every rank, and so is the verdict."""
+    """Looks at each step's loss, which is the same on every rank, and so is the verdict.
 
-    def __init__(self, threshold: float, losses: Sequence[float] = ()) -> None:
-        """Args:
+    Args:
         threshold: standard deviations above the mean.
         losses: of earlier steps, from :attr:`losses`: a run that goes on judges as one that was never interrupted.
-        """
+    """
+
+    def __init__(self, threshold: float, losses: Sequence[float] = ()) -> None:
         self.threshold = threshold
         self.losses = deque(losses, WINDOW)
         self.in_a_row: list[float] = []

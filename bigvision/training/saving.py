@@ -16,12 +16,13 @@ from xxhash import xxh3_64_hexdigest as _hash
 
 from bigvision import checkpoint
 from bigvision.checkpoint import Retention, Saver, folder_name
-from bigvision.config import Config, parse_size
+from bigvision.config import CheckpointConfig, Config, parse_size
 from bigvision.engine import Engine
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, Runtime, all_or_none, from_main, gather_json
 from bigvision.signals import SIGNALS
 from bigvision.training.build import Build
+from bigvision.training.run_folder import Say
 
 PIECE = 1 << 22
 """Words that are added up at a time, eight bytes each."""
@@ -50,32 +51,30 @@ Callback = Callable[[Event], object]
 
 
 class Saving:
-    """Saves a run by steps, by epochs, by minutes and when asked to. Every rank has one and calls all of its methods."""
+    """Saves a run by steps, by epochs, by minutes and when asked to. Every rank has one and calls all of its methods.
 
-    def __init__(self, run: Build, runtime: Runtime, say: Callable[[str], None], faults: Callable[[], dict[str, Any]]) -> None:
+    A save in the background that failed is raised on every rank as a `RankFailure`, by whichever method hears of it first.
+    """
+
+    def __init__(
+        self, run: Build, runtime: Runtime, say: Say, callbacks: Callbacks, faults: Callable[[], dict[str, Any]]
+    ) -> None:  # fmt: skip
         """Args: *faults* gives what a restarted run has to know of them (`Numbers.state`)."""
-        self.faults, self.runtime = faults, runtime
-        self.config, self.engine, self.card, self.facts = run.config, run.engine, run.card, run.facts
-        self.evaluated = run.evaluated
+        self.run, self.runtime, self.callbacks, self.faults = run, runtime, callbacks, faults
+        self.config, self.engine = run.config, run.engine
+        self.evaluated: int | None = run.progress.get("evaluated")
         """The step of the last evaluation, whose metrics are saved."""
-        keep, out = self.config.checkpoint, Path(self.config.out)
+        keep, self.out = self.config.checkpoint, Path(self.config.out)
         self.best: float | None = None
         """The best value of `checkpoint.keep_best` that a checkpoint was evaluated with."""
         if (metric := keep.keep_best) is not None:
-            value = all_or_none(lambda: checkpoint.best_value(out, metric, run.engine.step) if runtime.is_main else None)
+            step = run.engine.step
+            value = all_or_none(lambda: checkpoint.best_value(self.out, metric, step) if runtime.is_main else None)
             self.best = from_main(value)
-        self.saver = Saver(
-            out,
-            parse_size(keep.shard_size, "checkpoint.shard_size"),
-            Retention(keep.keep, keep.keep_best, keep.keep_every),
-            background=keep.background,
-            writer=keep.writer,
-            verify=keep.verify_after_save,
-            timeout=keep.timeout,
-            say=say,
-        )
+        self.saver = new_saver(self.out, keep, say)
         self.saved: int | None = None
-        self.untold: list[int] = []
+        self.unreported: list[int] = []
+        """Steps of checkpoints that the callbacks have not heard of."""
         self.asking = False
         """Whether this rank has asked for a save that not all have heard of."""
         self.requested = False
@@ -83,35 +82,33 @@ class Saving:
         """The signal that asked any rank to stop, once all ranks know of it."""
         self.since = time.monotonic()
 
-    def wishes(self) -> frozenset[str]:
+    def requests(self) -> frozenset[str]:
         """What this rank asks the others for at this moment: engine requests. Clocks differ, and a signal reaches one rank."""
         plan = self.config.checkpoint
         late = plan.minutes is not None and self.runtime.is_main and time.monotonic() - self.since >= 60 * plan.minutes
         if SIGNALS.save or late:
             self.asking, SIGNALS.save = True, False
-        names = {"save": self.asking, "stop": bool(SIGNALS.stop), "failure": self.saver.failed}
+        failed = self.saver.failed or self.callbacks.failure is not None
+        names = {"save": self.asking, "stop": bool(SIGNALS.stop), "failure": failed}
         return frozenset(name for name, wish in names.items() if wish)
 
-    def hear(self, requests: set[str]) -> None:
+    def hear(self, requests: set[str]) -> bool:
         """Take note of what any rank asked for with a step or evaluation; every rank calls it with the same.
 
-        Raises:
-            RankFailure: a save in the background failed.
+        Returns whether the run has to stop. Raises what a callback has raised.
         """
         if "failure" in requests:
+            self.callbacks.check()
             self.saver.raise_failure()
         if "save" in requests:
             self.requested, self.asking = True, False
         if "stop" in requests and not self.stopped_by:
             self.stopped_by = next(name for name in gather_json(SIGNALS.stop) if name)
+        return bool(self.stopped_by)
 
     def ask(self) -> None:
-        """Exchange requests now: where no step or evaluation carries them.
-
-        Raises:
-            RankFailure: a save in the background failed.
-        """
-        self.hear({name for names in gather_json(sorted(self.wishes())) for name in names})
+        """Exchange requests now: where no step or evaluation carries them."""
+        self.hear({name for names in gather_json(sorted(self.requests())) for name in names})
 
     def take(self, metrics: dict[str, float]) -> None:
         """Take note of the evaluation of the step just taken, and ask for a save where it is the best so far.
@@ -126,59 +123,45 @@ class Saving:
 
     def due(self, epoch_ended: bool) -> bool:
         """Whether the step just taken is to be saved; the same on every rank."""
-        plan, step = self.config.checkpoint, self.engine.step
-        asked = self.requested or bool(self.stopped_by)
-        if plan.every is not None:
-            return asked or step % plan.every == 0
-        return asked or (epoch_ended and plan.minutes is None)
+        plan = self.config.checkpoint
+        if self.requested or self.stopped_by:
+            return True
+        return epoch_ended and plan.minutes is None if plan.every is None else self.engine.step % plan.every == 0
 
     def save(self, metrics: dict[str, float], owed: bool = False) -> None:
         """Begin to write a checkpoint of the run as it stands.
 
-        Args:
-            owed: the evaluation of this step was broken off, and is the first thing to do on going on.
-
-        Raises:
-            RankFailure: the one before, or this one, could not be written.
-            Corruption: what ranks hold alike differs.
+        *owed*: the evaluation of this step was broken off, and is the first thing to do on going on.
         """
         engine = self.engine
         engine.synchronize()
         if self.config.faults.digest_every is not None:
             check_copies(engine)
         progress = progress_of(engine, self.config, metrics, self.evaluated)
-        progress |= {"evaluation_owed": owed, "faults": self.faults(), "data": self.facts}
-        self.saver.save(engine.step, engine.fragments(), {"config.json": self.card, "progress.json": progress})
+        progress |= {"evaluation_owed": owed, "faults": self.faults(), "data": self.run.facts}
+        self.saver.save(engine.step, engine.fragments(), {"config.json": self.run.card, "progress.json": progress})
         self.saved, self.requested, self.since = engine.step, False, time.monotonic()
-        self.untold.append(engine.step)
+        self.unreported.append(engine.step)
 
-    def tell(self, told: Callbacks) -> None:
-        """Tell of the checkpoints that are complete by now."""
+    def report(self) -> None:
+        """Tell the callbacks of the checkpoints that are complete by now."""
         # A save waits for the one before: only the last may still be under way.
-        while self.untold and (len(self.untold) > 1 or self.saver.done):
-            step = self.untold.pop(0)
-            told.tell(Event("checkpoint", step, folder=Path(self.config.out) / folder_name(step)))
-
-    def wait(self) -> None:
-        """Wait until the last save is on the disk.
-
-        Raises:
-            RankFailure: it could not be written.
-        """
-        self.saver.wait()
+        while self.unreported and (len(self.unreported) > 1 or self.saver.done):
+            step = self.unreported.pop(0)
+            self.callbacks.notify(Event("checkpoint", step, folder=self.out / folder_name(step)))
 
     def finish(self) -> Path | None:
-        """Wait until the last save is on the disk, and return its folder; None where nothing was saved.
+        """Wait until the last save is on the disk, and return its folder; None where nothing was saved."""
+        self.saver.wait()
+        return self.out / folder_name(self.saved) if self.saved is not None else None
 
-        Raises:
-            RankFailure: it could not be written.
-        """
-        self.wait()
-        return Path(self.config.out) / folder_name(self.saved) if self.saved is not None else None
 
-    def close(self) -> None:
-        """Wait for what is being written; also when the run ends by an error."""
-        self.saver.close()
+def new_saver(out: Path, keep: CheckpointConfig, say: Say) -> Saver:
+    """What saves checkpoints in the folder *out* as *keep* says. Called on every rank."""
+    return Saver(
+        out, parse_size(keep.shard_size, "checkpoint.shard_size"), Retention(keep.keep, keep.keep_best, keep.keep_every),
+        background=keep.background, writer=keep.writer, verify=keep.verify_after_save, timeout=keep.timeout, say=say,
+    )  # fmt: skip
 
 
 def progress_of(engine: Engine, config: Config, metrics: dict[str, float], evaluated: int | None = None) -> dict[str, Any]:
@@ -198,42 +181,32 @@ class Callbacks:
 
     def __init__(self, functions: Sequence[Callback], runtime: Runtime) -> None:
         """Args: *functions* count on rank 0 only; the other ranks may have none."""
-        self.functions, self.main = functions, runtime.is_main
-        self.any = bool(from_main(bool(functions)))
+        self.functions = functions if runtime.is_main else ()
         self.failure: Exception | None = None
+        """What a function has raised on this rank. No function is called any more then."""
 
-    def tell(self, event: Event) -> None:
-        """Call the functions, in their order; what one raises is kept for :meth:`check`, and no other is called any more."""
-        if not self.main or self.failure is not None:
-            return
+    def notify(self, event: Event) -> None:
+        """Call the functions, in their order."""
         try:
-            for function in self.functions:
+            for function in self.functions if self.failure is None else ():
                 function(event)
         except Exception as error:
             self.failure = error
 
-    @property
-    def failed(self) -> bool:
-        """Whether a function has raised on this rank. Does not communicate."""
-        return self.failure is not None
-
     def check(self) -> None:
         """End the run on all ranks where a function has raised. Called on all ranks when one asks, and at the end.
 
-        Raises:
-            Exception: the function's own, on rank 0; a `UserError` with the same words everywhere.
-            RankFailure: on the other ranks, with its name and words.
+        Rank 0 raises the function's own error, the others a `RankFailure` that repeats it; a `UserError` is raised everywhere.
         """
-        if not self.any:
-            return
+
+        def fail() -> None:
+            if self.failure is not None:
+                raise self.failure
+
         try:
-            all_or_none(self._fail)
+            all_or_none(fail)
         except RankFailure as error:
             raise self.failure or error from None
-
-    def _fail(self) -> None:
-        if self.failure is not None:
-            raise self.failure
 
 
 class Corruption(Exception):
@@ -243,8 +216,7 @@ class Corruption(Exception):
 def check_copies(engine: Engine) -> None:
     """Compare over the ranks all that :meth:`Engine.copies` yields. Called on every rank.
 
-    Raises:
-        Corruption: some differ; names the tensors, and the ranks that differ from most others.
+    Where some differ, `Corruption` names the tensors, and the ranks that differ from most others.
     """
     mine = _digests(engine.copies())
     # Ranks that hold the same tensors hold the same bits, so one digest of all of them is enough while all is well.
@@ -262,7 +234,7 @@ def check_copies(engine: Engine) -> None:
         for held, found in theirs.items():
             for name, digest in found.items():
                 where[f"{held}:{name}"][digest].append(rank)
-    wrong = [_said(key, ranks) for key, ranks in where.items() if len(ranks) > 1]
+    wrong = [_who_differs(key.partition(":")[2], ranks) for key, ranks in where.items() if len(ranks) > 1]
     more = f"; and {len(wrong) - SHOWN} more tensors" if len(wrong) > SHOWN else ""
     raise Corruption(
         f"silent corruption, found after step {engine.step}: what ranks hold alike differs: {'; '.join(wrong[:SHOWN])}{more}. "
@@ -270,19 +242,15 @@ def check_copies(engine: Engine) -> None:
     )
 
 
-def _said(key: str, ranks: dict[str, list[int]]) -> str:
-    """Who differs: the fewer, where there are fewer."""
-    sizes = sorted(map(len, ranks.values()))
-    name = key.partition(":")[2]
-    if sizes[-1] == sizes[-2]:
-        return f"{name} on ranks {_numbers(rank for found in ranks.values() for rank in found)}, either of which may be wrong"
-    most = max(ranks.values(), key=len)
-    others = sorted(rank for found in ranks.values() if found is not most for rank in found)
-    return f"{name} on rank{'s'[: len(others) > 1]} {_numbers(others)}, unlike on {_numbers(most)}"
-
-
-def _numbers(ranks: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(ranks)))
+def _who_differs(name: str, ranks: dict[str, list[int]]) -> str:
+    """Whose digest of the tensor *name* is another than that of most ranks; *ranks* are those that have each digest."""
+    *_, second, most = sorted(ranks.values(), key=len)
+    undecided = len(second) == len(most)
+    others = sorted(rank for found in ranks.values() if undecided or found is not most for rank in found)
+    listed = ", ".join(map(str, others))
+    if undecided:
+        return f"{name} on ranks {listed}, either of which may be wrong"
+    return f"{name} on rank{'s'[: len(others) > 1]} {listed}, unlike on {', '.join(map(str, most))}"
 
 
 def _digests(fragments: Iterable[Fragment]) -> dict[str, dict[str, str]]:

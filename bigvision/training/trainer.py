@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,21 @@ from bigvision.errors import Stopped, UserError
 from bigvision.models import Blueprint, GivenModel
 from bigvision.monitor import Monitor, read_lines
 from bigvision.runtime import (
-    RankFailure,
     Runtime,
     Watchdog,
     collective_timeout,
     deterministic,
+    from_main,
     identify,
     start,
     warn_of_shared_memory,
 )
 from bigvision.signals import listening, until_ranks_meet
-from bigvision.training.build import Build, build, build_model, restore_model, with_model, without_weights
+from bigvision.training.build import Build, build, build_model, with_model, without_weights
 from bigvision.training.data import Data, Feed, Validation, open_data, open_validation, with_data
 from bigvision.training.numbers import Numbers
-from bigvision.training.restarts import retry_with_smaller_batch
-from bigvision.training.saving import Callback, Callbacks, Event, Saving
+from bigvision.training.run_folder import explain_errors
+from bigvision.training.saving import Callback, Callbacks, Event, Saving, check_copies
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,26 @@ class Result:
     """The lines of metrics.jsonl, also those of starts before this one; on rank 0, which writes them."""
 
 
-def train(
-    config: Config, data: Any = None, val: Any = None, *, model: GivenModel | None = None, callbacks: Sequence[Callback] = ()
-) -> Result:
+def train_on_rank(
+    config: Config, data: Any = None, val: Any = None, *, model: GivenModel | None = None,
+    callbacks: Sequence[Callback] = (), began: float | None = None,
+) -> Result:  # fmt: skip
     """Train, evaluate and save as *config* says, from the newest checkpoint or from the start. Run on every rank.
+
+    `bigvision.train` starts the ranks, and calls this on each.
 
     Args:
         data, val: map-style datasets of your own (see `bigvision.data.MapStyle`) in the place of what ``data.train`` and
             ``data.val`` name; both or none.
         model: your own module, or a function that builds one, in the place of what ``model.name`` names.
         callbacks: called on rank 0 with an `Event`.
+        began: the `time.monotonic()` from which the seconds to the first step are counted; by default now.
 
     Raises:
         UserError: what was asked for cannot be done; the same on every rank, before anything is trained.
         Stopped: SIGTERM, SIGUSR1 or SIGINT came to any rank, and the run was saved; on every rank.
     """
+    began = time.monotonic() if began is None else began
     config, given = with_data(config, data, val)
     config = with_model(config, model)
     parallel = config.parallel
@@ -74,13 +80,13 @@ def train(
         with until_ranks_meet():
             timeout = collective_timeout(config.limits)
             runtime = stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout))
-        monitor = Monitor(config, runtime)
+        monitor = Monitor(config, runtime, began)
         stack.callback(monitor.close)
-        told = Callbacks(callbacks, runtime)
+        notified = Callbacks(callbacks, runtime)
         with watch.naming():
             run = build(config, runtime, monitor.say, stack, given, model)
-            with retry_with_smaller_batch(run.config, run.blueprint, runtime, run.starts), _place_named(run.engine):
-                loop = Loop(run, runtime, monitor, watch, told, stack)
+            with explain_errors(run.config, run.engine, run.blueprint, runtime, run.starts):
+                loop = Loop(run, runtime, monitor, watch, notified, stack)
                 loop.run_steps()
                 folder = loop.finish()
         monitor.close()
@@ -95,32 +101,28 @@ class Loop:
     """Steps, with evaluations and checkpoints between them. Every rank calls all of its methods."""
 
     def __init__(
-        self, run: Build, runtime: Runtime, monitor: Monitor, watch: Watchdog, told: Callbacks, stack: ExitStack
+        self, run: Build, runtime: Runtime, monitor: Monitor, watch: Watchdog, callbacks: Callbacks, stack: ExitStack
     ) -> None:  # fmt: skip
         config, engine = run.config, run.engine
-        self.run, self.runtime, self.monitor, self.watch, self.told = run, runtime, monitor, watch, told
-        self.config, self.engine, self.steps, self.metrics = config, engine, run.steps, run.metrics
+        self.run, self.runtime, self.monitor, self.watch, self.callbacks = run, runtime, monitor, watch, callbacks
+        self.config, self.engine, self.steps = config, engine, run.steps
+        self.metrics: dict[str, float] = run.progress.get("metrics", {})
+        """Of the last evaluation, also one before this start."""
+        self.owed: bool = run.progress.get("evaluation_owed", False)
+        """Whether the evaluation of the last step was broken off by a signal to stop."""
         self.batches = Feed(
-            config,
-            run.data,
-            run.blueprint,
-            runtime,
-            step=engine.step,
-            steps=run.steps,
-            position=engine.samples,
-            say=monitor.say,
-            waits=watch.waits_for_data,
-        )
+            config, run.data, run.blueprint, runtime, step=engine.step, steps=run.steps, position=engine.samples,
+            say=monitor.say, waits=watch.waits_for_data,
+        )  # fmt: skip
         stack.callback(self.batches.close)
-        self.numbers = Numbers(config, engine, monitor, run.faults)
-        self.saving = Saving(run, runtime, monitor.say, self.numbers.state)
-        stack.callback(self.saving.close)
-        monitor.begin(engine.step, run.steps, run.metrics)
-        self.numbers.begin(self.saving, run.metrics)
+        self.numbers = Numbers(run, monitor)
+        self.saving = Saving(run, runtime, monitor.say, callbacks, self.numbers.state)
+        stack.callback(self.saving.saver.close)
+        monitor.begin(engine.step, run.steps, self.metrics)
+        if config.faults.rollback and not from_main(checkpoint.steps_in(Path(config.out))):
+            self.saving.save(self.metrics)  # a run that may have to go back needs a checkpoint from its beginning
         self.launched: deque[tuple[StepResult, float | None]] = deque()
         """Steps whose numbers were not read, each with the seconds that its batch was waited for."""
-        self.owed = run.evaluation_owed
-        """Whether the evaluation of the last step was broken off by a signal to stop."""
 
     def run_steps(self) -> None:
         """Train to the last step, or until a signal asks to stop.
@@ -128,7 +130,8 @@ class Loop:
         A step is read while the next one runs, so a request or a spike is known one step later; before an evaluation, a
         checkpoint or a digest everything is read.
         """
-        engine, saving = self.engine, self.saving
+        engine, saving, plan, length = self.engine, self.saving, self.config.train, len(self.run.data.train)
+        digest_every = self.config.faults.digest_every
         saving.ask()  # a signal may have come while the run was built
         if not saving.stopped_by and self.owed:
             self.measure()
@@ -137,26 +140,28 @@ class Loop:
         while engine.step < self.steps and not saving.stopped_by:
             self.watch.beat("step", engine.step + 1)
             self._launch(next(self.batches))
-            step, epoch_ended = engine.step, self._epoch_ended()
-            evaluates = step == self.steps or _due(step, self.config.train.eval_every, epoch_ended)
-            saves = step == self.steps or saving.due(epoch_ended)
-            digests = self.config.faults.digest_every is not None and step % self.config.faults.digest_every == 0
-            last = self.launched[-1][0]
+            step, last = engine.step, engine.step == self.steps
+            # Batches run on across epochs, so that none is short.
+            epoch_ended = engine.samples // length > (engine.samples - plan.global_batch) // length
+            evaluates = last or (epoch_ended if plan.eval_every is None else step % plan.eval_every == 0)
+            saves = last or saving.due(epoch_ended)
+            digests = digest_every is not None and step % digest_every == 0
+            newest, _ = self.launched[-1]
             if not self._read(0 if evaluates or saves or digests else 1):
                 continue  # rolled back
-            if digests:
-                self.numbers.digest(last)
+            if digests and not newest.skipped:
+                check_copies(engine)
             if (saving.requested or saving.stopped_by) and not self._read(0):
                 continue
             if evaluates:
                 self.measure()
             if saves or saving.requested or saving.stopped_by:
                 self.save()
-            saving.tell(self.told)
+            saving.report()
 
     def _launch(self, batch: StepBatch) -> None:
         """Take a step whose numbers are read later."""
-        self.engine.requests = self._wishes()
+        self.engine.requests = self.saving.requests()
         result = self.numbers.take(batch)
         self.batches.finish()
         if result.passed_over:
@@ -176,36 +181,21 @@ class Loop:
                 return False
             bad = self.run.data.bad.count("train")
             if line := self.monitor.after_step(result, bad, waited):
-                self.told.tell(Event("step", result.step, line))
-            self._hear(result.requests)
+                self.callbacks.notify(Event("step", result.step, line))
+            self.saving.hear(result.requests)
         return True
-
-    def _wishes(self) -> frozenset[str]:
-        return self.saving.wishes() | ({"failure"} if self.told.failed else set())
-
-    def _hear(self, requests: set[str]) -> None:
-        if "failure" in requests:
-            self.told.check()
-        self.saving.hear(requests)
-
-    def _stop(self, requests: set[str]) -> bool:
-        self._hear(requests)
-        return bool(self.saving.stopped_by)
 
     def measure(self) -> None:
         """Evaluate, unless a signal asks to stop."""
-        run = self.run
-        found = None
+        run, found = self.run, None
         if not self.saving.stopped_by:
-            found = evaluate(
-                self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self._wishes, self._stop
-            )  # fmt: skip
+            found = evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving)
         self.owed = found is None
         if found is not None:
             self.metrics = found
             self.saving.take(found)
             self.monitor.after_evaluation(self.engine.step, self.engine.samples, found)
-            self.told.tell(Event("evaluation", self.engine.step, found))
+            self.callbacks.notify(Event("evaluation", self.engine.step, found))
 
     def save(self) -> None:
         """Begin to save the run as it stands."""
@@ -219,50 +209,27 @@ class Loop:
 
     def finish(self) -> Path:
         """Return the folder of the last step, once it is on the disk."""
-        resumed_here = self.run.resumed_at == self.engine.step
+        resumed_here = self.run.progress.get("step") == self.engine.step
         # A run that was resumed at its last step has nothing to train and still leaves its checkpoint.
         if self.saving.saved != self.engine.step and not (self.unfinished and resumed_here):
             self.save()
         folder = self.saving.finish() or self.run.resumed
         assert folder is not None
-        self.saving.tell(self.told)
-        self.told.tell(Event("end", self.engine.step, self.metrics, folder))
-        self.told.check()
+        self.saving.report()
+        self.callbacks.notify(Event("end", self.engine.step, self.metrics, folder))
+        self.callbacks.check()
         return folder
-
-    def _epoch_ended(self) -> bool:
-        """Whether the last step took the last sample of an epoch. Batches run on across epochs, so none is short."""
-        before, length = self.engine.samples - self.config.train.global_batch, len(self.run.data.train)
-        return self.engine.samples // length > before // length
-
-
-def _due(step: int, every: int | None, epoch_ended: bool) -> bool:
-    return epoch_ended if every is None else step % every == 0
-
-
-@contextmanager
-def _place_named(engine: Engine) -> Iterator[None]:
-    """Let an error between ranks say which part of the model this one has, and beside which others."""
-    try:
-        yield
-    except RankFailure:
-        raise
-    except RuntimeError as error:
-        if engine.place:
-            error.args = (f"{engine.place}: {error}",)
-        raise
 
 
 def evaluate(
     config: Config, engine: Engine, data: Data, blueprint: Blueprint, runtime: Runtime, watch: Watchdog,
-    wishes: Callable[[], frozenset[str]] = frozenset, stop: Callable[[set[str]], bool] = lambda requests: False,
+    saving: Saving | None = None,
 ) -> dict[str, float] | None:  # fmt: skip
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
 
     Args:
-        wishes: what this rank asks the others for, before each batch.
-        stop: called with what any rank asked for with the batch before the last; where it returns True the evaluation is
-            broken off, and None is returned.
+        saving: exchanges requests with each batch; where any rank was asked to stop, the evaluation is broken off, and None
+            is returned.
     """
     watch.beat("evaluate", engine.step)
     engine.synchronize()
@@ -272,11 +239,12 @@ def evaluate(
         total = None
         for batch in batches:
             watch.waits_for_data(False)
-            engine.requests = wishes()
+            if saving:
+                engine.requests = saving.requests()
             metrics = engine.eval_step(batch)
             total = metrics if total is None else total + metrics
             # Of the batch before, whose numbers arrive while this one runs.
-            if before is not None and stop(before.requests):
+            if saving and before is not None and saving.hear(before.requests):
                 return None
             before = metrics
             watch.beat("evaluate", engine.step)
@@ -291,9 +259,7 @@ def evaluate(
     return total.means()
 
 
-def evaluate_checkpoint(
-    folder: Path, config: Config, say: Callable[[str], None] = lambda text: None
-) -> dict[str, float]:  # fmt: skip
+def evaluate_checkpoint(folder: Path, config: Config, say: Callable[[str], None] = lambda text: None) -> dict[str, float]:
     """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank.
 
     Args:
@@ -321,7 +287,8 @@ def evaluate_checkpoint(
             trains=False,
         )  # fmt: skip
         try:
-            restore_model(found, engine)
+            found.restore(list(engine.fragments()), groups=("model",))
+            engine.refresh()
             metrics = evaluate(config, engine, data, blueprint, runtime, watch)
             assert metrics is not None
             return metrics

@@ -58,6 +58,8 @@ def test_options_of_the_model_may_be_numbers_with_an_exponent(tmp_path: Path) ->
     assert config.model.options == {"eps": 1e-6, "name": "1e-6", "more": {"a": [-2e5, 5.0, "e5", "1e"]}}
     assert config.out == "1e3" and repr(config.model.options["eps"]) == "1e-06"
     assert load_config(None, ["--model.options", "{eps: 1e-6}"]).model.options == {"eps": 1e-6}
+    recipe.write_text("model.options: {eps: 1e-6}\n")
+    assert load_config(recipe).model.options == {"eps": 1e-6}, "also under the dotted key"
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,13 @@ def sections(strategy: str, precision: str, deterministic: bool = False) -> dict
 def run_until_killed(made: dict[str, Any], step: int) -> None:
     """Train, and end without a word at *step*, while the checkpoint of a step before may still be written."""
     from bigvision.config import load_config
-    from bigvision.training import Event, train
+    from bigvision.training import Event, train_on_rank
 
     def kill(event: Event) -> None:
         if event.kind == "step" and event.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train(load_config(made), callbacks=[kill])
+    train_on_rank(load_config(made), callbacks=[kill])
 
 
 def killed(folder: Path, model: str, strategy: str, precision: str, deterministic: bool) -> dict[str, Any]:
@@ -209,7 +209,7 @@ LARGE = {
 def without_memory(folder: Path, strategy: str) -> dict[str, Any]:
     """Leave the device memory for half of the micro-batch, and start twice."""
     from bigvision.config import load_config
-    from bigvision.training import train
+    from bigvision.training import train_on_rank
 
     def made(name: str, micro_batch: int, steps: int = 3) -> dict[str, Any]:
         return plain(
@@ -225,13 +225,13 @@ def without_memory(folder: Path, strategy: str) -> dict[str, Any]:
     allow((peaks[32] + peaks[64]) / 2)
     words = ""
     try:
-        train(load_config(made("out", 64)))
+        train_on_rank(load_config(made("out", 64)))
     except torch.OutOfMemoryError as error:
         words = str(error)
     gc.collect()
     if not on_cpu():
         torch.cuda.empty_cache()
-    train(load_config(made("out", 64)))
+    train_on_rank(load_config(made("out", 64)))
     return {"error": words, "losses": losses(folder / "out"), "expected": run(made("expected", 32)), "peaks": peaks}
 
 

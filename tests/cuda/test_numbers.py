@@ -265,7 +265,7 @@ OFFLOADS = ("zero2_offload", "zero3_offload")
 def offloaded(folder: Path) -> dict[str, list[float] | str]:
     """One job for all files: the first start compiles CPU Adam."""
     from bigvision.config import resolve
-    from bigvision.training import train
+    from bigvision.training import train_on_rank
 
     found: dict[str, list[float] | str] = {}
     for file in OFFLOADS:
@@ -275,7 +275,7 @@ def offloaded(folder: Path) -> dict[str, list[float] | str]:
                 config, _ = resolve(
                     plain(out, **sections(precision=precision)), ["--parallel.deepspeed", str(DS_CONFIGS / f"{file}.json")], {}
                 )
-                train(config)
+                train_on_rank(config)
                 found[f"{file} {precision}"] = losses(out)
             except Exception:
                 found[f"{file} {precision}"] = traceback.format_exc()

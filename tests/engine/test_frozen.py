@@ -52,9 +52,9 @@ KINDS = {"head": head_only, "stem": frozen_stem, "nothing": nothing}
 
 def run_frozen(plain: dict[str, Any], kind: str) -> list[float]:
     from bigvision.config import load_config
-    from bigvision.training import train
+    from bigvision.training import train_on_rank
 
-    train(load_config(plain), model=KINDS[kind])
+    train_on_rank(load_config(plain), model=KINDS[kind])
     return losses(Path(plain["out"]))
 
 

@@ -57,6 +57,8 @@ def test_a_slow_rank_is_reported_and_stops_nothing(where: str, strategy: str, la
     told = [line for line in said.splitlines() if re.match(r"rank \d is .*slow", line)]
     assert [line.partition(":")[0] for line in told] == [f"rank {late} is slow", f"rank {late} is no longer slow"], said
     assert all(text == "" for _, text in others)
+    first = re.findall(r"^step (\d+) of 16: loss \d\.\d{4}, \d+\.\d s after the start$", said, re.MULTILINE)
+    assert first == ["1"], "one line tells when the first step was done"
     found = {line["step"]: line["stragglers"] for line in lines(tmp_path) if "stragglers" in line}
     # The first step may be long for all: what it warms up is slower than the sleep.
     assert {6, 7, 8} <= set(found) <= {5, 6, 7, 8} and all(list(slow) == [str(late)] for slow in found.values())

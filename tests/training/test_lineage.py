@@ -24,7 +24,7 @@ from bigvision.data import MapStyle, Source, open_source
 from bigvision.data.report import SIZES, classes_difference, difference, fingerprint
 from bigvision.data.sources.arrays import Synthetic
 from bigvision.training import read_history
-from bigvision.training.lineage import check_same_run, read_lineage
+from bigvision.training.run_folder import check_same_run, read_lineage
 from tests.distributed import run_ranks
 from tests.recipes import recipe
 
@@ -265,7 +265,7 @@ def test_a_named_origin_applies_once(tmp_path: Path) -> None:
 
 def run_with_metrics(plain: dict[str, Any], values: dict[int, float], stops: int) -> list[int]:
     """Train to step *stops*, then to the end; the evaluation of each step gives top1 of *values*."""
-    from bigvision.training import train, trainer
+    from bigvision.training import train_on_rank, trainer
 
     def evaluate(config: Any, engine: Any, *rest: Any) -> dict[str, float]:
         return {"loss": 1.0, "top1": values.get(engine.step, 0.0), "top5": 1.0}
@@ -273,7 +273,7 @@ def run_with_metrics(plain: dict[str, Any], values: dict[int, float], stops: int
     before, trainer.evaluate = trainer.evaluate, evaluate  # type: ignore[assignment]
     try:
         for steps in (stops, plain["train"]["steps"]):
-            train(load_config(with_keys(plain, train={"steps": steps})))
+            train_on_rank(load_config(with_keys(plain, train={"steps": steps})))
     finally:
         trainer.evaluate = before
     return checkpoint.steps_in(Path(plain["out"]))

@@ -20,7 +20,7 @@ from bigvision import load_config
 from bigvision.errors import Exit, Stopped, UserError
 from bigvision.monitor import read_lines
 from bigvision.runtime import RankFailure
-from bigvision.training.restarts import NAME, Starts
+from bigvision.training.run_folder import STARTS, Starts
 from tests.cli.test_mistakes import refused
 from tests.distributed import start_ranks
 from tests.launch.commands import BIN, ROOT, TORCHRUN, start
@@ -47,7 +47,7 @@ def train_and_crash(path: str, rank: int, step: int) -> None:
 
 
 def noted(out: Path, key: str) -> list[Any]:
-    found = [json.loads(line) for line in (out / NAME).read_text().splitlines()]
+    found = [json.loads(line) for line in (out / STARTS).read_text().splitlines()]
     return [line[key] for line in found if key in line]
 
 
@@ -62,7 +62,7 @@ def test_the_same_crash_again_and_again_ends_it(tmp_path: Path, rank: int, step:
     assert noted(out, "step") == ([0, 4] if step >= 0 else [0, 0])
     assert ended(train, 2, path) == [Exit.MISTAKE] * 2
     where = "at step 5" if step >= 0 else "before its first step"
-    refused(["train", path], f"2 starts in a row crashed {where}", f"rank {rank}: ValueError: no such luck", str(out / NAME))
+    refused(["train", path], f"2 starts in a row crashed {where}", f"rank {rank}: ValueError: no such luck", str(out / STARTS))
     assert ended(train, 2, written(tmp_path, made | {"faults": {"same_crash": 3}})) == [0, 0], "another configuration"
     assert noted(out, "end") == ["done"]
 
@@ -89,7 +89,7 @@ def test_what_counts_as_a_restart(error: BaseException, counts: bool, tmp_path: 
                 starts.begin(0)
             return
         starts.begin(0)
-        with suppress(type(error)), starts.noted():
+        with suppress(type(error)), starts.logged():
             raise error
         if number % 2:
             starts.path.write_bytes(starts.path.read_bytes() + b'{"time": "20\xff')
@@ -107,7 +107,7 @@ def test_kills_are_not_taken_for_crashes_but_counted(tmp_path: Path) -> None:
     for number in range(2):
         processes = start_ranks(train, 2, path)
         deadline = time.monotonic() + 60
-        while (len(noted(out, "start")) if (out / NAME).exists() else 0) <= number and time.monotonic() < deadline:
+        while (len(noted(out, "start")) if (out / STARTS).exists() else 0) <= number and time.monotonic() < deadline:
             time.sleep(0.02)
         processes[1].kill()
         for process in processes:
