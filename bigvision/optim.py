@@ -26,8 +26,10 @@ def parameter_groups(
 
     Norms, biases and what the timm model excludes by name are not decayed. Each group carries "names", in the order of its
     "params", and holds either sharded or whole parameters, since a fused step takes one kind. The stem's groups come first.
-    *held* are the parameters that are stepped here, where they are others than the module's own (a pipeline stage's).
+    *held* are the parameters that are stepped here, where they are others than the module's own (a pipeline stage's). The rate
+    is multiplied with *layer_decay* for each layer, counted as timm does, from the head (Clark et al. 2020, Bao et al. 2022).
     """
+    from timm.models import group_parameters
     from timm.optim import param_groups_weight_decay
 
     excluded = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()  # type: ignore[operator]
@@ -38,7 +40,16 @@ def parameter_groups(
         for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=excluded)
         for parameter in group["params"]
     }
-    scales = {} if layer_decay is None else layer_scales(module, layer_decay)
+    scales: dict[str, float] = {}
+    if layer_decay is not None:
+        if not hasattr(module, "group_matcher"):
+            name = getattr(module, "pretrained_cfg", {}).get("architecture") or type(module).__name__
+            words = f"{layer_decay} needs layers, which timm does not define for {name}: set it to null"
+            raise UserError(f"optim.layer_decay: {words}")
+        matcher = module.group_matcher(coarse=False)  # type: ignore[operator]
+        layers = cast("dict[str, int]", group_parameters(module, matcher, reverse=True))
+        top = max(layers.values())
+        scales = {name: layer_decay ** (top - layer) for name, layer in layers.items()}
     held = own if held is None else held
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name in own:
@@ -52,23 +63,6 @@ def parameter_groups(
 
 def _group(params: list[Tensor], names: list[str], lr_scale: float = 1.0, weight_decay: float = 0.0) -> dict[str, Any]:
     return {"params": params, "names": names, "lr_scale": lr_scale, "weight_decay": weight_decay}
-
-
-def layer_scales(module: nn.Module, decay: float) -> dict[str, float]:
-    """Return *decay* to the power of a parameter's distance, in layers, from the head, which has 1 (Clark et al. 2020).
-
-    Layers are counted as timm does: the stem, each block, the head (Bao et al. 2022). Raises `UserError` when the model does
-    not name its layers.
-    """
-    from timm.models import group_parameters
-
-    if not hasattr(module, "group_matcher"):
-        name = getattr(module, "pretrained_cfg", {}).get("architecture") or type(module).__name__
-        raise UserError(f"optim.layer_decay: {decay} needs layers, which timm does not define for {name}: set it to null")
-    matcher = module.group_matcher(coarse=False)  # type: ignore[operator]
-    layers = cast("dict[str, int]", group_parameters(module, matcher, reverse=True))
-    top = max(layers.values())
-    return {name: decay ** (top - layer) for name, layer in layers.items()}
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -122,10 +116,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, on_cpu: b
 
 
 def allocate_state(optimizer: Optimizer) -> None:
-    """Create the state that the optimizer's first step would create, so that it can be saved and restored before.
-
-    The parameters' values are not kept: call it before they are filled.
-    """
+    """Create the state that the optimizer's first step would; call it before parameters have values, for they change."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)

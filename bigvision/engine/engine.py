@@ -50,10 +50,8 @@ class Engine:
     ) -> None:  # fmt: skip
         """Place and initialise the model; raise `UserError` when there is nothing to train.
 
-        Args:
-            steps: optimizer steps of the whole run, for the schedule.
-            restored: a checkpoint will be read into the fragments, so that first values are not computed.
-            trains: whether steps will be taken; where it only evaluates nothing is run in training mode.
+        *steps* are those of the whole run, for the schedule. If a checkpoint will be *restored*, first values are not computed.
+        Unless it *trains*, nothing is run in training mode.
         """
         self.config, self.task, self.runtime, self.steps = config, task, runtime, steps
         self.restoring, self.trains = restored, trains

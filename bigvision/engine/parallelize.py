@@ -279,10 +279,7 @@ def replicate(module: nn.Module, parts: list[nn.Module], runtime: Runtime) -> Sp
 
 
 def overlap(spread: Spread, example: Tensor, statistics: Statistics) -> None:
-    """Average gradients of a replicated model while the last backward pass runs: DistributedDataParallel (Li et al. 2020).
-
-    *example* is a few images, as the model gets them. The *statistics* of the model keep their values.
-    """
+    """Average gradients while the last backward pass runs (DistributedDataParallel, Li et al. 2020); *statistics* are kept."""
     module = spread.module
 
     def rehearse(model: Callable[[Tensor], Any]) -> None:

@@ -51,10 +51,7 @@ def allocate(
 
 
 def make_contiguous(module: nn.Module) -> bool:
-    """Lay out every parameter and buffer of *module*, on meta, row by row; return whether any was laid out in channels_last.
-
-    Fragments are runs of row-major tensors, and ``fully_shard`` takes no others.
-    """
+    """Lay out *module*, on meta, row by row, as fragments and ``fully_shard`` need it; return whether it was channels_last."""
     tensors = [*module.parameters(), *module.buffers()]
     found = any(t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
     if any(not tensor.is_contiguous() for tensor in tensors):
@@ -197,10 +194,8 @@ def optimizer_fragments(
 ) -> Iterator[Fragment]:  # fmt: skip
     """This rank's runs of the optimizer's state.
 
-    Args:
-        shapes: of the whole trainable parameters of the model, by name.
-        place: (start, copy) of the run of each parameter that this rank holds.
-        absent: the state of a parameter of another pipeline stage: its keys and types.
+    *shapes* are those of the whole trainable parameters by name, *place* is (start, copy) of the run of each that this rank
+    holds, *absent* the state of a parameter of another pipeline stage: its keys and types.
     """
     held: set[str] = set()
     for group in optimizer.param_groups:

@@ -59,8 +59,7 @@ class Record:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. `loss` and `grad_norm` are 0-D tensors on the device; reading anything else that depends
-    on the step's numbers waits until the device has come to it."""
+    """What one optimizer step did. `loss` and `grad_norm` are 0-D tensors on the device; to read other numbers waits for it."""
 
     loss: Tensor  # mean over the global batch
     grad_norm: Tensor  # of the whole model's gradient, before clipping
@@ -157,8 +156,7 @@ class NativeStep:
         optim = config.optim
         groups = parameter_groups(spread.module, optim.weight_decay, optim.layer_decay, stepped)
         self.optimizer: Optimizer = build_optimizer(groups, optim)
-        self.fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        """Whether the optimizer decides on the device whether to step; the others cost one wait a step."""
+        self.fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # decides on the device whether to step
         allocate_state(self.optimizer)
         self.shapes = {name: tuple(p.shape) for name, p in spread.module.named_parameters() if p.requires_grad}
         self.absent = state_layout(optim) if self.shapes.keys() - held.keys() else {}

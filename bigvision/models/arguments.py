@@ -36,21 +36,6 @@ def given_name(model: GivenModel) -> str:
     return PREFIX + getattr(named, "__name__", type(named).__name__)
 
 
-def check_given(config: ModelConfig, model: GivenModel) -> None:
-    """Raise `UserError` for what is no model, and for keys that only a timm model answers to."""
-    if not isinstance(model, nn.Module) and not callable(model):
-        raise UserError(f"model: {type(model).__name__} is no model: give a timm name, a module, or a function that builds one")
-    kind = type(model).__module__ if isinstance(model, nn.Module) else ""
-    if kind.startswith(("torch.nn.parallel", "torch.distributed", "deepspeed")):
-        raise UserError(f"model: {type(model).__name__} is wrapped already: give the plain module")
-    ours = {"model.pretrained": config.pretrained, "model.weights": config.weights, "model.drop_path": config.drop_path}
-    for key, value in ours.items():
-        if value:
-            raise UserError(f"{key}: {value}, but the model is your own: load or set it there, and leave this out")
-    if isinstance(model, nn.Module) and config.options:
-        raise UserError(f"model.options: {next(iter(config.options))}, but the model is built already: leave them out")
-
-
 def call_arguments(config: ModelConfig, num_classes: int, function: Callable[..., nn.Module]) -> dict[str, Any]:
     """What *function* is called with: ``model.options``, all of which it must take, and ``num_classes`` where it takes that."""
     try:
@@ -235,10 +220,19 @@ def _on_meta(name: str, arguments: dict[str, Any]) -> nn.Module | None:
 def check_model(config: ModelConfig, model: GivenModel | None = None) -> None:
     """Raise `UserError` for an unknown model name or a weights file that cannot be read. Builds nothing, reads only headers."""
     name, _ = current_name(config.name)
-    if model is not None:
-        check_given(config, model)
-    else:
+    if model is None:
         check_name(name)
+    elif not isinstance(model, nn.Module) and not callable(model):
+        raise UserError(f"model: {type(model).__name__} is no model: give a timm name, a module, or a function that builds one")
+    wrappers = ("torch.nn.parallel", "torch.distributed", "deepspeed")
+    if isinstance(model, nn.Module) and type(model).__module__.startswith(wrappers):
+        raise UserError(f"model: {type(model).__name__} is wrapped already: give the plain module")
+    ours = {"model.pretrained": config.pretrained, "model.weights": config.weights, "model.drop_path": config.drop_path}
+    for key, value in ours.items() if model is not None else ():
+        if value:
+            raise UserError(f"{key}: {value}, but the model is your own: load or set it there, and leave this out")
+    if isinstance(model, nn.Module) and config.options:
+        raise UserError(f"model.options: {next(iter(config.options))}, but the model is built already: leave them out")
     if config.weights is not None and config.pretrained:
         raise UserError(f"model.weights: {config.weights} and model.pretrained: true exclude each other; keep one")
     if config.weights is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,9 +25,7 @@ from bigvision.models.tracing import named_tensors
 from bigvision.models.weights import Adapted, Loading, capture
 
 
-def model_card(
-    module: nn.Module, *, image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
-) -> dict[str, Any]:  # fmt: skip
+def model_card(module: nn.Module, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """The content of ``config.json`` with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes this model.
 
     `module` is the timm model, on any device and sharded or not: only its attributes are read. `image_size` is height and width
@@ -51,8 +49,7 @@ class Blueprint:
     std: tuple[float, ...]  # per channel, of inputs in [0, 1]
     interpolation: str
     crop_pct: float
-    crop_mode: Literal["center", "squash", "border"]
-    """How timm resizes for evaluation: the filter, the share of the sides that the crop keeps, and which sides it resizes."""
+    crop_mode: Literal["center", "squash", "border"]  # how timm resizes for evaluation: filter, share kept, sides
     recorded: bool  # False: the model was built normally, at the memory of all of it, or was given with its values
     notes: list[str]  # what the user should know, a line each: why it is not recorded, what starts fresh beside weights
 

@@ -33,8 +33,7 @@ PLAIN: list[Any] = [
     (lambda *arguments: {}, "collections.defaultdict"), (lambda *arguments: [], "collections.deque"),
 ]  # fmt: skip
 """What checkpoints hold beside weights that is data and no code: the command line that made them, dates, paths, counts."""
-NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|lr_|callback|hyper", re.IGNORECASE)
-"""In the names of what else a checkpoint holds by tensor."""
+NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|lr_|callback|hyper", re.IGNORECASE)  # names of what are no weights
 
 
 def convert(source: str, target: str, take: str | None = None) -> list[str]:

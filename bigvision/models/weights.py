@@ -99,8 +99,7 @@ class Adapted:
 
     likes: dict[str, Tensor]  # a tensor of each value's shape, by timm's name
     left_out: str = ""  # a layer of the file that the model does not have, and does without
-    note: str | None = None
-    """Why the adaptation could not be recorded. What it computes is then held, and the rest mapped from the file."""
+    note: str | None = None  # why it is not recorded: what it computes is then held, the rest mapped from the file
 
     def __init__(self, file: WeightsFile, module: nn.Module, loading: Loading) -> None:
         """Adapt *file* to *module* (on meta, left as it is); `UserError` when timm cannot, or the file cannot be read."""

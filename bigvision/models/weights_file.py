@@ -17,8 +17,7 @@ from torch import Tensor
 from bigvision.errors import UserError, either
 from bigvision.fragments import PICKLE, TYPES, Place, bytes_of, file_kind, read_header, read_into, unique
 
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Components that torch.compile, recomputation and FSDP put anywhere into a name."""
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # put into names by compile, recompute, FSDP
 COUNTERS = ("n_averaged",)  # what `torch.optim.swa_utils.AveragedModel` keeps beside a model
 DEEPEST = 5  # components that a prefix may have, as ``module.model.teacher.backbone.``
 PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"}

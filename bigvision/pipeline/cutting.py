@@ -88,16 +88,14 @@ class Flow:
             raise CannotCut(f"its trace does not run: {first_line(error)}") from error
         self.graph = graph
         self.images, *self.nodes, self.output = graph.graph.nodes
-        self.called = [str(node.target) if node.op == "call_module" else "" for node in self.nodes]
-        """The path of the module that each node calls, or ""."""
+        self.called = [str(node.target) if node.op == "call_module" else "" for node in self.nodes]  # module paths, or ""
         self.free: set[str] = set()  # nodes that depend neither on the images nor on parameters
         for node in self.nodes:
             trained = any(isinstance(tensor, nn.Parameter) for tensor in tensors_of(node, graph))
             if not trained and all(source.name in self.free for source in node.all_input_nodes):
                 self.free.add(node.name)
         index = {node.name: index for index, node in enumerate(self.nodes)}
-        self.position = {self.images.name: -1, self.output.name: len(self.nodes)}
-        """When each node that is not free runs, as an index into `nodes`."""
+        self.position = {self.images.name: -1, self.output.name: len(self.nodes)}  # when each node runs; free ones are absent
         for node in self.nodes:
             at, sources = index[node.name], node.all_input_nodes
             if node.op == "get_attr":  # a parameter lives where it is used first
@@ -159,8 +157,7 @@ class _StageGraph:
 
     def __init__(self, flow: Flow, start: int, end: int, received: list[Leaf], sent: list[Leaf]) -> None:
         self.flow, self.graph = flow, fx.Graph()
-        self.arrived = {leaf: self.graph.placeholder(f"{leaf[0]}_{leaf[1]}") for leaf in received}
-        """What was received, as it travels."""
+        self.arrived = {leaf: self.graph.placeholder(f"{leaf[0]}_{leaf[1]}") for leaf in received}  # received, as it travels
         self.inputs: dict[Leaf, fx.Node] = {}  # the same, laid out as where it was made
         for leaf, node in self.arrived.items():
             order = flow.spec(leaf).order

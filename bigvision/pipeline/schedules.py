@@ -74,10 +74,7 @@ def make_schedule(
     name: str, stages: Mapping[int, nn.Module], values: list[tuple[Tensor, ...]], placement: Placement, count: int,
     group: dist.ProcessGroup, loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:  # fmt: skip
-    """A schedule of *count* micro-batches for this rank's *stages*.
-
-    *values* are what enters each stage and what leaves the last, on meta: nothing has to be tried out or sent beforehand.
-    """
+    """A schedule of *count* micro-batches for this rank's *stages*; *values*, on meta: what enters each and leaves the last."""
     total, made = placement.stages, []
     for number, stage in stages.items():
         device = next(stage.parameters()).device

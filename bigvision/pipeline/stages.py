@@ -259,10 +259,7 @@ class Prices:
 
 
 def choose_cuts(model: nn.Module, blocks: list[Block], prices: Prices, memory: StageMemory) -> list[int]:
-    """Cut the flow of *prices* into stages of equal work between blocks; return the positions, indices into its nodes.
-
-    Raises `UserError` when what is shared between blocks, or the devices' memory, leaves no such cut.
-    """
+    """Cut the flow of *prices* into stages of equal work between blocks; return the positions, indices into its nodes."""
     name, stages, flow = tracing.model_name(model), memory.placement.stages, prices.flow
     shared = bound_together(model, flow)
     paths = {block.path for block in blocks}
@@ -316,13 +313,8 @@ def best_cuts(
     """Cut the nodes ``0 .. len(work)`` into *stages* runs; return where each but the first begins, or None where none fits.
 
     The cost of the most expensive stage is the least possible. Among the cuts within 1 % of that, the ones with the least
-    traffic are taken. Exact, by dynamic programming over the allowed positions.
-
-    Args:
-        work: what each node costs.
-        allowed: positions p at which the run of nodes from p on may begin, ascending.
-        crossing: what a cut at a position costs in traffic.
-        fits: whether a stage's device has the memory for the nodes from start to end.
+    traffic are taken. Exact, by dynamic programming over the positions *allowed*, ascending, at which a run may begin. *work*
+    is what each node costs, *crossing* a position's traffic, *fits* whether a stage's device has the memory for its nodes.
     """
     total = [0.0, *accumulate(work)]
 

@@ -116,10 +116,7 @@ class InitTrace:
         self.ops.append(op)
 
     def slice(self, storage: int) -> list[int]:
-        """The operations, in order, that alone give `storage` its value.
-
-        What is overwritten later is left out, so an initialisation done twice is done once.
-        """
+        """The operations, in order, that alone give `storage` its value: of an initialisation done twice, the second."""
         needed: set[int] = set()
         todo = [(storage, len(self.ops))]
         seen: set[tuple[int, int]] = set()
