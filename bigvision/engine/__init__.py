@@ -10,35 +10,27 @@ first values, running statistics and fragments.
 from __future__ import annotations
 
 from bigvision.config import Config, check_batches
+from bigvision.engine import parallelize
 from bigvision.engine.engine import Engine
-from bigvision.engine.parallelize import check_compile, check_norms
 from bigvision.engine.pipeline import PipelineEngine
 from bigvision.engine.step import Metrics, StepResult
 from bigvision.engine.zero import ZeroEngine, check_cpu_adam
+from bigvision.errors import UserError
 from bigvision.models import Blocks, Blueprint
 from bigvision.runtime import Runtime
 from bigvision.tasks import Task
 
-STRATEGIES = {
-    "ddp": Engine,
-    "fsdp": Engine,
-    "zero1": ZeroEngine,
-    "zero2": ZeroEngine,
-    "zero3": ZeroEngine,
-    "pipeline": PipelineEngine,
-}
+ZERO = dict.fromkeys(("zero1", "zero2", "zero3"), ZeroEngine)
+STRATEGIES = {"ddp": Engine, "fsdp": Engine, **ZERO, "pipeline": PipelineEngine}
 
 
 def check_engine(config: Config, runtime: Runtime) -> None:
-    """Find what would fail later, before a model is built.
-
-    Raises:
-        UserError: batch sizes that do not fit the ranks or the DeepSpeed file, no compiler for what has to be compiled,
-            SyncBatchNorm without CUDA.
-    """
+    """Raise `UserError`, before a model is built, for what would fail later: batch sizes, a compiler that is missing."""
     check_batches(config, runtime.data_ranks, runtime.pipeline_ranks)
-    check_compile(config, runtime.device)
-    check_norms(config, runtime.device)
+    if config.parallel.compile is True and (missing := parallelize.lacks_for_compile(runtime.device)):
+        raise UserError(f"parallel.compile: true needs {missing}: install it, or use auto or false")
+    if config.model.sync_batchnorm and runtime.device.type not in parallelize.SYNCHRONIZED:
+        raise UserError(f"model.sync_batchnorm: true needs CUDA, but this run is on {runtime.device.type}: use false")
     if config.parallel.offload != "none" and config.optim.name == "adamw":
         check_cpu_adam(runtime.device)
 
@@ -47,13 +39,7 @@ def build_engine(
     config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool,
     trains: bool = True,
 ) -> Engine:  # fmt: skip
-    """The engine of ``parallel.strategy``.
-
-    Args:
-        steps: optimizer steps of the whole run.
-        restored: a checkpoint will be read into its fragments, so that first values are not computed.
-        trains: whether it will take steps; where it only evaluates nothing is run in training mode.
-    """
+    """The engine of ``parallel.strategy``; the arguments are those of `Engine`."""
     return STRATEGIES[config.parallel.strategy](config, blueprint, blocks, task, runtime, steps, restored, trains)
 
 

@@ -26,51 +26,32 @@ from bigvision.tasks import Task
 
 
 class Engine:
-    """A timm model, its optimizer and everything between a batch and the next weights.
+    """A timm model, its optimizer and everything between a batch and the next weights, under ddp and fsdp.
 
-    This is the engine of ddp and fsdp. Other strategies differ in how the model is built (`_build`) and may differ in how
-    micro-batches run (`_passes`, `_measure`).
+    Others differ in how the model is built (`_build`) and may differ in how micro-batches run (`_passes`, `_measure`).
     """
 
-    module: nn.Module
-    """The whole model; on meta, but for what this rank holds."""
-    parts: list[nn.Module]
-    """What this rank runs of it: the module itself, or stages."""
-    forward: Any
-    """What is called in a step: the module, or what a strategy wrapped around it."""
-    stepper: Any
-    """A `NativeStep`, or ZeRO's step with the same methods."""
-    step: int = 0
-    """Batches taken, also those that were skipped or passed over."""
-    samples: int = 0
-    """Samples consumed: the whole state of the data."""
-    statistics_differ: bool = False
-    """Whether running statistics are each rank's own, until :meth:`synchronize`."""
-    eval_batch: int
-    """Samples that :meth:`eval_step` should be given on each rank."""
-    notes: list[str]
-    """What the user should know of how the model is spread."""
-    requests: frozenset[str] = frozenset()
-    """What this rank asks the others for (of `REQUESTS`); sent with the next step or evaluation."""
-    place: str = ""
-    """Which part of the model this rank has and with which ranks it exchanges, for errors; empty where all have the same."""
-    local_first: bool = False
-    """Whether a rank works for itself until the last backward pass."""
+    module: nn.Module  # the whole model; on meta, but for what this rank holds
+    parts: list[nn.Module]  # what this rank runs of it: the module itself, or stages
+    forward: Any  # what is called in a step: the module, or what a strategy wrapped around it
+    stepper: Any  # a `NativeStep`, or ZeRO's step with the same methods
+    step: int = 0  # batches taken, also those that were skipped or passed over
+    samples: int = 0  # samples consumed: the whole state of the data
+    statistics_differ: bool = False  # whether running statistics are each rank's own, until :meth:`synchronize`
+    eval_batch: int  # samples that :meth:`eval_step` should be given on each rank
+    notes: list[str]  # what the user should know of how the model is spread
+    requests: frozenset[str] = frozenset()  # what this rank asks the others for (of `REQUESTS`) with its next batch
+    place: str = ""  # for errors: this rank's part of the model, and its neighbours; empty where all have the same
+    local_first: bool = False  # whether a rank works for itself until the last backward pass
 
     def __init__(
         self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool,
         trains: bool = True,
     ) -> None:  # fmt: skip
-        """Place and initialise the model.
+        """Place and initialise the model; raise `UserError` when there is nothing to train.
 
-        Args:
-            blueprint: the model on meta and where its first values come from.
-            steps: optimizer steps of the whole run, for the schedule.
-            restored: a checkpoint will be read into the fragments, so that first values are not computed.
-            trains: whether steps will be taken.
-
-        Raises:
-            UserError: there is nothing to train.
+        *steps* are those of the whole run, for the schedule. If a checkpoint will be *restored*, first values are not computed.
+        Unless it *trains*, nothing is run in training mode.
         """
         self.config, self.task, self.runtime, self.steps = config, task, runtime, steps
         self.restoring, self.trains = restored, trains
@@ -139,12 +120,11 @@ class Engine:
         numbers = self.stepper.update(loss_sum, samples, lr, self.requests)
         self.step, self.samples, self.statistics_differ = self.step + 1, self.samples + samples, True
         local, ids, waited = self._local, batch.ids, batch.waited - waited
-        result = StepResult(
+        self._pending = StepResult(
             numbers[0], numbers[1], lr, samples, self.step, self.samples, Record(numbers),
             lambda: offenders(checks, ids), lambda: max(0.0, _seconds(began, local) - waited),
         )  # fmt: skip
-        self._pending = result
-        return result
+        return self._pending
 
     def pass_over(self, batch: Batch | StepBatch) -> StepResult:
         """Count a batch as a skipped step, and do nothing with it."""
@@ -152,8 +132,7 @@ class Engine:
         self._skipped += 1
         self.step, self.samples = self.step + 1, self.samples + samples
         numbers = torch.tensor([math.nan, math.nan, 1.0, 0.0, *(0.0 for _ in REQUESTS)], dtype=torch.float64)
-        record = Record(numbers)
-        return StepResult(numbers[0], numbers[1], lr, samples, self.step, self.samples, record, passed_over=True)
+        return StepResult(numbers[0], numbers[1], lr, samples, self.step, self.samples, Record(numbers), passed_over=True)
 
     @property
     def skipped(self) -> int:
@@ -174,7 +153,7 @@ class Engine:
         for number, part in enumerate(batch.split(self.micro_batch), start=1):
             part = self._on_device(part)
             with self.stepper.around(number == count):
-                outputs = self._outputs(part)
+                outputs = self.forward(self._inputs(part))
                 if self.local_first:
                     self._local = self._moment()  # the last backward pass is the first to exchange anything
                 loss = self._checked_loss(outputs, part.loss_targets())
@@ -208,9 +187,6 @@ class Engine:
             self._buffer = images
         return images
 
-    def _outputs(self, batch: Batch) -> Tensor:
-        return self.forward(self._inputs(batch))
-
     def _moment(self) -> Any:
         """Now, for a device's own work: seconds, or an event in its stream."""
         if self.runtime.device.type != "cuda":
@@ -238,7 +214,7 @@ class Engine:
 
     def _measure(self, batch: Batch) -> Tensor:
         """The sums of the task's metrics over this rank's samples and their number, float64 (metrics + 1,)."""
-        return self._measured(self._outputs(batch), batch)
+        return self._measured(self.forward(self._inputs(batch)), batch)
 
     def _measured(self, outputs: Tensor, batch: Batch) -> Tensor:
         sums = self.task.measure(outputs, batch.targets, batch.valid)
@@ -248,12 +224,10 @@ class Engine:
 
     def synchronize(self) -> None:
         """Make running statistics the same on all ranks. Called on every rank before evaluation and saving."""
-        # Once only: the mean of equal numbers may differ from them in its last bit.
-        if not self.statistics_differ:
-            return
-        # Each rank's batches moved its own running statistics; their mean is what one rank would keep on average.
-        average(self.stepper.statistics.running, self.runtime)
-        self.statistics_differ = False
+        if self.statistics_differ:  # once only: the mean of equal numbers may differ from them in its last bit
+            # Each rank's batches moved its own running statistics; their mean is what one rank would keep on average.
+            average(self.stepper.statistics.running, self.runtime)
+            self.statistics_differ = False
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield live views of all that this rank holds; writing to them restores."""
@@ -270,15 +244,14 @@ class Engine:
 
     def scalars(self) -> dict[str, Any]:
         """What of the state is not a tensor, as JSON. Waits for the last step."""
-        counters = {"step": self.step, "skipped": self.skipped, "samples": self.samples}
-        return counters | self.stepper.scalars()
+        return {"step": self.step, "skipped": self.skipped, "samples": self.samples} | self.stepper.scalars()
 
     def restored(self, scalars: dict[str, Any]) -> None:
         """Take over *scalars* and :meth:`refresh`; called after all fragments were written."""
         self.step, self.samples, self._pending = scalars["step"], scalars["samples"], None
         self._skipped = scalars.get("skipped", 0)  # older checkpoints have none
         self.statistics_differ = False
-        self.stepper.restored(scalars, self.step, self.samples)
+        self.stepper.restored(scalars)
         self.refresh()
 
     def refresh(self) -> None:
@@ -291,11 +264,7 @@ class Engine:
 
 
 def offenders(checks: list[tuple[Tensor, Tensor]], ids: Tensor) -> list[int]:
-    """Of the samples *ids* of a step, those whose loss is not finite, or all of their micro-batch (`StepResult.offending`).
-
-    Args:
-        checks: of each micro-batch its loss, and which samples' outputs are finite.
-    """
+    """Of the samples *ids* of a step, those whose loss is not finite, or all of their micro-batch (`StepResult.offending`)."""
     found: list[int] = []
     for loss, finite in checks:
         part, ids = ids[: len(finite)], ids[len(finite) :]

@@ -16,7 +16,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +40,20 @@ from bigvision.runtime import Runtime
 GRAPHS_PER_KIND = 8
 """Graphs that blocks of one kind may need. Four are expected: training and evaluation, each with the whole micro-batch and the
 short last one."""
-SYNCHRONIZED = ("cuda",)
-"""The kinds of devices that torch's SyncBatchNorm knows."""
+SYNCHRONIZED = ("cuda",)  # the kinds of devices that torch's SyncBatchNorm knows
 
 
 @dataclass
 class Spread:
     """A model spread over the ranks, as the native step needs it."""
 
-    module: nn.Module
-    """The whole model; on meta, but for what this rank holds."""
-    parts: list[nn.Module]
-    """What this rank runs of it: the module itself, or pipeline stages."""
-    tensors: Callable[[], Mapping[str, Tensor]]
-    """What is saved of the whole model, by name; on meta where this rank holds nothing of it."""
-    locate: Callable[[Tensor], Located]
-    """Where this rank's values of a parameter or buffer lie in the whole tensor."""
-    equal_gradients: Callable[[Tensor], int]
-    """Number of ranks that hold the same values of a gradient."""
-    forward: Callable[[Tensor], Any]
-    """What is called in a step: the module, or what is wrapped around it."""
-    unreduced: list[str] = field(default_factory=list)
-    """Names of the parameters whose gradients the backward pass does not average over the ranks."""
+    module: nn.Module  # the whole model; on meta, but for what this rank holds
+    parts: list[nn.Module]  # what this rank runs of it: the module itself, or pipeline stages
+    tensors: Callable[[], Mapping[str, Tensor]]  # what is saved of the whole model, by name; on meta where not held here
+    locate: Callable[[Tensor], Located]  # where this rank's values of a parameter or buffer lie in the whole tensor
+    equal_gradients: Callable[[Tensor], int]  # number of ranks that hold the same values of a gradient
+    forward: Callable[[Tensor], Any]  # what is called in a step: the module, or what is wrapped around it
+    unreduced: list[str] = field(default_factory=list)  # parameters whose gradients the backward pass does not average
     around: Callable[[bool], AbstractContextManager[object]] = lambda last: nullcontext()
     """Surrounds each micro-batch; given whether it is the step's last."""
 
@@ -81,8 +73,7 @@ class Computing:
 
     dtype: torch.dtype
     autocast: bool = False
-    residual: bool = True
-    """Whether blocks get their input in fp32."""
+    residual: bool = True  # whether blocks get their input in fp32
     channels_last: bool = False
     note: str | None = None
 
@@ -99,48 +90,30 @@ class Computing:
 def choose_computing(
     config: Config, blueprint: Blueprint, blocks: Sequence[Block], device: torch.device, given_layout: bool
 ) -> Computing:
-    """Decide how the model of *blueprint*, on meta, computes. Nothing is computed.
-
-    Args:
-        given_layout: the caller's own model came in channels_last.
-    """
-    precision, asked = config.parallel.precision, config.parallel.channels_last
-    layout = asked == "always" or (
-        asked == "auto" and (given_layout or (device.type == "cuda" and formats.likes_channels_last(blueprint.module)))
-    )
-    dtype = formats.COMPUTE_DTYPES[precision]
-    if precision in ("fp32", "amp_bf16"):
-        return Computing(dtype, autocast=precision == "amp_bf16", channels_last=layout)
-    shape = blueprint.input_shape
+    """Decide how the model of *blueprint*, on meta, computes; *given_layout*: the caller's own came in channels_last."""
+    asked, dtype = config.parallel.channels_last, formats.COMPUTE_DTYPES[config.parallel.precision]
+    liked = given_layout or (device.type == "cuda" and formats.likes_channels_last(blueprint.module))
+    choice = Computing(dtype, channels_last=asked == "always" or (asked == "auto" and liked))
+    if config.parallel.precision in ("fp32", "amp_bf16"):
+        return replace(choice, autocast=config.parallel.precision == "amp_bf16")
     modules = [block.module for block in blocks]
-    if formats.why_not(blueprint.module, modules, shape, dtype) is None:
-        return Computing(dtype, channels_last=layout)
-    if (reason := formats.why_not(blueprint.module, (), shape, dtype)) is None:
-        return Computing(dtype, residual=False, channels_last=layout)
+    if formats.why_not(blueprint.module, modules, blueprint.input_shape, dtype) is None:
+        return choice
+    if (reason := formats.why_not(blueprint.module, (), blueprint.input_shape, dtype)) is None:
+        return replace(choice, residual=False)
     note = f"{config.model.name} computes under autocast: its own forward mixes number formats ({reason})"
-    return Computing(dtype, autocast=True, channels_last=layout, note=note)
+    return replace(choice, autocast=True, note=note)
 
 
 # BatchNorm over several ranks.
-
-
-def check_norms(config: Config, device: torch.device) -> None:
-    """Raises `UserError` for ``model.sync_batchnorm: true`` where torch has no such thing. Needs no model."""
-    if config.model.sync_batchnorm and device.type not in SYNCHRONIZED:
-        raise UserError(f"model.sync_batchnorm: true needs CUDA, but this run is on {device.type}: use false")
 
 
 def synchronize_norms(module: nn.Module, runtime: Runtime) -> list[str]:
     """Let BatchNorm in *module* take its statistics over the data-parallel ranks (of a pipeline: of a stage), in place.
 
     This is timm's ``convert_sync_batchnorm``, but a module stays the same object and changes its class, so that blocks and
-    stages that were found before still hold it. Do it after `choose_computing`: torch's SyncBatchNorm refuses meta.
-
-    Returns:
-        What the user should know.
-
-    Raises:
-        UserError: a kind of BatchNorm with a forward of its own.
+    stages that were found before still hold it. Do it after `choose_computing`: torch's SyncBatchNorm refuses meta. Returns
+    what the user should know. Raises `UserError` for a kind of BatchNorm with a forward of its own.
     """
     norms = {path: part for path, part in module.named_modules() if isinstance(part, BatchNorm)}
     if not norms:
@@ -165,11 +138,8 @@ def synchronize_norms(module: nn.Module, runtime: Runtime) -> list[str]:
 def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.device) -> list[str]:
     """Recompute and compile each block where *config* says so, in this order and in place; return what the user should know.
 
-    Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside
-    of what is compiled.
-
-    Raises:
-        UserError: both for blocks with BatchNorm.
+    Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside of
+    what is compiled. Raises `UserError` where both are asked for blocks with BatchNorm.
     """
     eager = why_eager(config, blocks, device)
     for block in blocks if config.parallel.recompute == "blocks" else ():
@@ -197,12 +167,6 @@ def _statistics_held(norms: list[BatchNorm]) -> Iterator[None]:
             buffer.data.copy_(value)
 
 
-def check_compile(config: Config, device: torch.device) -> None:
-    """Raises `UserError` for ``parallel.compile: true`` where nothing can be compiled. Needs no model."""
-    if config.parallel.compile is True and (missing := _missing(device)):
-        raise UserError(f"parallel.compile: true needs {missing}: install it, or use auto or false")
-
-
 def why_eager(config: Config, blocks: Sequence[nn.Module], device: torch.device) -> str | None:
     """Why *blocks* are not compiled; None where they are. Nothing is measured, so the answer is the same at each restart."""
     if isinstance(config.parallel.compile, bool):
@@ -220,10 +184,10 @@ def why_eager(config: Config, blocks: Sequence[nn.Module], device: torch.device)
         return "SyncBatchNorm exchanges statistics within the blocks"
     if len(blocks) < 2 * count:
         return f"{len(blocks)} blocks of {count} kinds do not repeat enough to be worth {count} graphs"
-    return (missing := _missing(device)) and f"it needs {missing}"
+    return (missing := lacks_for_compile(device)) and f"it needs {missing}"
 
 
-def _missing(device: torch.device) -> str | None:
+def lacks_for_compile(device: torch.device) -> str | None:
     """What inductor lacks on this machine to compile for *device*."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -244,8 +208,7 @@ def _missing(device: torch.device) -> str | None:
 def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
     """Replace the ``forward`` of each block by a compiled one, in place. Blocks of one kind share their graphs.
 
-    A block that would need more than :data:`GRAPHS_PER_KIND` graphs is reported on stderr and then runs eagerly where none of
-    its graphs fits.
+    A block that would need more than `GRAPHS_PER_KIND` is reported on stderr and runs eagerly where none of its graphs fits.
     """
     groups = kinds(blocks)
     for group in groups:
@@ -280,8 +243,8 @@ def _report_limit(record: logging.LogRecord) -> bool:
 def _keep_cache() -> None:
     """Keep compiled code in the user's cache folder: torch's default, in /tmp, is often lost with a cluster's job.
 
-    Ranks and runs share the folder: torch names entries by their content and renames them into place. The names lack the
-    processor, for which CPU code is compiled (-march=native), so each kind of processor gets a folder of its own.
+    Ranks and runs share it. torch's names of entries lack the processor, for which CPU code is compiled (-march=native), so
+    each kind of processor gets a folder of its own.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -305,10 +268,7 @@ def _keep_cache() -> None:
 
 
 def replicate(module: nn.Module, parts: list[nn.Module], runtime: Runtime) -> Spread:
-    """A whole copy of *parts* on every data-parallel rank; gradients are averaged after the backward passes.
-
-    :func:`overlap` averages them during the last one instead.
-    """
+    """A copy of *parts* on every data-parallel rank; gradients are averaged after the backward passes, or by `overlap`."""
     copies = (runtime.data_rank, runtime.data_ranks)
     spread = Spread(
         module, parts, lambda: module.state_dict(keep_vars=True), lambda tensor: (tensor.view(-1), 0, copies),
@@ -319,19 +279,14 @@ def replicate(module: nn.Module, parts: list[nn.Module], runtime: Runtime) -> Sp
 
 
 def overlap(spread: Spread, example: Tensor, statistics: Statistics) -> None:
-    """Average gradients of a replicated model while the last backward pass runs: DistributedDataParallel (Li et al. 2020).
-
-    Args:
-        example: a few images, as the model gets them.
-        statistics: of the model; they keep their values.
-    """
+    """Average gradients while the last backward pass runs (DistributedDataParallel, Li et al. 2020); *statistics* are kept."""
     module = spread.module
 
     def rehearse(model: Callable[[Tensor], Any]) -> None:
         """A forward and backward pass in training mode, in which branches may run that evaluation does not have."""
         statistics.keep()
-        # Not compiled: a batch of another size would be a graph of its own.
-        # Of this rank's device alone: by default torch would keep the state of all of them, with a warning.
+        # Not compiled: a batch of another size would be a graph of its own. By default torch would keep the random state of all
+        # devices, with a warning.
         with torch.random.fork_rng([example.device] if example.is_cuda else []), torch.compiler.set_stance("force_eager"):
             outputs = [leaf for leaf in tree_leaves(model(example)) if isinstance(leaf, Tensor) and leaf.requires_grad]
             torch.stack([output.float().sum() for output in outputs]).sum().backward()

@@ -18,7 +18,7 @@ from bigvision.engine.step import NativeStep
 from bigvision.models import Blocks, Blueprint
 from bigvision.pipeline import Placement, StageMemory, make_schedule, plan_stages
 from bigvision.runtime import Runtime
-from bigvision.samples import Targets, each_tensor, seed_from
+from bigvision.samples import each_tensor, seed_from
 from bigvision.tasks import Task
 
 
@@ -31,8 +31,7 @@ class PipelineEngine(Engine):
     """
 
     def __init__(
-        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, steps: int, restored: bool,
-        trains: bool = True,
+        self, config: Config, blueprint: Blueprint, blocks: Blocks, task: Task, runtime: Runtime, *others: Any
     ) -> None:  # fmt: skip
         there_and_back = config.parallel.schedule in SPLIT_BACKWARD
         self.placement = Placement(runtime.pipeline_ranks, config.parallel.per_rank, there_and_back)
@@ -40,13 +39,10 @@ class PipelineEngine(Engine):
         shape = blueprint.input_shape
         memory = StageMemory.of(config, runtime, self.placement, micro_batch(config, runtime.data_ranks, self.placement.ranks))
         self.plan = plan_stages(blueprint.module, blocks, shape, runtime.device, memory)
-        super().__init__(config, blueprint, blocks, task, runtime, steps, restored, trains)
+        super().__init__(config, blueprint, blocks, task, runtime, *others)
         self.eval_batch = config.train.global_batch // runtime.data_ranks // self.micro_batch * self.micro_batch
-        self.notes = [
-            *self.notes,
-            f"stages, for a micro-batch of {self.micro_batch} images:",
-            *self.plan.table(self.micro_batch).split("\n"),
-        ]
+        self.notes.append(f"stages, for a micro-batch of {self.micro_batch} images:")
+        self.notes += self.plan.table(self.micro_batch).split("\n")
 
     # What is where.
 
@@ -119,18 +115,16 @@ class PipelineEngine(Engine):
 
     def _schedule(self, count: int, size: int) -> Any:
         """A schedule of *count* micro-batches of *size* samples."""
+
+        def loss(outputs: Tensor, places: Tensor) -> Tensor:
+            begin = places.storage_offset()
+            targets = each_tensor(lambda tensor: tensor[begin : begin + len(places)], self.targets)
+            return self._checked_loss(outputs, targets) * self.loss_factor
+
         sends = self.plan.sends[True]
         values = [tuple(spec.empty(size, self.computing.dtype) for spec in specs) for specs in sends]
         values.insert(0, (torch.empty(size, *self.input_shape, device="meta"),))
-        return make_schedule(
-            self.config.parallel.schedule, self.stages, values, self.placement, count, self.group,
-            lambda outputs, places: self._checked_loss(outputs, self._targets_at(places)) * self.loss_factor,
-        )  # fmt: skip
-
-    def _targets_at(self, places: Tensor) -> Targets:
-        """The targets of a micro-batch."""
-        begin = places.storage_offset()
-        return each_tensor(lambda tensor: tensor[begin : begin + len(places)], self.targets)
+        return make_schedule(self.config.parallel.schedule, self.stages, values, self.placement, count, self.group, loss)
 
     @contextmanager
     def _surroundings(self, number: int) -> Iterator[None]:

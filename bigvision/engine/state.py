@@ -18,11 +18,9 @@ from bigvision.models import Blueprint
 from bigvision.runtime import Runtime, all_or_none
 
 RUNNING = ("running_mean", "running_var")
-BUCKET = 16 * 2**20
-"""Numbers exchanged at a time: the tensor that reaches as many is the last of its bucket."""
+BUCKET = 16 * 2**20  # numbers exchanged at a time: the tensor that reaches as many is the last of its bucket
 
-Located = tuple[Tensor, int, tuple[int, int]]
-"""(this rank's values of a tensor as a 1-D view, their start in the whole tensor, (which copy, number of copies))."""
+Located = tuple[Tensor, int, tuple[int, int]]  # a 1-D view of local values, their start in the whole tensor, (copy, copies)
 
 
 # Storage and first values.
@@ -34,9 +32,7 @@ def allocate(
 ) -> None:  # fmt: skip
     """Give every parameter and buffer contiguous storage on *device*, without values; tied parameters stay tied.
 
-    Args:
-        dtype: of the parameters; None keeps their own. Buffers keep their own.
-        place: called with each parameter as soon as it has storage.
+    *dtype* is for the parameters; None keeps their own. *place* is called with each parameter as soon as it has storage.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
@@ -55,10 +51,7 @@ def allocate(
 
 
 def make_contiguous(module: nn.Module) -> bool:
-    """Lay out every parameter and buffer of *module*, on meta, row by row; return whether any was laid out in channels_last.
-
-    Fragments are runs of row-major tensors, and ``fully_shard`` takes no others.
-    """
+    """Lay out *module*, on meta, row by row, as fragments and ``fully_shard`` need it; return whether it was channels_last."""
     tensors = [*module.parameters(), *module.buffers()]
     found = any(t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
     if any(not tensor.is_contiguous() for tensor in tensors):
@@ -67,55 +60,43 @@ def make_contiguous(module: nn.Module) -> bool:
 
 
 def fill(
-    blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts: list[nn.Module], device: torch.device,
-    restored: bool = False,
+    blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts: list[nn.Module], device: torch.device, restored: bool
 ) -> None:  # fmt: skip
     """Give this rank's runs their first values, and make the plain attributes. Called on every rank.
 
     What lies in a weights file as it is, is read run by run; of what is drawn or computed, one whole tensor is held at a
-    time. Buffers that are not saved are in no fragment and are filled whole.
-
-    Args:
-        restored: the fragments are about to be read from a checkpoint, so that only what no checkpoint has is computed.
-
-    Raises:
-        UserError: on every rank, when a weights file could not be read on any.
+    time. Where the fragments are about to be *restored*, only what no checkpoint has is computed. Raises `UserError` on every
+    rank, when a weights file could not be read on any.
     """
-    all_or_none(lambda: _fill(blueprint, seed, fragments, parts, restored))
-    for part in parts:
-        blueprint.fill_attributes(part, device)
 
-
-def _fill(blueprint: Blueprint, seed: int, fragments: Iterable[Fragment], parts: list[nn.Module], restored: bool) -> None:
-    missing: dict[str, list[Fragment]] = {}
-    for fragment in fragments:
-        if fragment.values.numel() or not math.prod(fragment.shape):
-            missing.setdefault(fragment.name, []).append(fragment)
-    saved = {run.values.data_ptr() for runs in missing.values() for run in runs}
-    left: dict[str, list[Tensor]] = {}
-    for part in parts:
-        for name, buffer in part.named_buffers():
-            if buffer.data_ptr() not in saved:
-                left.setdefault(name, []).append(buffer)
-    with torch.no_grad():
-        for run in [run for runs in missing.values() for run in runs] if restored else ():
-            # A value that no restore reaches must show, not pass for a weight.
-            run.values.fill_(math.nan if run.values.is_floating_point() else 0)
-        missing = {} if restored else missing
+    @torch.no_grad()
+    def values() -> None:
+        runs = [fragment for fragment in fragments if fragment.values.numel() or not math.prod(fragment.shape)]
+        saved = {run.values.data_ptr() for run in runs}
+        if restored:
+            for run in runs:  # a value that no restore reaches must show, not pass for a weight
+                run.values.fill_(math.nan if run.values.is_floating_point() else 0)
+            runs = []
+        for name, buffer in (named for part in parts for named in part.named_buffers()):
+            if buffer.data_ptr() not in saved:  # it is not saved, so in no fragment
+                runs.append(Fragment("model", name, tuple(buffer.shape), 0, buffer.view(-1), (0, 1)))
+        missing: dict[str, list[Fragment]] = {}
+        for run in runs:
+            missing.setdefault(run.name, []).append(run)
         for name in blueprint.runs():
             for run in missing.pop(name, ()):
                 blueprint.read(name, run.start, run.values)
-            for buffer in left.pop(name, ()):
-                blueprint.read(name, 0, buffer.view(-1))
-        for name, tensor in blueprint.tensors(seed, {*missing, *left}):
+        for name, tensor in blueprint.tensors(seed, set(missing)):
             for run in missing.pop(name, ()):
                 if run.shape != tuple(tensor.shape):
                     raise RuntimeError(f"{name}: {run.shape} against {tuple(tensor.shape)}")
                 run.values.copy_(tensor.reshape(-1)[run.start : run.start + run.values.numel()])
-            for buffer in left.pop(name, ()):
-                buffer.copy_(tensor)
-    if missing or left:
-        raise RuntimeError(f"without values: {[*missing, *left]}")
+        if missing:
+            raise RuntimeError(f"without values: {list(missing)}")
+
+    all_or_none(values)
+    for part in parts:
+        blueprint.fill_attributes(part, device)
 
 
 # Running statistics.
@@ -201,7 +182,7 @@ def model_fragments(tensors: Mapping[str, Tensor], locate: Callable[[Tensor], Lo
     """This rank's runs of the parameters and buffers *tensors*; of those on meta it holds nothing."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
-            yield _nothing("model", name, tuple(tensor.shape), tensor.dtype)
+            yield Fragment("model", name, tuple(tensor.shape), 0, torch.empty(0, dtype=tensor.dtype), (0, 1))
         else:
             values, start, copy = locate(tensor)
             yield Fragment("model", name, tuple(tensor.shape), start, values.detach(), copy)
@@ -213,10 +194,8 @@ def optimizer_fragments(
 ) -> Iterator[Fragment]:  # fmt: skip
     """This rank's runs of the optimizer's state.
 
-    Args:
-        shapes: of the whole trainable parameters of the model, by name.
-        place: (start, copy) of the run of each parameter that this rank holds.
-        absent: the state of a parameter of another pipeline stage: its keys and types.
+    *shapes* are those of the whole trainable parameters by name, *place* is (start, copy) of the run of each that this rank
+    holds, *absent* the state of a parameter of another pipeline stage: its keys and types.
     """
     held: set[str] = set()
     for group in optimizer.param_groups:
@@ -233,7 +212,8 @@ def optimizer_fragments(
                 yield Fragment("optimizer", f"{name}/{key}", shape, start, local.view(-1), copy)
     for name, shape in shapes.items():
         if name not in held:
-            yield from (_nothing("optimizer", f"{name}/{key}", shape, dtype) for key, dtype in absent.items())
+            for key, dtype in absent.items():
+                yield Fragment("optimizer", f"{name}/{key}", shape, 0, torch.empty(0, dtype=dtype), (0, 1))
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -241,7 +221,3 @@ def local_tensor(tensor: Tensor) -> Tensor:
     # What ``to_local()`` returns without grad mode; with it, each call makes a node of the graph, which for 400 gradients takes
     # longer than the optimizer's step.
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def _nothing(group: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Fragment:
-    return Fragment(group, name, shape, 0, torch.empty(0, dtype=dtype), (0, 1))

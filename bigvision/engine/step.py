@@ -17,15 +17,7 @@ from torch.optim import Optimizer
 
 from bigvision.config import WHOLE, Config
 from bigvision.engine.parallelize import Spread
-from bigvision.engine.state import (
-    Statistics,
-    allocate,
-    average,
-    fill,
-    local_tensor,
-    model_fragments,
-    optimizer_fragments,
-)
+from bigvision.engine.state import Statistics, allocate, average, fill, local_tensor, model_fragments, optimizer_fragments
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
 from bigvision.optim import allocate_state, build_optimizer, parameter_groups, state_layout, step_counters
@@ -52,7 +44,7 @@ class Record:
     """Numbers of a step on their way from the device to the host. Reading waits until they have arrived."""
 
     def __init__(self, numbers: Tensor) -> None:
-        """Args: *numbers*: 1-D, on the device. The copy to pinned memory runs behind what was launched before."""
+        """Copy the 1-D *numbers* to pinned memory, behind what was launched before."""
         self._host, self._arrived = numbers, None
         if numbers.device.type == "cuda":
             self._host = numbers.to("cpu", non_blocking=True)
@@ -67,27 +59,18 @@ class Record:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. `loss` and `grad_norm` are 0-D tensors on the device; reading anything else that depends
-    on the step's numbers waits until the device has come to it."""
+    """What one optimizer step did. `loss` and `grad_norm` are 0-D tensors on the device; to read other numbers waits for it."""
 
-    loss: Tensor
-    """Mean over the global batch."""
-    grad_norm: Tensor
-    """Of the whole model's gradient, before clipping."""
+    loss: Tensor  # mean over the global batch
+    grad_norm: Tensor  # of the whole model's gradient, before clipping
     lr: float
-    samples: int
-    """Of the global batch."""
-    step: int
-    """Batches taken, with this one."""
-    consumed: int
-    """Samples consumed, with this step's."""
-    record: Record
-    """[loss, gradient norm, skipped, overflowed, *requests]."""
+    samples: int  # of the global batch
+    step: int  # batches taken, with this one
+    consumed: int  # samples consumed, with this step's
+    record: Record  # [loss, gradient norm, skipped, overflowed, *requests]
     offenders: Callable[[], list[int]] = list
-    seconds: Callable[[], float] = float
-    """How long this rank worked before it needed the others; 0 for strategies that communicate from the first layer on."""
-    passed_over: bool = False
-    """Whether the batch was only counted."""
+    seconds: Callable[[], float] = float  # how long this rank worked by itself; 0 where it communicates from the first layer on
+    passed_over: bool = False  # whether the batch was only counted
 
     @property
     def numbers(self) -> tuple[float, float]:
@@ -134,12 +117,9 @@ class Metrics:
     """Sums over samples, already reduced over ranks."""
 
     names: tuple[str, ...]
-    sums: Tensor
-    """float64, (names,)."""
-    count: Tensor
-    """float64, 0-D: samples in the sums."""
-    record: Record | None = None
-    """Of one batch: what ranks asked for with it."""
+    sums: Tensor  # float64, (names,)
+    count: Tensor  # float64, 0-D: samples in the sums
+    record: Record | None = None  # of one batch: what ranks asked for with it
 
     def __add__(self, other: Metrics) -> Metrics:
         return Metrics(self.names, self.sums + other.sums, self.count + other.count)
@@ -159,11 +139,7 @@ class NativeStep:
     """Steps the tensors that a `Spread` gives to this rank with an optimizer of torch's or timm's."""
 
     def __init__(self, spread: Spread, blueprint: Blueprint, config: Config, runtime: Runtime, restored: bool) -> None:
-        """Give the model, still on meta, storage and first values, and make the optimizer.
-
-        Args:
-            restored: a checkpoint will be read over the first values, which therefore are not computed.
-        """
+        """Give the model, still on meta, storage and first values (but not where it will be *restored*); make the optimizer."""
         self.spread, self.config, self.runtime = spread, config, runtime
         self.scale = LossScale(config.parallel.precision, runtime.device)
         for part in spread.parts:
@@ -180,12 +156,10 @@ class NativeStep:
         optim = config.optim
         groups = parameter_groups(spread.module, optim.weight_decay, optim.layer_decay, stepped)
         self.optimizer: Optimizer = build_optimizer(groups, optim)
-        self.fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        """Whether the optimizer decides on the device whether to step; the others cost one wait a step."""
+        self.fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # decides on the device whether to step
         allocate_state(self.optimizer)
         self.shapes = {name: tuple(p.shape) for name, p in spread.module.named_parameters() if p.requires_grad}
-        absent = self.shapes.keys() - held.keys()
-        self.absent = state_layout(optim) if absent else {}
+        self.absent = state_layout(optim) if self.shapes.keys() - held.keys() else {}
         fill(blueprint, config.seed, self.model_fragments(), spread.parts, runtime.device, restored)
         self.statistics = Statistics(spread.parts, runtime.device)
 
@@ -203,13 +177,8 @@ class NativeStep:
     def update(self, loss_sum: Tensor, samples: int, lr: float, requests: frozenset[str]) -> Tensor:
         """Take the optimizer's step, unless a loss, a gradient or a running statistic is not finite on some rank.
 
-        Args:
-            loss_sum: of this rank's samples, float64 and 0-D.
-            samples: of the global batch.
-            requests: what this rank asks the others for.
-
-        Returns:
-            The numbers of a `Record`, on the device.
+        *loss_sum*, float64 and 0-D, is of this rank's samples; *samples* counts those of the global batch; *requests* is what
+        this rank asks the others for. Returns the numbers of a `Record`, on the device.
         """
         unreduced = (self.held[name].grad for name in self.spread.unreduced)
         average([gradient for gradient in unreduced if gradient is not None], self.runtime)
@@ -255,8 +224,14 @@ class NativeStep:
         for parameter in self.held.values():
             if parameter.grad is not None:
                 alike.setdefault(self.spread.equal_gradients(parameter.grad), []).append(local_tensor(parameter.grad))
-        parts = [squared_norm(gradients, self.runtime.device) / ranks for ranks, gradients in alike.items()]
-        return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        for ranks, gradients in alike.items():
+            flat = [gradient.reshape(-1) for gradient in gradients]
+            if total.device.type == "cpu":
+                # There the norm adds up one by one in fp32, which over ten million elements costs four digits.
+                flat = [part for whole in flat for part in whole.split(1 << 16)]
+            total = total + torch.stack(torch._foreach_norm(flat)).double().square().sum() / ranks
+        return total
 
     # The state.
 
@@ -276,7 +251,7 @@ class NativeStep:
         steps = max((int(counter) for counter in step_counters(self.optimizer)), default=None)
         return {"optimizer_steps": steps} | self.scale.state()
 
-    def restored(self, scalars: dict[str, Any], step: int, samples: int) -> None:
+    def restored(self, scalars: dict[str, Any]) -> None:
         self.scale.restore(scalars)
         for counter in step_counters(self.optimizer):
             counter.fill_(scalars["optimizer_steps"] or 0)
@@ -286,17 +261,6 @@ class NativeStep:
 
     def close(self) -> None:
         """Nothing outlives the step."""
-
-
-def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """The sum of the squares of all elements, float64 and 0-D."""
-    pieces = [tensor.reshape(-1) for tensor in tensors]
-    if device.type == "cpu":
-        # There the norm adds up one by one in fp32, which over ten million elements costs four digits.
-        pieces = [part for piece in pieces for part in piece.split(1 << 16)]
-    if not pieces:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(pieces)).double().square().sum()
 
 
 class LossScale:
@@ -317,13 +281,8 @@ class LossScale:
     def update(self, skipped: Tensor, finite_loss: Tensor) -> Tensor:
         """Halve the scale after an overflow; double it after :attr:`growth_interval` steps without one.
 
-        A loss that is not finite is no overflow, since it does not depend on the scale: it leaves the scale as it is.
-
-        Args:
-            skipped, finite_loss: bool, 0-D, on the device.
-
-        Returns:
-            Whether the step overflowed while the scale could still fall, bool and 0-D.
+        A loss that is not finite is no overflow, since it does not depend on the scale: it leaves the scale as it is. Returns
+        whether the step overflowed while the scale could still fall. All are bool and 0-D, on the device.
         """
         if not self.dynamic:
             return torch.zeros_like(skipped)

@@ -10,9 +10,10 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -77,10 +78,9 @@ class ZeroStep:
         for group in groups:
             group["params"] = [named[name] for name in group["names"]]
         self.inner: Any = build_optimizer(groups, config.optim, on_cpu=parallel.offload != "none")
-        with _nothing_sent(deepspeed.DeepSpeedEngine):
-            wrapped: Any = deepspeed.initialize(
-                model=module, optimizer=self.inner, config=settings, dist_init_required=False
-            )  # fmt: skip
+        # Every rank fills its own tensors; what rank 0 would send has no values yet, and DeepSpeed cannot send 0-D ones.
+        with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda self: None):
+            wrapped: Any = deepspeed.initialize(model=module, optimizer=self.inner, config=settings, dist_init_required=False)
         self.deepspeed, self.sharded = wrapped[:2]
         if scaler := self._scaler():
             # How often a step may be skipped at the least scale is decided as in every other format.
@@ -88,8 +88,16 @@ class ZeroStep:
         self.names = {id(p): name for name, p in module.named_parameters()}
         # DeepSpeed keeps fp32 values of what it trains only: of what is frozen, each rank keeps a share in host memory.
         self.frozen = {name: torch.empty(self._share(p)[1]) for name, p in named.items() if not p.requires_grad}
+        self.cpu_adam = hasattr(self.inner, "ds_opt_adam")
         self.state_keys = tuple(state_layout(config.optim))
-        self._allocate_state()
+        # The state that the optimizer would create at its first step, so that it can be saved and restored before.
+        for flat in self._flats():
+            state = self.inner.state[flat]
+            state.update({key: torch.zeros_like(flat, requires_grad=False) for key in self.state_keys})
+            if config.optim.name == "adamw":
+                state["step"] = 0 if self.cpu_adam else torch.zeros((), device=flat.device)
+        if not self.weights_sharded:
+            self.sharded._lazy_init_hp_params_optimizer_state()
         fill(blueprint, config.seed, self.model_fragments(), [module], runtime.device, restored)
         self.statistics = Statistics([module], runtime.device)
         self.finite = torch.ones((), dtype=torch.bool, device=runtime.device)
@@ -125,9 +133,9 @@ class ZeroStep:
         skipped, overflowed = not self.deepspeed.was_step_applied(), False
         if skipped:
             self.statistics.restore(torch.ones_like(self.finite))
-            spoiled = bool(totals[1])
-            overflowed = may_fall and not spoiled
-            if spoiled and scaler is not None:  # no overflow: the loss does not depend on the scale, which stays as it was
+            nonfinite = bool(totals[1])
+            overflowed = may_fall and not nonfinite
+            if nonfinite and scaler is not None:  # no overflow: the loss does not depend on the scale, which stays as it was
                 vars(scaler).update(before)
         flags = torch.tensor([skipped, overflowed], dtype=torch.float64, device=loss_sum.device)
         return torch.cat([(totals[0] / samples)[None], norm[None], flags, totals[2:]])
@@ -187,30 +195,8 @@ class ZeroStep:
             return self.sharded.fp32_partitioned_groups_flat
         return [flat for group in self.inner.param_groups for flat in group["params"]]
 
-    def _allocate_state(self) -> None:
-        """Create the state that the optimizer would create at its first step, so that it can be saved and restored before."""
-        for flat in self._flats():
-            state = self.inner.state[flat]
-            for key in self.state_keys:
-                state[key] = torch.zeros_like(flat, requires_grad=False)
-            if self.config.optim.name == "adamw":
-                state["step"] = 0 if self._is_cpu_adam() else torch.zeros((), device=flat.device)
-        if not self.weights_sharded:
-            self.sharded._lazy_init_hp_params_optimizer_state()
-
     def refresh(self) -> None:
         """Bring the parameters that the model computes with up to date with the fp32 ones."""
-        self._refresh_frozen()
-        if not self.weights_sharded:
-            self.sharded.update_lp_params()
-            return
-        self.sharded._partition_all_parameters()
-        for group in range(len(self.sharded.fp16_groups)):
-            self.sharded._reassign_or_swap_out_partitioned_parameters(group)
-        if kept_whole := self.sharded.persistent_parameters:
-            kept_whole[0].all_gather(kept_whole)
-
-    def _refresh_frozen(self) -> None:
         for parameter in (p for p in self.module.parameters() if not p.requires_grad):
             share = self.frozen[self.names[id(parameter)]]
             if self.weights_sharded:
@@ -223,9 +209,14 @@ class ZeroStep:
             whole = [torch.empty_like(mine) for _ in range(ranks)]
             dist.all_gather(whole, mine)
             parameter.data.copy_(torch.cat(whole)[:numel].view_as(parameter))
-
-    def _is_cpu_adam(self) -> bool:
-        return hasattr(self.inner, "ds_opt_adam")
+        if not self.weights_sharded:
+            self.sharded.update_lp_params()
+            return
+        self.sharded._partition_all_parameters()
+        for group in range(len(self.sharded.fp16_groups)):
+            self.sharded._reassign_or_swap_out_partitioned_parameters(group)
+        if kept_whole := self.sharded.persistent_parameters:
+            kept_whole[0].all_gather(kept_whole)
 
     def _scaler(self) -> Any:
         """DeepSpeed's loss scale, where it changes (fp16)."""
@@ -243,36 +234,30 @@ class ZeroStep:
             "deepspeed": {"stable_steps": stable, "hysteresis": scaler.cur_hysteresis} if scaler else None,
         }
 
-    def restored(self, scalars: dict[str, Any], step: int, samples: int) -> None:
+    def restored(self, scalars: dict[str, Any]) -> None:
         steps, scaler = scalars["optimizer_steps"], self._scaler()
         for flat in self._flats():
             state = self.inner.state[flat]
             if "step" in state:
-                state["step"] = steps if self._is_cpu_adam() else state["step"].fill_(steps)
-        if self._is_cpu_adam():
-            self._repeat_powers(steps)
+                state["step"] = steps if self.cpu_adam else state["step"].fill_(steps)
+        if self.cpu_adam:
+            # It multiplies up the powers of its decay rates step by step; computed at once they differ in the last bit.
+            nothing, group = [torch.zeros(1) for _ in range(4)], self.inner.param_groups[0]
+            settings = (*group["betas"], group["eps"], 0.0, group["bias_correction"])
+            for one in range(1, steps + 1):
+                self.inner.ds_opt_adam.adam_update(self.inner.opt_id, one, 0.0, *settings, *nothing)
         if scaler and scalars["loss_scale"] is not None:
             # Another strategy counts only the good steps.
             own = scalars.get("deepspeed") or {"stable_steps": scalars["good_steps"] + 1, "hysteresis": scaler.delayed_shift}
             scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = scalars["loss_scale"], own["stable_steps"], -1
             scaler.cur_hysteresis = own["hysteresis"]
-        self.deepspeed.global_steps = self.deepspeed.micro_steps = step
-        self.deepspeed.global_samples = samples
-
-    def _repeat_powers(self, steps: int) -> None:
-        """CPU Adam multiplies up the powers of its decay rates step by step; computed at once they differ in the last bit."""
-        one = [torch.zeros(1) for _ in range(4)]
-        group = self.inner.param_groups[0]
-        for step in range(1, steps + 1):
-            self.inner.ds_opt_adam.adam_update(
-                self.inner.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *one
-            )  # fmt: skip
+        self.deepspeed.global_steps = self.deepspeed.micro_steps = scalars["step"]
+        self.deepspeed.global_samples = scalars["samples"]
 
     def close(self) -> None:
-        """Undo the hooks that hold the model and the optimizer for as long as the process lives.
+        """Undo the hooks that hold the model and the optimizer for as long as the process lives, or empty what they hold."""
+        from deepspeed.runtime.zero import parameter_offload
 
-        Some cannot be undone: what they hold is emptied.
-        """
         self.deepspeed.destroy()
         self.deepspeed.optimizer = None
         vars(self.sharded).clear()
@@ -281,18 +266,7 @@ class ZeroStep:
         for parameter in self.module.parameters():
             parameter.data, parameter.grad = parameter.data.new_empty(0), None
             vars(parameter).pop("ds_tensor", None)
-        forget_models()
-
-
-@contextmanager
-def _nothing_sent(engine: Any) -> Iterator[None]:
-    """Every rank fills its own tensors; what rank 0 would send has no values yet, and DeepSpeed cannot send 0-D ones."""
-    broadcast = engine._broadcast_model
-    engine._broadcast_model = lambda self: None
-    try:
-        yield
-    finally:
-        engine._broadcast_model = broadcast
+        parameter_offload.FWD_MODULE_STACK.clear()
 
 
 def _pack(tensor: Tensor) -> Any:
@@ -347,7 +321,7 @@ def load_deepspeed(device: torch.device) -> Any:
     # Ranks compare these counters, and need not have run the same before.
     deepspeed.zero.Init.param_id = 0
     counted.__defaults__[0][0] = 0
-    forget_models()
+    parameter_offload.FWD_MODULE_STACK.clear()  # every model of stage 3 so far
     if device.type == "cpu":
         # It asks for matrix instructions that few processors have; torch computes fp16 on every one.
         accelerator.is_fp16_supported = lambda: True
@@ -357,19 +331,8 @@ def load_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def forget_models() -> None:
-    """Empty the list in which DeepSpeed keeps every model of stage 3."""
-    from deepspeed.runtime.zero import parameter_offload
-
-    parameter_offload.FWD_MODULE_STACK.clear()
-
-
 def check_cpu_adam(device: torch.device) -> None:
-    """Compile DeepSpeed's CPU Adam, or find it compiled (in torch's cache of extensions).
-
-    Raises:
-        UserError: there is no working compiler.
-    """
+    """Compile DeepSpeed's CPU Adam, or find it compiled in torch's cache; raises `UserError` without a working compiler."""
     deepspeed = load_deepspeed(device)
     # DeepSpeed requires the package ninja; the folder of its program is on PATH only in an activated environment.
     os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))

@@ -7,7 +7,8 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,15 @@ from torch import Tensor, nn
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError, either, nearest, one_line
-from bigvision.models.exact_init import Attribute, NotRecordable, named_tensors, plain_attributes
+from bigvision.models.tracing import first_line
 from bigvision.models.weights_file import WeightsFile
 
-GivenModel = nn.Module | Callable[..., nn.Module]
-"""A module, whose values are the first ones, or a function (or class) that builds one."""
-PREFIX = "python:"
-"""Before the name of such a model in a configuration, where no timm model has it."""
+GivenModel = nn.Module | Callable[..., nn.Module]  # a module with its first values, or a function that builds one
+PREFIX = "python:"  # before the name of such a model in a configuration, where no timm model has it
 KEYS = {"img_size": "model.image_size", "drop_path_rate": "model.drop_path", "num_classes": "model.num_classes"}
 RESERVED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 RESERVED |= {"device", "dtype", "pretrained_model_args"}
-HUB = ("hf-hub:timm/", "hf_hub:timm/", "timm/")
-"""Before the name of timm's repositories in the Hugging Face hub, which are called NAME.TAG."""
+HUB = ("hf-hub:timm/", "hf_hub:timm/", "timm/")  # begin timm's repositories in the Hugging Face hub: NAME.TAG follows
 
 
 def given_name(model: GivenModel) -> str:
@@ -38,27 +36,8 @@ def given_name(model: GivenModel) -> str:
     return PREFIX + getattr(named, "__name__", type(named).__name__)
 
 
-def check_given(config: ModelConfig, model: GivenModel) -> None:
-    """Raise `UserError` for what is no model, and for keys that only a timm model answers to."""
-    if not isinstance(model, nn.Module) and not callable(model):
-        raise UserError(f"model: {type(model).__name__} is no model: give a timm name, a module, or a function that builds one")
-    kind = type(model).__module__ if isinstance(model, nn.Module) else ""
-    if kind.startswith(("torch.nn.parallel", "torch.distributed", "deepspeed")):
-        raise UserError(f"model: {type(model).__name__} is wrapped already: give the plain module")
-    ours = {"model.pretrained": config.pretrained, "model.weights": config.weights, "model.drop_path": config.drop_path}
-    for key, value in ours.items():
-        if value:
-            raise UserError(f"{key}: {value}, but the model is your own: load or set it there, and leave this out")
-    if isinstance(model, nn.Module) and config.options:
-        raise UserError(f"model.options: {next(iter(config.options))}, but the model is built already: leave them out")
-
-
 def call_arguments(config: ModelConfig, num_classes: int, function: Callable[..., nn.Module]) -> dict[str, Any]:
-    """What *function* is called with: ``model.options``, and ``num_classes`` where it takes that.
-
-    Raises:
-        UserError: an option that it does not take.
-    """
+    """What *function* is called with: ``model.options``, all of which it must take, and ``num_classes`` where it takes that."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -71,59 +50,53 @@ def call_arguments(config: ModelConfig, num_classes: int, function: Callable[...
     return {**wanted, **config.options}
 
 
-def built(config: ModelConfig, made: Any) -> nn.Module:
-    """*made*, where it is a module."""
-    if not isinstance(made, nn.Module):
-        raise UserError(f"model: {config.name} returned {type(made).__name__}, not a module")
-    return made
-
-
-def failed(config: ModelConfig, error: Exception) -> UserError:
-    """The `UserError` for a function that raised *error*."""
-    return UserError(f"model: {config.name} cannot be built ({type(error).__name__}: {one_line(error)})")
-
-
-def on_meta(module: nn.Module) -> tuple[nn.Module, list[Attribute]]:
-    """A copy of *module* without memory, and its plain tensor attributes. *module* is left as it is.
-
-    Raises:
-        UserError: it is not in fp32, or holds tensors that cannot be followed.
-    """
-    # deepcopy takes what it finds in here for the copies.
-    memo: dict[int, Any] = {}
-    for name, tensor in named_tensors(module):
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise UserError(f"model: {name} is {str(tensor.dtype).removeprefix('torch.')}: give it in fp32, as model.float()")
-        meta = tensor.detach().to("meta")
-        memo.setdefault(id(tensor), nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta)
-    try:
-        twin = copy.deepcopy(module, memo)
-        return twin, plain_attributes(twin, None, {tensor.untyped_storage()._cdata for _, tensor in named_tensors(twin)})
-    except (NotRecordable, RuntimeError, TypeError) as error:
-        raise UserError(f"model: {given_name(module)} cannot be copied ({one_line(error)}); give a function instead") from error
-
-
 def outputs_of(config: ModelConfig, module: nn.Module, shape: tuple[int, int, int]) -> int | None:
-    """How many outputs *module* (on meta) has for images of *shape*; None where it cannot be run there.
-
-    Raises:
-        UserError: it cannot take the images, or returns something else than one vector for each.
-    """
-    twin = copy.deepcopy(module).eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            outputs = twin(torch.empty(2, *shape, device="meta"))
-    except NotImplementedError:
-        return None
-    except Exception as error:
-        if "meta" in str(error):
+    """How many outputs *module*, which must return a vector for each image, has on meta; None where it cannot be run there."""
+    outputs = _outputs(module, shape)
+    if isinstance(outputs, Exception):
+        if _only_on_meta(outputs):
             return None
-        words = f"{config.name} cannot take images of {' x '.join(map(str, shape))} ({one_line(error)})"
-        raise UserError(f"model.image_size: {words}; try another size") from error
+        raise UserError(f"model.image_size: {config.name} {_not_taken(shape, outputs)}; try another size") from outputs
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 2:
         what = f"a tensor {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise UserError(f"model: {config.name} returned {what} for 2 images: a classifier returns a tensor (2, classes)")
     return outputs.shape[1]
+
+
+def check_size(config: ModelConfig, module: nn.Module, shape: tuple[int, int, int], usual: tuple[int, ...] | None) -> None:
+    """Raise `UserError` when the model cannot take images of *shape* although it takes its *usual* size, on meta."""
+    error = _outputs(module, shape, strict=True)
+    if not isinstance(error, Exception):
+        return
+    if usual is None or not isinstance(_outputs(module, (shape[0], *usual), strict=True), Exception):
+        words = f"{config.name} cannot take {shape[1]} x {shape[2]} pixels ({first_line(error)})"
+        raise UserError(f"model.image_size: {words}; try another size")
+
+
+def _outputs(module: nn.Module, shape: tuple[int, ...], training: bool = False, strict: bool = False) -> Any:
+    """What *module*, on meta, returns for 2 images, or the error that it raises; *strict*: as where there are values."""
+
+    def refuse_nothing(part: nn.Module, inputs: object, output: Tensor) -> None:
+        # On meta torch 2.11 lets one side of an image be smaller than a kernel.
+        if isinstance(part, nn.Conv2d) and not output.numel():
+            raise ValueError("a convolution's kernel is larger than its input")
+
+    twin = copy.deepcopy(module).train(training)  # some models keep what they compute
+    for part in twin.modules() if strict else ():
+        part.register_forward_hook(refuse_nothing)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return twin(torch.empty(2, *shape, device="meta"))
+    except Exception as error:
+        return error
+
+
+def _only_on_meta(error: Exception) -> bool:
+    return isinstance(error, NotImplementedError) or "meta" in str(error)
+
+
+def _not_taken(shape: tuple[int, int, int], error: Exception) -> str:
+    return f"cannot take images of {' x '.join(map(str, shape))} ({one_line(error)})"
 
 
 def given_card(name: str, outputs: int | None, shape: tuple[int, int, int], **normalised: Any) -> dict[str, Any]:
@@ -177,33 +150,26 @@ def accepted(
             if not unknown:
                 raise
             for name in unknown:
-                if name != "img_size" and not (name == "drop_path_rate" and config.drop_path == 0):
-                    raise _refused(config, arguments, name) from None
+                if name == "img_size" or (name == "drop_path_rate" and config.drop_path == 0):
+                    continue
+                if name == "drop_path_rate":
+                    words = f"{config.name} has no stochastic depth to set to {config.drop_path}; use 0.0"
+                    raise UserError(f"model.drop_path: {words}") from None
+                module = _on_meta(config.name, _without(arguments, *config.options))
+                known = inspect.signature(type(module).__init__).parameters if module is not None else ()
+                words = f"{config.name} has no such option{nearest(name, known) or '; remove it'}"
+                raise UserError(f"model.options.{name}: {words}") from None
             arguments = _without(arguments, *unknown)
-
-
-def _refused(config: ModelConfig, arguments: dict[str, Any], name: str) -> UserError:
-    if name == "drop_path_rate":
-        return UserError(f"model.drop_path: {config.name} has no stochastic depth to set to {config.drop_path}; use 0.0")
-    known: list[str] = []
-    module = _on_meta(config.name, {key: value for key, value in arguments.items() if key not in config.options})
-    if module is not None:
-        known = list(inspect.signature(type(module).__init__).parameters)
-    return UserError(f"model.options.{name}: {config.name} has no such option{nearest(name, known) or '; remove it'}")
 
 
 def blame(config: ModelConfig, num_classes: int, error: Exception) -> UserError:
     """The `UserError` for a constructor that raised `error`: the key without which the model can be built."""
-    arguments = create_arguments(config, num_classes)
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    arguments, reason = create_arguments(config, num_classes), first_line(error)
     if "img_size" in arguments and _on_meta(config.name, _without(arguments, "img_size")) is not None:
         height, width = image_size(config) or (0, 0)
         return UserError(f"model.image_size: {config.name} cannot take {height} x {width} pixels ({reason}); try another size")
-    for option, value in config.options.items():
-        if _on_meta(config.name, _without(arguments, option)) is not None:
-            return UserError(f"model.options.{option}: {config.name} cannot be built with {value!r} ({reason}); change it")
-    if config.options and _on_meta(config.name, _without(arguments, *config.options)) is not None:
-        return UserError(f"model.options: {config.name} cannot be built with {config.options} ({reason}); change them")
+    for key, value, them, _ in _without_options(config, arguments):
+        return UserError(f"{key}: {config.name} cannot be built with {value!r} ({reason}); change {them}")
     return UserError(f"model.name: timm cannot build {config.name} ({reason}); choose another model")
 
 
@@ -211,27 +177,25 @@ def check_outputs(config: ModelConfig, num_classes: int, module: nn.Module, shap
     """Raise `UserError` where *module*, on meta, returns no class scores for images of *shape* because of ``model.options``."""
     if not config.options or not (wrong := _wrong_outputs(module, num_classes, shape)):
         return
-    arguments = create_arguments(config, num_classes)
-    for option, value in config.options.items():
-        other = _on_meta(config.name, _without(arguments, option))
-        if other is not None and not _wrong_outputs(other, num_classes, shape):
-            raise UserError(f"model.options.{option}: with {value!r} {config.name} {wrong}; change it")
-    other = _on_meta(config.name, _without(arguments, *config.options))
-    if other is not None and not _wrong_outputs(other, num_classes, shape):
-        raise UserError(f"model.options: with {config.options} {config.name} {wrong}; change them")
+    for key, value, them, other in _without_options(config, create_arguments(config, num_classes)):
+        if not _wrong_outputs(other, num_classes, shape):
+            raise UserError(f"{key}: with {value!r} {config.name} {wrong}; change {them}")
+
+
+def _without_options(config: ModelConfig, arguments: dict[str, Any]) -> Iterator[tuple[str, Any, str, nn.Module]]:
+    """The options without which the model can be built, first each alone: key, value, a pronoun, the model without them."""
+    sets = [((name,), f"model.options.{name}", value, "it") for name, value in config.options.items()]
+    for names, key, value, pronoun in (*sets, (tuple(config.options), "model.options", config.options, "them")):
+        if names and (module := _on_meta(config.name, _without(arguments, *names))) is not None:
+            yield key, value, pronoun, module
 
 
 def _wrong_outputs(module: nn.Module, num_classes: int, shape: tuple[int, int, int]) -> str:
     """What is wrong with what *module* returns in evaluation or training; "" where nothing is, or meta cannot tell."""
     for training in (False, True):
-        twin = copy.deepcopy(module).train(training)  # some models keep what they compute
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                outputs = twin(torch.empty(2, *shape, device="meta"))
-        except NotImplementedError:
-            return ""
-        except Exception as error:
-            return "" if "meta" in str(error) else f"cannot take images of {' x '.join(map(str, shape))} ({one_line(error)})"
+        outputs = _outputs(module, shape, training)
+        if isinstance(outputs, Exception):
+            return "" if _only_on_meta(outputs) else _not_taken(shape, outputs)
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         if found != (2, num_classes):
             mode = "in training " if training else ""
@@ -244,12 +208,10 @@ def _without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _on_meta(name: str, arguments: dict[str, Any]) -> nn.Module | None:
-    arguments = dict(arguments, pretrained=False)
     for missing in ((), ("img_size",), ("drop_path_rate",), ("img_size", "drop_path_rate")):
-        attempt = _without(arguments, *missing)
         try:
             with torch.device("meta"):
-                return timm.create_model(name, **attempt)
+                return timm.create_model(name, **_without({**arguments, "pretrained": False}, *missing))
         except Exception:
             continue
     return None
@@ -258,17 +220,26 @@ def _on_meta(name: str, arguments: dict[str, Any]) -> nn.Module | None:
 def check_model(config: ModelConfig, model: GivenModel | None = None) -> None:
     """Raise `UserError` for an unknown model name or a weights file that cannot be read. Builds nothing, reads only headers."""
     name, _ = current_name(config.name)
-    if model is not None:
-        check_given(config, model)
-    else:
+    if model is None:
         check_name(name)
+    elif not isinstance(model, nn.Module) and not callable(model):
+        raise UserError(f"model: {type(model).__name__} is no model: give a timm name, a module, or a function that builds one")
+    wrappers = ("torch.nn.parallel", "torch.distributed", "deepspeed")
+    if isinstance(model, nn.Module) and type(model).__module__.startswith(wrappers):
+        raise UserError(f"model: {type(model).__name__} is wrapped already: give the plain module")
+    ours = {"model.pretrained": config.pretrained, "model.weights": config.weights, "model.drop_path": config.drop_path}
+    for key, value in ours.items() if model is not None else ():
+        if value:
+            raise UserError(f"{key}: {value}, but the model is your own: load or set it there, and leave this out")
+    if isinstance(model, nn.Module) and config.options:
+        raise UserError(f"model.options: {next(iter(config.options))}, but the model is built already: leave them out")
     if config.weights is not None and config.pretrained:
         raise UserError(f"model.weights: {config.weights} and model.pretrained: true exclude each other; keep one")
     if config.weights is not None:
         WeightsFile(config.weights, "model.weights")
     elif config.pretrained:
-        architecture, _ = split_model_name_tag(name)
-        if not any(card.has_weights for card in get_arch_pretrained_cfgs(architecture).values()):
+        cards = get_arch_pretrained_cfgs(split_model_name_tag(name)[0])
+        if not any(card.has_weights for card in cards.values()):
             raise UserError(f"model.pretrained: timm has no weights for {name}; use false")
     if (size := image_size(config)) is not None and min(size) < 1:
         raise UserError(f"model.image_size: {config.image_size} is not a size in pixels; give a positive number, or two")
@@ -291,8 +262,11 @@ def check_name(name: str) -> None:
             "bigvision.train(..., model=...); no command can build it"
         )
     if name.startswith(("local-dir:", "local_dir:")):
-        folder = name.partition(":")[2]
-        raise UserError(f"model.name: {name}: write {_architecture(folder)} there, and model.weights: {folder}")
+        folder, found = name.partition(":")[2], None
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(Path(folder, "config.json").expanduser().read_bytes())["architecture"]
+        architecture = found if is_model(str(found)) else "the architecture of its config.json"
+        raise UserError(f"model.name: {name}: write {architecture} there, and model.weights: {folder}")
     if name.startswith(("hf-hub:", "hf_hub:")) or "/" in name:
         raise UserError(
             f"model.name: {name!r} is not one of timm's repositories (hf-hub:timm/NAME.TAG): write the timm name that its "
@@ -310,12 +284,3 @@ def check_name(name: str) -> None:
         close = difflib.get_close_matches(name, tags, n=4, cutoff=0.0)
         more = f" ({len(tags)} in all)" if len(tags) > len(close) else ""
         raise UserError(f"model.name: timm has no weights {name!r}; did you mean {either([repr(one) for one in close])}?{more}")
-
-
-def _architecture(folder: str) -> str:
-    """What the model card in *folder* says, in words where there is none."""
-    try:
-        found = json.loads(Path(folder, "config.json").expanduser().read_bytes())["architecture"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "the architecture of its config.json"
-    return str(found) if is_model(str(found)) else "the architecture of its config.json"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
@@ -26,34 +26,19 @@ class Block:
 
     path: str
     module: nn.Module
-    parameters: int
-    """Number of parameters."""
+    parameters: int  # number of parameters
 
 
-@dataclass(frozen=True)
-class Blocks(Sequence[Block]):
-    """The blocks of a model in execution order; none is inside another and no parameter is in two."""
+class Blocks(list[Block]):
+    """The blocks of a model in execution order; none is inside another and no parameter is in two.
 
-    blocks: tuple[Block, ...]
-    graph: fx.GraphModule | None
-    """The trace that they were found in, from which pipeline stages are cut."""
-    reason: str | None
-    """Why there is no trace: then the blocks are the members of the model's containers."""
-    max_share: float
-    """What :func:`find_blocks` was given."""
+    *graph* is the trace that they were found in, from which pipeline stages are cut. Where there is none for some *reason*, the
+    blocks are the members of the model's containers. *max_share* is what `find_blocks` was given.
+    """
 
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    @overload
-    def __getitem__(self, index: int) -> Block: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Block, ...]: ...
-    def __getitem__(self, index):
-        return self.blocks[index]
-
-    def __iter__(self) -> Iterator[Block]:
-        return iter(self.blocks)
+    def __init__(self, blocks: Iterable[Block], graph: fx.GraphModule | None, reason: str | None, max_share: float) -> None:
+        super().__init__(blocks)
+        self.graph, self.reason, self.max_share = graph, reason, max_share
 
 
 def find_blocks(module: nn.Module, image_size: int | tuple[int, int] | None = None, max_share: float = 0.25) -> Blocks:
@@ -71,7 +56,13 @@ def find_blocks(module: nn.Module, image_size: int | tuple[int, int] | None = No
         direct = {id(tensor) for node in nodes if node.op == "get_attr" for tensor in tensors_of(node, module)}
     except TraceFailed as failure:
         graph, once, direct, reason = None, _watched(module, image_size, _members(module, max_share)), set(), str(failure)
-    candidates = _independent([Block(path, part := module.get_submodule(path), size(part)) for path in once], direct, module)
+    owners = holders(module)
+    candidates = [
+        Block(path, part, size(part))
+        for path, part in ((path, module.get_submodule(path)) for path in once)
+        # Nothing outside of a block uses its parameters: none is tied to another module or read directly.
+        if size(part) and shares_nothing(part, owners) and direct.isdisjoint(map(id, part.parameters()))
+    ]
     chosen = {block.path for block in candidates if is_piece(block.module)}
     lone = sorted((block for block in candidates if block.path not in chosen), key=lambda block: block.parameters)
     largest = max((block.parameters for block in candidates if block.path in chosen), default=size(module))
@@ -81,17 +72,7 @@ def find_blocks(module: nn.Module, image_size: int | tuple[int, int] | None = No
         block = lone.pop()
         chosen.add(block.path)
         rest -= block.parameters
-    return Blocks(tuple(block for block in candidates if block.path in chosen), graph, reason, max_share)
-
-
-def _independent(blocks: list[Block], direct: set[int], module: nn.Module) -> list[Block]:
-    """Those with parameters that nothing outside of the block uses: not tied to another module, not read directly."""
-    owners = holders(module)
-
-    def alone(part: nn.Module) -> bool:
-        return shares_nothing(part, owners) and not any(id(parameter) in direct for parameter in part.parameters())
-
-    return [block for block in blocks if block.parameters and alone(block.module)]
+    return Blocks((block for block in candidates if block.path in chosen), graph, reason, max_share)
 
 
 def _members(module: nn.Module, max_share: float) -> list[str]:
@@ -114,12 +95,9 @@ def _watched(module: nn.Module, image_size: int | tuple[int, int] | None, paths:
     """Those of `paths` that a forward of one image calls exactly once, in that order; all, when meta cannot run it."""
     twin = copy.deepcopy(module).to("meta")
     called: Counter[str] = Counter()
-
-    def watch(path: str) -> None:
-        twin.get_submodule(path).register_forward_pre_hook(lambda _module, _inputs: called.update([path]))
-
-    for path in paths:
-        watch(path)
+    names = {twin.get_submodule(path): path for path in paths}
+    for part in names:
+        part.register_forward_pre_hook(lambda watched, _inputs: called.update([names[watched]]))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             channels, *size = resolve_model_data_config(twin)["input_size"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,35 +17,15 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from bigvision.config import ModelConfig
-from bigvision.errors import UserError
-from bigvision.models import weights
-from bigvision.models.arguments import (
-    GivenModel,
-    accepted,
-    blame,
-    built,
-    call_arguments,
-    check_model,
-    check_outputs,
-    current_name,
-    failed,
-    image_size,
-    on_meta,
-    outputs_of,
-)
-from bigvision.models.exact_init import FirstValues, construct, named_tensors
+from bigvision.errors import UserError, one_line
+from bigvision.models import arguments, weights
+from bigvision.models.arguments import GivenModel
+from bigvision.models.exact_init import FirstValues, NotRecordable, construct, given
+from bigvision.models.tracing import named_tensors
 from bigvision.models.weights import Adapted, Loading, capture
 
 
-def model_card(
-    config: ModelConfig,
-    num_classes: int,
-    module: nn.Module,
-    *,
-    image_size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> dict[str, Any]:
+def model_card(module: nn.Module, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """The content of ``config.json`` with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes this model.
 
     `module` is the timm model, on any device and sharded or not: only its attributes are read. `image_size` is height and width
@@ -57,74 +36,60 @@ def model_card(
     with TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
         save_config_for_hf(module, str(path), data_config=data)
-        card = json.loads(path.read_text())
-    assert card["num_classes"] == num_classes
-    return card
+        return json.loads(path.read_text())
 
 
 class Blueprint:
-    """A model before it has memory.
+    """A model before it has memory."""
 
-    `module` is the timm model, or the caller's own, with every parameter and buffer on the meta device, to be sharded or cut
-    in place.
-    `tensors` gives the values that a normal ``torch.manual_seed(seed); timm.create_model(...)`` on the CPU gives, bit for
-    bit, holding one tensor (and what the caller keeps) at a time.
-    """
-
-    module: nn.Module
-    image_size: tuple[int, int]
-    """Height and width of the input in pixels."""
+    module: nn.Module  # timm's, or the caller's own, with all parameters and buffers on meta, to be sharded or cut in place
+    image_size: tuple[int, int]  # height and width of the input in pixels
     in_chans: int
     mean: tuple[float, ...]
-    std: tuple[float, ...]
-    """Per channel, of inputs in [0, 1]."""
+    std: tuple[float, ...]  # per channel, of inputs in [0, 1]
     interpolation: str
     crop_pct: float
-    crop_mode: Literal["center", "squash", "border"]
-    """How timm resizes for evaluation: the filter, the share of the resized sides that the crop keeps, and which sides are
-    resized to the input's."""
-    recorded: bool
-    """False: the model was built normally, which gives the same numbers and needs the memory of the whole model, or was given
-    with its values."""
-    notes: list[str]
-    """What the user should know, one line each: why `recorded` is False, what starts fresh although weights were given."""
+    crop_mode: Literal["center", "squash", "border"]  # how timm resizes for evaluation: filter, share kept, sides
+    recorded: bool  # False: the model was built normally, at the memory of all of it, or was given with its values
+    notes: list[str]  # what the user should know, a line each: why it is not recorded, what starts fresh beside weights
 
-    arguments: dict[str, Any]
-    """The keyword arguments that ``timm.create_model`` took."""
-    outputs: int | None = None
-    """Of the caller's own model; None where that cannot be known before it runs, and of timm's."""
+    arguments: dict[str, Any]  # the keyword arguments that ``timm.create_model`` took
+    outputs: int | None = None  # of the caller's own model; None where that cannot be known before it runs, and of timm's
 
     def __init__(self, config: ModelConfig, num_classes: int, model: GivenModel | None = None) -> None:
         loading: Loading = {}
         if isinstance(model, nn.Module):
-            self.module, attributes = on_meta(model)
-            self.arguments, self._first = {}, FirstValues(lambda: model, attributes)
+            self.arguments = {}
+            self.module, self._first = _given(model)
         else:
             self.module, self.arguments, self._first = _construct(config, num_classes, model, loading)
         self._names = {name for name, _ in named_tensors(self.module)}
-        self.recorded, self.notes = self._first.recording is not None, self._first.notes
+        self.recorded, self.notes = self._first.trace is not None, self._first.notes
         self._given: Adapted | None = None
         if config.weights is not None or config.pretrained:
             self._given, notes = weights.read(config, self.module, loading)
             self.notes += notes
         data = timm.data.resolve_model_data_config(self.module)
         self.in_chans = getattr(self.module, "in_chans", data["input_size"][0])
-        self.image_size = image_size(config) or tuple(data["input_size"][1:])
+        self.image_size = arguments.image_size(config) or tuple(data["input_size"][1:])
         self.interpolation, self.crop_pct, self.crop_mode = (data[key] for key in ("interpolation", "crop_pct", "crop_mode"))
         # timm's cards keep three values for any number of channels.
-        self.mean, self.std = (_per_channel(data[key], self.in_chans) for key in ("mean", "std"))
+        self.mean, self.std = (
+            tuple(values) if len(values) == self.in_chans else (math.fsum(values) / len(values),) * self.in_chans
+            for values in (data["mean"], data["std"])
+        )
         if model is not None:
             if config.image_size is None and not hasattr(self.module, "pretrained_cfg"):
                 raise UserError(f"model.image_size: {config.name} does not say which it takes: give the side of the images")
-            self.outputs = outputs_of(config, self.module, self.input_shape)
+            self.outputs = arguments.outputs_of(config, self.module, self.input_shape)
             if self.outputs is not None and self.outputs < num_classes:
                 raise UserError(f"model: {config.name} has {self.outputs} outputs, but there are {num_classes} classes")
             return
         if config.image_size is not None:
             # A model made for this size is judged by it; another one also by whether meta can run it at all.
             usual = None if "img_size" in self.arguments else tuple(data["input_size"][1:])
-            _check_size(config, self.module, self.input_shape, usual)
-        check_outputs(config, num_classes, self.module, self.input_shape)
+            arguments.check_size(config, self.module, self.input_shape, usual)
+        arguments.check_outputs(config, num_classes, self.module, self.input_shape)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -143,10 +108,7 @@ class Blueprint:
     def read(self, name: str, start: int, values: Tensor) -> None:
         """Fill the 1-D *values*, of any type and on any device, with the elements of one of `runs` from *start* on.
 
-        Only these are read from the file, straight into *values* where types and devices agree.
-
-        Raises:
-            UserError: the file ends early or cannot be read.
+        Only these are read, straight into *values* where types and devices agree. Raises `UserError` when the file ends early.
         """
         assert self._given is not None
         self._given.read(name, start, values)
@@ -154,12 +116,10 @@ class Blueprint:
     def tensors(self, seed: int, names: Set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(name, value)`` once for every parameter and buffer, persistent or not, in no particular order.
 
-        Only *names*, where given, are read, drawn and computed: nothing is drawn for names that need no random numbers.
-        Values are finished CPU tensors of the module's dtypes; tied names share memory, unless they come from a weights
-        file. Drop each before asking for the next. The caller's random state is not touched.
-
-        Raises:
-            UserError: the weights file ends early or cannot be read.
+        Values are, bit for bit, those that ``torch.manual_seed(seed); timm.create_model(...)`` gives on the CPU. Only *names*,
+        where given, are read, drawn and computed. Tied names share memory, unless they come from a weights file. Drop each
+        value before asking for the next: one is held at a time. The caller's random state is not touched. Raises `UserError`
+        when the weights file cannot be read.
         """
         left = self._names if names is None else self._names & names
         if self._given is not None:
@@ -170,11 +130,7 @@ class Blueprint:
         yield from self._first.tensors(seed, left)
 
     def fill_attributes(self, module: nn.Module, device: torch.device | str) -> None:
-        """Give plain tensor attributes of `module` (tensors that are neither parameters nor buffers) their values on `device`.
-
-        Call it after ``module.to_empty(device=...)``. Almost no timm model has any. Submodules that `module` lacks (another
-        pipeline stage's) are skipped.
-        """
+        """Give tensors of `module` that are neither parameters nor buffers values on `device` (few timm models have any)."""
         self._first.set_attributes(module, device)
 
 
@@ -183,13 +139,24 @@ def blueprint(config: ModelConfig, num_classes: int, model: GivenModel | None = 
 
     Raises `UserError` for names, options, sizes and weight files that do not fit each other.
     """
-    check_model(config, model)
+    arguments.check_model(config, model)
     if model is not None:
         return Blueprint(config, num_classes, model)
-    name, note = current_name(config.name)
+    name, note = arguments.current_name(config.name)
     plan = Blueprint(replace(config, name=name), num_classes)
     plan.notes[:0] = [note] if note else []
     return plan
+
+
+def _given(module: nn.Module) -> tuple[nn.Module, FirstValues]:
+    for name, tensor in named_tensors(module):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise UserError(f"model: {name} is {str(tensor.dtype).removeprefix('torch.')}: give it in fp32, as model.float()")
+    try:
+        return given(module)
+    except (NotRecordable, RuntimeError, TypeError) as error:
+        words = f"cannot be copied ({one_line(error)}); give a function instead"
+        raise UserError(f"model: {arguments.given_name(module)} {words}") from error
 
 
 def _construct(
@@ -197,54 +164,25 @@ def _construct(
 ) -> tuple[nn.Module, dict[str, Any], FirstValues]:
     """The module on meta, the arguments it was made with, and its first values; *loading* gets what timm would load."""
 
-    def build(arguments: dict[str, Any]) -> nn.Module:
+    def build(taken: dict[str, Any]) -> nn.Module:
         with capture() as caught:
-            made = timm.create_model(config.name, **arguments) if function is None else built(config, function(**arguments))
+            made = timm.create_model(config.name, **taken) if function is None else function(**taken)
+        if not isinstance(made, nn.Module):
+            raise UserError(f"model: {config.name} returned {type(made).__name__}, not a module")
         loading.update(caught)
         return made
 
     def choose(build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
         if function is None:
-            return accepted(config, num_classes, build)
-        arguments = call_arguments(config, num_classes, function)
-        return build(arguments), arguments
+            return arguments.accepted(config, num_classes, build)
+        taken = arguments.call_arguments(config, num_classes, function)
+        return build(taken), taken
 
     try:
         return construct(build, choose, config.name)
     except UserError:
         raise
     except Exception as error:
-        raise (blame(config, num_classes, error) if function is None else failed(config, error)) from error
-
-
-def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    return tuple(values) if len(values) == channels else (math.fsum(values) / len(values),) * channels
-
-
-def _check_size(config: ModelConfig, module: nn.Module, shape: tuple[int, int, int], usual: tuple[int, ...] | None) -> None:
-    """Raise `UserError` when the model cannot take images of *shape* although it takes its *usual* size, on meta."""
-
-    def runs(size: tuple[int, ...]) -> Exception | None:
-        twin = copy.deepcopy(module).eval()  # some models keep what they compute in evaluation mode
-        for part in twin.modules():
-            if isinstance(part, nn.Conv2d):
-                part.register_forward_hook(_refuse_nothing)
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                twin(torch.empty(1, shape[0], *size, device="meta"))
-        except Exception as error:
-            return error
-        return None
-
-    size = shape[1:]
-    if (error := runs(size)) is not None and (usual is None or runs(usual) is None):
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"model.image_size: {config.name} cannot take {size[0]} x {size[1]} pixels ({reason}); try another size"
-        )
-
-
-def _refuse_nothing(module: nn.Module, inputs: object, output: Tensor) -> None:
-    # On meta torch 2.11 lets one side of an image be smaller than a kernel.
-    if not output.numel():
-        raise ValueError("a convolution's kernel is larger than its input")
+        if function is None:
+            raise arguments.blame(config, num_classes, error) from error
+        raise UserError(f"model: {config.name} cannot be built ({type(error).__name__}: {one_line(error)})") from error

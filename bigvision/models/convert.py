@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bigvision.errors import UserError
 from bigvision.fragments import PICKLE, file_kind
+from bigvision.models.tracing import first_line
 from bigvision.models.weights_file import COUNTERS, plain_name
 
 CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
@@ -32,20 +33,16 @@ PLAIN: list[Any] = [
     (lambda *arguments: {}, "collections.defaultdict"), (lambda *arguments: [], "collections.deque"),
 ]  # fmt: skip
 """What checkpoints hold beside weights that is data and no code: the command line that made them, dates, paths, counts."""
-NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|lr_|callback|hyper", re.IGNORECASE)
-"""In the names of what else a checkpoint holds by tensor."""
+NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|lr_|callback|hyper", re.IGNORECASE)  # names of what are no weights
 
 
 def convert(source: str, target: str, take: str | None = None) -> list[str]:
     """Rewrite the pickled weights *source* as the safetensors file *target* and return what was done, a line each.
 
-    The file is loaded with ``weights_only=True``, which runs no code of it, and is held in memory. Of a training
-    checkpoint the averaged weights are taken where it has some, else the others, as timm does; *take* names others. Names lose
-    the prefixes of DistributedDataParallel, ``torch.compile``, FSDP and recomputation, and keep those of the training program
-    (``model.``, ``backbone.``), since only a model can tell them from its own: ``model.weights`` does. Values and types stay.
-
-    Raises:
-        UserError: *source* is missing or not such a file, or *target* is there already.
+    The file is loaded with ``weights_only=True``, which runs no code of it, and is held in memory. Of a training checkpoint the
+    averaged weights are taken where it has some, else the others, as timm does; *take* names others. Names lose the prefixes of
+    DistributedDataParallel, ``torch.compile``, FSDP and recomputation, and keep those of the training program (``model.``,
+    ``backbone.``), since only a model can tell them from its own: ``model.weights`` does. Values and types stay.
     """
     path, out = Path(source).expanduser(), Path(target).expanduser()
     if out.suffix.lower() != ".safetensors":
@@ -61,7 +58,8 @@ def convert(source: str, target: str, take: str | None = None) -> list[str]:
     tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"convert: {source} has no tensors by name, only {_some(list(found))}; take them out of it with torch")
-    if odd := [name for name, value in tensors.items() if not _is_plain(value)]:
+    plain = lambda one: type(one) in (Tensor, nn.Parameter) and one.layout == torch.strided and not one.is_quantized  # noqa: E731
+    if odd := [name for name, value in tensors.items() if not plain(value)]:
         raise UserError(f"convert: {source}: safetensors holds only plain tensors, not sparse or quantized ones: {_some(odd)}")
     shared = _separate(tensors)
     _write(tensors, out, target, mode=path.stat().st_mode & 0o666)
@@ -129,16 +127,14 @@ def _load(path: Path, source: str) -> dict[str, Any]:
         raise UserError(f"convert: {source} is not a file; check the path")
     if path.suffix.lower() == ".safetensors":
         raise UserError(f"convert: {source} is not pickled; set model.weights to it as it is")
-    try:
-        with torch.serialization.safe_globals([*PLAIN, *_numpy_types()]):
-            try:
-                found = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                raise RuntimeError(_reason(path, error)) from error
-    except Exception as error:
-        kind = file_kind(path)
-        words = f"is {kind}" if kind and kind != PICKLE else f"cannot be read without running its code: {error}"
-        raise UserError(f"convert: {source} {words}") from error
+    with torch.serialization.safe_globals([*PLAIN, *_numpy_types()]):
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            words = f"cannot be read without running its code: {_reason(path, error)}"
+            if (kind := file_kind(path)) and kind != PICKLE:
+                words = f"is {kind}"
+            raise UserError(f"convert: {source} {words}") from error
     if not isinstance(found, Mapping):
         raise UserError(f"convert: {source} holds a {type(found).__name__}, not weights by name; take them out with torch")
     return dict(found)
@@ -167,10 +163,6 @@ def _reason(path: Path, error: Exception) -> str:
     return re.split(r"\. |\n", told[1] if told else text)[0]
 
 
-def _is_plain(value: Tensor) -> bool:
-    return type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_quantized
-
-
 def _separate(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Give every tensor contiguous memory that is its alone; return the names that shared, each with the first to do so."""
     owners: dict[int, str] = {}
@@ -194,12 +186,11 @@ def _write(tensors: dict[str, Tensor], out: Path, target: str, mode: int) -> Non
         unfinished.chmod(mode)
         unfinished.rename(out)
     except Exception as error:
-        raise UserError(f"convert: {target} cannot be written: {str(error).splitlines()[0]}") from error
+        raise UserError(f"convert: {target} cannot be written: {first_line(error)}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def _some(names: list[str]) -> str:
-    return " ".join(", ".join(map(str, names[:4] or ["nothing"])).split()) + (
-        f" and {len(names) - 4} more" if len(names) > 4 else ""
-    )
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return " ".join(", ".join(map(str, names[:4] or ["nothing"])).split()) + more

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase as BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from bigvision.models.tracing import first_line
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "amp_bf16": torch.bfloat16}
 PRODUCTS: set[Any] = {
@@ -37,10 +40,10 @@ def compute_in(
     """Let *parts* of a model compute in *dtype* from fp32 weights, without autocast; in place, and names do not change.
 
     Weights are cast where a module reads them, inside autograd: parameters and their accumulated gradients stay fp32. The
-    innermost modules with weights cast what they are given. `CAST_BUFFERS` are cast as weights are. BatchNorm keeps fp32
-    weights beside its fp32 statistics. A block without BatchNorm is given its input in fp32, so that what its branches are
-    added to is not rounded again and again: over 24 blocks the gradients would be 1.7 times as far from fp32's as autocast's
-    are; with it they are 1.05 to 1.25 times as far (tests/engine/test_precision.py).
+    innermost modules with weights cast what they are given. BatchNorm keeps fp32 weights beside its fp32 statistics. A block
+    without BatchNorm is given its input in fp32, so that what its branches are added to is not rounded again and again: over 24
+    blocks the gradients would be 1.7 times as far from fp32's as autocast's are; with it they are 1.05 to 1.25 times as far
+    (tests/engine/test_precision.py).
 
     Args:
         dtype: None computes in the weights' own type.
@@ -69,13 +72,7 @@ def _computing(
     dtype: torch.dtype | None, channels_last: bool, buffers: tuple[str, ...],
 ) -> type[nn.Module]:  # fmt: skip
     """A subclass of *kind* whose parameters *names* read as *weights* and *buffers* as *dtype*, and which is given its first
-    argument as *entry*; where that is *dtype*, all of them.
-
-    A class for each kind, and not a hook for each module, so that torch.compile sees equal blocks as equal.
-    """
-
-    def buffer_reader(name: str) -> property:
-        return property(lambda module: module._buffers[name].to(dtype))
+    argument as *entry*; where that is *dtype*, all of them. Not hooks, so that torch.compile sees equal blocks as equal."""
 
     def reader(name: str) -> property:
         def read(module: nn.Module) -> Tensor | None:
@@ -91,7 +88,7 @@ def _computing(
     members: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     if weights is not None or channels_last:
         members |= {name: reader(name) for name in names}
-    members |= {name: buffer_reader(name) for name in buffers}
+    members |= {name: property(lambda module, name=name: module._buffers[name].to(dtype)) for name in buffers}
     if entry is not None:
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -118,10 +115,8 @@ class OneType(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in PRODUCTS:
-            flat = [
-                item for value in (*args, *kwargs.values()) for item in (value if type(value) in (list, tuple) else [value])
-            ]
-            kinds = {value.dtype for value in flat if isinstance(value, Tensor) and value.dtype != torch.bool}
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            kinds = {tensor.dtype for tensor in tensors if tensor.dtype != torch.bool}
             if len(kinds) > 1:
                 raise TypeError(f"{getattr(func, '__name__', func)} of {' and '.join(sorted(map(str, kinds)))}")
         return func(*args, **kwargs)
@@ -140,16 +135,15 @@ def why_not(
                 twin.train(training)
                 twin(torch.empty(2, *image_shape, device="meta"))
     except Exception as error:
-        return (str(error) or type(error).__name__).splitlines()[0]
+        return first_line(error)
     return None
 
 
 def autocast_inside(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Let the forward of *module* run under autocast, in place.
+    """Let the forward of *module* run under autocast, in place: DeepSpeed switches one off under which it is entered, on CUDA.
 
-    Inside, since DeepSpeed, on CUDA, switches an autocast off under which it is entered. Weights that were cast are forgotten
-    after each forward pass: torch does so only when the outermost autocast ends, and under a caller's own the next steps would
-    compute with the weights of this one.
+    Weights that were cast are forgotten after each forward pass: torch does so only when the outermost autocast ends, and under
+    a caller's own the next steps would compute with the weights of this one.
     """
     forward: Callable[..., Any] = module.forward
 

@@ -22,10 +22,24 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-SAMPLES = 2
-"""Images with which a graph is run; BatchNorm refuses single values."""
-FLOPS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0}
-"""How many FLOPs a device computes while it moves one byte of an operation's inputs and outputs; rounded."""
+SAMPLES = 2  # images with which a graph is run; BatchNorm refuses single values
+FLOPS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0}  # FLOPs in the time that one byte of an operation's tensors takes to move
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what *error* says; the name of its type where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer, persistent or not, under every name that it has."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of *module* that torch does not keep in registers of its own."""
+    return {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
 
 
 class TraceFailed(Exception):
@@ -39,22 +53,8 @@ class _BufferProxy(fx.Proxy):
         super().__init__(node, tracer)
         self._buffer = buffer
 
-    @property
-    def shape(self) -> torch.Size:
-        return self._buffer.shape
-
-    @property
-    def ndim(self) -> int:
-        return self._buffer.ndim
-
-    def size(self, dim: int | None = None) -> Any:
-        return self._buffer.size() if dim is None else self._buffer.size(dim)
-
-    def dim(self) -> int:
-        return self._buffer.dim()
-
-    def numel(self) -> int:
-        return self._buffer.numel()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._buffer, name) if name in ("shape", "ndim", "size", "dim", "numel") else super().__getattr__(name)
 
 
 class _CoarseTracer(fx.Tracer):
@@ -63,8 +63,7 @@ class _CoarseTracer(fx.Tracer):
     def __init__(self, opened: set[str]) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
         self._opened = opened
-        self.inside: list[str] = []
-        """Paths of the modules being called; after a failure, the last is where it happened."""
+        self.inside: list[str] = []  # paths of the modules being called; after a failure, the last is where it happened
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """The images alone: what else a forward takes is left at its default, by which Python may decide."""
@@ -109,8 +108,7 @@ def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()
             path = tracer.inside[-1] if tracer.inside else ""
             if size(module.get_submodule(path)) > max_share * size(module):
                 where = f"{path or 'forward'} of {type(module).__name__}"
-                reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-                raise TraceFailed(f"{where} cannot be traced: {reason}") from error
+                raise TraceFailed(f"{where} cannot be traced: {first_line(error).split('. ')[0]}") from error
             opened = opened - {path}  # small enough to stay in one piece
             continue
         return fx.GraphModule(module, graph, type(module).__name__)
@@ -119,26 +117,20 @@ def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()
 @contextmanager
 def _attributes_kept(module: nn.Module) -> Iterator[None]:
     """Undo what forwards keep in plain attributes: in a trace it would be what stands for values."""
-
-    def kept(part: nn.Module) -> dict[str, Any]:
-        return {key: value for key, value in vars(part).items() if key not in ("_parameters", "_buffers", "_modules")}
-
-    before = [
-        (part, {key: copy.copy(value) if type(value) in (dict, list) else value for key, value in kept(part).items()})
-        for part in module.modules()
-    ]
+    before = [(part, plain_attributes(part)) for part in module.modules()]
+    for _, attributes in before:
+        attributes.update({key: copy.copy(value) for key, value in attributes.items() if type(value) in (dict, list)})
     try:
         yield
     finally:
         for part, attributes in before:
-            for key in kept(part).keys() - attributes.keys():
+            for key in plain_attributes(part).keys() - attributes.keys():
                 del vars(part)[key]
             vars(part).update(attributes)
 
 
 def openable(module: nn.Module, max_share: float) -> set[str]:
-    """The paths of the modules to look into: containers, stages, what is too large a share to be one piece, what shares
-    parameters with the rest."""
+    """The paths of the modules to look into: containers, stages, too large a share, what shares parameters with the rest."""
     total = size(module)
     closed = tuple(get_notrace_modules())
     owners = holders(module)
@@ -181,9 +173,9 @@ def size(module: nn.Module) -> int:
 
 
 def has_parts(module: nn.Module) -> bool:
-    """Whether anything can be gained by looking into `module`: it has submodules, and is no primitive of torch's."""
+    """Whether `module` can be looked into: it has submodules, and is no primitive of torch's."""
     primitive = type(module).__module__.startswith("torch.nn.") and not isinstance(module, CONTAINERS)
-    return not primitive and any(True for _ in module.children())
+    return not primitive and bool(module._modules)
 
 
 def is_piece(module: nn.Module) -> bool:
@@ -246,21 +238,14 @@ def _plain(value: Any) -> Any:
 class Cost:
     """Of one node or of several together; all but the numbers of parameters are for one image."""
 
-    flops: float = 0.0
-    """Of the forward pass; a multiplication with an addition counts as two."""
-    work: float = 0.0
-    """FLOPs; for operations that move more than they compute, the FLOPs that would fit into that time."""
-    activations: float = 0.0
-    """Bytes that the forward pass keeps for the backward pass."""
-    recomputed: float = 0.0
-    """Bytes that the backward pass makes again for a recomputed block; of several the most."""
+    flops: float = 0.0  # of the forward pass; a multiplication with an addition counts as two
+    work: float = 0.0  # FLOPs; for operations that move more than they compute, the FLOPs that would fit into that time
+    activations: float = 0.0  # bytes that the forward pass keeps for the backward pass
+    recomputed: float = 0.0  # bytes that the backward pass makes again for a recomputed block; of several the most
     parameters: int = 0
-    trained: int = 0
-    """How many of the parameters are trained."""
-    received: float = 0.0
-    """Bytes that arrive from the stage before."""
-    sent: float = 0.0
-    """Bytes that leave for the next stage."""
+    trained: int = 0  # how many of the parameters are trained
+    received: float = 0.0  # bytes that arrive from the stage before
+    sent: float = 0.0  # bytes that leave for the next stage
 
     def __add__(self, other: Cost) -> Cost:
         sums: dict[str, Any] = {one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)}
@@ -313,8 +298,7 @@ class _CostRunner(Runner):
         super().__init__(copy.deepcopy(graph))
         self.flops_per_byte, self.compute, self.recomputed = flops_per_byte, compute, set(recomputed)
         self.costs: dict[str, Cost] = {}
-        self.kept: dict[int, Tensor] = {}
-        """What has been kept so far, by storage: a tensor that two nodes need is kept once."""
+        self.kept: dict[int, Tensor] = {}  # by storage: a tensor that two nodes need is kept once
         self.counted: set[nn.Parameter] = set()
 
     def run_node(self, n: fx.Node) -> Any:
@@ -325,8 +309,7 @@ class _CostRunner(Runner):
                 saved[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
-        counter = _Counter(self.flops_per_byte)
-        with counter, _FusedAttention(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        with _Counter(self.flops_per_byte) as counter, _FusedAttention(), saved_tensors_hooks(pack, lambda tensor: tensor):
             value = super().run_node(n)
         recomputed = 0.0
         if n.op == "call_module" and str(n.target) in self.recomputed:
@@ -355,12 +338,8 @@ def node_costs(
 ) -> dict[str, Cost]:  # fmt: skip
     """The cost of each node of *graph* for one image of (channels, height, width), by the node's name.
 
-    A parameter counts where it is used first.
-
-    Args:
-        device: where it will run; decides what an operation that only moves memory costs.
-        compute: the floating-point type of activations.
-        recomputed: paths of the modules that keep only their inputs.
+    A parameter counts where it is used first. *device* is where the graph will run: it decides what an operation that only
+    moves memory costs. *compute* is the type of activations; the modules at the paths *recomputed* keep only their inputs.
     """
     runner = _CostRunner(graph, FLOPS_PER_BYTE[device.type], compute, recomputed)
     with torch.random.fork_rng(devices=[]):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
@@ -16,21 +17,18 @@ from torch import Tensor, nn
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError
-from bigvision.models.exact_init import NotRecordable, Recording, ReplayDiffers, View, named_tensors
-from bigvision.models.exact_init.record import record
-from bigvision.models.exact_init.recording import replay
+from bigvision.models.exact_init import FirstValues, computed
+from bigvision.models.tracing import first_line, named_tensors
 from bigvision.models.weights_file import WeightsFile, shards_of
 
 OTHERWISE_CALLED = {"open_clip_pytorch_model.safetensors": "open_clip_model.safetensors"}
-Loading = dict[str, Any]
-"""The keyword arguments with which timm would have loaded weights: its model card, filter and class count."""
+Loading = dict[str, Any]  # the arguments with which timm would have loaded weights: model card, filter, class count
 
 
 def timm_file(name: str, card: dict[str, Any]) -> str:
     """timm's weights of the model *name*, whose card is *card*: a safetensors file, or an index with its shards beside it.
 
-    Raises:
-        UserError: they are not published as safetensors, or neither cached nor reachable.
+    Raises `UserError` when they are not published as safetensors, or neither cached nor reachable.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -51,7 +49,6 @@ def timm_file(name: str, card: dict[str, Any]) -> str:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         # Not found locally is a kind of not found, and means that nobody could be asked.
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise UserError(
@@ -59,7 +56,7 @@ def timm_file(name: str, card: dict[str, Any]) -> str:
                 f"convert it (bigvision convert {pickled} {file}) and set model.weights"
             ) from error
         raise UserError(
-            f"model.pretrained: timm's weights of {name} are neither cached nor reachable ({reason}); "
+            f"model.pretrained: timm's weights of {name} are neither cached nor reachable ({first_line(error)}); "
             f"get {file} of {repository} and set model.weights to it, or use false"
         ) from error
 
@@ -89,51 +86,40 @@ def _download(repository: str, revision: str | None, file: str) -> str:
 def capture() -> Iterator[Loading]:
     """Let timm build pretrained models without loading anything, and keep what it would have loaded with."""
     loading: Loading = {}
-    load: Callable[..., None] = _builder.load_pretrained
 
     def keep(model: nn.Module, **arguments: Any) -> None:
         loading.update(arguments)
 
-    _builder.load_pretrained = keep
-    try:
+    with patch.object(_builder, "load_pretrained", keep):
         yield loading
-    finally:
-        _builder.load_pretrained = load
 
 
 class Adapted:
     """What timm makes of a file for a model. Values are read and computed when they are asked for."""
 
-    likes: dict[str, Tensor]
-    """A tensor of each value's shape, by timm's name."""
-    left_out: str = ""
-    """A layer of the file that the model does not have, and does without."""
-    note: str | None = None
-    """Why the adaptation could not be recorded. What it computes is then held, and the rest mapped from the file."""
+    likes: dict[str, Tensor]  # a tensor of each value's shape, by timm's name
+    left_out: str = ""  # a layer of the file that the model does not have, and does without
+    note: str | None = None  # why it is not recorded: what it computes is then held, the rest mapped from the file
 
     def __init__(self, file: WeightsFile, module: nn.Module, loading: Loading) -> None:
-        """Adapt *file* to *module* (on meta, left as it is).
-
-        Raises:
-            UserError: timm cannot, or the file cannot be read.
-        """
+        """Adapt *file* to *module* (on meta, left as it is); `UserError` when timm cannot, or the file cannot be read."""
         self._file = file
-        self._windows: dict[str, tuple[str, int]] = {}  # the tensor in the file and the first element
-        self._views: dict[str, View] = {}  # what is computed, in `_recording`
-        self._held: dict[str, Tensor] = {}
-        self._recording: Recording | None = None
+        metas = {name: torch.empty(place.shape, dtype=file.dtype(name), device="meta") for name, place in file.places.items()}
         try:
-            self._record(module, loading)
+            twin = copy.deepcopy(module)  # whether a replay is exact shows only when it runs: the module may be sharded by then
+            normally = lambda: _mapped(file, twin, loading).items()  # noqa: E731
+            adapted = computed(partial(_load, module, loading), metas, file.whole, module, normally)
+            self.likes, self._unchanged, self._values = adapted
         except UserError:
             raise
         except Exception as error:
-            self._windows, self._views, self._recording = {}, {}, None
             try:
-                self.likes = self._held = _mapped(file, module, loading)
+                self.likes = held = _mapped(file, module, loading)
             except Exception as plain_error:
-                what = f"does not fit this model ({_first_line(plain_error)})"
+                what = f"does not fit this model ({first_line(plain_error)})"
                 raise file.mistake(what, "check model.name and model.options") from plain_error
-            self.note = f"timm's adaptation of {file.source} was run on the whole file, not recorded: {_first_line(error)}"
+            self._unchanged, self._values = {}, FirstValues(held.items)
+            self.note = f"timm's adaptation of {file.source} was run on the whole file, not recorded: {first_line(error)}"
         self.take({name: name for name in self.likes}, {name: like.dtype for name, like in self.likes.items()})
 
     def take(self, sources: dict[str, str], dtypes: dict[str, torch.dtype]) -> None:
@@ -142,90 +128,35 @@ class Adapted:
 
     def runs(self) -> list[str]:
         """The names whose values lie in the file as they are, for `read`; in the file's order."""
-        found = [name for name, source in self._sources.items() if source in self._windows]
-        places = self._file.places
 
         def place(name: str) -> tuple[str, int]:
-            tensor, _ = self._windows[self._sources[name]]
-            return places[tensor].file, places[tensor].offset
+            tensor, _ = self._unchanged[self._sources[name]]
+            return self._file.places[tensor].file, self._file.places[tensor].offset
 
-        return sorted(found, key=place)
+        return sorted((name for name, source in self._sources.items() if source in self._unchanged), key=place)
 
     def read(self, name: str, start: int, values: Tensor) -> None:
-        """Fill the 1-D *values* with the elements of one of `runs` from *start* on, and read nothing else.
-
-        Raises:
-            UserError: the file cannot be read.
-        """
-        tensor, first = self._windows[self._sources[name]]
+        """Fill the 1-D *values* with the elements of one of `runs` from *start* on, and read nothing else."""
+        tensor, first = self._unchanged[self._sources[name]]
         self._file.read(tensor, first + start, values)
 
-    def tensors(self, seed: int, names: Set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield ``(name, value)`` for each of *names* (None: all) that has one; what is computed, storage by storage.
-
-        Raises:
-            UserError: the file cannot be read.
-        """
-        computed: dict[int, list[str]] = {}
+    def tensors(self, seed: int, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield ``(name, value)`` for each of *names* that has one; what is computed, storage by storage."""
+        wanted: dict[str, list[str]] = {}
         for name, source in self._sources.items():
-            if names is not None and name not in names:
+            if name not in names:
                 continue
-            if source in self._windows:
+            if source in self._unchanged:
                 value = torch.empty(self.likes[source].shape, dtype=self._dtypes[name], device="cpu")
                 self.read(name, 0, value.view(-1))
                 yield name, value
                 del value
-            elif source in self._views:
-                computed.setdefault(self._views[source].storage, []).append(name)
             else:
-                yield name, self._finished(name, self._held[source])
-        values = replay(self._recording, seed, list(computed)) if self._recording is not None else iter(())
-        while computed:
-            try:
-                storage, content = next(values)
-            except ReplayDiffers:
-                held = _mapped(self._file, self._twin, self._loading)
-                for name in [name for group in computed.values() for name in group]:
-                    yield name, self._finished(name, held[self._sources[name]])
-                return
-            for name in computed.pop(storage):
-                yield name, self._finished(name, self._views[self._sources[name]].on(content))
-            del content
-
-    def _finished(self, name: str, value: Tensor) -> Tensor:
-        return value.to(self._dtypes[name]).contiguous()
-
-    def _record(self, module: nn.Module, loading: Loading) -> None:
-        """Adapt meta tensors; raises whatever timm raises, and `NotRecordable`."""
-        file, stored = self._file, {}
-        metas = {name: torch.empty(place.shape, dtype=file.dtype(name), device="meta") for name, place in file.places.items()}
-        owned = set()
-        with record() as recorder:
-            for name, tensor in named_tensors(module):
-                if recorder.view(tensor) is None:  # filters look at the model's shapes; values it has none yet
-                    owned.add(recorder.source(tensor, partial(_no_value, name)).storage)
-            for name, meta in metas.items():
-                stored[recorder.source(meta, partial(file.whole, name)).storage] = name
-            self.likes = _load(module, loading, metas)
-        self._recording = recorder.recording
-        for name, like in self.likes.items():
-            if like.device.type == "cpu":
-                self._held[name] = like  # computed from values that Python looked at
-                continue
-            if (view := recorder.view(like)) is None:
-                raise NotRecordable(f"{name} is of unknown origin")
-            recorder.check_filled(view)
-            reads = {storage for step in self._recording.slice(view.storage) for storage in self._recording.ops[step].reads}
-            if view.storage in self._recording.unset or not owned.isdisjoint(reads | {view.storage}):
-                raise NotRecordable(f"{name} is left without a value")
-            unchanged = view.storage in stored and len(self._recording.writers[view.storage]) == 1
-            if unchanged and like.is_contiguous() and like.dtype == file.dtype(stored[view.storage]):
-                self._windows[name] = (stored[view.storage], view.offset)
-            else:
-                self._views[name] = view
-        if self._views:
-            # Whether a replay is exact shows only when it runs, when the module may have been sharded.
-            self._twin, self._loading = copy.deepcopy(module), loading
+                wanted.setdefault(source, []).append(name)
+        for source, value in self._values.tensors(seed, set(wanted)):
+            for name in wanted[source]:
+                yield name, value.to(self._dtypes[name]).contiguous()
+            del value
 
 
 def _load(module: nn.Module, loading: Loading, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -237,12 +168,8 @@ def _load(module: nn.Module, loading: Loading, state: dict[str, Tensor]) -> dict
         return nn.modules.module._IncompatibleKeys([], [])
 
     card = {**loading["pretrained_cfg"], "source": "", "state_dict": clean_state_dict(state)}
-    module.load_state_dict = catch  # type: ignore[method-assign]
-    try:
-        with torch.no_grad():
-            _builder.load_pretrained(module, **{**loading, "pretrained_cfg": card})
-    finally:
-        del module.load_state_dict
+    with torch.no_grad(), patch.object(module, "load_state_dict", catch):
+        _builder.load_pretrained(module, **{**loading, "pretrained_cfg": card})
     return caught
 
 
@@ -251,22 +178,11 @@ def _mapped(file: WeightsFile, module: nn.Module, loading: Loading) -> dict[str,
     state: dict[str, Tensor] = {}
     for shard in sorted({place.file for place in file.places.values()}):
         with safe_open(file.folder / shard, "pt") as opened:
-            state |= {
-                name: opened.get_tensor(file.stored.get(name, name))
-                for name, place in file.places.items()
-                if place.file == shard
-            }
+            names = [name for name, place in file.places.items() if place.file == shard]
+            state |= {name: opened.get_tensor(file.stored.get(name, name)) for name in names}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # should it draw, all ranks must draw the same
         return _load(module, loading, state)
-
-
-def _no_value(name: str) -> Tensor:
-    raise NotRecordable(f"the value of the model's own {name} is asked for")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adapted, list[str]]:
@@ -279,14 +195,14 @@ def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adap
         raise UserError(f"{key}: timm loads no weights into {config.name}; leave it out")
     card = dict(loading["pretrained_cfg"])
     heads = card.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    heads = tuple(f"{layer}." for layer in ((heads,) if isinstance(heads, str) else heads))
     if config.weights is not None:
         file = WeightsFile(config.weights, key)
         # The classes are compared below, with the file and not with the card of timm's own weights.
         card.update(num_classes=loading["num_classes"], label_offset=0)
         # A classifier may start fresh, and files written before torch counted batches lack the counters.
         names = [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
-        fitted = file.fit([name for name in names if not _is_head(name, heads)])
+        fitted = file.fit([name for name in names if not name.startswith(heads)])
     else:
         fitted = None
         file = WeightsFile(timm_file(config.name, card), key)
@@ -300,14 +216,12 @@ def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adap
 
 
 def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Adapted, heads: tuple[str, ...]) -> list[str]:
-    """Leave in *values* one for each tensor of the model that has one, and return the names that start fresh."""
+    """Leave in *values* what the model takes, and return the names that start fresh; the classifier's begin with *heads*."""
     expected = module.state_dict()
     tensors = dict(named_tensors(module))
     given = values.likes
-
-    fresh = [
-        name for name in expected if _is_head(name, heads) and (name not in given or given[name].shape != expected[name].shape)
-    ]
+    shapes = {name: like.shape for name, like in given.items()}
+    fresh = [name for name, ours in expected.items() if name.startswith(heads) and shapes.get(name) != ours.shape]
     for name in fresh:
         if name in given and config.num_classes is not None and config.weights is not None and given[name].dim():
             theirs, ours = given[name].shape[0], expected[name].shape[0]
@@ -327,18 +241,17 @@ def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Ad
     }
     # Files written before torch counted batches lack the counters; torch's own loader lets that pass too.
     missing = [n for n in expected if n not in sources and n not in fresh and not n.endswith("num_batches_tracked")]
-    unexpected = [name for name in given if name not in expected and not _is_head(name, heads)]
+    unexpected = [name for name in given if name not in expected and not name.startswith(heads)]
     if not missing and (other := _renamed_head(module, fresh, {name: given[name] for name in unexpected})):
         values.left_out, unexpected = other, []
     for names, what in ((missing, "lacks"), (unexpected, "has, unknown to the model,")):
         if names:
             raise file.mistake(f"{what} {names[0]} ({len(names)} such)", "check model.name and model.options")
-    shaped = [name for name, source in sources.items() if given[source].shape != tensors[name].shape]
-    if shaped:
-        name = shaped[0]
+    if shaped := [name for name, source in sources.items() if shapes[source] != tensors[name].shape]:
+        theirs, ours = tuple(shapes[sources[shaped[0]]]), tuple(tensors[shaped[0]].shape)
         raise UserError(
-            f"{file.key}: {name} is {tuple(given[sources[name]].shape)} in {file.source} and {tuple(tensors[name].shape)} in "
-            f"the model ({len(shaped)} such); check model.name, model.image_size and model.options"
+            f"{file.key}: {shaped[0]} is {theirs} in {file.source} and {ours} in the model ({len(shaped)} such); "
+            "check model.name, model.image_size and model.options"
         )
     values.take(sources, {name: tensors[name].dtype for name in sources})
     return fresh
@@ -350,14 +263,10 @@ def _renamed_head(module: nn.Module, fresh: list[str], others: dict[str, Tensor]
     It is the classifier of a program that calls it otherwise. "" where *others* are more, as of a deeper model.
     """
     layers = {name.rpartition(".")[0] for name in others}
-    layer, sizes = next(iter(layers), ""), {name.rpartition(".")[2]: tuple(like.shape) for name, like in others.items()}
+    layer, shapes = next(iter(layers), ""), {name.rpartition(".")[2]: like.shape for name, like in others.items()}
     heads = [name for name in fresh if name.endswith(".weight")]
     if len(layers) != 1 or len(heads) != 1 or layer.partition(".")[0] in dict(module.named_children()):
         return ""
-    weight, inputs = sizes.get("weight", ()), module.state_dict()[heads[0]].shape[1:]
-    fits = len(weight) == 2 and weight[1:] == tuple(inputs) and sizes.keys() <= {"weight", "bias"}
+    weight, inputs = shapes.get("weight", ()), module.state_dict()[heads[0]].shape[1:]
+    fits = len(weight) == 2 and weight[1:] == inputs and shapes.keys() <= {"weight", "bias"}
     return layer if fits else ""
-
-
-def _is_head(name: str, heads: tuple[str, ...]) -> bool:
-    return any(name.startswith(f"{head}.") for head in heads)

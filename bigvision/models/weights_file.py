@@ -18,20 +18,14 @@ from bigvision.disk import read_into
 from bigvision.errors import UserError, either
 from bigvision.fragments import PICKLE, TYPES, Place, bytes_of, file_kind, read_header, unique
 
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Components that torch.compile, recomputation and FSDP put anywhere into a name."""
-COUNTERS = ("n_averaged",)
-"""What `torch.optim.swa_utils.AveragedModel` keeps beside a model."""
-DEEPEST = 5
-"""Components that a prefix may have, as ``module.model.teacher.backbone.``"""
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # put into names by compile, recompute, FSDP
+COUNTERS = ("n_averaged",)  # what `torch.optim.swa_utils.AveragedModel` keeps beside a model
+DEEPEST = 5  # components that a prefix may have, as ``module.model.teacher.backbone.``
 PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"}
 INDEX = "model.safetensors.index.json"
-CHUNK = 8 << 20
-"""Bytes held at a time where values are converted or go to another device."""
-LARGEST_INDEX = 100_000_000
-"""Bytes; safetensors' own limit for a header."""
-MARK = "?prefix="
-"""Between a file and the prefix of the tensors that are meant."""
+CHUNK = 8 << 20  # bytes held at a time where values are converted or go to another device
+LARGEST_INDEX = 100_000_000  # bytes; safetensors' own limit for a header
+MARK = "?prefix="  # between a file and the prefix of the tensors that are meant
 REPAIR = "fetch or write it again"
 
 
@@ -40,51 +34,19 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def find_prefix(names: Iterable[str], expected: Collection[str], where: str, choose: str) -> str:
-    """The prefix under which *names* has all those that a model needs (*expected*); "" where there is none.
-
-    Names that only a filter of timm's understands never match all, and are left to it.
-
-    Args:
-        where: begins the error, such as ``model.weights: FILE``.
-        choose: how a prefix is named, such as ``FILE?prefix=``.
-
-    Raises:
-        UserError: several prefixes fit alike, as those of a student and a teacher.
-    """
-    matches: Counter[str] = Counter()
-    for name in names:
-        rest, prefix = name, ""
-        for _ in range(DEEPEST + 1):
-            matches[prefix] += rest in expected
-            head, dot, rest = rest.partition(".")
-            if not dot:
-                break
-            prefix += head + dot
-    alike = sorted(prefix for prefix, count in matches.items() if count == len(expected))
-    if not alike or "" in alike:
-        return ""
-    if len(alike) > 1:
-        raise UserError(f"{where} has the model's tensors under {either(alike)}: choose one, such as {choose}{alike[-1]}")
-    return alike[0]
-
-
 class WeightsFile:
     """The tensors of a file, or of the shards of an index, by name. Their values stay on the disk until they are read."""
 
     def __init__(self, source: str, key: str) -> None:
         """Open what *source* names: a .safetensors file, an index or a folder that holds one of the two.
 
-        ``SOURCE?prefix=teacher.backbone.`` names the tensors of which `fit` takes the rest of the name.
-
-        Raises:
-            UserError: it is not such a file, or damaged; names *key*.
+        ``SOURCE?prefix=teacher.backbone.`` names the tensors of which `fit` takes the rest of the name. Raises `UserError`,
+        which begins with *key*, when it is not such a file, or damaged.
         """
         source, marked, prefix = source.partition(MARK)
         self.source, self.key = source, key
         self.prefix = prefix if marked else None
-        self.stored: dict[str, str] = {}
-        """The file's own name of each tensor that `fit` renamed."""
+        self.stored: dict[str, str] = {}  # the file's own name of each tensor that `fit` renamed
         path = _locate(source, key)
         self.folder = path.parent
         self.places: dict[str, Place] = {}
@@ -97,20 +59,18 @@ class WeightsFile:
     def fit(self, expected: Collection[str]) -> str | None:
         """Take of each name what a model that has the names *expected* calls the tensor; returns a line about a prefix.
 
-        Raises:
-            UserError: several parts of the file fit the model, or nothing has the prefix that was asked for.
+        Raises `UserError` when several parts of the file fit the model, or nothing has the prefix that was asked for.
         """
         prefix = self.prefix
         plain = {name: plain_name(name) for name in self.places}
         if prefix is None:
-            prefix = find_prefix(plain.values(), expected, f"{self.key}: {self.source}", f"{self.source}{MARK}")
+            prefix = self._prefix(plain.values(), expected)
         taken = {name: short.removeprefix(prefix) for name, short in plain.items() if short.startswith(prefix)}
         if not prefix:
             taken = {name: short for name, short in taken.items() if short not in COUNTERS}
         if not taken:
-            raise self.mistake(
-                f"has no tensor whose name begins with {prefix}", "look at its names, such as " + next(iter(plain), "-")
-            )
+            fix = "look at its names, such as " + next(iter(plain), "-")
+            raise self.mistake(f"has no tensor whose name begins with {prefix}", fix)
         if twice := [name for name, count in Counter(taken.values()).items() if count > 1]:
             raise self.mistake(f"has {twice[0]} under several names", "name one of them with ?prefix=")
         left = [name for name in self.places if name not in taken]
@@ -121,6 +81,23 @@ class WeightsFile:
         more = f"; {len(left)} others are left out, such as {left[0]}" if left else ""
         return f"{self.key}: the {len(taken)} tensors of {self.source} whose names begin with {prefix}{more}"
 
+    def _prefix(self, names: Iterable[str], expected: Collection[str]) -> str:
+        """The prefix under which *names* has all of *expected*; "" where there is none.
+
+        Names that only a filter of timm's understands never match all, and are left to it.
+        """
+        matches: Counter[str] = Counter()
+        for parts in (name.split(".") for name in names):
+            for depth in range(min(DEEPEST + 1, len(parts))):
+                matches["".join(f"{part}." for part in parts[:depth])] += ".".join(parts[depth:]) in expected
+        alike = sorted(prefix for prefix, count in matches.items() if count == len(expected))
+        if not alike or "" in alike:
+            return ""
+        if len(alike) > 1:  # as those of a student and a teacher
+            words = f"{either(alike)}: choose one, such as {self.source}{MARK}{alike[-1]}"
+            raise UserError(f"{self.key}: {self.source} has the model's tensors under {words}")
+        return alike[0]
+
     def mistake(self, what: str, fix: str = REPAIR) -> UserError:
         """The error that names the key, the source and *what* is wrong with it, in one line whatever names the file has."""
         return UserError(f"{self.key}: {self.source} {' '.join(what.split())}; {fix}")
@@ -130,11 +107,7 @@ class WeightsFile:
         return TYPES[self.places[name].dtype]
 
     def read(self, name: str, start: int, values: Tensor) -> None:
-        """Fill the 1-D *values* with the elements of a tensor from *start* on, in their type and on their device.
-
-        Raises:
-            UserError: the file ends early or cannot be read.
-        """
+        """Fill the 1-D *values* with the elements of a tensor from *start* on, in their type and on their device."""
         place, dtype = self.places[name], self.dtype(name)
         count = values.numel()
         if not 0 <= start <= start + count <= math.prod(place.shape):
@@ -166,11 +139,10 @@ class WeightsFile:
         try:
             found = read_header(self.folder / file)
         except ValueError as error:
-            what = "is damaged or not safetensors"
-            if kind := file_kind(self.folder / file):
-                fix = "call it .pth and convert it once (bigvision convert)" if kind == PICKLE else REPAIR
-                raise self.mistake(f"is {kind}" if listed is None else f"has a shard {file} that is {kind}", fix) from error
-            raise self.mistake(f"{what if listed is None else f'has a shard {file} that {what}'} ({error})") from error
+            kind, shard = file_kind(self.folder / file), "" if listed is None else f"has a shard {file} that "
+            fix = "call it .pth and convert it once (bigvision convert)" if kind == PICKLE else REPAIR
+            what = f"is {kind}" if kind else f"is damaged or not safetensors ({error})"
+            raise self.mistake(shard + what, fix) from error
         for name, place in found.items():
             if place.dtype not in TYPES:
                 raise self.mistake(f"holds {name} as {place.dtype}", f"convert it to one of {', '.join(TYPES)}")
@@ -213,11 +185,9 @@ def _locate(source: str, key: str) -> Path:
 
 
 def shards_of(index: Path) -> dict[str, set[str]]:
-    """Return the tensors that an index lists for each shard; every shard is a plain name of a safetensors file.
+    """The tensors that an index lists for each shard; every shard is a plain name of a safetensors file.
 
-    Raises:
-        ValueError: it is not such an index.
-        OSError: it cannot be read.
+    Raises `ValueError` when it is not such an index, `OSError` when it cannot be read.
     """
     if (size := index.stat().st_size) > LARGEST_INDEX:
         raise ValueError(f"it has {size} bytes")

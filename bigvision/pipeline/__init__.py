@@ -3,8 +3,8 @@
 In come a model on meta, its blocks and what a stage may need of memory; out come a plan (which blocks each stage has), stages
 as modules, and a schedule of ``torch.distributed.pipelining`` over them.
 
-Read in this order: ``stages.py`` (what a stage is, and the plan), ``cutting.py`` (what crosses a cut), ``balance.py`` (where to
-cut), ``schedules.py`` (which rank has which stage, when it runs, and what it needs of its device).
+Read in this order: ``stages.py`` (what a stage is, and where to cut), ``cutting.py`` (what crosses a cut), ``schedules.py``
+(which rank has which stage, when it runs, and what it needs of its device).
 """
 
 from bigvision.pipeline.schedules import Placement, StageMemory, make_schedule

@@ -19,10 +19,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import key_get, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
-from bigvision.models.tracing import Runner, tensors_of
+from bigvision.models.tracing import Runner, first_line, tensors_of
 
-SAMPLES = (2, 3)
-"""Numbers of images with which a graph is watched; what differs between the two follows the number of samples."""
+SAMPLES = (2, 3)  # numbers of images with which a graph is watched; what differs follows the number of samples
 
 
 class CannotCut(Exception):
@@ -33,12 +32,9 @@ class CannotCut(Exception):
 class Spec:
     """A tensor that crosses, without its values."""
 
-    shape: tuple[int, ...]
-    """As it travels, with `SAMPLES[0]` images."""
-    order: tuple[int, ...]
-    """Its dimensions in the order in which they lie in memory, which is how it travels: it arrives laid out as it was."""
-    per_sample: tuple[bool, ...]
-    """Which dimensions follow the number of samples."""
+    shape: tuple[int, ...]  # as it travels, with `SAMPLES[0]` images
+    order: tuple[int, ...]  # its dimensions as they lie in memory: it travels so and arrives laid out as it was
+    per_sample: tuple[bool, ...]  # which dimensions follow the number of samples
     dtype: torch.dtype
     requires_grad: bool
 
@@ -54,8 +50,7 @@ class Spec:
         )  # fmt: skip
 
 
-Leaf = tuple[str, int]
-"""A tensor in the graph: the node that makes it and its place among the leaves of the node's value."""
+Leaf = tuple[str, int]  # a tensor in the graph: the node that makes it and its place among the leaves of the node's value
 
 
 class _Watched(Runner):
@@ -83,31 +78,24 @@ class Flow:
     """Where the values of a graph come from, and what of them crosses a cut."""
 
     def __init__(self, graph: fx.GraphModule, image_shape: tuple[int, int, int], device: torch.device) -> None:
-        """Watch *graph*, of a model on meta, with images of (channels, height, width). Nothing is computed.
+        """Watch *graph*, of a model on meta that will run on *device*, with images of (channels, height, width).
 
-        Args:
-            device: where it will run.
-
-        Raises:
-            CannotCut: it does not run.
+        Nothing is computed. Raises `CannotCut` when it does not run.
         """
         try:
             self.values, self.others = (_Watched(graph, (count, *image_shape), device).values for count in SAMPLES)
         except Exception as error:
-            raise CannotCut(f"its trace does not run: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+            raise CannotCut(f"its trace does not run: {first_line(error)}") from error
         self.graph = graph
         self.images, *self.nodes, self.output = graph.graph.nodes
-        self.called = [str(node.target) if node.op == "call_module" else "" for node in self.nodes]
-        """The path of the module that each node calls, or ""."""
-        self.free: set[str] = set()
-        """Nodes that depend neither on the images nor on parameters."""
+        self.called = [str(node.target) if node.op == "call_module" else "" for node in self.nodes]  # module paths, or ""
+        self.free: set[str] = set()  # nodes that depend neither on the images nor on parameters
         for node in self.nodes:
             trained = any(isinstance(tensor, nn.Parameter) for tensor in tensors_of(node, graph))
             if not trained and all(source.name in self.free for source in node.all_input_nodes):
                 self.free.add(node.name)
         index = {node.name: index for index, node in enumerate(self.nodes)}
-        self.position = {self.images.name: -1, self.output.name: len(self.nodes)}
-        """When each node that is not free runs, as an index into `nodes`."""
+        self.position = {self.images.name: -1, self.output.name: len(self.nodes)}  # when each node runs; free ones are absent
         for node in self.nodes:
             at, sources = index[node.name], node.all_input_nodes
             if node.op == "get_attr":  # a parameter lives where it is used first
@@ -118,11 +106,7 @@ class Flow:
                 self.position[node.name] = at
 
     def spec(self, leaf: Leaf) -> Spec:
-        """What the tensor *leaf* looks like.
-
-        Raises:
-            CannotCut: its shape is neither fixed nor proportional to the number of samples.
-        """
+        """The shape and type of *leaf*; raises `CannotCut` where sizes are neither fixed nor proportional to the samples."""
         name, place = leaf
         first, second = (tree_leaves(values[name])[place] for values in (self.values, self.others))
         order = tuple(sorted(range(first.ndim), key=lambda dimension: -first.stride(dimension)))
@@ -132,12 +116,8 @@ class Flow:
 
     def leaves(self, nodes: Sequence[fx.Node]) -> list[Leaf]:
         """The tensors in what *nodes* make."""
-        return [
-            (node.name, place)
-            for node in nodes
-            for place, leaf in enumerate(tree_leaves(self.values[node.name]))
-            if isinstance(leaf, Tensor)
-        ]
+        made = ((node.name, enumerate(tree_leaves(self.values[node.name]))) for node in nodes)
+        return [(name, place) for name, leaves in made for place, leaf in leaves if isinstance(leaf, Tensor)]
 
     def crossing(self, cut: int) -> list[Leaf]:
         """What crosses *cut*, which separates the nodes before it from it on, in the order in which it is made."""
@@ -151,30 +131,25 @@ class Flow:
     def split(self, cuts: list[int]) -> tuple[list[fx.Graph], list[tuple[Spec, ...]]]:
         """The graph of each stage between *cuts*, and the tensors that leave it: of the last, those of the model's output.
 
-        A graph takes tensors and returns a tuple of tensors; the last returns the model's output.
-
-        Raises:
-            CannotCut: a value that is no tensor cannot be folded.
+        A graph takes tensors and returns a tuple of tensors; the last returns the model's output. Raises `CannotCut` when a
+        value that is no tensor cannot be folded.
         """
         leaving = [*map(self.crossing, cuts), self.leaves(self.output.all_input_nodes)]
         bounds = pairwise([-1, *cuts, len(self.nodes) + 1])
         graphs = [_StageGraph(self, *bound, *leaves).graph for bound, leaves in zip(bounds, pairwise([[], *leaving]))]
         sends = [tuple(map(self.spec, leaves)) for leaves in leaving]
         for graph, received in zip(graphs[1:], sends):
-            self._copy_changed_inputs(graph, received)
+            # A stage copies those of its inputs that it changes in place: autograd forbids that for what was received.
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                inputs = [spec.empty(SAMPLES[0]) for spec in received]
+                Runner(copy.deepcopy(self.graph), graph=graph).run(*inputs)
+            placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+            for node, tensor in zip(placeholders, inputs):
+                if tensor._version:
+                    with graph.inserting_after(placeholders[-1]):
+                        copied = graph.call_method("clone", (node,))
+                    node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
         return graphs, sends
-
-    def _copy_changed_inputs(self, graph: fx.Graph, received: tuple[Spec, ...]) -> None:
-        """Let a stage copy those of its inputs that it changes in place: autograd forbids that for what was received."""
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            inputs = [spec.empty(SAMPLES[0]) for spec in received]
-            Runner(copy.deepcopy(self.graph), graph=graph).run(*inputs)
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        for node, tensor in zip(placeholders, inputs):
-            if tensor._version:
-                with graph.inserting_after(placeholders[-1]):
-                    copied = graph.call_method("clone", (node,))
-                node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
 
 
 class _StageGraph:
@@ -182,15 +157,12 @@ class _StageGraph:
 
     def __init__(self, flow: Flow, start: int, end: int, received: list[Leaf], sent: list[Leaf]) -> None:
         self.flow, self.graph = flow, fx.Graph()
-        self.arrived = {leaf: self.graph.placeholder(f"{leaf[0]}_{leaf[1]}") for leaf in received}
-        """What was received, as it travels."""
-        self.inputs: dict[Leaf, fx.Node] = {}
-        """The same, laid out as where it was made."""
+        self.arrived = {leaf: self.graph.placeholder(f"{leaf[0]}_{leaf[1]}") for leaf in received}  # received, as it travels
+        self.inputs: dict[Leaf, fx.Node] = {}  # the same, laid out as where it was made
         for leaf, node in self.arrived.items():
             order = flow.spec(leaf).order
             self.inputs[leaf] = _permuted(node, tuple(sorted(range(len(order)), key=order.__getitem__)))
-        self.here: dict[str, Any] = {}
-        """What stands for each node of the whole graph: a node of this one, or a value."""
+        self.here: dict[str, Any] = {}  # what stands for each node of the whole graph: a node of this one, or a value
         for node in sorted((flow.images, *flow.nodes), key=lambda node: flow.position.get(node.name, -1)):
             if start <= flow.position.get(node.name, start - 1) < end:
                 self.here[node.name] = self.graph.node_copy(node, self._value)

@@ -26,10 +26,8 @@ SCHEDULES = {
     "zbv": schedules.ScheduleZBVZeroBubble,
     "dualpipev": schedules.ScheduleDualPipeV,
 }
-USABLE = 0.9
-"""Of a device's memory; the rest is for the context, libraries' workspaces and fragmentation."""
-MASTER = 4
-"""Bytes of an fp32 value: master weights, gradients."""
+USABLE = 0.9  # of a device's memory; the rest is for the context, libraries' workspaces and fragmentation
+MASTER = 4  # bytes of an fp32 value: master weights, gradients
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class Placement:
 
 
 def torch_schedule(name: str, placement: Placement, count: int) -> str:
-    """The schedule that runs for the schedule *name*: with fewer micro-batches than stages 1f1b is gpipe, and torch has only
-    that."""
+    """The schedule that runs for *name*: with fewer micro-batches than stages 1f1b is gpipe, and torch has only that."""
     return "gpipe" if name == "1f1b" and count < placement.stages else name
 
 
@@ -74,19 +71,10 @@ class _Stage(PipelineStage):
 
 
 def make_schedule(
-    name: str,
-    stages: Mapping[int, nn.Module],
-    values: list[tuple[Tensor, ...]],
-    placement: Placement,
-    count: int,
-    group: dist.ProcessGroup,
-    loss: Callable[[Tensor, Tensor], Tensor],
-) -> Any:
-    """A schedule of *count* micro-batches for this rank's *stages*.
-
-    Args:
-        values: what enters each stage and what leaves the last, on meta: nothing has to be tried out or sent beforehand.
-    """
+    name: str, stages: Mapping[int, nn.Module], values: list[tuple[Tensor, ...]], placement: Placement, count: int,
+    group: dist.ProcessGroup, loss: Callable[[Tensor, Tensor], Tensor],
+) -> Any:  # fmt: skip
+    """A schedule of *count* micro-batches for this rank's *stages*; *values*, on meta: what enters each and leaves the last."""
     total, made = placement.stages, []
     for number, stage in stages.items():
         device = next(stage.parameters()).device
@@ -101,20 +89,14 @@ class StageMemory:
     """How the stages of a run use memory, and how much a device has."""
 
     placement: Placement
-    kept: list[int]
-    """Micro-batches whose activations each stage keeps (`micro_batches_kept`)."""
-    count: int
-    """Micro-batches of a step."""
+    kept: list[int]  # Micro-batches whose activations each stage keeps (`micro_batches_kept`)
+    count: int  # Micro-batches of a step
     micro_batch: int
-    shards: int
-    """Ranks over which the parameters of a stage are sharded; 1 for copies."""
-    moments: int
-    """Bytes of optimizer state for a trained parameter."""
-    compute: torch.dtype
-    """The type of activations and of the weights that are multiplied."""
+    shards: int  # ranks over which the parameters of a stage are sharded; 1 for copies
+    moments: int  # bytes of optimizer state for a trained parameter
+    compute: torch.dtype  # the type of activations and of the weights that are multiplied
     recompute: bool
-    capacity: float | None = None
-    """Bytes of a device that a run may use; None is no limit."""
+    capacity: float | None = None  # bytes of a device that a run may use; None is no limit
 
     @classmethod
     def of(cls, config: Config, runtime: Runtime, placement: Placement, micro_batch: int) -> StageMemory:
@@ -155,8 +137,7 @@ class StageMemory:
 
 
 def micro_batches_kept(name: str, placement: Placement, count: int) -> list[int]:
-    """How many of a step's *count* micro-batches each stage keeps, at the moment at which the stages of its rank together
-    keep the most."""
+    """How many of *count* micro-batches each stage keeps at the moment at which the stages of its rank together keep most."""
     schedule, total = torch_schedule(name, placement, count), placement.stages
     if schedule in ONE_STAGE:
         return [count if schedule == "gpipe" else min(count, total - stage) for stage in range(total)]

@@ -1,26 +1,27 @@
-"""Stages: consecutive blocks of a model that run on one pipeline rank, cut out of its coarse trace."""
+"""Stages: consecutive blocks of a model that run on one pipeline rank, and where the model's coarse trace is cut into them."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, fx, nn
 
 from bigvision.errors import UserError
-from bigvision.models.blocks import Block, Blocks
-from bigvision.models.exact_init import named_tensors
-from bigvision.models.tracing import Cost, Runner, TraceFailed, has_parts, model_name, node_costs, size, tensors_of, trace
-from bigvision.pipeline.balance import Prices, choose_cuts
-from bigvision.pipeline.cutting import CannotCut, Flow, Spec
+from bigvision.models import Block, Blocks, tracing
+from bigvision.models.tracing import Cost, Runner, TraceFailed, named_tensors, size, tensors_of
+from bigvision.pipeline.cutting import SAMPLES, CannotCut, Flow, Spec
 from bigvision.pipeline.schedules import StageMemory
 
-EVEN = 1.05
-"""When the largest stage's work is more than this times the mean, the blocks at the cuts are opened."""
+SLACK = 1.01  # how much more than the least possible the most expensive stage may cost, if less then crosses the cuts
+STATE = ("running_mean", "running_var", "num_batches_tracked")  # buffers that a forward pass changes
+EVEN = 1.05  # when the largest stage's work is more than this times the mean, the blocks at the cuts are opened
 
 
 class Stage(nn.Module):
@@ -30,28 +31,20 @@ class Stage(nn.Module):
     that cross the next (the last stage: the model's output).
     """
 
-    around: Callable[[], AbstractContextManager[object]] = nullcontext
-    """What surrounds each forward pass."""
-    travels_as: torch.dtype | None = None
-    """In which type floating-point tensors leave; None leaves them as they are."""
+    around: Callable[[], AbstractContextManager[object]] = nullcontext  # what surrounds each forward pass
+    travels_as: torch.dtype | None = None  # in which type floating-point tensors leave; None leaves them as they are
     apart: bool = False
     """Whether backward passes are taken apart: what leaves is then detached in place, so it is neither a view nor kept by
     a backward pass, and gradients are sent as they come, so they are contiguous."""
 
     def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], owned: Iterable[str]) -> None:
-        """Take the modules that *graphs* call, and the parameters and buffers *owned*, out of *model*.
-
-        Args:
-            graphs: for training (True) and for evaluation (False).
-        """
+        """Take the modules that *graphs*, for training (True) and evaluation, call, and the tensors *owned*, out of *model*."""
         super().__init__()
         # In the order of the calls, and so the same on all ranks: FSDP gathers in the order of the modules.
         calls = (str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "call_module")
         called = dict.fromkeys(calls)
-        for path in sorted(called, key=lambda path: path.count(".")):
+        for path in (*sorted(called, key=lambda path: path.count(".")), *owned):
             self._adopt(path, model)
-        for name in owned:
-            self._adopt(name, model)
         self.train(model.training)
         self._runs = {mode: Runner(self, graph=graph) for mode, graph in graphs.items()}
 
@@ -94,18 +87,12 @@ def _with_contiguous_gradient(tensor: Tensor) -> Tensor:
 class StagePlan:
     """Where a model is cut, and what each stage has, needs and sends."""
 
-    graphs: dict[bool, list[fx.Graph]]
-    """What each stage runs, in training (True) and in evaluation (False)."""
-    sends: dict[bool, list[tuple[Spec, ...]]]
-    """The tensors that leave each stage; the model's output leaves the last."""
-    blocks: list[list[Block]]
-    """Each stage's; of a block that is cut in two, its parts."""
-    costs: list[Cost]
-    """Of each stage."""
-    owners: dict[str, list[int]]
-    """The stages that hold each parameter and buffer: one, but for buffers that several read and none changes."""
-    memory: StageMemory
-    """How the stages use memory."""
+    graphs: dict[bool, list[fx.Graph]]  # what each stage runs, in training (True) and in evaluation (False)
+    sends: dict[bool, list[tuple[Spec, ...]]]  # the tensors that leave each stage; the model's output leaves the last
+    blocks: list[list[Block]]  # each stage's; of a block that is cut in two, its parts
+    costs: list[Cost]  # of each stage
+    owners: dict[str, list[int]]  # stages with each parameter and buffer: several for buffers that none changes
+    memory: StageMemory  # how the stages use memory
 
     def build(self, model: nn.Module, number: int) -> Stage:
         """The stage *number* of *model*, which shares its modules with it and may still be on meta."""
@@ -134,15 +121,10 @@ def plan_stages(
 ) -> StagePlan:  # fmt: skip
     """Cut *model*, on meta, into stages of equal work. Nothing is computed and the model is left as it is.
 
-    Args:
-        image_shape: (channels, height, width).
-        device: where it will run.
-        memory: how many stages there are, how they use memory and how much they have.
-
-    Raises:
-        UserError: the model cannot be traced or cut, has too few blocks or shares parameters too widely.
+    *image_shape* is (channels, height, width); *device* is where the stages will run; *memory* has how many there are and what
+    they may use. Raises `UserError` when the model cannot be traced or cut, has too few blocks or shares parameters too widely.
     """
-    name, stages = model_name(model), memory.placement.stages
+    name, stages = tracing.model_name(model), memory.placement.stages
     advice = "use parallel.strategy fsdp or zero3, which cut nothing"
     if blocks.graph is None:
         raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {blocks.reason}: {advice}")
@@ -151,12 +133,12 @@ def plan_stages(
 
     def flow(training: bool, inside: Sequence[str]) -> Flow:
         # Of a copy: a module that keeps what it computes would keep the trace's proxies.
-        return Flow(trace(copy.deepcopy(model).train(training), blocks.max_share, inside), image_shape, device)
+        return Flow(tracing.trace(copy.deepcopy(model).train(training), blocks.max_share, inside), image_shape, device)
 
     def cut_between(pieces: list[Block], inside: Sequence[str]) -> _Candidate:
         whole = flow(True, inside)
         recomputed = [piece.path for piece in pieces] if memory.recompute else []
-        costs = node_costs(whole.graph, image_shape, device, memory.compute, recomputed)
+        costs = tracing.node_costs(whole.graph, image_shape, device, memory.compute, recomputed)
         prices = Prices(whole, costs, memory.compute)
         return _Candidate(pieces, inside, prices, choose_cuts(model, pieces, prices, memory))
 
@@ -170,10 +152,8 @@ def plan_stages(
             best = min(best, candidate, key=lambda candidate: imbalance(candidate.costs))
         training, evaluation = best.prices.flow, flow(False, best.inside)
         graphs, sends = {}, {}
-        for mode, whole, cuts in (
-            (True, training, best.cuts), (False, evaluation, _same_cuts(training, evaluation, best.cuts))
-        ):  # fmt: skip
-            graphs[mode], sends[mode] = whole.split(cuts)
+        graphs[True], sends[True] = training.split(best.cuts)
+        graphs[False], sends[False] = evaluation.split(_same_cuts(training, evaluation, best.cuts))
     except (CannotCut, TraceFailed) as error:
         raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {error}: {advice}") from error
     known = {block.path: block for block in best.blocks}
@@ -186,8 +166,7 @@ class _Candidate:
     """A cut of the trace for training."""
 
     blocks: list[Block]
-    inside: Sequence[str]
-    """The blocks that were opened."""
+    inside: Sequence[str]  # the blocks that were opened
     prices: Prices
     cuts: list[int]
 
@@ -202,7 +181,7 @@ class _Candidate:
 
     def uneven(self) -> set[str]:
         """The blocks, of those that have parts, in the middle of which stages of equal work would meet."""
-        openable = {block.path for block in self.blocks if has_parts(block.module)}
+        openable = {block.path for block in self.blocks if tracing.has_parts(block.module)}
         ends, stages = list(accumulate(cost.work for cost in self.prices.costs)), len(self.cuts) + 1
         meetings = [ends[-1] * number / stages for number in range(1, stages)]
         return {
@@ -251,3 +230,114 @@ def _owners(model: nn.Module, graphs: dict[bool, list[fx.Graph]]) -> dict[str, l
             for tensor in (tensor for node in graph.nodes for tensor in tensors_of(node, model)):
                 used.setdefault(id(tensor), set()).add(number)
     return {name: sorted(used.get(id(tensor), [0])) for name, tensor in named_tensors(model)}
+
+
+# Where to cut.
+
+
+class Prices:
+    """What runs of a flow's nodes cost; a node counts where its value is made or used first."""
+
+    def __init__(self, flow: Flow, costs: dict[str, Cost], compute: torch.dtype) -> None:
+        self.flow, self.compute = flow, compute
+        self.costs = [Cost()] * len(flow.nodes)
+        for node in flow.nodes:
+            self.costs[flow.position.get(node.name, 0)] += costs[node.name]
+        # The search for the best cuts asks for the same ones again and again.
+        self.crossing, self.stage = functools.cache(self._crossing), functools.cache(self._stage)
+
+    def _crossing(self, cut: int) -> float:
+        """The bytes that cross *cut* for one image."""
+        if cut in (0, len(self.costs)):
+            return 0.0
+        leaves = self.flow.crossing(cut)
+        return sum(self.flow.spec(leaf).empty(SAMPLES[0], self.compute).nbytes for leaf in leaves) / SAMPLES[0]
+
+    def _stage(self, start: int, end: int) -> Cost:
+        """Of the stage between the cuts *start* and *end*."""
+        return sum(self.costs[start:end], Cost(received=self.crossing(start), sent=self.crossing(end)))
+
+
+def choose_cuts(model: nn.Module, blocks: list[Block], prices: Prices, memory: StageMemory) -> list[int]:
+    """Cut the flow of *prices* into stages of equal work between blocks; return the positions, indices into its nodes."""
+    name, stages, flow = tracing.model_name(model), memory.placement.stages, prices.flow
+    shared = bound_together(model, flow)
+    paths = {block.path for block in blocks}
+    between = {cut for at, path in enumerate(flow.called) if path in paths for cut in (at, at + 1) if 0 < cut < len(flow.nodes)}
+    allowed = [cut for cut in sorted(between) if not any(a < cut <= b for a, b in shared.values())]
+    if len(allowed) < stages - 1:
+        widest = max(shared, key=lambda key: shared[key][1] - shared[key][0], default="what connects them")
+        raise UserError(
+            f"parallel.stages: {name} cannot be cut into {stages} stages, since {widest} is shared between its blocks: "
+            "use fewer stages, or parallel.strategy fsdp"
+        )
+    search = functools.partial(best_cuts, [cost.work for cost in prices.costs], allowed, stages, prices.crossing)
+    if memory.capacity is None:
+        cuts = search()
+        assert cuts is not None, "enough cuts are allowed"
+        return cuts
+    # Equal stages, as far as memory goes.
+    whole, crossing = prices.stage(0, len(prices.costs)), max(map(prices.crossing, allowed))
+    sizes = {key: getattr(whole, key) / stages for key in ("activations", "parameters", "trained")}
+    even = replace(whole, **sizes, received=crossing, sent=crossing)
+    limits = memory.limits(even)
+    if cuts := search(lambda stage, start, end: memory.needed(stage, prices.stage(start, end)) <= limits[stage]):
+        return cuts
+    share, worst = max((memory.needed(stage, even) / limit, stage) for stage, limit in enumerate(limits))
+    raise UserError(
+        f"parallel.stages: no cut of {name} into {stages} stages fits the devices' memory (of equal stages, stage {worst} "
+        f"needs {share:.2f} times what its device has for it): use more stages, parallel.recompute blocks, or smaller "
+        "micro-batches"
+    )
+
+
+def bound_together(model: nn.Module, flow: Flow) -> dict[str, tuple[int, int]]:
+    """What must stay on one stage, with its first and last use: tied parameters, running statistics that move again."""
+    bound = [(name, t) for name, t in named_tensors(model) if isinstance(t, nn.Parameter) or name.endswith(STATE)]
+    first_names = {id(tensor): name for name, tensor in reversed(bound)}
+    uses: dict[str, list[int]] = {}
+    for node in flow.nodes:
+        for tensor in tensors_of(node, model) if node.name in flow.position else ():
+            if (name := first_names.get(id(tensor))) is not None:
+                uses.setdefault(name, []).append(flow.position[node.name])
+    return {name: (min(at), max(at)) for name, at in uses.items() if min(at) < max(at)}
+
+
+def best_cuts(
+    work: Sequence[float],
+    allowed: Sequence[int],
+    stages: int,
+    crossing: Callable[[int], float],
+    fits: Callable[[int, int, int], bool] = lambda stage, start, end: True,
+) -> list[int] | None:
+    """Cut the nodes ``0 .. len(work)`` into *stages* runs; return where each but the first begins, or None where none fits.
+
+    The cost of the most expensive stage is the least possible. Among the cuts within 1 % of that, the ones with the least
+    traffic are taken. Exact, by dynamic programming over the positions *allowed*, ascending, at which a run may begin. *work*
+    is what each node costs, *crossing* a position's traffic, *fits* whether a stage's device has the memory for its nodes.
+    """
+    total = [0.0, *accumulate(work)]
+
+    def search(limit: float, value: Callable[[float, int, int], float]) -> tuple[float, list[int]] | None:
+        """The cuts of the least *value* of (so far, start, end), summed up stage by stage; no stage costs more than *limit*."""
+        best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+        for stage in range(stages):
+            reached = {}
+            for end in allowed if stage < stages - 1 else [len(work)]:
+                ways = [
+                    (value(so_far, start, end), [*cuts, end])
+                    for start, (so_far, cuts) in best.items()
+                    if start < end and total[end] - total[start] <= limit and fits(stage, start, end)
+                ]
+                if ways:
+                    reached[end] = min(ways, key=operator.itemgetter(0))
+            best = reached
+        return best.get(len(work))
+
+    cheapest = search(float("inf"), lambda so_far, start, end: max(so_far, total[end] - total[start]))
+    if cheapest is None:
+        return None
+    limit = cheapest[0] * SLACK
+    lightest = search(limit, lambda so_far, start, end: so_far + (crossing(end) if end < len(work) else 0.0))
+    assert lightest is not None
+    return lightest[1][:-1]

@@ -186,9 +186,7 @@ def build_model(
                 interpolation=plan.interpolation, crop_pct=plan.crop_pct, crop_mode=plan.crop_mode,
             )  # fmt: skip
         else:
-            card = model_card(
-                config.model, outputs, plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std
-            )  # fmt: skip
+            card = model_card(plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std)
         if plan.in_chans != channels:
             raise UserError(
                 f"model.options.in_chans: {plan.in_chans}, but the images have {channels} channels: "

@@ -179,7 +179,7 @@ def configured(**parallel: Any) -> Any:
 
 
 def test_auto_compiles_on_cuda_where_blocks_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_compile, "_missing", lambda device: None)
+    monkeypatch.setattr(engine_compile, "lacks_for_compile", lambda device: None)
     repeating, resnet, single = blocks_of(vit(0.1, depth=4)), blocks_of(timm.create_model("resnet50")), blocks_of(vit(0.1, 1))
     assert why_eager(configured(), repeating, CUDA) is None and why_eager(configured(), resnet, CUDA) is None
     assert why_eager(configured(compile=True), repeating, CPU) is None
@@ -196,7 +196,7 @@ def test_auto_compiles_on_cuda_where_blocks_repeat(monkeypatch: pytest.MonkeyPat
     assert wrap_blocks(repeating, configured(compile=False), CPU) == []
     assert "not CUDA" in wrap_blocks(repeating, configured(), CPU)[0]
     assert why_eager(configured(recompute="blocks"), repeating, CUDA) is None
-    monkeypatch.setattr(engine_compile, "_missing", lambda device: "a compiler")
+    monkeypatch.setattr(engine_compile, "lacks_for_compile", lambda device: "a compiler")
     assert "a compiler" in (why_eager(configured(), repeating, CUDA) or "")
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bigvision.errors import UserError
 from bigvision.models import blueprint, weights
-from bigvision.models.exact_init.recording import ReplayDiffers
+from bigvision.models.exact_init import first_values
+from bigvision.models.exact_init.trace import ReplayDiffers
 from bigvision.models.weights import Adapted, capture
 from bigvision.models.weights_file import WeightsFile
 from tests.models.configs import Model
@@ -245,7 +246,7 @@ def test_a_replay_that_would_not_be_exact_is_done_normally(vit, monkeypatch):
         yield
 
     plan = blueprint(Model(image_size=64, options=VIT, weights=file), 10)
-    monkeypatch.setattr(weights, "replay", differs)
+    monkeypatch.setattr(first_values, "replay", differs)
     plan.module.to_empty(device="cpu")  # by then the module may be anything
     assert all(torch.equal(value, exact[name]) for name, value in plan.tensors(0))
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from bigvision.errors import UserError
 from bigvision.models import blueprint
-from bigvision.models.exact_init import named_tensors
+from bigvision.models.tracing import named_tensors
 from tests.models.configs import TINY, Model
 from tests.models.zoo import ZOO
 
 SEED = 7
+OUTSIDE = torch.arange(3.0)
 NOT_RECORDED: set[str] = set()
 """Modules of timm whose constructors cannot be recorded."""
 
@@ -161,6 +162,11 @@ class Odd(nn.Module):
         self.register_buffer("indices", indices[1:])
         self.extra = nn.Parameter(a)
 
+    def made_outside(self):
+        """A tensor that was there before: a constant of the program."""
+        self.register_buffer("outside", OUTSIDE)
+        self.extra = nn.Parameter(OUTSIDE.clone() * 2)
+
     def asks_where_it_is(self):
         """What some code does to save work on meta."""
         if not (self.fc.weight.is_meta or self.fc.weight.device.type == "meta" or torch.empty(1).device.type == "meta"):
@@ -198,7 +204,9 @@ def odd(monkeypatch):
     return lambda habit: blueprint(Model("odd", options={"habit": habit}), 10)
 
 
-@pytest.mark.parametrize("habit", ["none", "value", "from_numpy", "pieces", "mixed", "asks_where_it_is", "tied"])
+@pytest.mark.parametrize(
+    "habit", ["none", "value", "from_numpy", "pieces", "mixed", "made_outside", "asks_where_it_is", "tied"]
+)
 def test_a_constructor_that_can_be_recorded(odd, habit):
     plan = odd(habit)
     assert plan.recorded and plan.note is None
@@ -242,7 +250,7 @@ def test_plain_tensor_attributes_are_filled(odd, habit):
 
 
 def test_nothing_is_left_behind_by_a_constructor_that_raises(odd):
-    from bigvision.models.exact_init.record import record
+    from bigvision.models.exact_init.trace import record
 
     sampler = nn.init._no_grad_trunc_normal_
     with pytest.raises(ZeroDivisionError):
@@ -275,13 +283,13 @@ def test_the_caller_may_draw_between_two_tensors():
 
 def test_only_what_is_asked_for_is_performed(monkeypatch):
     """Nothing is drawn for a table; for a tensor that is drawn, what was drawn before it, and its value is the same."""
-    from bigvision.models.exact_init import recording as module
+    from bigvision.models.exact_init import trace as module
 
     performed, inner = [], module._execute
 
-    def counted(recording, op, storages):
+    def counted(trace, op, storages):
         performed.append(op.random)
-        inner(recording, op, storages)
+        inner(trace, op, storages)
 
     plan = blueprint(Model("swin_tiny_patch4_window7_224", image_size=64, options={"depths": (1, 1, 2, 1)}), 10)
     monkeypatch.setattr(module, "_execute", counted)

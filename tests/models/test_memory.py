@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from bigvision.models import blueprint
-from bigvision.models.exact_init.record import record
-from bigvision.models.exact_init.recording import replay
+from bigvision.models.exact_init.trace import record, replay
 from tests.models.configs import Model
 
 
@@ -61,7 +60,7 @@ def test_intermediates_are_freed_after_their_last_use():
             value = value * 2 + value
     wanted = recorder.view(value)
     with LiveBytes() as memory:
-        ((_, storage),) = replay(recorder.recording, 3, [wanted.storage])
+        ((_, storage),) = replay(recorder.trace, 3, [wanted.storage])
     assert memory.peak < 5 * 4000 + 6 * 5056 + 1000, "a few values and generator states, not 19 values"
     torch.manual_seed(3)
     expected = torch.randn(1000)

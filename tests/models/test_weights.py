@@ -110,9 +110,9 @@ def test_a_file_of_another_model_is_refused(vit, tmp_path, change, message):
 
 def test_a_normal_build_takes_the_file_too(file, monkeypatch):
     from bigvision.models.exact_init import first_values
-    from bigvision.models.exact_init.recording import NotRecordable
+    from bigvision.models.exact_init.trace import NotRecordable
 
-    def refuse(recorder, module):
+    def refuse(recorder, named):
         raise NotRecordable("for this test")
 
     monkeypatch.setattr(first_values, "_views", refuse)
@@ -273,7 +273,7 @@ def test_pretrained_without_network_says_what_to_do(monkeypatch):
 )
 def test_timm_opens_what_the_card_describes(config, tmp_path):
     plan = blueprint(config, 7)
-    card = model_card(config, 7, plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std)
+    card = model_card(plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std)
     module = materialised(plan).eval()
     (tmp_path / "config.json").write_text(json.dumps(card))
     save_file(module.state_dict(), tmp_path / "model.safetensors")

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from bigvision.pipeline.balance import SLACK, best_cuts
+from bigvision.pipeline.stages import SLACK, best_cuts
 
 
 def largest(work: list[float], cuts: list[int]) -> float:

@@ -14,14 +14,14 @@ from tests.training.test_resume_strategies import evaluated
 
 def draws(function: Any, *args: Any) -> int:
     """How many random operations of the model's constructor are replayed while *function* runs."""
-    from bigvision.models.exact_init import recording as module
+    from bigvision.models.exact_init import trace as module
 
     inner, count = module._execute, 0
 
-    def counted(recording: Any, op: Any, storages: Any) -> None:
+    def counted(trace: Any, op: Any, storages: Any) -> None:
         nonlocal count
         count += op.random
-        inner(recording, op, storages)
+        inner(trace, op, storages)
 
     module._execute = counted
     try:

@@ -1,10 +1,15 @@
-"""The tensors of a module: those torch knows (parameters and buffers) and those in plain attributes, and moving them."""
+"""The door to exact first values: a module on meta, and the values that a normal build gives to its tensors.
+
+The *init trace* is what the constructor did to tensors, in order; a *replay* performs as much of it again as a tensor needs.
+"""
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy
@@ -12,31 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from bigvision.errors import UserError
-from bigvision.models.exact_init.record import Recorder, record
-from bigvision.models.exact_init.recording import NotRecordable, Recording, ReplayDiffers, View, replay, value_now
+from bigvision.models.exact_init.trace import InitTrace, NotRecordable, Recorder, ReplayDiffers, View, memory_id, record, replay
+from bigvision.models.tracing import first_line, named_tensors, plain_attributes
 
-Attribute = tuple[str, tuple[Any, ...], View | Tensor]
-"""A tensor that is neither parameter nor buffer: its module's path, the attribute and the keys to it, its value."""
-Build = Callable[[dict[str, Any]], nn.Module]
-"""From keyword arguments to a module."""
-Choose = Callable[[Build], tuple[nn.Module, dict[str, Any]]]
-"""Finds the arguments that a `Build` takes, by calling it once or more; returns what it built and the arguments."""
+Attribute = tuple[str, tuple[Any, ...], View | Tensor]  # of a module: its path, the attribute and the keys in it, the value
+Build = Callable[[dict[str, Any]], nn.Module]  # from keyword arguments to a module
+Choose = Callable[[Build], tuple[nn.Module, dict[str, Any]]]  # tries `Build` with arguments until it takes them; returns both
 
 
 @dataclass
 class FirstValues:
-    """The values that a normal build gives to the tensors of a module."""
+    """Tensors by name whose values are computed when they are asked for."""
 
-    build: Callable[[], nn.Module]
-    """Builds the module normally, with values, from torch's global random numbers; or returns a module that has them."""
-    attributes: list[Attribute]
-    """Tensors that are neither parameters nor buffers."""
-    recording: Recording | None = None
-    """None: nothing was recorded, so `build` is called for any value."""
-    views: dict[int, list[tuple[str, View]]] = field(default_factory=dict)
-    """The names in each storage of the recording."""
-    notes: list[str] = field(default_factory=list)
-    """What the user should know, one line each."""
+    build: Callable[[], Iterable[tuple[str, Tensor]]]  # all of them, normally, drawn from torch's global random numbers
+    attributes: list[Attribute] = field(default_factory=list)  # tensors that are neither parameters nor buffers
+    trace: InitTrace | None = None  # None: nothing was recorded, so `build` is called for any value
+    views: dict[str, View] = field(default_factory=dict)  # the tensors in terms of the trace
+    notes: list[str] = field(default_factory=list)  # what the user should know, one line each
 
     def tensors(self, seed: int, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(name, value)`` for *names*, as after ``torch.manual_seed(seed)``. The caller's random state is not touched.
@@ -44,15 +41,16 @@ class FirstValues:
         Only what *names* need is performed: random operations are drawn up to the last one that they need.
         """
         left = set(names)
-        if self.recording is not None:
-            wanted = [storage for storage, views in self.views.items() if any(name in left for name, _ in views)]
-            values = replay(self.recording, seed, wanted)
+        if self.trace is not None:
+            wanted: dict[int, list[str]] = {}
+            for name, view in self.views.items():
+                if name in left:
+                    wanted.setdefault(view.storage, []).append(name)
             try:
-                for storage, content in values:
-                    for name, view in self.views[storage]:
-                        if name in left:
-                            left.discard(name)
-                            yield name, view.on(content)
+                for storage, content in replay(self.trace, seed, wanted):
+                    for name in wanted[storage]:
+                        left.discard(name)
+                        yield name, self.views[name].on(content)
                     del content
             except ReplayDiffers as error:
                 self.notes.append(f"built the rest normally: {error}")
@@ -60,46 +58,96 @@ class FirstValues:
             return
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(seed)
-            twin = self.build()
-        for name, tensor in named_tensors(twin):
+            values = self.build()
+        for name, tensor in values:
             if name in left:
                 yield name, tensor.detach()
 
     def set_attributes(self, module: nn.Module, device: torch.device | str) -> None:
         """Give plain tensor attributes of *module* their values on *device*; submodules that it lacks are skipped."""
-        set_attributes(module, self.attributes, self.recording, device)
+        for path, keys, value in self.attributes:
+            try:
+                holder = vars(module.get_submodule(path))
+            except AttributeError:
+                continue
+            if isinstance(value, View):
+                assert self.trace is not None
+                value = self.trace.value_now(value)
+            _put(holder, keys, value.to(device))
 
 
 def construct(build: Build, choose: Choose, name: str) -> tuple[nn.Module, dict[str, Any], FirstValues]:
     """Build a module on meta; return it with the arguments that *choose* found and its first values.
 
-    What cannot be recorded is built normally, at the memory of the whole model, and a note says why.
-
-    Args:
-        name: what the notes call the model.
-
-    Raises:
-        UserError: from *choose* or *build*; whatever else a normal build raises.
+    What cannot be recorded is built normally, at the memory of the whole model, and a note, which calls the model *name*, says
+    why. Raises the `UserError` of *choose* or *build*, and whatever else a normal build raises.
     """
     try:
         return _recorded(build, choose, name)
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
 
-    # A normal build can do what the recording could not follow, unless it is the arguments that do not work.
+    # A normal build can do what the trace could not follow, unless it is the arguments that do not work.
     def normally(arguments: dict[str, Any]) -> nn.Module:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)  # plain attributes are kept from this build: they must be the same on all ranks
             return build(arguments)
 
     module, arguments = choose(normally)
-    attributes = plain_attributes(module, None, {t.untyped_storage()._cdata for _, t in named_tensors(module)})
-    values = FirstValues(lambda: build(arguments), attributes)
+    values = FirstValues(lambda: named_tensors(build(arguments)), _attributes(module))
     values.notes.append(f"{name} was built normally, at the memory of the whole model, not recorded: {reason}")
-    to_meta(module, attributes)
+    _to_meta(module, values.attributes)
     return module, arguments, values
+
+
+def given(module: nn.Module) -> tuple[nn.Module, FirstValues]:
+    """A copy of *module*, which is left as it is, on meta, and its values. `NotRecordable` is one of the errors of copying."""
+    memo: dict[int, Any] = {}  # deepcopy takes what it finds in here for the copies
+    for _, tensor in named_tensors(module):
+        memo.setdefault(id(tensor), _meta_of(tensor))
+    twin = copy.deepcopy(module, memo)
+    return twin, FirstValues(lambda: named_tensors(module), _attributes(twin))
+
+
+def computed(
+    function: Callable[[dict[str, Tensor]], dict[str, Tensor]], metas: dict[str, Tensor], read: Callable[[str], Tensor],
+    unknown: nn.Module, normally: Callable[[], Iterable[tuple[str, Tensor]]],
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, int]], FirstValues]:  # fmt: skip
+    """Record *function* of the tensors *metas*, whose values *read* gives by name; *normally* does it without recording.
+
+    At the shapes of the module *unknown*, but not at its values, *function* may look. Returns a tensor of each result's shape
+    and type; for each that is a run of one of *metas* as it is, the name of that and the first element; and the values of all
+    others. Raises `NotRecordable`, and whatever *function* raises.
+    """
+
+    def no_value(name: str) -> Tensor:
+        raise NotRecordable(f"the value of the model's own {name} is asked for")
+
+    with record() as recorder:
+        owned = {
+            recorder.source(tensor, partial(no_value, name)).storage
+            for name, tensor in named_tensors(unknown)
+            if recorder.view(tensor) is None
+        }
+        stored = {recorder.source(meta, partial(read, name)).storage: name for name, meta in metas.items()}
+        likes = function(metas)
+    trace = recorder.trace
+    views, unchanged = _views(recorder, likes.items()), {}
+    values = FirstValues(normally, trace=trace)
+    for name, like in likes.items():
+        view = views[name]
+        reads = {storage for step in trace.slice(view.storage) for storage in trace.ops[step].reads}
+        if view.storage in trace.unset or not owned.isdisjoint(reads | {view.storage}):
+            raise NotRecordable(f"{name} is left without a value")
+        source = stored.get(view.storage)
+        untouched = source is not None and len(trace.writers[view.storage]) == 1
+        if source is not None and untouched and like.is_contiguous() and like.dtype == metas[source].dtype:
+            unchanged[name] = source, view.offset
+        else:
+            values.views[name] = view
+    return likes, unchanged, values
 
 
 def _recorded(build: Build, choose: Choose, name: str) -> tuple[nn.Module, dict[str, Any], FirstValues]:
@@ -116,27 +164,22 @@ def _recorded(build: Build, choose: Choose, name: str) -> tuple[nn.Module, dict[
     if _random_state() != before:
         torch.set_rng_state(torch_state)
         raise NotRecordable("it draws random numbers from outside torch's recorded operations")
-    recording, views = recorder.recording, _views(recorder, module)
-    attributes = plain_attributes(module, recorder, set(views))
-    values = FirstValues(lambda: build(arguments), attributes, recording, views)
-    for unset in sorted(name for storage in recording.unset & views.keys() for name, _ in views[storage]):
-        values.notes.append(f"{name} leaves {unset} without a value: it starts as zeros")
-    to_meta(module, attributes)
+    trace, views = recorder.trace, _views(recorder, named_tensors(module))
+    values = FirstValues(lambda: named_tensors(build(arguments)), _attributes(module, recorder), trace, views)
+    unset = sorted(one for one, view in views.items() if view.storage in trace.unset)
+    values.notes += [f"{name} leaves {one} without a value: it starts as zeros" for one in unset]
+    _to_meta(module, values.attributes)
     return module, arguments, values
 
 
-def _views(recorder: Recorder, module: nn.Module) -> dict[int, list[tuple[str, View]]]:
-    """The names in each storage."""
-    found: dict[int, list[tuple[str, View]]] = {}
-    for name, tensor in named_tensors(module):
-        if tensor.device.type != "meta":
-            with recorder:
-                tensor = recorder.constant(tensor.detach())
-        view = recorder.view(tensor)
+def _views(recorder: Recorder, named: Iterable[tuple[str, Tensor]]) -> dict[str, View]:
+    found: dict[str, View] = {}
+    for name, tensor in named:
+        # A real one was made outside of what was recorded, or from values that Python looked at.
+        view = recorder.view(tensor if tensor.device.type == "meta" else recorder.constant(tensor.detach()))
         if view is None:
             raise NotRecordable(f"{name} is of unknown origin")
-        recorder.check_filled(view)
-        found.setdefault(view.storage, []).append((name, view))
+        found[name] = recorder.used(view)
     return found
 
 
@@ -147,13 +190,7 @@ def _random_state() -> tuple:
     return random.getstate(), mine, torch.get_rng_state().tolist()
 
 
-def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer, persistent or not, under every name that it has."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def plain_attributes(module: nn.Module, recorder: Recorder | None, known: set[int]) -> list[Attribute]:
+def _attributes(module: nn.Module, recorder: Recorder | None = None) -> list[Attribute]:
     """Tensors kept in plain attributes, also inside lists, tuples and dicts, that are not views of parameters or buffers."""
 
     def walk(value: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
@@ -163,15 +200,15 @@ def plain_attributes(module: nn.Module, recorder: Recorder | None, known: set[in
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from walk(item, (*keys, key))
 
+    known = {memory_id(tensor) for _, tensor in named_tensors(module) if recorder is None or tensor.is_meta}
     found: list[Attribute] = []
     for path, child in module.named_modules():
-        plain = {key: value for key, value in vars(child).items() if key not in ("_parameters", "_buffers", "_modules")}
-        for keys, tensor in walk(plain, ()):
-            view = recorder.view(tensor) if recorder is not None else None
-            if (view.storage if view is not None else tensor.untyped_storage()._cdata) in known:
+        for keys, tensor in walk(plain_attributes(child), ()):
+            if memory_id(tensor) in known:
                 continue  # an alias (torch's RNNs keep a list of their parameters), kept up to date by its module
+            view = recorder.view(tensor) if recorder is not None else None
             if view is not None and recorder is not None:
-                value_now(recorder.recording, view)
+                recorder.trace.value_now(view)
             elif tensor.device.type == "meta":
                 raise NotRecordable(f"attribute {keys[0]} of {path or 'the model'} is of unknown origin")
             found.append((path, keys, view if view is not None else tensor))
@@ -190,35 +227,22 @@ def _put(tree: Any, keys: tuple[Any, ...], value: Tensor) -> Any:
     return tree
 
 
-def set_attributes(
-    module: nn.Module, attributes: list[Attribute], recording: Recording | None, device: torch.device | str
-) -> None:
-    """Give the `attributes` that `module` has their values on `device`; those of submodules it lacks are passed over."""
-    for path, keys, value in attributes:
-        try:
-            holder = vars(module.get_submodule(path))
-        except AttributeError:
-            continue
-        if isinstance(value, View):
-            assert recording is not None
-            value = value_now(recording, value)
-        _put(holder, keys, value.to(device))
+def _meta_of(tensor: Tensor) -> Tensor:
+    meta = tensor.detach().to("meta")
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
 
-def to_meta(module: nn.Module, attributes: list[Attribute]) -> None:
+def _to_meta(module: nn.Module, attributes: list[Attribute]) -> None:
     """Move what is real to meta in place; what was tied stays tied."""
     moved: dict[int, Tensor] = {}
     for child in module.modules():
         registers: list[Any] = [child._parameters, child._buffers]
         for tensors in registers:
             for key, tensor in tensors.items():
-                if tensor is None or tensor.is_meta:
-                    continue
-                if id(tensor) not in moved:
-                    meta = tensor.detach().to("meta")
-                    kind = type(tensor)
-                    moved[id(tensor)] = kind(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-                tensors[key] = moved[id(tensor)]
+                if tensor is not None and not tensor.is_meta:
+                    if id(tensor) not in moved:
+                        moved[id(tensor)] = _meta_of(tensor)
+                    tensors[key] = moved[id(tensor)]
     for path, keys, value in attributes:
         if isinstance(value, Tensor):
             _put(vars(module.get_submodule(path)), keys, value.to("meta"))

@@ -1,4 +1,8 @@
-"""Optimizers by name, parameter groups, and the learning rate as a pure function of the step."""
+"""Optimizers by name, parameter groups, and the learning rate as a pure function of the step.
+
+In come a model's parameters by name and the section ``optim``; out come parameter groups, an optimizer of torch's, timm's or
+DeepSpeed's over them, and the learning rate of a step. Clipping and stepping are the engine's.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,10 @@ def parameter_groups(
 
     Norms, biases and what the timm model excludes by name are not decayed. Each group carries "names", in the order of its
     "params", and holds either sharded or whole parameters, since a fused step takes one kind. The stem's groups come first.
-
-    Args:
-        held: the parameters that are stepped here, where they are others than the module's own (a pipeline stage's).
-
-    Raises:
-        UserError: *layer_decay* for a model that does not name its layers.
+    *held* are the parameters that are stepped here, where they are others than the module's own (a pipeline stage's). The rate
+    is multiplied with *layer_decay* for each layer, counted as timm does, from the head (Clark et al. 2020, Bao et al. 2022).
     """
+    from timm.models import group_parameters
     from timm.optim import param_groups_weight_decay
 
     excluded = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()  # type: ignore[operator]
@@ -39,38 +40,29 @@ def parameter_groups(
         for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=excluded)
         for parameter in group["params"]
     }
-    scales = dict.fromkeys(own, 1.0) if layer_decay is None else layer_scales(module, layer_decay)
+    scales: dict[str, float] = {}
+    if layer_decay is not None:
+        if not hasattr(module, "group_matcher"):
+            name = getattr(module, "pretrained_cfg", {}).get("architecture") or type(module).__name__
+            words = f"{layer_decay} needs layers, which timm does not define for {name}: set it to null"
+            raise UserError(f"optim.layer_decay: {words}")
+        matcher = module.group_matcher(coarse=False)  # type: ignore[operator]
+        layers = cast("dict[str, int]", group_parameters(module, matcher, reverse=True))
+        top = max(layers.values())
+        scales = {name: layer_decay ** (top - layer) for name, layer in layers.items()}
     held = own if held is None else held
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name in own:
         if name in decays and name in held:
-            parameter = held[name]
-            key = (scales[name], decays[name], not isinstance(parameter, DTensor))
-            empty = {"params": [], "names": [], "lr_scale": key[0], "weight_decay": key[1]}
-            group = groups.setdefault(key, empty)
-            group["params"].append(parameter)
+            key = (scales.get(name, 1.0), decays[name], not isinstance(held[name], DTensor))
+            group = groups.setdefault(key, _group([], [], *key[:2]))
+            group["params"].append(held[name])
             group["names"].append(name)
-    nothing = {"params": [], "names": [], "lr_scale": 1.0, "weight_decay": 0.0}  # a stage whose parameters are all frozen
-    return [groups[key] for key in sorted(groups)] or [nothing]
+    return [groups[key] for key in sorted(groups)] or [_group([], [])]  # a stage whose parameters are all frozen
 
 
-def layer_scales(module: nn.Module, decay: float) -> dict[str, float]:
-    """Return *decay* to the power of a parameter's distance, in layers, from the head, which has 1 (Clark et al. 2020).
-
-    Layers are counted as timm does: the stem, each block, the head (Bao et al. 2022).
-
-    Raises:
-        UserError: the model does not name its layers.
-    """
-    from timm.models import group_parameters
-
-    if not hasattr(module, "group_matcher"):
-        name = getattr(module, "pretrained_cfg", {}).get("architecture") or type(module).__name__
-        raise UserError(f"optim.layer_decay: {decay} needs layers, which timm does not define for {name}: set it to null")
-    matcher = module.group_matcher(coarse=False)  # type: ignore[operator]
-    layers = cast("dict[str, int]", group_parameters(module, matcher, reverse=True))
-    top = max(layers.values())
-    return {name: decay ** (top - layer) for name, layer in layers.items()}
+def _group(params: list[Tensor], names: list[str], lr_scale: float = 1.0, weight_decay: float = 0.0) -> dict[str, Any]:
+    return {"params": params, "names": names, "lr_scale": lr_scale, "weight_decay": weight_decay}
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -94,10 +86,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, on_cpu: b
 
     adamw (Loshchilov and Hutter 2019) and sgd (with Nesterov momentum) are torch's. lion (Chen et al. 2023), lamb (You et al.
     2020), adafactor (big_vision's, Zhai et al. 2022) and muon (Jordan et al. 2024) are timm's. muon takes its momentum as
-    Nesterov's, steps as large as AdamW's (Liu et al. 2025), and NAdamW for what is not a matrix.
-
-    Args:
-        on_cpu: the parameters that are stepped lie in CPU memory: DeepSpeed's vectorised AdamW is taken.
+    Nesterov's, steps as large as AdamW's (Liu et al. 2025), and NAdamW for what is not a matrix. For parameters *on_cpu* adamw
+    is DeepSpeed's vectorised one.
     """
     if config.name == "adamw" and on_cpu:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -126,10 +116,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, on_cpu: b
 
 
 def allocate_state(optimizer: Optimizer) -> None:
-    """Create the state that the optimizer would create at its first step, so that it can be saved and restored before.
-
-    The parameters' values are not kept: call it before they are filled.
-    """
+    """Create the state that the optimizer's first step would; call it before parameters have values, for they change."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -145,8 +132,7 @@ def allocate_state(optimizer: Optimizer) -> None:
 
 def state_layout(config: OptimConfig) -> dict[str, torch.dtype]:
     """The tensors that ``optim.name`` keeps of each parameter, for one of the parameter's shape: names and types."""
-    group = {"params": [torch.zeros(1, 1)], "names": ["one"], "lr_scale": 1.0, "weight_decay": 0.0}
-    optimizer = build_optimizer([group], config)
+    optimizer = build_optimizer([_group([torch.zeros(1, 1)], ["one"])], config)
     allocate_state(optimizer)
     (state,) = optimizer.state.values() or ({},)
     return {key: value.dtype for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
