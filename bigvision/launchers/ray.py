@@ -21,8 +21,7 @@ from bigvision.launchers.commands import take, take_recipe, whole
 from bigvision.launchers.submit import RESTARTS
 from bigvision.runtime import RankFailure
 from bigvision.signals import SIGNALS, listening
-from bigvision.training import Result
-from bigvision.training import train_on_rank
+from bigvision.training import Result, train_on_rank
 
 POLL_SECONDS = 0.5
 """Between two looks at what the driver was asked for."""
