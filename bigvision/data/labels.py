@@ -56,11 +56,15 @@ class Coded(NamedTuple):
     """int64 (N,)"""
 
 
-def other_task(target: Target, example: str, *, key: str, where: str) -> UserError:
-    """The error for data with another *target* than a label for each image."""
+def not_a_label(target: Target, example: str, where: str) -> str:
+    """What is wrong with data that has another *target* than a label for each image."""
     what, task, instead = OTHER_TASKS[target]
     shown = f" ({example})" if example else ""
-    return UserError(f"{key}: {where} has {what}{shown}; that is for a task {task!r}, which is not supported yet; {instead}")
+    return f"{where} has {what}{shown}; that is for a task {task!r}, which is not supported yet; {instead}"
+
+
+def other_task(target: Target, example: str, *, key: str, where: str) -> UserError:
+    return UserError(f"{key}: {not_a_label(target, example, where)}")
 
 
 def coded(labels: Any) -> Coded:
