@@ -106,16 +106,6 @@ def split_name(name: str) -> SplitName | None:
     return SplitName(role, "_".join(words)) if role is not None else None
 
 
-def by_role(names: Iterable[str]) -> dict[str, list[str]] | None:
-    """The *names* by the role that they have as splits, where each has one and both training and validation are there."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        if (split := split_name(name)) is None:
-            return None
-        found.setdefault(split.role, []).append(name)
-    return found if "train" in found and len(found) > 1 else None
-
-
 def named_parts(names: Collection[str], *, key: str, where: str) -> tuple[str | None, str | None]:
     """The names of the training and of the validation part among *names*: "train" and those of `VAL_FOLDERS`, or else the only
     ones in other spellings. Raises `UserError` where there are several."""
@@ -140,10 +130,7 @@ def part_for(
     opening: Opening, train: str | None, val: str | None, *, has: str, fix: str, slash: str = ""
 ) -> tuple[str, bool]:  # fmt: skip
     """Which of the parts that `named_parts` found the split is in, and whether to hold out a tenth of it; "" is data without
-    parts.
-
-    Raises:
-        UserError: there is none: *has* and *fix* are how it begins and ends.
+    parts. *has* and *fix* are how the error begins and ends where there is none.
     """
     if opening.split == "val" and val is not None:
         return val, False
@@ -182,7 +169,7 @@ def choose_files(argument: str, suffix: str, opening: Opening) -> Chosen:
     try:
         if path.is_dir():
             found, folders = _in_folder(path, suffix, key)
-            _count_others([path] if "" in found else [files[0].parent for files in found.values()], suffix, passed_over)
+            _count_others([path] if "" in found else {files[0].parent: None for files in found.values()}, suffix, passed_over)
         else:
             files = [path] if path.is_file() else matching(str(path), suffix, key)
             for file in files:
@@ -225,7 +212,7 @@ def _in_folder(root: Path, suffix: str, key: str) -> tuple[dict[str, list[Path]]
     raise UserError(f"{key}: {str(root)!r} holds no *{suffix} file, nor do train/, val/ or data/ in it; give their folder")
 
 
-def _count_others(folders: Sequence[Path], suffix: str, passed_over: PassedOver) -> None:
+def _count_others(folders: Iterable[Path], suffix: str, passed_over: PassedOver) -> None:
     for folder in folders:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.is_dir() or entry.name.lower().endswith((suffix, ".index")) or entry.name in CLASS_FILES:
@@ -258,9 +245,10 @@ def _by_name(files: Sequence[Path]) -> dict[str, list[Path]]:
     for file in files:
         words = re.split(r"[-_.]", file.name.lower())
         found.setdefault(next((word for word in words if word in ("train", *VAL_FOLDERS)), ""), []).append(file)
-    if "" in found and (roles := by_role(file.stem for file in files)):
+    roles = [split.role if (split := split_name(file.stem)) else "" for file in files]
+    if "" in found and "" not in roles and {"train"} < set(roles):
         # Words such as "training" and "dev" count where all files have one.
-        return {role: [file for file in files if file.stem in stems] for role, stems in roles.items()}
+        return {role: [file for file, other in zip(files, roles) if other == role] for role in dict.fromkeys(roles)}
     return found
 
 
@@ -350,11 +338,7 @@ def is_within(path: str, folder: str) -> bool:
 
 
 def check_apart(train: Source, val: Source) -> None:
-    """Add a note to *val* where both sources read the same files.
-
-    Raises:
-        UserError: these are half of the validation data or more, or all of the training data.
-    """
+    """Add a note to *val* where both sources read the same files; if these are much of it, raise `UserError`."""
     ends = [os.path.realpath(source.location) for source in (train, val) if source.location]
     apart = len(ends) == 2 and not is_within(*ends) and not is_within(*reversed(ends))
     # Links lead anywhere; without them folders that are apart have no file in common.

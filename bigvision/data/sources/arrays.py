@@ -113,9 +113,6 @@ def open_arrays(argument: str, opening: Opening) -> Source:
     share it, a fixed tenth is held out. Images are uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, labels
     whole numbers or names, (N,) or (N, 1), or one-hot (N, number of classes). A ``classes.txt`` beside them has a name on
     each line, by which labels follow the training data's.
-
-    Raises:
-        UserError: missing, damaged or other arrays.
     """
     key = opening.key
     path = Path(argument).expanduser()

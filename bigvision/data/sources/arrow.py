@@ -335,7 +335,7 @@ def _open_rows(
 ) -> Source:  # fmt: skip
     """The rows of *paths*, or the split's part of them; *folders* may have a file with the classes."""
     key, where = opening.key, repr(name.partition(":")[2])
-    read = each(lambda path: _row_file(form, path, asked, key), paths, f"{key}: {form.kind} files read", tell=opening.first)
+    read = each(lambda path: _row_file(form, path, asked, key), paths, f"{key}: {form.kind} files read", report=opening.first)
     files = [file for file in read if len(file.labels.codes)]
     if not files:
         raise UserError(f"{key}: the files of {where} have no rows; write them again")
@@ -372,11 +372,7 @@ def _row_file(form: Format, path: Path, asked: dict[str, str], key: str) -> RowF
 def _label_rows(
     files: Sequence[RowFile], classes: Sequence[str] | None, folders: Sequence[Path], key: str, where: str
 ) -> Labels:
-    """The label of each row: by *classes*, or else by the files' own, by name where the files name theirs.
-
-    Raises:
-        UserError: files have other columns or classes than the first, or their labels are not as :func:`label_by` wants them.
-    """
+    """The label of each row: by *classes*, or else by the files' own, by name where the files name theirs."""
     first = files[0]
     other = next((file for file in files if file.columns != first.columns), None)
     if other is not None:

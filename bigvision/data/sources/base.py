@@ -28,7 +28,7 @@ HEADER = 1 << 16
 
 
 class Opening(NamedTuple):
-    """How a dataset is opened. Errors are a `UserError` that begins with *key*."""
+    """How a dataset is opened. Whatever is missing, damaged or not as described is a `UserError` that begins with *key*."""
 
     split: Split
     key: str

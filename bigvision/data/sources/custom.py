@@ -231,11 +231,7 @@ class MapStyle(Source):
 
 
 def as_source(dataset: Any, opening: Opening) -> Source:
-    """Return *dataset* itself where it is a source, else as a `MapStyle`; of several by name, the one for the split.
-
-    Raises:
-        UserError: it is no dataset, of other classes, or its first sample is no image with a label.
-    """
+    """Return *dataset* itself where it is a source, else as a `MapStyle`; of several by name, the one for the split."""
     key = opening.key
     dataset = choose_part(dataset, opening.split, key)
     if not isinstance(dataset, (Source, MapDataset)):
@@ -274,11 +270,7 @@ class Described:
 
 
 def describe(dataset: Any, name: str, columns: Columns | None) -> Described:
-    """Look into *dataset*, which messages call *name*; *columns* are those that the user chose.
-
-    Raises:
-        UserError: its parts do not fit together, or its labels are not one for each sample.
-    """
+    """Look into *dataset*, which messages call *name*; *columns* are those that the user chose."""
     if isinstance(dataset, Subset):
         inner = describe(dataset.dataset, name, columns)
         labels = inner.labels
@@ -305,11 +297,7 @@ def describe(dataset: Any, name: str, columns: Columns | None) -> Described:
 
 
 def choose_part(dataset: Any, split: Split, key: str) -> Any:
-    """*dataset*, or of several by name (a dict, a ``DatasetDict``) the one for *split*.
-
-    Raises:
-        UserError: it has no such part, or can only be iterated over.
-    """
+    """*dataset*, or of several by name (a dict, a ``DatasetDict``) the one for *split*."""
     hub = sys.modules.get("datasets")
     streams = (IterableDataset, *(getattr(hub, name, IterableDataset) for name in ("IterableDataset", "IterableDatasetDict")))
     kind = type(dataset).__name__

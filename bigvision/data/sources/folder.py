@@ -79,9 +79,6 @@ def open_image_folder(argument: str, opening: Opening, kind: Kind = IMAGES) -> I
 
     Args:
         kind: of the files, which may be others than images.
-
-    Raises:
-        UserError: the folder is missing, empty, or not as described.
     """
     root, key = os.path.expanduser(argument), opening.key
     if not os.path.exists(root):

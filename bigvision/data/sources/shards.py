@@ -107,13 +107,10 @@ def open_shards(argument: str, opening: Opening) -> Source:
     A sample is an image and its label, a ``.cls`` or ``.json`` of the same name, one after the other. Where the samples lie is
     found once and kept beside each shard, in ``NAME.tar.index``, where the folder allows it; a shard of another size or time is
     gone through anew. What is held out is so by a hash of its key.
-
-    Raises:
-        UserError: files are missing or damaged, or labels are not as described.
     """
     key, first = opening.key, opening.first
     chosen = choose_files(argument, ".tar", opening)
-    indexes = each(lambda file: _indexed(file, key, write=first), chosen.files, f"{key}: shards indexed", tell=first)
+    indexes = each(lambda file: _indexed(file, key, write=first), chosen.files, f"{key}: shards indexed", report=first)
     column = joined([Coded(index.names, index.labels.numpy()) for index in indexes])
     found = label_by(column.distinct, opening.classes, chosen.folders, key=key, where=repr(argument))
     labels = found.values[column.codes]

@@ -66,9 +66,6 @@ def open_table(name: str, argument: str, opening: Opening) -> ImageFolder:
 
     Args:
         name: "csv", or "tsv" for files whose columns are separated by tabs alone.
-
-    Raises:
-        UserError: files are missing or not as described, or none of the images is there.
     """
     key, split = opening.key, opening.split
     path, asked = parse_asked(argument, key, ASKED)

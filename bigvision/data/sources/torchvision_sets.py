@@ -59,9 +59,6 @@ def open_torchvision(name: str, _: str, opening: Opening) -> Source:
 
     ``val`` is the published validation split, or the test split where there is no other; where there is neither, a fixed
     tenth is held out.
-
-    Raises:
-        UserError: it is not there, damaged, or cannot be downloaded; the message names the folder for the files.
     """
     from torchvision import datasets
 

@@ -112,9 +112,6 @@ def open_volumes(argument: str, opening: Opening) -> Volumes:
 
     Volumes are ``.npy``, ``.nii`` and ``.nii.gz`` files of numbers in three dimensions. Splits are those of
     :func:`~bigvision.data.sources.folder.open_image_folder`: what is held out are whole volumes. Only headers are read.
-
-    Raises:
-        UserError: a missing folder, an unknown key or wrong value, or arrays that are no volumes.
     """
     path, _, query = argument.partition("?")
     key = opening.key
@@ -148,12 +145,13 @@ def parse_cut(query: str, key: str) -> Cut:
             raise UserError(f"{key}: unknown {name!r} in ?{query}{hint}")
         if name in found:
             raise UserError(f"{key}: {name} is twice in ?{query}; remove one")
+        fits, fix = RULES[name]
         try:
             found[name] = tuple(float(part) for part in text.split(",")) if name == "window" else int(text)
+            right = fits(found[name])
         except ValueError:
-            found[name] = None
-    for name, (fits, fix) in RULES.items():
-        if name in found and (found[name] is None or not fits(found[name])):
+            right = False
+        if not right:
             raise UserError(f"{key}: {name} in ?{query} must be {fix}")
     return Cut(**found)
 
