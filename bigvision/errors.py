@@ -50,6 +50,12 @@ def either(names: Sequence[str]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def how_to_install(extra: str) -> str:
+    """What an error says where a library of the optional *extra* is missing: true for a wheel and, as pip takes the extras of
+    what is installed, for a checkout."""
+    return f"install it with: pip install 'bigvision[{extra}]'"
+
+
 def one_line(error: BaseException) -> str:
     """What *error* says, on one line; the name of its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def stack(targets: Sequence[Any]) -> Targets:
 
 def each_tensor(change: Callable[[Any], Any], targets: Targets) -> Targets:
     """*targets* with *change* done to every tensor or array in them."""
-    if isinstance(targets, dict):
+    if isinstance(targets, Mapping):
         return {name: each_tensor(change, part) for name, part in targets.items()}
     if isinstance(targets, (list, tuple)):
         return _like(targets, [each_tensor(change, part) for part in targets])

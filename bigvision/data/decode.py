@@ -92,13 +92,15 @@ class Pixels:
         return self.values
 
 
+@dataclass
 class _Jpeg:
     """A JPEG that libjpeg-turbo takes, upright."""
 
-    channels = 3
-
-    def __init__(self, data: bytes, height: int, width: int, decoding: Decoding) -> None:
-        self.data, self.height, self.width, self.decoding = data, height, width, decoding
+    data: bytes
+    height: int
+    width: int
+    decoding: Decoding
+    channels: int = 3
 
     @classmethod
     def of(cls, data: bytes, decoding: Decoding) -> _Jpeg | None:

@@ -2,7 +2,8 @@
 
 Whole numbers from 0 on are classes themselves. Other whole numbers (from 1 on, or with large gaps) are mapped to 0, 1, 2, ...
 in their order, and their texts become the classes' names. Everything else is a name; names are sorted. A list of classes that
-is known before (the training data's, a class file's) always decides.
+is known before (the training data's, a class file's) always decides. Labels that do not fit are a `UserError`, which begins
+with *key* and names *where* they are.
 """
 
 from __future__ import annotations
@@ -56,11 +57,15 @@ class Coded(NamedTuple):
     """int64 (N,)"""
 
 
-def other_task(target: Target, example: str, *, key: str, where: str) -> UserError:
-    """The error for data with another *target* than a label for each image."""
+def not_a_label(target: Target, example: str, where: str) -> str:
+    """What is wrong with data that has another *target* than a label for each image."""
     what, task, instead = OTHER_TASKS[target]
     shown = f" ({example})" if example else ""
-    return UserError(f"{key}: {where} has {what}{shown}; that is for a task {task!r}, which is not supported yet; {instead}")
+    return f"{where} has {what}{shown}; that is for a task {task!r}, which is not supported yet; {instead}"
+
+
+def other_task(target: Target, example: str, *, key: str, where: str) -> UserError:
+    return UserError(f"{key}: {not_a_label(target, example, where)}")
 
 
 def coded(labels: Any) -> Coded:
@@ -68,21 +73,22 @@ def coded(labels: Any) -> Coded:
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "biufUS":
         distinct, codes = np.unique(labels, return_inverse=True)
         return Coded(distinct.tolist(), codes.reshape(-1).astype(np.int64))
-    numbers: dict[tuple[type, Hashable], int] = {}
-    values = [value.item() if isinstance(value, (np.generic, Tensor)) else value for value in labels]
-    # True equals 1 and 1.0, which are other labels.
-    codes = np.array([numbers.setdefault((type(value), value), len(numbers)) for value in values], dtype=np.int64)
-    return Coded([value for _, value in numbers], codes)
+    return Coded(*_distinct([value.item() if isinstance(value, (np.generic, Tensor)) else value for value in labels]))
 
 
 def joined(columns: Sequence[Coded]) -> Coded:
     """The labels of *columns*, one after the other."""
+    distinct, codes = _distinct([value for column in columns for value in column.distinct])
+    begins = np.cumsum([0, *(len(column.distinct) for column in columns)])
+    return Coded(distinct, np.concatenate([codes[begin + column.codes] for begin, column in zip(begins, columns)]))
+
+
+def _distinct(values: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+    """The different *values* in the order in which they occur, and which of them each is."""
+    # True equals 1 and 1.0, which are other labels.
     numbers: dict[tuple[type, Hashable], int] = {}
-    codes = []
-    for column in columns:
-        place = [numbers.setdefault((type(value), value), len(numbers)) for value in column.distinct]
-        codes.append(np.array(place, dtype=np.int64)[column.codes])
-    return Coded([value for _, value in numbers], np.concatenate(codes))
+    codes = [numbers.setdefault((type(value), value), len(numbers)) for value in values]
+    return [value for _, value in numbers], np.array(codes, dtype=np.int64)
 
 
 def check_all_labelled(column: Coded, where: str, at: Callable[[int], str], key: str) -> None:
@@ -129,10 +135,6 @@ def label_by(
         distinct: numbers, truth values, texts or bytes.
         known: the classes. By default those of a class file in *folders*, or else what the values give. Numbers are places in
             that file also where the classes are known, and follow them by name.
-
-    Raises:
-        UserError: numbers and names are mixed, a value is not one of the classes or none at all; the message names *key* and
-            *where*.
     """
     if any(is_missing(value) for value in distinct):
         raise UserError(f"{key}: {where} has a sample whose label is empty; remove or label it")
@@ -168,11 +170,7 @@ def class_file(folders: Sequence[Path]) -> Path | None:
 
 
 def by_name(names: Sequence[str], classes: Sequence[str], *, key: str, where: str) -> np.ndarray:
-    """Return the place of each of *names* in *classes*, int64.
-
-    Raises:
-        UserError: one is not there; the message names *key* and *where*.
-    """
+    """Return the place of each of *names* in *classes*, int64."""
     labels = {name: label for label, name in enumerate(classes)}
     missing = next((name for name in names if name not in labels), None)
     if missing is not None:
@@ -181,11 +179,7 @@ def by_name(names: Sequence[str], classes: Sequence[str], *, key: str, where: st
 
 
 def by_place(values: Sequence[int], classes: Sequence[str], *, key: str, where: str) -> np.ndarray:
-    """Return *values*, which are places in *classes*, int64.
-
-    Raises:
-        UserError: there is no such place; the message names *key* and *where*.
-    """
+    """Return *values*, which are places in *classes*, int64."""
     wrong = next((value for value in values if not 0 <= value < len(classes)), None)
     if wrong is not None:
         if min(values) > 0 and max(values) == len(classes):
@@ -201,9 +195,6 @@ def by_place(values: Sequence[int], classes: Sequence[str], *, key: str, where: 
 def read_classes(file: str, key: str) -> list[str]:
     """The classes in *file*, in the order of their labels: a name on each line, a JSON list, the label of each name
     (``{"tench": 0, ...}``), or ImageNet's class index (``{"0": ["n01440764", "tench"], ...}``), of which the first names count.
-
-    Raises:
-        UserError: the file is missing or holds something else; the message names *key*.
     """
     try:
         text = decoded(Path(file).expanduser().read_bytes())

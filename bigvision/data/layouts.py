@@ -1,7 +1,7 @@
 """Where the class folders of a split are, in a folder as people have them.
 
-`find_layout` names what it takes, and refuses in one line what can be read in two ways; a list of the classes that is known
-before (the training data's, ``data.classes``) settles it.
+`Finder` refuses in one line what can be read in two ways; a list of the classes that is known before (the training data's,
+``data.classes``) settles it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from bigvision.data.sources.base import Split
-from bigvision.data.splits import VAL_FOLDERS, Role, first_val, is_within, split_name
+from bigvision.data.decode import EXTENSIONS
+from bigvision.data.sources.base import Opening
+from bigvision.data.splits import VAL_FOLDERS, Role, first_val, is_within, part_for, split_name
 from bigvision.errors import UserError, either
 
 GENERIC = ("images", "image", "imgs", "img", "jpegimages", "photos", "pictures", "data", "dataset", "datasets")
@@ -22,6 +23,19 @@ COMPANIONS = ("labels", "label", "annotations", "annotation", "groundtruth", "gr
 SYSTEM = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "__pycache__", "thumbs.db",
           "desktop.ini")  # fmt: skip
 """What operating systems and servers leave in folders."""
+
+
+class Kind(NamedTuple):
+    """What the files of a folder are."""
+
+    dataset: str
+    """for messages, as *noun*"""
+    noun: str
+    extensions: tuple[str, ...]
+    """in lower case"""
+
+
+IMAGES = Kind("imagefolder", "image", EXTENSIONS)
 
 
 class Listing(NamedTuple):
@@ -41,7 +55,7 @@ class Tree:
     """Folders as they are on the disk, each listed once."""
 
     def __init__(self, extensions: tuple[str, ...]) -> None:
-        """Args: *extensions* of the files that are looked for, in lower case."""
+        """Args: *extensions* of the files that are looked for."""
         self.extensions = extensions
         self._listings: dict[str, Listing] = {}
         self.linked = False
@@ -130,45 +144,33 @@ class Layout(NamedTuple):
     """The reasons and paths of what lies beside the class folders."""
 
 
-def find_layout(
-    tree: Tree, root: str, split: Split, *, shared: bool, known: Sequence[str] | None, key: str, dataset: str, noun: str
-) -> Layout:
-    """Find the class folders of *split* in the folder *root*. In the order in which they are looked for:
+class Finder:
+    """Finds the class folders of a split. In the order in which they are looked for:
 
     - folders named like splits, of class folders: ``train/CLASS/FILE`` and ``val/CLASS/FILE``,
     - a single folder that holds everything, in which the search goes on,
     - class folders of folders named like splits, ``CLASS/train/FILE`` and ``CLASS/val/FILE``,
-    - class folders, ``CLASS/FILE``. They are used whole, or divided where *shared* by training and validation.
-
-    Args:
-        known: the classes, where they are known before.
-        dataset, noun: for messages: "imagefolder" and "image".
-
-    Raises:
-        UserError: there are no class folders, or they may be different ones; the message names *key*.
-        OSError: a folder cannot be listed.
+    - class folders, ``CLASS/FILE``. They are used whole, or divided where training and validation share them.
     """
-    return _Finder(tree, split, shared, known, key, dataset, noun).find(root)
 
-
-class _Finder:
-    def __init__(
-        self, tree: Tree, split: Split, shared: bool, known: Sequence[str] | None, key: str, dataset: str, noun: str
-    ) -> None:
-        self.tree, self.split, self.shared, self.known = tree, split, shared, known
-        self.key, self.dataset, self.noun = key, dataset, noun
+    def __init__(self, tree: Tree, opening: Opening, kind: Kind) -> None:
+        self.tree, self.opening, self.kind = tree, opening, kind
+        self.split, self.known, self.key, self.noun = opening.split, opening.classes, opening.key, kind.noun
         self.skipped: list[tuple[str, str]] = []
 
     def find(self, root: str) -> Layout:
+        """Look in the folder *root*. Raises `UserError`, or `OSError` where a folder cannot be listed."""
         holding = self.tree.holding(root)
-        if self.known is not None and holding and set(holding) <= set(self.known):
-            return self._class_folders(root, self.shared, may_hold_splits=True)
-        if (splits := self._splits(root, holding)) is not None:
+        if not self._are_classes(holding) and (splits := self._splits(root, holding)) is not None:
             return self._in_splits(root, *splits)
         if (inner := self._wrapped(root, holding)) is not None:
             self._skip_beside(root, [inner])
             return self.find(os.path.join(root, inner))
-        return self._class_folders(root, self.shared, may_hold_splits=True)
+        return self._class_folders(root, self.opening.shared, may_hold_splits=True)
+
+    def _are_classes(self, names: Sequence[str]) -> bool:
+        """Whether the folders *names* are known to be classes."""
+        return self.known is not None and bool(names) and set(names) <= set(self.known)
 
     # train/CLASS/FILE
 
@@ -220,21 +222,17 @@ class _Finder:
         return names[0] if names else None
 
     def _in_splits(self, root: str, train: str | None, val: str | None) -> Layout:
-        if train is None and self.split == "train":
-            raise UserError(f"{self.key}: {root!r} has {val}/ but no train/; add one, or name the training folder itself")
-        if val is None and self.split == "val" and not self.shared:
-            raise UserError(f"{self.key}: {root!r} has {train}/ but no val/; add one, or name the validation folder itself")
-        name = (val if self.split == "val" else train) or train
-        assert name is not None
+        has, fix = f"{root!r} has {val or train}/", "add one, or name this split's folder itself"
+        name, hold_out = part_for(self.opening, train, val, has=has, fix=fix, slash="/")
         if self.split == "train" or val is None:
             self._skip_beside(root, [name for name in (train, val) if name is not None])
         else:
             self.skipped.clear()  # the training split reports it
         folder = self._unwrapped(os.path.join(root, name))
-        found = self._class_folders(folder, self.shared and val is None, may_hold_splits=False)
+        found = self._class_folders(folder, hold_out, may_hold_splits=False)
         if self.split == "val" and train is not None and val is not None and self.known is None:
             # Labels follow the training folder's classes, also where validation lacks one.
-            labelled = _Finder(self.tree, "train", False, None, self.key, self.dataset, self.noun)
+            labelled = Finder(self.tree, self.opening._replace(split="train"), self.kind)
             names = labelled._class_folders(labelled._unwrapped(os.path.join(root, train)), False, may_hold_splits=False).known
             found = found._replace(known=names)
         return found
@@ -242,18 +240,15 @@ class _Finder:
     # A single folder that holds everything
 
     def _unwrapped(self, folder: str) -> str:
-        while True:
-            holding = self.tree.holding(folder)
-            if self.known is not None and holding and set(holding) <= set(self.known):
-                return folder
-            inner = self._wrapped(folder, holding)
-            if inner is None:
-                return folder
+        while (inner := self._wrapped(folder, self.tree.holding(folder))) is not None:
             self._skip_beside(folder, [inner])
             folder = os.path.join(folder, inner)
+        return folder
 
     def _wrapped(self, root: str, holding: list[str]) -> str | None:
         """The folder in *root* that holds everything, where there are several class folders or splits in it."""
+        if self._are_classes(holding):
+            return None
         generic = [name for name in holding if name.casefold() in GENERIC and self._leads_on(os.path.join(root, name))]
         if len(holding) > 1:
             if generic:
@@ -305,7 +300,7 @@ class _Finder:
 
     def _check_names(self, folder: str, names: list[str], companions: list[str], unused: list[str]) -> None:
         """Raise `UserError` where the folders may be something else than classes."""
-        if self.known is not None and set(names) <= set(self.known):
+        if self._are_classes(names):
             return
         found = [name.role for name in map(split_name, names) if name is not None and not name.rest]
         if len(names) == len(found) and "train" in found and len(set(found)) > 1:
@@ -383,7 +378,7 @@ class _Finder:
         self.skipped += [("folders beside", os.path.join(folder, name, "")) for name in listing.folders if name not in taken]
 
     def _ambiguous(self, root: str, choices: str, paths: Sequence[str]) -> UserError:
-        shown = either([f"{self.dataset}:{path}" for path in paths])
+        shown = either([f"{self.kind.dataset}:{path}" for path in paths])
         how = f"name the folder, {shown}, or list the classes in data.classes"
         return UserError(f"{self.key}: {root!r} could mean {choices}: {how}")
 

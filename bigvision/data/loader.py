@@ -185,7 +185,9 @@ class Batches(Iterator[Batch]):
         else:
             parts = [answer.images for answer in answers if answer.images is not None]
             images = parts[0] if len(parts) == 1 else torch.cat(parts)
-        targets, ids, valid = ([one for answer in answers for one in getattr(answer, name)] for name in NAMES)
+        targets, ids, valid = (
+            [one for answer in answers for one in getattr(answer, name)] for name in ("targets", "ids", "valid")
+        )
         mix = Mix.join(mixes) if mixes else None
         return [
             Batch(
@@ -213,11 +215,7 @@ class Batches(Iterator[Batch]):
                 worker.kill()
 
     def _begin(self) -> None:
-        with signals_held(), main_hidden():
-            self._answers: Iterator[Answer | UserError] = iter(self._loader())
-
-    def _loader(self) -> DataLoader:
-        """That of the samples from those on that are due."""
+        """Start with the samples that are due."""
         ours = self._reader
         reader = Reader(ours.source, ours.transform, ours.seed, ours.stream, ours.mixer)
         parts = -(-self._together // UNIT) if self._workers else 1
@@ -225,7 +223,7 @@ class Batches(Iterator[Batch]):
             # For what workers have in advance, what is asked for, and what came before it, which its user may still have.
             reader.slots = self._slots = Slots(2 + -(-2 * self._workers // parts), self._together, reader.shape)
         inherits = bool(self._workers) and needs_main((reader.source, reader.transform))
-        return DataLoader(
+        loader = DataLoader(
             reader,
             batch_size=None,
             sampler=_cut(self._requests(self._taken), parts, reader.slots),
@@ -237,6 +235,8 @@ class Batches(Iterator[Batch]):
             # DataLoader draws a seed for its workers: without this one, from the global generator.
             generator=torch.Generator(),
         )
+        with signals_held(), main_hidden():
+            self._answers: Iterator[Answer | UserError] = iter(loader)
 
     def __enter__(self) -> Batches:
         return self
@@ -247,9 +247,6 @@ class Batches(Iterator[Batch]):
     def __del__(self) -> None:
         if hasattr(self, "_answers"):
             self.close()
-
-
-NAMES = ("targets", "ids", "valid")
 
 
 def _cut(requests: Iterator[Request], parts: int, slots: Slots | None) -> Iterator[Request]:

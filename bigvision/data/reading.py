@@ -7,6 +7,7 @@ import mmap
 import os
 import tempfile
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from multiprocessing.reduction import DupFd, ForkingPickler
@@ -39,11 +40,6 @@ class Request(NamedTuple):
     slot: int | None = None
     """Where the images of all of them go, of the reader's slots."""
 
-    def places(self, stream: Stream | None) -> list[Place]:
-        if stream is not None:
-            return stream.places(self.start, self.start + self.valid)
-        return [Place(0, index) for index in range(self.start, self.start + self.valid)]
-
 
 class BadSample(NamedTuple):
     """A sample that could not be read."""
@@ -74,7 +70,7 @@ class Answer:
             self.images = self.images.pin_memory()
         elif self.slots is not None and self.request.slot is not None:
             begin = self.request.begin
-            slots_of(self.slots).pin(self.request.slot, begin, begin + self.request.size)
+            _slots[self.slots].pin(self.request.slot, begin, begin + self.request.size)
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -126,7 +122,10 @@ class Reader(Dataset):
             return error  # raised where it arrives: `DataLoader` would put the worker's traceback into its one line
 
     def _answer(self, request: Request) -> Answer:
-        places = request.places(self.stream)
+        start, stop = request.start, request.start + request.valid
+        places = [Place(0, index) for index in range(start, stop)]
+        if self.stream is not None:
+            places = self.stream.places(start, stop)
         shape = self.shape
         images = None if shape is None else self._memory(request, shape)
         # What only makes pixels has to make the first of them before the shape is known.
@@ -142,10 +141,10 @@ class Reader(Dataset):
                 buffers = images[first : first + ahead].unbind()
                 filled = [self._fill(*each, bad) for each in zip(buffers, opened, some)]
                 for buffer, one in zip(buffers, filled):
-                    taken.append(one if one.begun is None else one._replace(target=one.begun.finish(buffer)))
+                    taken.append(one if one.opened is None else one._replace(target=one.opened.finish(buffer)))
             if images is None:
                 images = self._memory(request, self._shape_of([]))
-        valid = [one.begun is not None for one in taken]
+        valid = [one.opened is not None for one in taken]
         if padding := request.size - len(taken):
             images[len(taken) :] = 0
             taken += (taken[-1:] or [_Taken(None, self.source.label(0), 0)]) * padding
@@ -161,7 +160,7 @@ class Reader(Dataset):
             None if self.slots is None else self.slots.key,
         )
 
-    def _open(self, place: Place, read: Place) -> _Opened | UnreadableSample:
+    def _open(self, place: Place, read: Place) -> Begun | _Made | UnreadableSample:
         """The sample *read*, which stands at *place*, with what is random of it drawn."""
         try:
             image, target = self.source.read(read.id)
@@ -170,9 +169,9 @@ class Reader(Dataset):
             seed = seed_from("augment", self.seed, place.epoch, place.id, place.repeat)
             if isinstance(self.transform, Steps):
                 torch.default_generator.manual_seed(seed)
-                return _Opened(self.transform.begin(image, target), target)
+                return self.transform.begin(image, target)
             seed_everything(seed)
-            return _Opened(self._made(self.transform(image, target), read), target)
+            return self._made(self.transform(image, target), read)
         except UnreadableSample as error:
             return error
 
@@ -198,15 +197,15 @@ class Reader(Dataset):
             )
         return _Made(*made)
 
-    def _fill(self, buffer: Tensor, opened: _Opened | UnreadableSample, place: Place, bad: list[BadSample]) -> _Taken:
+    def _fill(self, buffer: Tensor, opened: Begun | _Made | UnreadableSample, place: Place, bad: list[BadSample]) -> _Taken:
         """Put the pixels of a sample, or of its stand-in, into *buffer*."""
         read = place
         for _ in range(self.TRIES):
             try:
                 if isinstance(opened, UnreadableSample):
                     raise opened
-                opened.begun.fill(buffer)
-                return _Taken(opened.begun, opened.target, read.id)
+                opened.fill(buffer)
+                return _Taken(opened, None, read.id)
             except UnreadableSample as error:
                 bad.append(BadSample(read.id, self.source.where(read.id), str(error)))
             if self.stream is None:
@@ -228,8 +227,8 @@ class Reader(Dataset):
         channels, height, width = shape
         return torch.empty(request.size, height, width, channels, dtype=torch.uint8).permute(0, 3, 1, 2)
 
-    def _shape_of(self, opened: list[_Opened | UnreadableSample]) -> tuple[int, ...]:
-        made = next((one.begun.pixels for one in opened if isinstance(one, _Opened) and isinstance(one.begun, _Made)), None)
+    def _shape_of(self, opened: Sequence[object]) -> tuple[int, ...]:
+        made = next((one.pixels for one in opened if isinstance(one, _Made)), None)
         if made is None:
             made, _ = self.transform(torch.zeros(self.source.channels, 8, 8, dtype=torch.uint8), self.source.label(0))
         return tuple(made.shape)
@@ -244,7 +243,7 @@ class Reader(Dataset):
             ) from error
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(loads(state["sent"]))
+        vars(self).update(ForkingPickler.loads(state["sent"]))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Made(NamedTuple):
@@ -265,13 +264,8 @@ class _Made(NamedTuple):
         return self.target
 
 
-class _Opened(NamedTuple):
-    begun: Begun | _Made
-    target: Any
-
-
 class _Taken(NamedTuple):
-    begun: Begun | _Made | None
+    opened: Begun | _Made | None
     """None where nothing could be read"""
     target: Any
     id: int
@@ -353,10 +347,6 @@ def dumps(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def loads(data: bytes) -> Any:
-    return ForkingPickler.loads(data)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 class _Sender(ForkingPickler):
     def __init__(self, buffer: BytesIO) -> None:
         super().__init__(buffer, 5)
@@ -411,7 +401,7 @@ class Slots:
         self._free = list(range(count))
         self._pinned: dict[int, Tensor] = {}
         self.key = next(_numbers)
-        _known[self.key] = self
+        _slots[self.key] = self
 
     @property
     def nbytes(self) -> int:
@@ -449,10 +439,5 @@ class Slots:
         return {"_memory": self._memory, "_shape": self._shape, "key": self.key}
 
 
-def slots_of(key: int) -> Slots:
-    """Those of this process that have the *key*."""
-    return _known[key]
-
-
 _numbers = itertools.count()
-_known: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
+_slots: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()

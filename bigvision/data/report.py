@@ -97,8 +97,8 @@ def _found(source: Source, *, with_classes: bool) -> str:
     text = _counted(len(source), source.noun)
     if with_classes:
         text += f" in {_counted(len(source.classes), 'class')}"
-    sources = source.sources if isinstance(source, Mixture) else [source]
-    text += f" ({' + '.join(_plain(_shortened(one.location) or one.name) for one in sources)})"
+    sources, here = source.sources if isinstance(source, Mixture) else [source], os.path.join(os.getcwd(), "")
+    text += f" ({' + '.join(_plain(one.location.removeprefix(here) or one.name) for one in sources)})"
     passed_over = PassedOver()
     for one in sources:
         passed_over.include(one.passed_over)
@@ -121,12 +121,6 @@ def _sizes(source: Source) -> str:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
-
-
-def _shortened(path: str) -> str:
-    """*path*, relative where it is below the working directory."""
-    here = os.path.join(os.getcwd(), "")
-    return path.removeprefix(here)
 
 
 def _plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Which samples are a split's: by the names of folders and files, or held out by a hash.
+"""Which files and samples are a split's: by the names of folders and files, or held out by a hash.
 
 A dataset without a validation part is divided by `part`, in the same way for every source: samples are ranked by a hash, and
 the first tenth of each class is held out. What is hashed differs, since runs of earlier versions resume with the samples that
@@ -9,16 +9,20 @@ data that has no names (arrays, some of torchvision's sets) counts as one class 
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
+from itertools import product
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
+import xxhash
 
-from bigvision.data.sources.base import Sample, Source, Split
+from bigvision.data.labels import CLASS_FILES
+from bigvision.data.sources.base import Opening, PassedOver, Source, Split, Subset
 from bigvision.errors import UserError
 
 HELD_OUT = 0.1
@@ -33,55 +37,20 @@ ROLES: dict[str, Role] = {
 }
 FILLERS = ("set", "data", "dataset", "split", "folder", "images", "image", "imgs", "img")
 """Words that say nothing in the name of a split's folder: train_set, TestImages, val-data."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+MOST_FILES = 1_000_000
 
 
 # Holdouts
 
 
-class Subset(Source):
-    """The samples *indices* of another source, in that order: what training or validation gets of data that both share."""
-
-    divided = True
-
-    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
-        self.source = source
-        self.name, self.classes, self.style, self.channels = source.name, source.classes, source.style, source.channels
-        self.location, self.linked = source.location, source.linked
-        self.noun, self.passed_over, self.notes = source.noun, source.passed_over, source.notes
-        # A tensor: workers share it.
-        self.indices = torch.as_tensor(np.asarray(indices, dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> Sample:
-        return self.source.read(int(self.indices[index]))
-
-    def label(self, index: int) -> int:
-        return self.source.label(int(self.indices[index]))
-
-    def where(self, index: int) -> str:
-        return self.source.where(int(self.indices[index]))
-
-    def key(self, index: int) -> bytes:
-        return self.source.key(int(self.indices[index]))
-
-    def size(self, index: int) -> int:
-        return self.source.size(int(self.indices[index]))
-
-    def image_size(self, index: int) -> tuple[int, int] | None:
-        return self.source.image_size(int(self.indices[index]))
-
-    def origins(self) -> Iterable[str]:
-        return self.source.origins()
-
-
-def part(hashes: np.ndarray, labels: np.ndarray, split: Split) -> np.ndarray:
+def part(hashes: np.ndarray, labels: np.ndarray, split: Split, otherwise: str) -> np.ndarray:
     """The samples of *split* in a set that training and validation share: a fixed tenth of each class is held out.
 
     Args:
         hashes: (N,) of what each sample is called, so that samples added later hardly move others between the splits.
         labels: (N,) whole numbers.
+        otherwise: the error where each class has one sample.
 
     Returns:
         Ascending indices, int64. At least one of each class stays for training.
@@ -90,19 +59,27 @@ def part(hashes: np.ndarray, labels: np.ndarray, split: Split) -> np.ndarray:
     _, begin, which, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
     held = np.minimum(np.maximum(1, np.rint(HELD_OUT * counts)), counts - 1)
     is_held = np.arange(len(order)) - begin[which] < held[which]
-    return np.sort(order[is_held if split == "val" else ~is_held])
+    kept = np.sort(order[is_held if split == "val" else ~is_held])
+    if not len(kept):
+        raise UserError(otherwise)
+    return kept
 
 
-def hold_out(source: Source, split: Split) -> Subset:
+def hold_out(source: Source, split: Split, otherwise: str) -> Subset:
     """A fixed tenth of *source* for ``val``, the rest for ``train``, whatever the classes: for data that has no names."""
+    if len(source) < 2:
+        raise UserError(otherwise)
     # A counter-based generator is a hash of the index.
     hashes = np.random.Philox(key=0).random_raw(len(source))
-    return Subset(source, part(hashes, np.zeros(len(source), dtype=np.int64), split))
+    return Subset(source, part(hashes, np.zeros(len(source), dtype=np.int64), split, otherwise))
 
 
-def hash_file_names(names: Iterable[str]) -> np.ndarray:
-    """uint64 (N,): the first bytes of a BLAKE2b hash of each name."""
+def blake2_hashes(names: Iterable[str]) -> np.ndarray:
     return np.array([int.from_bytes(hashlib.blake2b(os.fsencode(name)).digest()[:8], "big") for name in names], dtype=np.uint64)
+
+
+def xxh3_hashes(names: Iterable[bytes]) -> np.ndarray:
+    return np.array([xxhash.xxh3_64_intdigest(name) for name in names], dtype=np.uint64)
 
 
 # The names of splits
@@ -129,16 +106,6 @@ def split_name(name: str) -> SplitName | None:
     return SplitName(role, "_".join(words)) if role is not None else None
 
 
-def by_role(names: Iterable[str]) -> dict[str, list[str]] | None:
-    """The *names* by the role that they have as splits, where each has one and both training and validation are there."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        if (split := split_name(name)) is None:
-            return None
-        found.setdefault(split.role, []).append(name)
-    return found if "train" in found and len(found) > 1 else None
-
-
 def named_parts(names: Collection[str], *, key: str, where: str) -> tuple[str | None, str | None]:
     """The names of the training and of the validation part among *names*: "train" and those of `VAL_FOLDERS`, or else the only
     ones in other spellings. Raises `UserError` where there are several."""
@@ -159,9 +126,167 @@ def named_parts(names: Collection[str], *, key: str, where: str) -> tuple[str | 
     return "train" if "train" in names else only(found["train"]), val or only(found["val"]) or only(found["test"])
 
 
+def part_for(
+    opening: Opening, train: str | None, val: str | None, *, has: str, fix: str, slash: str = ""
+) -> tuple[str, bool]:  # fmt: skip
+    """Which of the parts that `named_parts` found the split is in, and whether to hold out a tenth of it; "" is data without
+    parts. *has* and *fix* are how the error begins and ends where there is none.
+    """
+    if opening.split == "val" and val is not None:
+        return val, False
+    if train is None or (train and opening.split == "val" and not opening.shared):
+        lacks = "train" if opening.split == "train" or opening.shared else "val"
+        raise UserError(f"{opening.key}: {has} but no {lacks}{slash}; {fix}")
+    return train, opening.shared and val is None
+
+
 def first_val(names: Collection[str]) -> str | None:
     """The name of the validation part among *names*, which are as in `VAL_FOLDERS`."""
     return next((name for name in VAL_FOLDERS if name in names), None)
+
+
+# Files
+
+
+class Chosen(NamedTuple):
+    files: list[Path]
+    hold_out: bool
+    """Whether training and validation share these files, so that a part of the samples is to be held out."""
+    folders: list[Path]
+    """Where a file with the classes may lie."""
+    passed_over: PassedOver
+    """Other files in the folder."""
+
+
+def choose_files(argument: str, suffix: str, opening: Opening) -> Chosen:
+    """Find a split's files in *argument*: a file, a pattern (with ``{000..009}``, ``{a,b}``, ``*``, ``?``), or a folder.
+
+    A folder's files belong to the splits whose names (train; val, valid, validation, test; or another spelling) its subfolders
+    have, or else words of the files' names; without such names they are used whole. So are a pattern's, unless it matches
+    files of both splits. Raises `UserError` where there are none, or they are compressed.
+    """
+    path, key, passed_over = Path(argument).expanduser(), opening.key, PassedOver()
+    try:
+        if path.is_dir():
+            found, folders = _in_folder(path, suffix, key)
+            _count_others([path] if "" in found else {files[0].parent: None for files in found.values()}, suffix, passed_over)
+        else:
+            files = [path] if path.is_file() else matching(str(path), suffix, key)
+            for file in files:
+                _refuse_compressed(file, key)
+            found, folders = _by_name(files), [files[0].parent, files[0].parent.parent]
+            if "train" not in found or not first_val(found):
+                found = {"": files}
+    except OSError as error:
+        raise UserError(f"{key}: cannot list {error.filename!r}: {error.strerror}; make it readable") from error
+    if "" in found and len(found) > 1:
+        raise UserError(f"{key}: is {str(found[''][0])!r} for training or validation? rename it, or name files by a pattern")
+    train, val = "train" if "train" in found else None, first_val(found)
+    if train is None and val is None:
+        return Chosen(found[""], opening.shared, folders, passed_over)
+    fix = "add it, or name this split's files by a pattern"
+    name, hold = part_for(opening, train, val, has=f"{argument!r} has {val or train}", fix=fix)
+    files = found[name]
+    # Each split's own list of the classes is the one that its numbers are places in.
+    folders.sort(key=lambda folder: folder != files[0].parent)
+    return Chosen(files, hold, folders, passed_over)
+
+
+def _in_folder(root: Path, suffix: str, key: str) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The files by split, "" where there are no splits, and the folders in which a file with the classes may lie."""
+    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and split_name(entry.name) is not None)
+    parts = {name: files for name in inside if (files := _listed(root / name, suffix, key))}
+    train, val = named_parts(parts, key=key, where=repr(str(root)))
+    if train is not None or val is not None:
+        known = val if val in VAL_FOLDERS else "val"
+        chosen = {role: parts[name] for role, name in (("train", train), (known, val)) if name is not None}
+        return chosen, [root, *dict.fromkeys(files[0].parent for files in chosen.values())]
+    # The Hub keeps a dataset's files in data/.
+    for folder in (root, root / "data"):
+        if files := _listed(folder, suffix, key):
+            return _by_name(files), [root, folder]
+    inside = [entry for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    if len(inside) == 1:  # one more level, as archives have it
+        found, folders = _in_folder(Path(inside[0].path), suffix, key)
+        return found, [root, *folders]
+    raise UserError(f"{key}: {str(root)!r} holds no *{suffix} file, nor do train/, val/ or data/ in it; give their folder")
+
+
+def _count_others(folders: Iterable[Path], suffix: str, passed_over: PassedOver) -> None:
+    for folder in folders:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.is_dir() or entry.name.lower().endswith((suffix, ".index")) or entry.name in CLASS_FILES:
+                continue
+            reason = os.path.splitext(entry.name)[1].lower() or "without an extension"
+            passed_over.add("hidden" if entry.name.startswith(".") else reason, entry.name)
+
+
+def _listed(folder: Path, suffix: str, key: str) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    files = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
+    found = [file for file in files if file.name.lower().endswith(suffix)]
+    for file in files:
+        plain = file.with_suffix(".tar" if file.suffix == ".tgz" else "")
+        if plain.name.lower().endswith(suffix) and plain not in found:
+            _refuse_compressed(file, key)
+    return found
+
+
+def _refuse_compressed(file: Path, key: str) -> None:
+    # Samples are read where they lie, which a compressed stream does not allow; and images hardly get smaller.
+    if file.suffix.lower() in (*COMPRESSED, ".tgz"):
+        raise UserError(f"{key}: {str(file)!r} is compressed; decompress it")
+
+
+def _by_name(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files by the split that their names tell, ``""`` where they do not."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[-_.]", file.name.lower())
+        found.setdefault(next((word for word in words if word in ("train", *VAL_FOLDERS)), ""), []).append(file)
+    roles = [split.role if (split := split_name(file.stem)) else "" for file in files]
+    if "" in found and "" not in roles and {"train"} < set(roles):
+        # Words such as "training" and "dev" count where all files have one.
+        return {role: [file for file, other in zip(files, roles) if other == role] for role in dict.fromkeys(roles)}
+    return found
+
+
+def matching(pattern: str, suffix: str, key: str) -> list[Path]:
+    """The files that *pattern* names, those ending in *suffix* or compressed. Raises `UserError` where there are none."""
+    files: dict[str, None] = {}
+    for name in _braces(pattern, key):
+        if glob.has_magic(name):
+            matched = (file for file in sorted(glob.glob(name)) if os.path.isfile(file))
+            files.update((file, None) for file in matched if file.lower().endswith((suffix, ".tgz", *COMPRESSED)))
+        elif os.path.isfile(name):
+            files[name] = None
+        else:
+            hint = near_path(name) or f"; {from_the_hub(pattern) or 'give an existing file, pattern or folder'}"
+            raise UserError(f"{key}: no file {name!r}{hint}")
+    if not files:
+        raise UserError(f"{key}: no file matches {pattern!r}; give an existing file, pattern or folder")
+    return [Path(file) for file in files]
+
+
+def _braces(pattern: str, key: str) -> list[str]:
+    """Expand ``{000..009}`` and ``{a,b}`` as shells do."""
+    pieces: list[list[str]] = []
+    count = 1
+    for piece in re.split(r"(\{[^{}]*\})", pattern):
+        span = re.fullmatch(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}", piece)
+        if span:
+            begin, end = int(span[1]), int(span[2])
+            count *= max(0, end - begin + 1)
+            if count > MOST_FILES:
+                raise UserError(f"{key}: {pattern!r} names more than {MOST_FILES:,} files; correct the braces")
+            width = max(len(span[1]), len(span[2])) if "0" in (span[1][0], span[2][0]) else 0
+            pieces.append([f"{number:0{width}}" for number in range(begin, end + 1)])
+        elif piece.startswith("{") and "," in piece:
+            pieces.append(piece[1:-1].split(","))
+        else:
+            pieces.append([piece])
+    return ["".join(parts) for parts in product(*pieces)]
 
 
 # Paths
@@ -212,32 +337,24 @@ def is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def check_apart(train: Source, val: Source) -> str:
-    """Return a note of the files that both sources read, "" where there is none.
-
-    Raises:
-        UserError: they are half of the validation data or more, or all of the training data.
-    """
-    ours, theirs = in_both(train, val)
+def check_apart(train: Source, val: Source) -> None:
+    """Add a note to *val* where both sources read the same files; if these are much of it, raise `UserError`."""
+    ends = [os.path.realpath(source.location) for source in (train, val) if source.location]
+    apart = len(ends) == 2 and not is_within(*ends) and not is_within(*reversed(ends))
+    # Links lead anywhere; without them folders that are apart have no file in common.
+    if not train.linked and not val.linked and (apart or not _folders(train) & _folders(val)):
+        return
+    ours, theirs = _resolved(train), _resolved(val)
     if not (both := ours & theirs):
-        return ""
+        return
     if 2 * len(both) >= len(theirs) or both == ours:
         raise UserError(
             f"data.val: {val.name} has {len(both):,} files that data.train, {train.name}, trains on, as {min(both)!r}: give "
             "other validation data, or the same in both, without a validation part, so that a tenth is held out"
         )
     number = f"{len(both):,} of the {len(theirs):,} files of {val.name}"
-    return f"{number} are in the training data too, as {min(both)!r}: what was seen in training tells little of other images"
-
-
-def in_both(train: Source, val: Source) -> tuple[set[str], set[str]]:
-    """The files of each source, resolved; nothing where they have none in common."""
-    ends = [os.path.realpath(source.location) for source in (train, val) if source.location]
-    apart = len(ends) == 2 and not is_within(*ends) and not is_within(*reversed(ends))
-    # Links lead anywhere; without them folders that are apart have no file in common.
-    if not train.linked and not val.linked and (apart or not _folders(train) & _folders(val)):
-        return set(), set()
-    return _resolved(train), _resolved(val)
+    note = f"{number} are in the training data too, as {min(both)!r}: what was seen in training tells little of other images"
+    val.notes = (*val.notes, note)
 
 
 def _folders(source: Source) -> set[str]:

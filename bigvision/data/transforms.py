@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torchvision.tv_tensors import Mask, TVTensor
 from bigvision.data.decode import AS_USUAL, Decoding, Picture, open_picture
 from bigvision.data.sources.base import Style, UnreadableSample
 from bigvision.errors import UserError
+from bigvision.samples import each_tensor
 
 Transform = Callable[["bytes | Tensor | Image.Image", Any], tuple[Tensor, Any]]
 """From an image and its target to uint8 pixels (C, H, W) and the target that belongs to them."""
@@ -29,6 +31,14 @@ Size = tuple[int, int]
 """height and width"""
 MOVING = (v2.RandomCrop, v2.RandomHorizontalFlip, v2.RandomAffine)
 """The steps after the crop that act on masks and boxes too."""
+POLICY: dict[Policy, Callable[[], v2.Transform]] = {
+    "randaugment": lambda: v2.RandAugment(interpolation=InterpolationMode.BILINEAR),
+    "autoaugment": lambda: v2.AutoAugment(interpolation=InterpolationMode.BILINEAR),
+    "trivialaugment": lambda: v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR),
+    "three-augment": lambda: v2.RandomChoice(
+        [v2.RandomGrayscale(1.0), v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(9, (0.1, 2.0))]
+    ),
+}
 POLICIES = (v2.RandAugment, v2.AutoAugment, v2.TrivialAugmentWide)
 """Steps that turn and shift an image, which torchvision cannot do to masks and boxes."""
 
@@ -98,7 +108,14 @@ def transform(
     else:
         # After the resize: at 8x8 a shift of a tenth would be less than a pixel.
         steps = [v2.RandomAffine((-10, 10), translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR)]
-    return Steps(crop, steps + _policy(policy) + _colours(jitter, erase, channels), decoding, flip=style == "photo")
+    if policy != "none":
+        steps.append(POLICY[policy]())
+    if jitter:
+        steps.append(v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4)))
+    if erase:
+        mean_colour: Any = [124, 116, 104] if channels == 3 else 115
+        steps.append(v2.RandomErasing(erase, value=mean_colour))
+    return Steps(crop, steps, decoding, flip=style == "photo")
 
 
 def check_channels(channels: int, policy: Policy, jitter: float) -> None:
@@ -136,13 +153,15 @@ class Steps:
         rectangle = self.crop.choose(picture.height, picture.width)
         rectangle.check(self.decoding.max_pixels)
         flipped = self.flip and torch.rand(1).item() < 0.5
-        if _moves(target):
+        moving: list[Tensor] = []
+        _each(target, lambda part: moving.append(part) or part)
+        if moving:
             if any(isinstance(step, POLICIES) for step in self.steps):
                 raise UserError(
                     "data.policy: it turns and shifts images, but not their masks and boxes: use none or three-augment"
                 )
             target = _each(target, lambda part: self._moved(part, (picture.height, picture.width), rectangle, flipped))
-        return Begun(self, picture, target, rectangle, flipped, torch.get_rng_state() if self.steps else None)
+        return Begun(self, picture, target, rectangle, flipped, bool(moving), torch.get_rng_state() if self.steps else None)
 
     def _moved(self, part: Tensor, whole: Size, rectangle: Rectangle, flipped: bool) -> Tensor:
         """What belongs to an image of the size *whole*, with the crop and the flip of its pixels."""
@@ -159,14 +178,19 @@ class Steps:
         return F.horizontal_flip(part) if flipped else part
 
 
+@dataclass
 class Begun:
     """An image whose crop is drawn, and whose pixels are still to be made."""
 
-    def __init__(
-        self, steps: Steps, picture: Picture, target: Any, rectangle: Rectangle, flipped: bool, generator: Tensor | None
-    ) -> None:  # fmt: skip
-        self.steps, self.picture, self.target, self.rectangle = steps, picture, target, rectangle
-        self.flipped, self.generator = flipped, generator
+    steps: Steps
+    picture: Picture
+    target: Any
+    rectangle: Rectangle
+    flipped: bool
+    moves: bool
+    """whether the target has masks, boxes or the like"""
+    generator: Tensor | None
+    """torch's state for the steps after the crop"""
 
     def fill(self, buffer: Tensor) -> None:
         """Decode, crop and resize into *buffer*, uint8 (C, height, width). Raises `UnreadableSample`."""
@@ -180,9 +204,9 @@ class Begun:
             buffer.copy_(buffer.flip(-1))
         if self.generator is not None:
             torch.set_rng_state(self.generator)
-            values, moves = buffer, _moves(self.target)
+            values = buffer
             for step in self.steps.steps:
-                if moves and isinstance(step, MOVING):
+                if self.moves and isinstance(step, MOVING):
                     values, self.target = step(ImageTensor(values), self.target)
                 else:
                     values = step(values)
@@ -190,23 +214,9 @@ class Begun:
         return self.target
 
 
-def _moves(target: Any) -> bool:
-    """Whether *target* has masks, boxes or the like."""
-    found: list[Tensor] = []
-    _each(target, lambda part: found.append(part) or part)
-    return bool(found)
-
-
 def _each(target: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """*target* with each of torchvision's tensors in it changed."""
-    if isinstance(target, TVTensor):
-        return change(target)
-    if isinstance(target, Mapping):
-        return {key: _each(value, change) for key, value in target.items()}
-    if isinstance(target, (list, tuple)):
-        parts = [_each(value, change) for value in target]
-        return type(target)(*parts) if hasattr(target, "_fields") else type(target)(parts)
-    return target
+    return each_tensor(lambda part: change(part) if isinstance(part, TVTensor) else part, target)
 
 
 class Rectangle(NamedTuple):
@@ -341,26 +351,3 @@ def _native(mode: InterpolationMode) -> bool:
     """Whether torchvision has PyTorch resize bytes as they are; elsewhere it goes through floats, which round otherwise."""
     wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
     return wide or mode != InterpolationMode.BILINEAR
-
-
-def _policy(name: Policy) -> list[v2.Transform]:
-    bilinear = InterpolationMode.BILINEAR
-    if name == "randaugment":
-        return [v2.RandAugment(interpolation=bilinear)]
-    if name == "autoaugment":
-        return [v2.AutoAugment(interpolation=bilinear)]
-    if name == "trivialaugment":
-        return [v2.TrivialAugmentWide(interpolation=bilinear)]
-    if name == "three-augment":
-        return [v2.RandomChoice([v2.RandomGrayscale(1.0), v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(9, (0.1, 2.0))])]
-    return []
-
-
-def _colours(jitter: float, erase: float, channels: int) -> list[v2.Transform]:
-    steps: list[v2.Transform] = []
-    if jitter:
-        steps.append(v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4)))
-    if erase:
-        mean: Any = [124, 116, 104] if channels == 3 else 115
-        steps.append(v2.RandomErasing(erase, value=mean))
-    return steps

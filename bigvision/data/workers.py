@@ -157,17 +157,17 @@ def settle(worker: int) -> None:
 # Threads.
 
 
-def each(function: Callable[[Item], Found], items: Sequence[Item], what: str, *, tell: bool) -> list[Found]:
+def each(function: Callable[[Item], Found], items: Sequence[Item], what: str, *, report: bool) -> list[Found]:
     """Return *function* of each of *items*, several at a time; raises the first error, in their order, of those that ended.
 
     Args:
         what: is done, with what, as in "data.train: shards indexed".
-        tell: write to stderr every few seconds how many are done.
+        report: write to stderr every few seconds how many are done.
     """
     with ThreadPoolExecutor(min(THREADS, len(items) or 1)) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
-            while (state := wait(futures, EVERY if tell else None, FIRST_EXCEPTION)).not_done:
+            while (state := wait(futures, EVERY if report else None, FIRST_EXCEPTION)).not_done:
                 if any(future.exception() for future in state.done):
                     break
                 print(f"{what}: {len(state.done)} of {len(futures)}", file=sys.stderr, flush=True)

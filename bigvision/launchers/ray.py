@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bigvision.config import Config, load_config, resolve
-from bigvision.errors import Stopped, UserError, one_line
+from bigvision.errors import Stopped, UserError, how_to_install, one_line
 from bigvision.launchers.commands import take, take_recipe, whole
 from bigvision.launchers.submit import RESTARTS
 from bigvision.runtime import RankFailure
@@ -116,7 +116,7 @@ def import_ray(ask: Ask) -> Any:
         import ray
         import ray.train.torch
     except ImportError as error:
-        raise UserError(f"bigvision ray needs Ray ({one_line(error)}): pip install 'bigvision[ray]'") from None
+        raise UserError(f"bigvision ray needs Ray ({one_line(error)}); {how_to_install('ray')}") from None
     return ray
 
 

@@ -109,10 +109,10 @@ def test_a_training_part_alone(tmp_path):
     write(tmp_path / "train", pixels(30, 5, 5), np.arange(30) % 3)
     train, val = (open_source(f"arrays:{tmp_path}", split) for split in ("train", "val"))
     assert (len(train), len(val)) == (27, 3)
-    assert "none for validation" in refusal(tmp_path, "val", shared=False)
+    assert "but no val" in refusal(tmp_path, "val", shared=False)
     other = tmp_path / "other"
     write(other / "val", pixels(3, 5, 5), np.arange(3))
-    assert "none for training" in refusal(other)
+    assert "but no train" in refusal(other)
     assert len(open_source(f"arrays:{other}", "val", shared=False)) == 3
 
 
@@ -142,7 +142,7 @@ def test_workers_map_the_file_themselves(tmp_path):
     images = pixels(50, 100, 100)
     source = open_source(f"arrays:{write(tmp_path, images, np.arange(50) % 5)}", "train", shared=False)
     source.read(3)
-    assert isinstance(source._mapped, np.memmap)
+    assert isinstance(source._images._mapped, np.memmap)
     assert len(bytes(ForkingPickler.dumps(source))) < 5000
     plain = transform("photo", 100, train=False, crop_pct=1.0)
     found = {}

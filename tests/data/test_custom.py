@@ -15,6 +15,7 @@ from torchvision import datasets
 from bigvision.data import MapStyle, UnreadableSample, eval_batches, open_source, transform
 from bigvision.data.decode import open_picture
 from bigvision.data.sources import open_both
+from bigvision.data.sources.base import Opening
 from bigvision.data.sources.custom import as_source
 from bigvision.errors import UserError
 
@@ -141,7 +142,7 @@ def test_in_place_of_a_name():
     with pytest.raises(UserError, match=r"^data.val: the 2 classes of Listed are not the 3 of the training data"):
         open_source(Listed(dataset.items, classes=["x", "y"]), "val", classes=["a", "b", "c"])
     with pytest.raises(UserError, match=r"^some.key: int has no __len__"):
-        as_source(3, key="some.key", classes=None)  # type: ignore[arg-type]
+        as_source(3, Opening("train", "some.key"))  # type: ignore[arg-type]
 
 
 def test_workers():

@@ -80,7 +80,7 @@ def test_labels_are_mapped_and_followed(tmp_path):
         (lambda folder: (folder / "state.json").write_text("{"), "is damaged"),
         (lambda folder: (folder / "state.json").write_text("[]"), "it is no object"),
         (lambda folder: (folder / "state.json").write_text('{"_data_files": [{"filename": "../x"}]}'), "of another version"),
-        (lambda folder: (folder / "state.json").write_text('{"_data_files": []}'), "has no rows"),
+        (lambda folder: (folder / "state.json").write_text('{"_data_files": []}'), "have no rows"),
         (lambda folder: (folder / "data-00000-of-00002.arrow").write_bytes(b"text"), "cannot be read"),
         (lambda folder: (folder / "data-00000-of-00002.arrow").unlink(), "cannot be read"),
     ],

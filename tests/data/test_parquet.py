@@ -12,7 +12,7 @@ import pytest
 from test_shards import check_batches, jpeg, open_below
 
 from bigvision.data import UnreadableSample, open_source, workers
-from bigvision.data.sources import parquet as module
+from bigvision.data.sources import arrow as module
 from bigvision.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
@@ -266,7 +266,7 @@ def test_labels_are_known_without_images(tmp_path, monkeypatch):
 
 
 def test_more_files_than_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "OPEN_FILES", 2)
+    monkeypatch.setattr(module.Parquet, "most", 2)
     for number in range(5):
         write(tmp_path / f"{number}.parquet", rows(3, 3 * number))
     source = opened(tmp_path)
@@ -393,7 +393,7 @@ def test_a_file_that_changes(tmp_path):
 def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    assert 'pip install "bigvision[parquet]"' in refusal(tmp_path)
+    assert "pip install 'bigvision[parquet]'" in refusal(tmp_path)
 
 
 # Columns by other names
@@ -477,8 +477,8 @@ def test_word_of_files_that_take_long(tmp_path, monkeypatch, capsys):
     for number in range(3):
         write(tmp_path / f"{number}.parquet", rows(3))
     monkeypatch.setattr(workers, "EVERY", 0.01)
-    slow = module._File
-    monkeypatch.setattr(module, "_File", lambda *of: time.sleep(0.2) or slow(*of))
+    slow = module._row_file
+    monkeypatch.setattr(module, "_row_file", lambda *of: time.sleep(0.2) or slow(*of))
     opened(tmp_path, first=True)
     assert re.search(r"^data\.train: Parquet files read: [0-2] of 3$", capsys.readouterr().err, re.MULTILINE)
     opened(tmp_path)

@@ -202,6 +202,10 @@ def test_the_report_of_shards(tmp_path: Path) -> None:
             "hidden": (1, ".hidden"), "links": (1, "b.jpg"),
         }  # fmt: skip
         assert (source.key(1), source.size(1)) == (b"a", 1)
+    # The splits in one folder: what is beside them is counted once.
+    (tmp_path / "0.tar").rename(tmp_path / "train-0.tar")
+    (tmp_path / "1.tar").rename(tmp_path / "val-0.tar")
+    assert open_source(f"webdataset:{tmp_path}", "val", first=True).passed_over[".md"] == (1, "notes.md")
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_what_is_no_volume(tmp_path, monkeypatch):
     write(tmp_path / "one/a/x.nii", counted(0)[..., None])
     assert opened(tmp_path / "one", "window=0,755").read(3).image.shape == (3, 7, 9)
     monkeypatch.setitem(sys.modules, "nibabel", None)
-    assert 'pip install "bigvision[volumes]"' in refusal(tmp_path / "one")
+    assert "pip install 'bigvision[volumes]'" in refusal(tmp_path / "one")
 
 
 def test_objects_are_not_loaded(tmp_path):

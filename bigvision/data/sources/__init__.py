@@ -4,7 +4,7 @@
 
 In come such a name, or a dataset of the user's, and a split; out comes a `Source`, which gives an encoded image and its label
 by index. Read ``base.py`` first, then ``folder.py`` as an example. A new format is a file with a `Source` and an ``open_...``
-function, a name in `FILES` or `DATASETS`, and a line in `_open`.
+function, and a line in `FILES`.
 """
 
 from __future__ import annotations
@@ -12,32 +12,69 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from bigvision.data.labels import read_classes
 from bigvision.data.sources.arrays import Synthetic, open_arrays, open_digits
-from bigvision.data.sources.base import Mixture, Source, Split
-from bigvision.data.sources.custom import MapDataset, as_source, choose_part
-from bigvision.data.sources.files import matching
+from bigvision.data.sources.arrow import open_parquet, open_saved
+from bigvision.data.sources.base import Mixture, Opening, Source, Split
+from bigvision.data.sources.custom import MapDataset, as_source, check_classes, choose_part
 from bigvision.data.sources.folder import open_image_folder
-from bigvision.data.sources.huggingface import open_saved
+from bigvision.data.sources.shards import open_shards
 from bigvision.data.sources.table import open_table
 from bigvision.data.sources.torchvision_sets import TORCHVISION, open_torchvision
-from bigvision.data.splits import check_apart, check_local, from_the_hub, hold_out
+from bigvision.data.splits import check_apart, check_local, from_the_hub, hold_out, matching
 from bigvision.errors import UserError, nearest
 
-FILES = ("imagefolder", "webdataset", "parquet", "csv", "tsv", "hf", "arrays", "volumes")
+Opener = Callable[[str, Opening], Source]
+"""Opens what the text after a dataset's name says."""
+
+
+def _open_volumes(argument: str, opening: Opening) -> Source:
+    # Imported here: ``python -m bigvision.data.sources.volumes`` must not find it imported already.
+    from bigvision.data.sources.volumes import open_volumes
+
+    return open_volumes(argument, opening)
+
+
+FILES: dict[str, Opener] = {
+    "imagefolder": open_image_folder,
+    "webdataset": open_shards,
+    "parquet": open_parquet,
+    "csv": partial(open_table, "csv"),
+    "tsv": partial(open_table, "tsv"),
+    "hf": open_saved,
+    "arrays": open_arrays,
+    "volumes": _open_volumes,
+}
 """Those that are in a folder of the user's, whose path follows the name."""
-DATASETS = ("digits", *FILES, *TORCHVISION, "synthetic")
+OPENERS: dict[str, Opener] = {
+    "digits": lambda _, opening: open_digits(opening.split),
+    **FILES,
+    **{name: partial(open_torchvision, name) for name in TORCHVISION},
+    "synthetic": lambda argument, opening: _synthetic(argument, opening.key),
+}
+DATASETS = tuple(OPENERS)
+
+
+class Named(NamedTuple):
+    """One of the datasets that a name mixes."""
+
+    spec: str
+    name: str
+    argument: str
+    """what follows the colon"""
+    weight: float
 
 
 def check_source(spec: str, *, key: str) -> None:
     """Raise `UserError` where *spec* is no name of a dataset; opens nothing, so it may run before anything else."""
-    for one, _ in _weighted(spec, key):
-        name, argument = _parse(one, key)
-        if name == "synthetic":
-            _synthetic(argument, key)
+    for one in _named(spec, key):
+        if one.name == "synthetic":
+            _synthetic(one.argument, key)
 
 
 def open_source(
@@ -59,7 +96,7 @@ def open_source(
         split: what to open of it. Synthetic data has one split.
         key: the configuration's key, for messages; ``data.train`` or ``data.val`` by default.
         root: the folder of downloaded datasets; ``data`` in the working directory by default.
-        first: download what is missing, write indexes beside files, and tell on stderr how far that is. Of several ranks let
+        first: download what is missing, write indexes beside files, and report on stderr how far that is. Of several ranks let
             one open with it before the others do without.
         shared: whether training and validation both name this dataset. Files without a validation part are split only then.
         classes: of the training data, when opening the validation data: labels will follow them.
@@ -68,12 +105,13 @@ def open_source(
     Raises:
         UserError: unknown, missing or malformed data, or classes that do not agree; one line that names *key*.
     """
-    key = key or f"data.{split}"
-    known = list(classes) if classes is not None else _classes_in(class_file)
+    opening = Opening(split, key or f"data.{split}", shared, classes, root, first)
+    if classes is None:
+        opening = opening._replace(classes=_classes_in(class_file))
     if not isinstance(spec, str):
-        return as_source(spec, split, key=key, classes=known)
-    parts = _weighted(spec, key)
-    return _mixed(spec, _open_parts(spec, split, key, root, first, [shared] * len(parts), known), key)
+        return as_source(spec, opening)
+    parts = _named(spec, opening.key)
+    return _mixed(parts, _open_parts(parts, opening, [shared] * len(parts)))
 
 
 def open_both(
@@ -93,23 +131,21 @@ def open_both(
         first_source = open_source(train, "train", root=root, first=first, class_file=class_file, shared=False)
         second = open_source(val, "val", root=root, first=first, classes=first_source.classes, shared=False)
         if choose_part(train, "train", keys[0]) is not choose_part(val, "val", keys[1]):
-            if note := check_apart(first_source, second):
-                second.notes = (*second.notes, note)
+            check_apart(first_source, second)
             return first_source, second
-        if len(first_source) < 2:
-            raise UserError("data.val: the training data is one sample, none can be held out; give validation data")
-        return hold_out(first_source, "train"), hold_out(first_source, "val")
-    ids = [[_identity(one, key) for one, _ in _weighted(spec, key)] for spec, key in zip((train, val), keys)]
-    known = _classes_in(class_file)
-    opened = _open_parts(train, "train", keys[0], root, first, [one in ids[1] for one in ids[0]], known)
-    held = _open_parts(val, "val", keys[1], root, first, [one in ids[0] for one in ids[1]], opened[0].classes)
-    for one, source in zip(ids[0], opened):
-        for other, checked in zip(ids[1], held):
-            if one == other and source.divided and checked.divided:
-                continue
-            if note := check_apart(source, checked):
-                checked.notes = (*checked.notes, note)
-    return _mixed(train, opened, keys[0]), _mixed(val, held, keys[1])
+        otherwise = "data.val: the training data is one sample, none can be held out; give validation data"
+        return hold_out(first_source, "train", otherwise), hold_out(first_source, "val", otherwise)
+    ours, theirs = _named(train, keys[0]), _named(val, keys[1])
+    ids, val_ids = _identities(ours, keys[0]), _identities(theirs, keys[1])
+    opening = Opening("train", keys[0], True, _classes_in(class_file), root, first)
+    opened = _open_parts(ours, opening, [one in val_ids for one in ids])
+    opening = Opening("val", keys[1], True, opened[0].classes, root, first)
+    held = _open_parts(theirs, opening, [one in ids for one in val_ids])
+    for one, source in zip(ids, opened):
+        for other, checked in zip(val_ids, held):
+            if not (one == other and source.divided and checked.divided):
+                check_apart(source, checked)
+    return _mixed(ours, opened), _mixed(theirs, held)
 
 
 def open_validation(
@@ -120,10 +156,9 @@ def open_validation(
     Args:
         classes: of the training data, which labels follow.
     """
-    keys = ("data.train", "data.val")
-    ids = [[_identity(one, key) for one, _ in _weighted(spec, key)] for spec, key in zip((train, val), keys)]
-    parts = _open_parts(val, "val", keys[1], root, first, [one in ids[0] for one in ids[1]], list(classes))
-    return _mixed(val, parts, keys[1])
+    parts, train_ids = _named(val, "data.val"), _identities(_named(train, "data.train"), "data.train")
+    shared = [one in train_ids for one in _identities(parts, "data.val")]
+    return _mixed(parts, _open_parts(parts, Opening("val", "data.val", True, list(classes), root, first), shared))
 
 
 def _classes_in(file: str | None) -> list[str] | None:
@@ -133,74 +168,39 @@ def _classes_in(file: str | None) -> list[str] | None:
     return read_classes(file, "data.classes")
 
 
-def _identity(spec: str, key: str) -> tuple[str, object]:
-    """What is equal for two names of one dataset: resolved paths, without the options after them."""
-    name, argument = _parse(spec, key)
-    if name not in FILES:
-        return name, argument
-    path = os.path.expanduser(re.sub(r"\?\w+=.*$", "", argument, flags=re.DOTALL))
-    if not os.path.exists(path) and name in ("webdataset", "parquet", "csv", "tsv"):
-        suffix = ".tar" if name == "webdataset" else f".{name}"
-        return name, tuple(sorted(os.path.realpath(file) for file in matching(path, suffix, key)))
-    return name, os.path.realpath(path)
+def _identities(parts: Sequence[Named], key: str) -> list[tuple[str, object]]:
+    """Of each what is equal for two names of one dataset: resolved paths, without the options after them."""
+    found: list[tuple[str, object]] = []
+    for _, name, argument, _ in parts:
+        path = os.path.expanduser(re.sub(r"\?\w+=.*$", "", argument, flags=re.DOTALL))
+        suffix = {"webdataset": ".tar", "parquet": ".parquet", "csv": ".csv", "tsv": ".tsv"}.get(name)
+        if name not in FILES:
+            found.append((name, argument))
+        elif suffix is not None and not os.path.exists(path):
+            found.append((name, tuple(sorted(os.path.realpath(file) for file in matching(path, suffix, key)))))
+        else:
+            found.append((name, os.path.realpath(path)))
+    return found
 
 
-def _mixed(spec: str, sources: list[Source], key: str) -> Source:
-    parts = _weighted(spec, key)
-    return sources[0] if len(sources) == 1 else Mixture(sources, [weight for _, weight in parts])
+def _mixed(parts: Sequence[Named], sources: list[Source]) -> Source:
+    return sources[0] if len(sources) == 1 else Mixture(sources, [part.weight for part in parts])
 
 
-def _open_parts(
-    spec: str, split: Split, key: str, root: str | None, first: bool, shared: Sequence[bool], known: list[str] | None
-) -> list[Source]:
-    parts = _weighted(spec, key)
+def _open_parts(parts: Sequence[Named], opening: Opening, shared: Sequence[bool]) -> list[Source]:
     sources: list[Source] = []
-    for (one, _), divided in zip(parts, shared):
-        sources.append(_open(one, split, key, root, first, divided, known))
-        known = sources[0].classes
-        if sources[-1].channels != sources[0].channels or sources[-1].style != sources[0].style:
-            raise UserError(f"{key}: {one} has other images ({sources[-1].style}) than {parts[0][0]}; mix what is alike")
+    for (spec, name, argument, _), both in zip(parts, shared):
+        source = OPENERS[name](argument, opening._replace(shared=both))
+        check_classes(source, opening)
+        sources.append(source)
+        opening = opening._replace(classes=sources[0].classes)
+        if source.channels != sources[0].channels or source.style != sources[0].style:
+            raise UserError(f"{opening.key}: {spec} has other images ({source.style}) than {parts[0].spec}; mix what is alike")
     return sources
 
 
-def _open(
-    spec: str, split: Split, key: str, root: str | None, first: bool, shared: bool, classes: list[str] | None
-) -> Source:  # fmt: skip
-    name, argument = _parse(spec, key)
-    if name == "imagefolder":
-        return open_image_folder(argument, split, key=key, shared=shared, classes=classes)
-    if name == "webdataset":
-        from bigvision.data.sources.shards import open_shards
-
-        return open_shards(argument, split, key=key, shared=shared, classes=classes, first=first)
-    if name == "parquet":
-        from bigvision.data.sources.parquet import open_parquet
-
-        return open_parquet(argument, split, key=key, shared=shared, classes=classes, first=first)
-    if name in ("csv", "tsv"):
-        return open_table(name, argument, split, key=key, shared=shared, classes=classes)
-    if name == "hf":
-        return open_saved(argument, split, key=key, shared=shared, classes=classes)
-    if name == "volumes":
-        from bigvision.data.sources.volumes import open_volumes
-
-        return open_volumes(argument, split, key=key, shared=shared, classes=classes)
-    source: Source
-    if name == "arrays":
-        source = open_arrays(argument, split, key=key, shared=shared, classes=classes)
-    elif name == "digits":
-        source = open_digits(split)
-    elif name == "synthetic":
-        source = _synthetic(argument, key)
-    else:
-        source = open_torchvision(name, split, key=key, root=root, download=first)
-    if classes is not None and classes != source.classes:
-        raise UserError(f"{key}: the {len(source.classes)} classes of {spec!r} are not the {len(classes)} of the training data")
-    return source
-
-
-def _weighted(spec: str, key: str) -> list[tuple[str, float]]:
-    """The datasets that *spec* mixes, and their weights."""
+def _named(spec: str, key: str) -> list[Named]:
+    """The datasets that *spec* mixes."""
     found = []
     for part in spec.split(" + "):
         match = re.fullmatch(r"\s*(?:([0-9.eE+-]+)\s*\*\s*)?(.*?)\s*", part, re.DOTALL)
@@ -211,11 +211,11 @@ def _weighted(spec: str, key: str) -> list[tuple[str, float]]:
             weight = math.nan
         if not 0 < weight < math.inf:
             raise UserError(f"{key}: {part.strip()!r}: the weight before * must be a number above 0")
-        found.append((match[2], weight))
+        found.append(Named(match[2], *_parsed(match[2], key), weight))
     return found
 
 
-def _parse(spec: str, key: str) -> tuple[str, str]:
+def _parsed(spec: str, key: str) -> tuple[str, str]:
     check_local(spec, key)
     name, colon, argument = spec.partition(":")
     if name == "python":
@@ -235,12 +235,9 @@ def _parse(spec: str, key: str) -> tuple[str, str]:
 
 
 def _synthetic(argument: str, key: str) -> Synthetic:
-    if not argument:
-        return Synthetic()
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", argument)
+    match = re.fullmatch(r"(?:([1-9]\d*)(?:x([1-9]\d*))?)?", argument)
     if not match:
         raise UserError(
             f"{key}: 'synthetic:{argument}' is not synthetic:SAMPLES or synthetic:SAMPLESxSIZE, as synthetic:1024x224"
         )
-    samples, size = match.groups()
-    return Synthetic(int(samples), int(size)) if size else Synthetic(int(samples))
+    return Synthetic(*(int(number) for number in match.groups() if number))

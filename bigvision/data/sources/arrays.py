@@ -14,39 +14,57 @@ import torch
 from torch import Tensor
 
 from bigvision.data.labels import Coded, class_file, coded, label_samples, other_task
-from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
-from bigvision.data.splits import hold_out, named_parts
+from bigvision.data.sources.base import Column, Labelled, Opening, Sample, Source, Split, Style, UnreadableSample
+from bigvision.data.splits import hold_out, named_parts, part_for
 from bigvision.errors import UserError, one_line
 from bigvision.samples import seed_from
 
 
-class ArraySource(Source):
-    """Images in one tensor, which worker processes share rather than copy."""
+class ArraySource(Labelled):
+    """Images in one tensor, which worker processes share rather than copy, or in a file."""
 
     file = ""
     """That they were read from; of several arrays in it followed by the name of this one."""
 
-    def __init__(self, name: str, style: Style, classes: Sequence[str], images: Tensor, labels: Tensor) -> None:
+    def __init__(
+        self, name: str, style: Style, classes: Sequence[str], images: Tensor | MappedFile, labels: Tensor
+    ) -> None:  # fmt: skip
         """Args: *images* uint8 (N, 1 or 3, H, W); *labels* int64 (N,)."""
-        self.name = name
+        self.name, self.classes = name, list(classes)
         self.style: Style = style
-        self.classes = list(classes)
-        self._images, self._labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self._labels)
+        self._images, self._labels = images, Column(labels)
 
     def read(self, index: int) -> Sample:
         return Sample(self._images[index].expand(3, -1, -1), self.label(index))
-
-    def label(self, index: int) -> int:
-        return int(self._labels[index])
 
     def image_size(self, index: int) -> tuple[int, int]:
         return self._images.shape[-2], self._images.shape[-1]
 
     def origins(self) -> Sequence[str]:
         return [self.file] if self.file else []
+
+
+class MappedFile:
+    """Images in a ``.npy`` file, which each process maps into its memory for itself: the system shares the pages."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._mapped = path, None
+        self.shape = self._images().shape
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            return torch.from_numpy(np.array(self._images()[index]))
+        except (OSError, ValueError) as error:
+            raise UnreadableSample(one_line(error)) from error
+
+    def _images(self) -> np.ndarray:
+        if self._mapped is None:
+            self._mapped = channels_first(np.load(self.path, mmap_mode="r", allow_pickle=False))
+        return self._mapped
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As an array it would be copied into each worker.
+        return self.__dict__ | {"_mapped": None}
 
 
 class Synthetic(Source):
@@ -86,67 +104,20 @@ def open_digits(split: Split) -> ArraySource:
     return ArraySource("digits", "digit", [str(label) for label in range(10)], images[chosen], labels[chosen])
 
 
-class MappedArray(Source):
-    """Images in a ``.npy`` file, which each process maps into its memory for itself: the system shares the pages."""
-
-    def __init__(
-        self, name: str, style: Style, classes: Sequence[str], file: Path, labels: Tensor, size: tuple[int, int]
-    ) -> None:
-        """Args: *file* holds uint8 in one of the shapes of :func:`open_arrays`, images of *size*; *labels* int64 (N,)."""
-        self.name, self.file, self.classes, self._labels = name, str(file), list(classes), labels
-        self.style: Style = style
-        self.linked, self._size = os.path.islink(file), size
-        self._mapped: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def read(self, index: int) -> Sample:
-        mapped = self._mapped
-        if mapped is None:
-            try:
-                self._mapped = mapped = np.load(self.file, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise UnreadableSample(one_line(error)) from error
-        image = torch.from_numpy(np.array(mapped[index]))
-        return Sample(_channels_first(image[None])[0].expand(3, -1, -1), self.label(index))
-
-    def label(self, index: int) -> int:
-        return int(self._labels[index])
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        return self._size
-
-    def origins(self) -> Sequence[str]:
-        return [self.file]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # As an array it would be copied into each worker.
-        return self.__dict__ | {"_mapped": None}
-
-
-def open_arrays(
-    argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None
-) -> Source:  # fmt: skip
+def open_arrays(argument: str, opening: Opening) -> Source:
     """Open arrays of images and labels: the folder or the ``.npz`` file *argument*.
 
     A folder holds ``images.npy`` and ``labels.npy``, or has them in subfolders ``train`` and ``val`` (or of other names
     of splits). A file holds ``images`` and ``labels``, or ``train_images``, ``train_labels``, ``val_images``
-    and ``val_labels``, as MedMNIST's do. Without a validation part all is used for both, or, when *shared* by training and
-    validation, a fixed tenth is held out. Images are uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, labels
+    and ``val_labels``, as MedMNIST's do. Without a validation part all is used for both, or, when training and validation
+    share it, a fixed tenth is held out. Images are uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, labels
     whole numbers or names, (N,) or (N, 1), or one-hot (N, number of classes). A ``classes.txt`` beside them has a name on
-    each line.
-
-    Args:
-        classes: of the training data, which labels follow: by name where a ``classes.txt`` names them.
-
-    Raises:
-        UserError: missing, damaged or other arrays; the message names *key*.
+    each line, by which labels follow the training data's.
     """
+    key = opening.key
     path = Path(argument).expanduser()
     try:
-        opened = _open_folder if path.is_dir() else _open_npz
-        images, labels, part, hold = opened(path, split, shared, key)
+        images, labels, part, hold = (_open_folder if path.is_dir() else _open_npz)(path, opening)
     except FileNotFoundError as error:
         raise UserError(
             f"{key}: no {error.filename!r}; give a folder with images.npy and labels.npy, or a .npz file"
@@ -166,26 +137,23 @@ def open_arrays(
     column, listed = _label_column(labels, key, repr(argument))
     if len(images) != len(labels) or not len(labels):
         raise UserError(f"{key}: {argument!r} has {len(images)} images and {len(labels)} labels; it must have as many of both")
-    if hold and len(labels) < 2:
-        raise UserError(f"{key}: {argument!r} has one image, none can be held out; add images or a validation part")
 
     folders = [path / part, path] if path.is_dir() else [path.parent]
     found = label_samples(
-        column, classes or (None if class_file(folders) else listed), folders, key=key, where=repr(argument),
+        column, opening.classes or (None if class_file(folders) else listed), folders, key=key, where=repr(argument),
         at=lambda index: f"sample {index} of {argument!r}",
     )  # fmt: skip
-    names, values = found.classes, torch.from_numpy(found.values)
-    name = f"arrays:{argument}"
-    height, width = _channels_first(images).shape[2:]
-    style: Style = "photo" if min(height, width) >= 64 else "tiny"
-    source: Source
+    pixels = MappedFile(path / part / "images.npy") if path.is_dir() else channels_first(torch.from_numpy(images))
+    style: Style = "photo" if min(pixels.shape[2:]) >= 64 else "tiny"
+    source = ArraySource(f"arrays:{argument}", style, found.classes, pixels, torch.from_numpy(found.values))
     if path.is_dir():
-        source = MappedArray(name, style, names, path / part / "images.npy", values, (height, width))
+        source.file = str(path / part / "images.npy")
+        source.linked = os.path.islink(source.file)
     else:
-        source = ArraySource(name, style, names, _channels_first(torch.from_numpy(images)), values)
         source.file = str(path / f"{part}_images".lstrip("_"))
     source.location, source.notes = str(path / part if path.is_dir() else path), found.notes
-    return hold_out(source, split) if hold else source
+    otherwise = f"{key}: {argument!r} has one image, none can be held out; add images or a validation part"
+    return hold_out(source, opening.split, otherwise) if hold else source
 
 
 def _label_column(labels: np.ndarray, key: str, where: str) -> tuple[Coded, list[str] | None]:
@@ -201,42 +169,35 @@ def _label_column(labels: np.ndarray, key: str, where: str) -> tuple[Coded, list
     )
 
 
-def _open_folder(path: Path, split: Split, shared: bool, key: str) -> tuple[np.ndarray, np.ndarray, str, bool]:
+def _open_folder(path: Path, opening: Opening) -> tuple[np.ndarray, np.ndarray, str, bool]:
     """Images, labels, the subfolder that they are in, and whether to hold out a tenth of them."""
     names = [entry.name for entry in os.scandir(path) if (path / entry.name / "images.npy").exists()]
-    part, hold = _part(names, (path / "images.npy").exists(), split, shared, key, path)
+    part, hold = _part(names, (path / "images.npy").exists(), opening, path)
     images = np.load(path / part / "images.npy", mmap_mode="r", allow_pickle=False)
     return images, np.load(path / part / "labels.npy", allow_pickle=False), part, hold
 
 
-def _open_npz(path: Path, split: Split, shared: bool, key: str) -> tuple[np.ndarray, np.ndarray, str, bool]:
+def _open_npz(path: Path, opening: Opening) -> tuple[np.ndarray, np.ndarray, str, bool]:
     opened = np.load(path, allow_pickle=False)
     if not isinstance(opened, np.lib.npyio.NpzFile):
         raise ValueError("it is a single array")
     with opened as file:
         names = [name.removesuffix("_images") for name in file if name.endswith("_images")]
-        part, hold = _part(names, "images" in file, split, shared, key, path)
+        part, hold = _part(names, "images" in file, opening, path)
         images, labels = (file[f"{part}_{name}".lstrip("_")] for name in ("images", "labels"))
         return images, labels, part, hold
 
 
-def _part(names: list[str], whole: bool, split: Split, shared: bool, key: str, path: Path) -> tuple[str, bool]:
-    """The part of the data that *split* is in ("" for those without parts), and whether to hold out a tenth of it.
-
-    Args: *names* of the parts, and whether there is one without a name.
-    """
-    train, val = named_parts(names, key=key, where=repr(str(path)))
-    train = train or ""
-    if val is not None:
-        if split == "train" and not train and not whole:
-            raise UserError(f"{key}: {str(path)!r} has a part {val} but none for training; add one")
-        return (val if split == "val" else train), False
-    if train and split == "val" and not shared:
-        raise UserError(f"{key}: {str(path)!r} has a part train but none for validation; add one")
-    return train, shared
+def _part(names: list[str], whole: bool, opening: Opening, path: Path) -> tuple[str, bool]:
+    """The part of the data that the split is in, of those called *names*; "" where there are none, or where the training data
+    has no name (*whole*). And whether to hold out a tenth of it."""
+    train, val = named_parts(names, key=opening.key, where=repr(str(path)))
+    if train is None and (whole or val is None):
+        train = ""
+    return part_for(opening, train, val, has=f"{str(path)!r} has a part {val or train}", fix="add one")
 
 
-def _channels_first(images: Any) -> Any:
+def channels_first(images: Any) -> Any:
     """A view (N, C, H, W) of an array or tensor in any of the shapes of :func:`open_arrays`."""
     if images.ndim == 3:
         return images[:, None]

@@ -1,12 +1,14 @@
-"""What a dataset is to the rest of bigvision, and several of them as one."""
+"""What a dataset is to the rest of bigvision, several of them as one, and the files that samples are read from."""
 
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +25,22 @@ Style = Literal["photo", "tiny", "digit"]
 
 HEADER = 1 << 16
 """Bytes at the start of an image file that tell its size, unless much else is before it."""
+
+
+class Opening(NamedTuple):
+    """How a dataset is opened. Whatever is missing, damaged or not as described is a `UserError` that begins with *key*."""
+
+    split: Split
+    key: str
+    """the configuration's"""
+    shared: bool = True
+    """Whether training and validation both name this dataset: only then what has no validation part is divided."""
+    classes: Sequence[str] | None = None
+    """that labels follow; by default the data's own"""
+    root: str | None = None
+    """the folder of downloaded datasets"""
+    first: bool = False
+    """Whether to download what is missing, write indexes beside files, and report on stderr what takes long."""
 
 
 class _Shared:
@@ -62,14 +80,19 @@ class Texts:
 
     @classmethod
     def of(cls, texts: Sequence[bytes]) -> Texts:
-        ends = torch.tensor([len(text) for text in texts], dtype=torch.int64).cumsum(0)
-        return cls(torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8), ends)
+        return cls(*strung(texts))
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> bytes:
         return self._values.array[self._ends[index - 1] if index else 0 : self._ends[index]].tobytes()
+
+
+def strung(texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    """The bytes of all *texts*, uint8, and where each one ends, int64 (N,)."""
+    ends = torch.tensor([len(text) for text in texts], dtype=torch.int64).cumsum(0)
+    return torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8), ends
 
 
 class Sample(NamedTuple):
@@ -87,16 +110,15 @@ class Sample(NamedTuple):
 class PassedOver(dict[str, tuple[int, str]]):
     """What a source did not take: for each reason the number of files, members or rows, and the first of them."""
 
-    def add(self, reason: str, example: str) -> None:
-        """Count one more. *reason* is a noun phrase that follows a number: "hidden", ".txt", "without an image"."""
+    def add(self, reason: str, example: str, more: int = 1) -> None:
+        """Count *more*. *reason* is a noun phrase that follows a number: "hidden", ".txt", "without an image"."""
         count, first = self.get(reason, (0, example))
-        self[reason] = (count + 1, first)
+        self[reason] = (count + more, first)
 
     def include(self, other: Mapping[str, tuple[int, str]]) -> None:
         """Count what *other* counts, too."""
         for reason, (more, example) in other.items():
-            count, first = self.get(reason, (0, example))
-            self[reason] = (count + more, first)
+            self.add(reason, example, more)
 
 
 class Source(ABC):
@@ -157,27 +179,30 @@ class Source(ABC):
         return [Part(0, len(self), len(self))]
 
 
-class Mixture(Source):
-    """The samples of *sources* one after the other; an epoch has of each as many as its weight says."""
+class Labelled(Source):
+    """A source that keeps the labels of all samples in memory."""
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
-        self.sources = list(sources)
-        self.name = " + ".join(f"{weight:g}*{source.name}" for weight, source in zip(weights, sources))
-        self.classes, self.style, self.channels = sources[0].classes, sources[0].style, sources[0].channels
-        self.notes = tuple(f"{source.name}: {note}" for source in sources for note in source.notes)
-        lengths = [len(source) for source in sources]
-        self._ends = list(accumulate(lengths))
-        begins = [end - length for end, length in zip(self._ends, lengths)]
-        self._parts = [Part(*part) for part in zip(begins, lengths, shares(lengths, weights))]
+    _labels: Column
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._labels)
+
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
+
+class View(Source):
+    """Samples of other sources under other indices."""
+
+    @abstractmethod
+    def _find(self, index: int) -> tuple[Source, int]:
+        """The source of a sample, and its index there."""
 
     def read(self, index: int) -> Sample:
         source, index = self._find(index)
         return source.read(index)
 
-    def label(self, index: int) -> int:
+    def label(self, index: int) -> Any:
         source, index = self._find(index)
         return source.label(index)
 
@@ -186,10 +211,8 @@ class Mixture(Source):
         return source.where(index)
 
     def key(self, index: int) -> bytes:
-        # Two datasets may have samples of the same name.
-        number = bisect_right(self._ends, index)
         source, index = self._find(index)
-        return b"%d/%s" % (number, source.key(index))
+        return source.key(index)
 
     def size(self, index: int) -> int:
         source, index = self._find(index)
@@ -199,13 +222,117 @@ class Mixture(Source):
         source, index = self._find(index)
         return source.image_size(index)
 
+
+class Subset(View):
+    """The samples *indices* of another source, in that order: what training or validation gets of data that both share."""
+
+    divided = True
+
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
+        self.source = source
+        for name in ("name", "classes", "style", "channels", "location", "linked", "noun", "passed_over", "notes"):
+            setattr(self, name, getattr(source, name))
+        # A tensor: workers share it.
+        self.indices = Column(torch.as_tensor(np.asarray(indices, dtype=np.int64)))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        return self.source, self.indices[index]
+
+    def origins(self) -> Iterable[str]:
+        return self.source.origins()
+
+
+class Mixture(View):
+    """The samples of *sources* one after the other; an epoch has of each as many as its weight says."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
+        self.sources = list(sources)
+        self.name = " + ".join(f"{weight:g}*{source.name}" for weight, source in zip(weights, sources))
+        self.classes, self.style, self.channels = sources[0].classes, sources[0].style, sources[0].channels
+        self.notes = tuple(f"{source.name}: {note}" for source in sources for note in source.notes)
+        lengths = [len(source) for source in sources]
+        self._begins = [0, *accumulate(lengths)]
+        self._parts = [Part(*part) for part in zip(self._begins, lengths, shares(lengths, weights))]
+
+    def __len__(self) -> int:
+        return self._begins[-1]
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        number = bisect_right(self._begins, index) - 1
+        return self.sources[number], index - self._begins[number]
+
+    def key(self, index: int) -> bytes:
+        # Two datasets may have samples of the same name.
+        return b"%d/%s" % (bisect_right(self._begins, index) - 1, super().key(index))
+
     @property
     def parts(self) -> list[Part]:
         return self._parts
 
-    def _find(self, index: int) -> tuple[Source, int]:
-        number = bisect_right(self._ends, index)
-        return self.sources[number], index - (self._ends[number] - len(self.sources[number]))
+
+# Files
+
+
+class OpenFiles:
+    """The files of a source, as each process opens them for itself: the ones used last stay open."""
+
+    def __init__(
+        self, paths: Sequence[str], stamps: Sequence[tuple[int, int]], most: int, open: Callable[[str], Any],
+        close: Callable[[Any], object],
+    ) -> None:  # fmt: skip
+        """Args:
+        stamps: of each file when the source was opened.
+        most: files that are open at a time.
+        """
+        self.paths, self._stamps, self._most = paths, torch.tensor(stamps), most
+        self._open, self._close = open, close
+        self._opened: OrderedDict[int, Any] = OrderedDict()
+
+    def __getitem__(self, number: int) -> Any:
+        """What was opened of the file *number*. Raises `UnreadableSample` if it has changed, or what opening it raises."""
+        if number not in self._opened:
+            if list(stamp(os.stat(self.paths[number]))) != self._stamps[number].tolist():
+                raise UnreadableSample("its file has changed since the run began")
+            self._opened[number] = self._open(self.paths[number])
+            if len(self._opened) > self._most:
+                self._close(self._opened.popitem(last=False)[1])
+        self._opened.move_to_end(number)
+        return self._opened[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": OrderedDict()}
+
+    def __del__(self) -> None:
+        for opened in getattr(self, "_opened", {}).values():
+            self._close(opened)
+
+
+def stamp(file: os.stat_result) -> tuple[int, int]:
+    """What shows that a file has changed."""
+    return file.st_size, file.st_mtime_ns
+
+
+def open_to_read(path: str | os.PathLike[str]) -> int:
+    """A descriptor of the file, which no program that is started inherits."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    """*size* bytes of a file from *offset* on, fewer where it ends."""
+    content = os.pread(descriptor, size, offset)
+    # The system may give less at a time.
+    while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
+        content += more
+    return content
+
+
+def location_of(files: Sequence[str]) -> tuple[str, bool]:
+    """The folder of *files*, or the only one of them; and whether one may lie elsewhere, as `Source.linked` has it."""
+    folders = {os.path.dirname(file) for file in files}
+    return os.path.commonpath(list(map(os.path.abspath, files))), any(map(os.path.islink, files)) or len(folders) > 1
 
 
 def size_in_header(path: str, offset: int = 0) -> tuple[int, int] | None:

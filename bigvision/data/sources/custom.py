@@ -33,8 +33,8 @@ from bigvision.data.labels import (
     whole,
 )
 from bigvision.data.order import generators_kept
-from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
-from bigvision.data.sources.parquet import ASKED, Columns, arrow_labels, fitting
+from bigvision.data.sources.arrow import ASKED, Columns, arrow_labels, fitting, the_only
+from bigvision.data.sources.base import Opening, Sample, Source, Split, Style, UnreadableSample
 from bigvision.data.splits import named_parts
 from bigvision.errors import UserError, one_line
 
@@ -154,7 +154,12 @@ class MapStyle(Source):
             item = self.dataset[index]
             if isinstance(item, Mapping):
                 if self.columns is None:
-                    self.columns = row_columns(item, self.name)
+                    # By their names, or else by what they hold.
+                    fits = {
+                        what: fitting(what, list(item), {}) or [name for name, value in item.items() if _may_be(what, value)]
+                        for what in ASKED
+                    }
+                    self.columns = _chosen(fits, list(item), self.name)
                 missing = next((column for column in self.columns if column not in item), None)
                 if missing is not None:
                     raise _WrongSample(f"{self.name}: sample {index} has no column {missing!r} but {', '.join(item)}")
@@ -225,29 +230,29 @@ class MapStyle(Source):
         return value
 
 
-def as_source(dataset: Any, split: Split = "train", *, key: str, classes: Sequence[str] | None) -> Source:
-    """Return *dataset* itself where it is a source, else as a `MapStyle`; of several by name, the one for *split*.
-
-    Args:
-        classes: that labels must follow; taken over by a dataset that names none.
-
-    Raises:
-        UserError: it is no dataset, of other classes, or its first sample is no image with a label.
-    """
-    dataset = choose_part(dataset, split, key)
+def as_source(dataset: Any, opening: Opening) -> Source:
+    """Return *dataset* itself where it is a source, else as a `MapStyle`; of several by name, the one for the split."""
+    key = opening.key
+    dataset = choose_part(dataset, opening.split, key)
     if not isinstance(dataset, (Source, MapDataset)):
         raise UserError(f"{key}: {type(dataset).__name__} has no __len__ and __getitem__; give a dataset or its name")
     try:
-        source = dataset if isinstance(dataset, Source) else MapStyle(dataset, follow=classes)
+        source = dataset if isinstance(dataset, Source) else MapStyle(dataset, follow=opening.classes)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    if classes is not None and list(classes) != source.classes:
-        raise UserError(
-            f"{key}: the {len(source.classes)} classes of {source.name} are not the {len(classes)} of the training data"
-        )
+    check_classes(source, opening)
     if isinstance(source, MapStyle):
         source.check(key)
     return source
+
+
+def check_classes(source: Source, opening: Opening) -> None:
+    """Raise `UserError` where the classes of *source* are not those that labels must follow."""
+    known = opening.classes
+    if known is not None and list(known) != source.classes:
+        raise UserError(
+            f"{opening.key}: the {len(source.classes)} classes of {source.name} are not the {len(known)} of the training data"
+        )
 
 
 @dataclass
@@ -265,11 +270,7 @@ class Described:
 
 
 def describe(dataset: Any, name: str, columns: Columns | None) -> Described:
-    """Look into *dataset*, which messages call *name*; *columns* are those that the user chose.
-
-    Raises:
-        UserError: its parts do not fit together, or its labels are not one for each sample.
-    """
+    """Look into *dataset*, which messages call *name*; *columns* are those that the user chose."""
     if isinstance(dataset, Subset):
         inner = describe(dataset.dataset, name, columns)
         labels = inner.labels
@@ -296,11 +297,7 @@ def describe(dataset: Any, name: str, columns: Columns | None) -> Described:
 
 
 def choose_part(dataset: Any, split: Split, key: str) -> Any:
-    """*dataset*, or of several by name (a dict, a ``DatasetDict``) the one for *split*.
-
-    Raises:
-        UserError: it has no such part, or can only be iterated over.
-    """
+    """*dataset*, or of several by name (a dict, a ``DatasetDict``) the one for *split*."""
     hub = sys.modules.get("datasets")
     streams = (IterableDataset, *(getattr(hub, name, IterableDataset) for name in ("IterableDataset", "IterableDatasetDict")))
     kind = type(dataset).__name__
@@ -334,31 +331,15 @@ def sample_names(dataset: Any) -> Iterator[str]:
     return (f"{type(dataset).__name__} {id(dataset)}/{index}" for index in range(len(dataset)))
 
 
-def row_columns(row: Mapping[str, Any], name: str) -> Columns:
-    """The columns of rows like *row*, by their names, or else by what they hold. Raises `UserError`: none or several may be."""
-    found = []
-    for what in ASKED:
-        fits = fitting(what, list(row), {})
-        fits = fits or [column for column, value in row.items() if _may_be(what, value)]
-        if len(fits) != 1:
-            raise unclear_columns(what, fits, list(row), name)
-        found.append(fits[0])
-    return Columns(*found)
-
-
-def unclear_columns(what: str, fits: Sequence[str], names: Sequence[str], name: str) -> UserError:
-    which = f"{' or '.join(fits)} may be" if fits else "none is known as"
-    return UserError(
-        f"{name}: its rows have the columns {', '.join(names)}, of which {which} the {what}; give "
-        'MapStyle(dataset, columns=("IMAGE", "LABEL"))'
-    )
+def _chosen(fits: Mapping[str, Sequence[str]], names: Sequence[str], name: str) -> Columns:
+    """The columns, where one of *names* *fits* for each. Raises `UserError`."""
+    fix = 'give MapStyle(dataset, columns=("IMAGE", "LABEL"))'
+    return Columns(*(the_only(fits[what], what, names, f"{name}: its rows have", fix) for what in ASKED))
 
 
 def _may_be(what: str, value: Any) -> bool:
     if what == "label":
         return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    from PIL import Image
-
     return isinstance(value, (Image.Image, bytes)) or (isinstance(value, dict) and {"bytes", "path"} <= set(value))
 
 
@@ -412,13 +393,8 @@ def _hugging_face(hub: Any, dataset: Any, name: str, columns: Columns | None) ->
         return Described(dataset, None, None, columns)
     types = {column: type(feature).__name__ for column, feature in dataset.features.items()}
     if columns is None:
-        found = []
-        for what in ASKED:
-            fits = fitting(what, dataset.column_names, types)
-            if len(fits) != 1:
-                raise unclear_columns(what, fits, dataset.column_names, name)
-            found.append(fits[0])
-        columns = Columns(*found)
+        fits = {what: fitting(what, dataset.column_names, types) for what in ASKED}
+        columns = _chosen(fits, dataset.column_names, name)
     missing = next((column for column in columns if column not in dataset.column_names), None)
     if missing is not None:
         raise UserError(f"{name}: it has no column {missing!r} but {', '.join(dataset.column_names)}; correct columns")

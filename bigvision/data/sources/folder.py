@@ -6,44 +6,37 @@ import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from bigvision.data.decode import EXTENSIONS
 from bigvision.data.labels import lookalikes
-from bigvision.data.layouts import Layout, Tree, find_layout
-from bigvision.data.sources.base import Column, PassedOver, Sample, Source, Split, Texts, UnreadableSample, size_in_header
-from bigvision.data.splits import hash_file_names, near_path, part
+from bigvision.data.layouts import IMAGES, Finder, Kind, Layout, Tree
+from bigvision.data.sources.base import (
+    Column,
+    Labelled,
+    Opening,
+    PassedOver,
+    Sample,
+    Texts,
+    UnreadableSample,
+    open_to_read,
+    read_at,
+    size_in_header,
+)
+from bigvision.data.splits import blake2_hashes, near_path, part
 from bigvision.errors import UserError, nearest
 
 
-class Kind(NamedTuple):
-    """What the files of a folder are."""
+class ImageFolder(Labelled):
+    """Image files below a folder, in the order given."""
 
-    dataset: str
-    noun: str
-    extensions: tuple[str, ...]
-
-
-IMAGES = Kind("imagefolder", "image", EXTENSIONS)
-
-
-class ImageFolder(Source):
-    """The images below ``root/CLASS/``; classes and files in the order of their names."""
-
-    def __init__(
-        self, root: Path, classes: Sequence[str], files: Sequence[tuple[str, int]], dataset: str = IMAGES.dataset
-    ) -> None:
-        self.name = f"{dataset}:{root}"
-        self.root = self.location = str(root)
-        self.classes = list(classes)
+    def __init__(self, name: str, root: str, classes: Sequence[str], files: Sequence[tuple[str, int]]) -> None:
+        """Args: *files*: the path below *root* and the label of each."""
+        self.name, self.classes = name, list(classes)
+        self.root = self.location = root
         self._names = Texts.of([os.fsencode(name) for name, _ in files])
         self._labels = Column(torch.tensor([label for _, label in files]))
-
-    def __len__(self) -> int:
-        return len(self._labels)
 
     def path(self, index: int) -> str:
         """Return the file of sample *index*."""
@@ -51,15 +44,17 @@ class ImageFolder(Source):
 
     def read(self, index: int) -> Sample:
         try:
-            return Sample(_content(self.path(index)), self._labels[index])
+            # Half of the system calls of Path.read_bytes: they are not free where a sandbox takes them.
+            descriptor = open_to_read(self.path(index))
+            try:
+                return Sample(read_at(descriptor, 0, os.fstat(descriptor).st_size), self._labels[index])
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise UnreadableSample(error.strerror or type(error).__name__) from error
 
     def where(self, index: int) -> str:
         return self.path(index)
-
-    def label(self, index: int) -> int:
-        return self._labels[index]
 
     def key(self, index: int) -> bytes:
         return self._names[index]
@@ -77,65 +72,43 @@ class ImageFolder(Source):
             return 0  # reading it will name the reason
 
 
-def _content(path: str) -> bytes:
-    """What `Path.read_bytes` returns, with half of its calls of the system, which are not free where a sandbox takes them."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(descriptor).st_size
-        content = os.read(descriptor, size)
-        while len(content) < size and (more := os.read(descriptor, size - len(content))):
-            content += more
-        return content
-    finally:
-        os.close(descriptor)
+def open_image_folder(argument: str, opening: Opening, kind: Kind = IMAGES) -> ImageFolder:
+    """Open the folder *argument* in one of the layouts of :class:`~bigvision.data.layouts.Finder`.
 
-
-def open_image_folder(
-    argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None, kind: Kind = IMAGES
-) -> ImageFolder:
-    """Open the folder *argument* for *split*, in one of the layouts of :func:`~bigvision.data.layouts.find_layout`.
+    A folder without splits that training and validation share is divided, by hashes of the file names.
 
     Args:
-        shared: by training and validation: a folder without splits is divided, by hashes of the file names.
-        classes: label by these classes instead of by the folder's own.
         kind: of the files, which may be others than images.
-
-    Raises:
-        UserError: the folder is missing, empty, or not as described; the message names *key*.
     """
-    root = os.path.expanduser(argument)
+    root, key = os.path.expanduser(argument), opening.key
     if not os.path.exists(root):
         hint = near_path(root) or f"; give an existing one as {kind.dataset}:PATH"
         raise UserError(f"{key}: no folder {argument!r}{hint}")
     if not os.path.isdir(root):
         raise UserError(f"{key}: {argument!r} is not a folder; give the folder that holds the class folders")
-    tree = Tree(kind.extensions)
+    tree, passed_over = Tree(kind.extensions), PassedOver()
     try:
-        layout = find_layout(
-            tree, str(Path(root)), split, shared=shared, known=classes, key=key, dataset=kind.dataset, noun=kind.noun
-        )
-        files, skipped = _files(tree, layout, key, kind)
+        layout = Finder(tree, opening, kind).find(str(Path(root)))
+        files, skipped = _files(tree, layout, key)
     except OSError as error:
         raise UserError(f"{key}: cannot list {error.filename!r}: {error.strerror}; make it readable") from error
     if layout.hold_out:
-        kept = part(hash_file_names(name for name, _ in files), np.array([label for _, label in files]), split)
-        files = [files[index] for index in kept]
-    if not files:
-        raise UserError(
+        otherwise = (
             f"{key}: {layout.folder!r} has one {kind.noun} per class, none can be held out; add {kind.noun}s or a val/ folder"
         )
-    source = ImageFolder(Path(layout.folder), layout.known, files, kind.dataset)
-    passed_over = PassedOver()
+        hashes, labels = blake2_hashes(name for name, _ in files), np.array([label for _, label in files])
+        files = [files[index] for index in part(hashes, labels, opening.split, otherwise)]
+    source = ImageFolder(f"{kind.dataset}:{layout.folder}", layout.folder, layout.known, files)
     for reason, path in [*layout.skipped, *skipped]:
         passed_over.add(reason, os.path.relpath(path, root) + (os.sep if path.endswith(os.sep) else ""))
     source.passed_over, source.linked = passed_over, tree.linked
-    source.notes = lookalikes(layout.known) if classes is None else ()
+    source.notes = lookalikes(layout.known) if opening.classes is None else ()
     # A link may lead to a file of the other part.
     source.divided = layout.hold_out and not tree.linked
     return source
 
 
-def _files(tree: Tree, layout: Layout, key: str, kind: Kind) -> tuple[list[tuple[str, int]], list[tuple[str, str]]]:
+def _files(tree: Tree, layout: Layout, key: str) -> tuple[list[tuple[str, int]], list[tuple[str, str]]]:
     """Return each file's path relative to the layout's folder and its label, and the reasons and paths of what is skipped."""
     labels = {name: label for label, name in enumerate(layout.known)}
     composed = {unicodedata.normalize("NFC", name): label for name, label in labels.items()}

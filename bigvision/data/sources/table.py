@@ -12,15 +12,13 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
-import xxhash
 
 from bigvision.data.decode import EXTENSIONS
 from bigvision.data.labels import BYTE_ORDER_MARKS, coded, decoded, label_samples, other_task
-from bigvision.data.sources.base import PassedOver, Split
-from bigvision.data.sources.files import choose_files
+from bigvision.data.sources.arrow import LABELS, parse_asked, the_only
+from bigvision.data.sources.base import Opening, PassedOver, Split
 from bigvision.data.sources.folder import ImageFolder
-from bigvision.data.sources.parquet import LABELS, parse_asked
-from bigvision.data.splits import part, split_name
+from bigvision.data.splits import choose_files, part, split_name, xxh3_hashes
 from bigvision.errors import UserError, nearest, one_line
 
 ASKED = ("path", "label", "split", "root")
@@ -45,11 +43,8 @@ DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+(,([0-9]{1,2}|[0-9]{4,}))?")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
-class Table(NamedTuple):
-    header: list[str] | None
-    rows: list[list[str]]
-    lines: list[int]
-    """Of each row the number of its last line in the file."""
+Row = tuple[int, list[str]]
+"""The number of its last line in the file, and its cells."""
 
 
 class Listed(NamedTuple):
@@ -62,64 +57,59 @@ class Listed(NamedTuple):
     """what messages call the row"""
 
 
-def open_table(
-    name: str, argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None
-) -> ImageFolder:
-    """Open the files *argument* (see :func:`~bigvision.data.sources.files.choose_files`), which list images, for *split*.
+def open_table(name: str, argument: str, opening: Opening) -> ImageFolder:
+    """Open the files *argument* (see :func:`~bigvision.data.splits.choose_files`), which list images.
 
     A row has the path of an image and its label; columns are named in a header, or found by what they hold, or asked for:
     ``PATH?path=COLUMN&label=COLUMN``, a number where there is no header. Where a column says which split a row is in, rows of
-    the other splits are left out.
+    the other splits are left out. What is held out is so by a hash of the path.
 
     Args:
         name: "csv", or "tsv" for files whose columns are separated by tabs alone.
-        shared: by training and validation; without a validation part a tenth of each class is held out, by a hash of the path.
-        classes: label by these classes instead of by the files' own.
-
-    Raises:
-        UserError: files are missing or not as described, or none of the images is there; the message names *key*.
     """
+    key, split = opening.key, opening.split
     path, asked = parse_asked(argument, key, ASKED)
-    chosen = choose_files(path, split, f".{name}", key=key, shared=shared)
+    chosen = choose_files(path, f".{name}", opening)
     rows: list[Listed] = []
     folders = _Folders()
-    passed_over, divided, notes = PassedOver(), False, []
+    passed_over, divided, notes = PassedOver(), False, list[str]()
     for file in chosen.files:
-        found, has_split, said = _listed(file, name == "tsv", split, asked, folders, passed_over, key)
-        rows, divided, notes = rows + found, divided or has_split, notes + said
+        found, has_split = _listed(file, name == "tsv", split, asked, folders, passed_over, notes, key)
+        rows, divided = rows + found, divided or has_split
     if not rows:
         raise UserError(f"{key}: the files of {argument!r} list no images for {split}; add rows")
-    kept, again = _once(rows, key)
-    if again:
+    label_of: dict[str, str] = {}
+    for row in rows:
+        if (other := label_of.setdefault(row.path, row.label)) != row.label:
+            raise other_task("labels", f"{other} and {row.label}, of {row.path!r}", key=key, where=row.at)
+    if again := len(rows) - len(label_of):
         notes.append(f"{again:,} rows list an image again; it counts as often as it is listed")
-    where = repr(argument)
-    labels = label_samples(
-        coded(_values([row.label for row in kept])), classes, chosen.folders, key=key, where=where, at=lambda row: kept[row].at
-    )
-    root = os.path.commonpath([os.path.dirname(row.path) for row in kept])
-    names = [row.path[len(root) :].lstrip(os.sep) for row in kept]
-    places, hold_out = np.arange(len(kept)), chosen.hold_out and not divided
+    where, column = repr(argument), coded(_values([row.label for row in rows]))
+    labels = label_samples(column, opening.classes, chosen.folders, key=key, where=where, at=lambda row: rows[row].at)
+    root = os.path.commonpath([os.path.dirname(row.path) for row in rows])
+    names = [row.path[len(root) :].lstrip(os.sep) for row in rows]
+    places, hold_out = np.arange(len(rows)), chosen.hold_out and not divided
     if hold_out:
         # An image that is listed twice is in one part.
         numbers: dict[str, int] = {}
         which = np.array([numbers.setdefault(path, len(numbers)) for path in names])
         _, firsts = np.unique(which, return_index=True)
-        hashes = np.array([xxhash.xxh3_64_intdigest(os.fsencode(path)) for path in numbers], dtype=np.uint64)
-        places = np.flatnonzero(np.isin(which, part(hashes, labels.values[firsts], split)))
-        if not len(places):
-            raise UserError(f"{key}: {where} has one image per class, none can be held out; add images or a val file")
-    source = ImageFolder(Path(root), labels.classes, [(names[place], int(labels.values[place])) for place in places], name)
-    source.name, source.passed_over = f"{name}:{argument}", passed_over
-    source.divided, source.linked = hold_out and not folders.linked, folders.linked
-    if odd := next((one for one in labels.classes if one.casefold() in ("na", "none") and classes is None), None):
+        otherwise = f"{key}: {where} has one image per class, none can be held out; add images or a val file"
+        places = part(xxh3_hashes(map(os.fsencode, numbers)), labels.values[firsts], split, otherwise)
+        places = np.flatnonzero(np.isin(which, places))
+    files = [(names[place], int(labels.values[place])) for place in places]
+    source = ImageFolder(f"{name}:{argument}", root, labels.classes, files)
+    source.passed_over, source.linked = passed_over, folders.linked
+    source.divided = hold_out and not folders.linked
+    if odd := next((one for one in labels.classes if one.casefold() in ("na", "none") and opening.classes is None), None):
         notes.append(f"the label {odd!r} is taken as a class of that name: empty the cell of a row that has no label")
     source.notes = (*notes, *labels.notes)
     return source
 
 
-def read_table(file: Path, tabs: bool, asked: dict[str, str], key: str) -> tuple[Table, list[str]]:
-    """The rows of *file*, all of as many cells, and notes on how they were read. Raises `UserError`, which names *key*."""
-    text, notes = _text(file, key)
+def _table(file: Path, tabs: bool, asked: dict[str, str], notes: list[str], key: str) -> tuple[list[str] | None, list[Row]]:
+    """The header of *file*, if it has one, and its rows, all of as many cells."""
+    text = _text(file, notes, key)
     match = re.match(r"sep=(.)\r?\n", text)  # Excel's
     delimiter = "\t" if tabs else match[1] if match else _delimiter(text)
     text = text[match.end() :] if match else text
@@ -128,7 +118,7 @@ def read_table(file: Path, tabs: bool, asked: dict[str, str], key: str) -> tuple
     except csv.Error as error:
         raise UserError(f"{key}: {str(file)!r} is no table of text: {one_line(error)}; write it again") from error
     if not parsed:
-        return Table(None, [], []), notes
+        return None, []
     first = parsed[0][1]
     if len(first) < 2:
         raise UserError(
@@ -143,29 +133,29 @@ def read_table(file: Path, tabs: bool, asked: dict[str, str], key: str) -> tuple
                 f"{key}: line {line} of {str(file)!r} has {len(row)} columns, the first {len(first)} (separated by "
                 f"{DELIMITERS.get(delimiter, delimiter)}); quote cells that have it in them"
             )
-    begin = 1 if _is_header([row for _, row in parsed], asked) else 0
-    rows = parsed[begin:]
-    return Table(first if begin else None, [row for _, row in rows], [line for line, _ in rows]), notes
+    return (first, parsed[1:]) if _is_header([row for _, row in parsed], asked) else (None, parsed)
 
 
-def _text(file: Path, key: str) -> tuple[str, list[str]]:
+def _text(file: Path, notes: list[str], key: str) -> str:
     try:
         content = file.read_bytes()
         marked = content.startswith(tuple(BYTE_ORDER_MARKS))
         odd, even = content[1:200:2].count(0), content[:200:2].count(0)
         if not marked and max(odd, even) > 2 * min(odd, even) + 2:  # UTF-16 without a mark
-            return content.decode("utf-16-le" if odd > even else "utf-16-be"), []
-        return decoded(content), []
+            return content.decode("utf-16-le" if odd > even else "utf-16-be")
+        return decoded(content)
     except OSError as error:
         raise UserError(f"{key}: {str(file)!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         try:
-            return content.decode("cp1252"), [f"{file.name} is not in UTF-8 and was read as Windows-1252"]
+            text = content.decode("cp1252")
         except UnicodeDecodeError:
             raise UserError(f"{key}: {str(file)!r} is no text in UTF-8 ({error.reason}); save it as UTF-8") from error
+        notes.append(f"{file.name} is not in UTF-8 and was read as Windows-1252")
+        return text
 
 
-def _parsed(text: str, delimiter: str, strict: bool = True) -> list[tuple[int, list[str]]]:
+def _parsed(text: str, delimiter: str, strict: bool = True) -> list[Row]:
     """The rows that are not empty, with their line numbers. *strict*: a quote that is not closed is an error."""
     if "\0" in text:
         raise csv.Error("it has zero bytes")
@@ -204,30 +194,31 @@ def _is_header(rows: list[list[str]], asked: dict[str, str]) -> bool:
 
 
 def _listed(
-    file: Path, tabs: bool, split: Split, asked: dict[str, str], folders: _Folders, passed_over: PassedOver, key: str
-) -> tuple[list[Listed], bool, list[str]]:  # fmt: skip
-    """The images that *file* lists for *split*, whether a column of it says so, and notes."""
-    table, notes = read_table(file, tabs, asked, key)
-    if not table.rows:
-        return [], False, notes
+    file: Path, tabs: bool, split: Split, asked: dict[str, str], folders: _Folders, passed_over: PassedOver, notes: list[str],
+    key: str,
+) -> tuple[list[Listed], bool]:  # fmt: skip
+    """The images that *file* lists for *split*, and whether a column of it says so."""
+    header, rows = _table(file, tabs, asked, notes, key)
+    if not rows:
+        return [], False
     where = repr(str(file))
-    names = table.header or [str(number + 1) for number in range(len(table.rows[0]))]
-    path, label, divided = _columns(names, table, asked, key, where)
-    rows = list(zip(table.lines, table.rows))
-    if divided is not None and not ("split" in asked or _plain(names[divided]) == "split"):
-        # A set or a subset may be something else.
-        divided = divided if any(split_name(row[divided]) for row in table.rows) else None
-    flag = next((place for place, name in enumerate(names) if table.header and _plain(name) in FLAGS), None)
+    names = header or [str(number + 1) for number in range(len(rows[0][1]))]
+    path, label, divided = _columns(names, rows, asked, key, where)
+    # A set or a subset may be something else.
+    named = "split" in asked or (divided is not None and _plain(names[divided]) == "split")
+    if divided is not None and not named and not any(split_name(row[divided]) for _, row in rows):
+        divided = None
+    flag = next((place for place, name in enumerate(names) if header and _plain(name) in FLAGS), None)
     if divided is None and flag is not None:
         divided, rows = flag, _of_flag(rows, flag, FLAGS[_plain(names[flag])], key, where)
     if divided is not None:
         rows = _of_split(rows, divided, split, key, where)
-    elif table.header and (fold := next((name for name in names if _plain(name) in FOLDS), None)):
+    elif header and (fold := next((name for name in names if _plain(name) in FOLDS), None)):
         notes.append(
             f"the column {fold!r} of {file.name} is not used: write train and val in a column, and name it ?split=COLUMN"
         )
     if not rows:
-        return [], divided is not None, notes
+        return [], divided is not None
     bases = [asked["root"]] if "root" in asked else [str(file.parent), str(file.parent.parent), "."]
     bases = [os.path.abspath(os.path.expanduser(base)) for base in bases]
     base = next((base for base in bases if any(folders.find(base, row[path]) for _, row in rows[:LOOKED_AT])), bases[0])
@@ -246,30 +237,28 @@ def _listed(
         raise UserError(f"{key}: none of the {len(rows):,} images that {where} lists is a file, as {cell!r}; {fix}")
     if base != bases[0]:
         notes.append(f"paths in {file.name} are relative to {base!r}")
-    return found, divided is not None, notes
+    return found, divided is not None
 
 
-def _columns(names: list[str], table: Table, asked: dict[str, str], key: str, where: str) -> tuple[int, int, int | None]:
+def _columns(names: list[str], rows: list[Row], asked: dict[str, str], key: str, where: str) -> tuple[int, int, int | None]:
     """The places of the columns with the path, the label and, if there is one, the split."""
-    listed = ", ".join(repr(name) for name in names)
+    shown = [repr(name) for name in names]
     if "," in asked.get("label", "") and asked["label"] not in names:
         raise other_task("labels", asked["label"], key=key, where=where)
     for what in NAMES:
         if what in asked and names.count(asked[what]) != 1:
             hint = nearest(asked[what], names) or f"; correct ?{what}={asked[what]}"
-            raise UserError(f"{key}: {where} has no column {asked[what]!r} but {listed}{hint}")
+            raise UserError(f"{key}: {where} has no column {asked[what]!r} but {', '.join(shown)}{hint}")
     plain = [_plain(name) for name in names]
-    seen = [row for row in table.rows[:LOOKED_AT]]
+    seen = [row for _, row in rows[:LOOKED_AT]]
     images = [place for place in range(len(names)) if 2 * sum(_is_image(row[place]) for row in seen) > len(seen)]
     known = {what: [place for place, name in enumerate(plain) if name in NAMES[what]] for what in NAMES}
 
     def chosen(what: str, *choices: Sequence[int]) -> int:
         if what in asked:
             return names.index(asked[what])
-        fits = next((fits for fits in choices if fits), ())
-        if len(fits) != 1:
-            which = f"{' or '.join(repr(names[place]) for place in fits)} may be" if fits else "none is known as"
-            raise UserError(f"{key}: {where} has the columns {listed}, of which {which} the {what}; add ?{what}=COLUMN")
+        fits: Sequence[int] = next((fits for fits in choices if fits), [])
+        the_only([repr(names[place]) for place in fits], what, shown, f"{key}: {where} has", f"add ?{what}=COLUMN")
         return fits[0]
 
     named = [place for place in images if place in known["path"]]
@@ -287,9 +276,7 @@ def _columns(names: list[str], table: Table, asked: dict[str, str], key: str, wh
     return path, chosen("label", exact, labels, others), divided
 
 
-def _of_split(
-    rows: list[tuple[int, list[str]]], column: int, split: Split, key: str, where: str
-) -> list[tuple[int, list[str]]]:  # fmt: skip
+def _of_split(rows: list[Row], column: int, split: Split, key: str, where: str) -> list[Row]:
     """The rows whose cell in *column* names *split*."""
     roles = {cell: split_name(cell) for cell in {row[column] for _, row in rows}}
     unknown = sorted(cell for cell, role in roles.items() if role is None or role.rest)
@@ -297,14 +284,12 @@ def _of_split(
         raise UserError(
             f"{key}: {where} has {unknown[0]!r} in its column for the split; write train, val or test, or rename the column"
         )
-    found = {role.role for role in roles.values() if role is not None}
-    wanted = "train" if split == "train" else "val" if "val" in found else "test"
-    return [(line, row) for line, row in rows if (role := roles[row[column]]) is not None and role.role == wanted]
+    found = {cell: role.role for cell, role in roles.items() if role is not None}
+    wanted = "train" if split == "train" else "val" if "val" in found.values() else "test"
+    return [(line, row) for line, row in rows if found[row[column]] == wanted]
 
 
-def _of_flag(
-    rows: list[tuple[int, list[str]]], column: int, meaning: tuple[str, str], key: str, where: str
-) -> list[tuple[int, list[str]]]:  # fmt: skip
+def _of_flag(rows: list[Row], column: int, meaning: tuple[str, str], key: str, where: str) -> list[Row]:
     """*rows* with the name of a split in the place of the truth value in *column*."""
     found = []
     for line, row in rows:
@@ -312,16 +297,6 @@ def _of_flag(
             raise UserError(f"{key}: line {line} of {where} has {row[column]!r} in a column of true and false; correct it")
         found.append((line, [*row[:column], meaning[place], *row[column + 1 :]]))
     return found
-
-
-def _once(rows: list[Listed], key: str) -> tuple[list[Listed], int]:
-    """*rows*, checked to give no image two labels, and how many of them are there again."""
-    labels: dict[str, str] = {}
-    for row in rows:
-        other = labels.setdefault(row.path, row.label)
-        if other != row.label:
-            raise other_task("labels", f"{other} and {row.label}, of {row.path!r}", key=key, where=row.at)
-    return rows, len(rows) - len(labels)
 
 
 def _values(cells: list[str]) -> list[str | float | None]:

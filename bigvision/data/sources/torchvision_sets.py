@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bigvision.data.sources.arrays import ArraySource
-from bigvision.data.sources.base import Source, Split, Style, size_in_header
+from bigvision.data.sources.arrays import ArraySource, channels_first
+from bigvision.data.sources.base import Opening, Sample, Source, Style
 from bigvision.data.sources.custom import MapStyle
+from bigvision.data.sources.folder import ImageFolder
 from bigvision.data.splits import check_local, hold_out
 from bigvision.errors import UserError, one_line
 
@@ -29,49 +30,43 @@ class _Set(NamedTuple):
     train: dict[str, Any]
     val: dict[str, Any]
     """what its class takes for each split; the same for both: a tenth is held out"""
-    encoded: bool = True
-    """whether its class leaves reading a file to a function that it is given"""
+    decodes: bool = False
+    """whether its class, of image files, decodes them itself: `data.reduce` does not act on them"""
 
 
 _SETS = {
-    "mnist": _Set("MNIST", "MNIST/raw", "digit", {"train": True}, {"train": False}, False),
-    "fashion-mnist": _Set("FashionMNIST", "FashionMNIST/raw", "tiny", {"train": True}, {"train": False}, False),
-    "cifar10": _Set("CIFAR10", "cifar-10-batches-py", "tiny", {"train": True}, {"train": False}, False),
-    "cifar100": _Set("CIFAR100", "cifar-100-python", "tiny", {"train": True}, {"train": False}, False),
-    "svhn": _Set("SVHN", ".", "digit", {"split": "train"}, {"split": "test"}, False),
-    "stl10": _Set("STL10", "stl10_binary", "photo", {"split": "train"}, {"split": "test"}, False),
+    "mnist": _Set("MNIST", "MNIST/raw", "digit", {"train": True}, {"train": False}),
+    "fashion-mnist": _Set("FashionMNIST", "FashionMNIST/raw", "tiny", {"train": True}, {"train": False}),
+    "cifar10": _Set("CIFAR10", "cifar-10-batches-py", "tiny", {"train": True}, {"train": False}),
+    "cifar100": _Set("CIFAR100", "cifar-100-python", "tiny", {"train": True}, {"train": False}),
+    "svhn": _Set("SVHN", ".", "digit", {"split": "train"}, {"split": "test"}),
+    "stl10": _Set("STL10", "stl10_binary", "photo", {"split": "train"}, {"split": "test"}),
     "aircraft": _Set("FGVCAircraft", "fgvc-aircraft-2013b", "photo", {"split": "train"}, {"split": "val"}),
-    "caltech101": _Set("Caltech101", "caltech101", "photo", {}, {}, False),
+    "caltech101": _Set("Caltech101", "caltech101", "photo", {}, {}, True),
     "country211": _Set("Country211", "country211", "photo", {"split": "train"}, {"split": "valid"}),
     "dtd": _Set("DTD", "dtd", "photo", {"split": "train"}, {"split": "val"}),
     "eurosat": _Set("EuroSAT", "eurosat", "photo", {}, {}),
     "flowers102": _Set("Flowers102", "flowers-102", "photo", {"split": "train"}, {"split": "val"}),
     "food101": _Set("Food101", "food-101", "photo", {"split": "train"}, {"split": "test"}),
     "imagenette": _Set("Imagenette", "imagenette2", "photo", {"split": "train"}, {"split": "val"}),
-    "oxford-pets": _Set("OxfordIIITPet", "oxford-iiit-pet", "photo", {"split": "trainval"}, {"split": "test"}, False),
+    "oxford-pets": _Set("OxfordIIITPet", "oxford-iiit-pet", "photo", {"split": "trainval"}, {"split": "test"}, True),
 }
 TORCHVISION = tuple(_SETS)
 
 
-def open_torchvision(name: str, split: Split, *, key: str, root: str | None, download: bool) -> Source:
-    """Open torchvision's dataset *name* in the folder *root*, with *download* after fetching what is missing.
+def open_torchvision(name: str, _: str, opening: Opening) -> Source:
+    """Open torchvision's dataset *name*, after fetching what is missing where *opening* is the first.
 
     ``val`` is the published validation split, or the test split where there is no other; where there is neither, a fixed
     tenth is held out.
-
-    Raises:
-        UserError: it is not there, damaged, or cannot be downloaded; the message names the folder for the files.
     """
     from torchvision import datasets
 
-    found = _SETS[name]
-    check_local(root or "", "data.root")
-    base = Path(root or DEFAULT_ROOT).expanduser()
+    found, key, split = _SETS[name], opening.key, opening.split
+    check_local(opening.root or "", "data.root")
+    base = Path(opening.root or DEFAULT_ROOT).expanduser()
     folder = base / found.folder
     options = found.train if split == "train" else found.val
-    if found.encoded:
-        options = options | {"loader": _read}
-
     opener = getattr(datasets, found.opener)
     try:
         if name == "caltech101" and not (folder / "101_ObjectCategories").is_dir():
@@ -79,7 +74,7 @@ def open_torchvision(name: str, split: Split, *, key: str, root: str | None, dow
         dataset = opener(base, **options)
     except RuntimeError as missing:
         # torchvision says "not found" and "corrupted" alike, and fixes both by downloading.
-        if not download:
+        if not opening.first:
             raise UserError(f"{key}: {name} is not complete in {str(folder)!r}; put its files there") from missing
         try:
             with _timeout(30):
@@ -96,48 +91,29 @@ def open_torchvision(name: str, split: Split, *, key: str, root: str | None, dow
     named = getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or range(10)
     classes = [label[0] if isinstance(label, tuple) else str(label) for label in named]
     if hasattr(dataset, "data"):
-        in_memory = _in_memory(name, found.style, classes, dataset)
-        in_memory.location = str(folder)
-        return in_memory
-    dataset.files, dataset.targets = zip(*_listed(dataset))
-    inside = os.path.join(os.path.abspath(folder), "")
-    if outside := [file for file in dataset.files if not os.path.abspath(file).startswith(inside)]:
-        raise UserError(f"{key}: {name} lists {str(outside[0])!r}, which is not in {str(folder)!r}; fetch its files again")
-    source = _Files(dataset, classes, found.style, name)
-    source.location = str(folder)
-    return hold_out(source, split) if found.train == found.val else source
+        labels = torch.as_tensor(dataset.labels if hasattr(dataset, "labels") else dataset.targets, dtype=torch.int64)
+        source = ArraySource(name, found.style, classes, channels_first(torch.as_tensor(dataset.data)).contiguous(), labels)
+        source.location = str(folder)
+        return source
+    files = [(os.path.relpath(file, folder), label) for file, label in _listed(dataset)]
+    if outside := [file for file, _ in files if file.startswith(os.pardir + os.sep)]:
+        raise UserError(f"{key}: {name} lists {outside[0]!r}, which is not in {str(folder)!r}; fetch its files again")
+    source = ImageFolder(name, str(folder), classes, files)
+    if found.decodes:
+        source = _Decoded(name, str(folder), classes, files)
+        source.decoded = MapStyle(dataset, classes, found.style, name)
+    if found.train != found.val:
+        return source
+    return hold_out(source, split, f"{key}: {name} has one image in {str(folder)!r}; fetch its files again")
 
 
-class _Files(MapStyle):
-    """A dataset of image files, which its attribute ``files`` names."""
+class _Decoded(ImageFolder):
+    """Image files that torchvision's class decodes."""
 
-    def where(self, index: int) -> str:
-        return str(self.dataset.files[index])  # type: ignore[attr-defined]
+    decoded: MapStyle
 
-    def key(self, index: int) -> bytes:
-        return os.fsencode(os.path.relpath(self.where(index), self.location))
-
-    def origins(self) -> Iterator[str]:
-        return map(self.where, range(len(self)))
-
-    def image_size(self, index: int) -> tuple[int, int] | None:
-        return size_in_header(self.where(index))
-
-    def size(self, index: int) -> int:
-        try:
-            return os.stat(self.where(index)).st_size
-        except OSError:
-            return 0  # reading it will name the reason
-
-
-def _in_memory(name: str, style: Style, classes: list[str], dataset: Any) -> ArraySource:
-    images = torch.as_tensor(dataset.data)
-    if images.ndim == 3:
-        images = images.unsqueeze(1)
-    elif images.shape[-1] == 3:
-        images = images.permute(0, 3, 1, 2)
-    labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
-    return ArraySource(name, style, classes, images.contiguous(), torch.as_tensor(labels, dtype=torch.int64))
+    def read(self, index: int) -> Sample:
+        return self.decoded.read(index)
 
 
 def _listed(dataset: Any) -> list[tuple[Any, int]]:
@@ -149,11 +125,6 @@ def _listed(dataset: Any) -> list[tuple[Any, int]]:
         if hasattr(dataset, files):
             return list(zip(getattr(dataset, files), dataset._labels))
     return dataset.samples if hasattr(dataset, "samples") else dataset._samples
-
-
-def _read(path: str | Path) -> bytes:
-    """For torchvision's ``loader``: decoding is ours."""
-    return Path(path).read_bytes()
 
 
 @contextmanager

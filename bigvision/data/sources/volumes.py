@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,9 +18,10 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 
-from bigvision.data.sources.base import Sample, Source, Split, Style, UnreadableSample
-from bigvision.data.sources.folder import ImageFolder, Kind, open_image_folder
-from bigvision.errors import UserError, nearest, one_line
+from bigvision.data.layouts import Kind
+from bigvision.data.sources.base import Opening, Sample, Style, UnreadableSample, View
+from bigvision.data.sources.folder import ImageFolder, open_image_folder
+from bigvision.errors import UserError, how_to_install, nearest, one_line
 
 VOLUMES = Kind("volumes", "volume", (".npy", ".nii", ".nii.gz"))
 KEPT = 4
@@ -43,7 +44,16 @@ class Cut:
     """the intensities that become 0 and 255; None: the 1st and 99th percentile of each volume"""
 
 
-class Volumes(Source):
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "slices": (lambda value: value >= 1, "an integer from 1 on"),
+    "axis": (lambda value: 0 <= value <= 2, "0, 1 or 2"),
+    "stride": (lambda value: value >= 1, "an integer from 1 on"),
+    "window": (lambda value: len(value) == 2 and -math.inf < value[0] < value[1] < math.inf, "LOW,HIGH with LOW below HIGH"),
+}
+"""What each value of a `Cut` must be."""
+
+
+class Volumes(View):
     """Slices of the volumes of a folder, one volume after the other."""
 
     noun = "slice"
@@ -62,7 +72,7 @@ class Volumes(Source):
         return int(self._ends[-1])
 
     def read(self, index: int) -> Sample:
-        volume, centre = self._find(index)
+        volume, centre = self._place(index)
         path, cut = self.files.path(volume), self.cut
         try:
             opened = _open(path)
@@ -74,47 +84,39 @@ class Volumes(Source):
             raise UnreadableSample(one_line(error)) from error
         return Sample(torch.from_numpy(_as_bytes(values, low, high)[wanted - wanted[0]]), self.label(index))
 
-    def label(self, index: int) -> int:
-        return self.files.label(self._find(index)[0])
-
     def where(self, index: int) -> str:
-        volume, centre = self._find(index)
+        volume, centre = self._place(index)
         return f"{self.files.path(volume)}, slice {centre}"
 
     def key(self, index: int) -> bytes:
-        volume, centre = self._find(index)
+        volume, centre = self._place(index)
         return b"%s:%d" % (self.files.key(volume), centre)
 
     def origins(self) -> Iterable[str]:
         return self.files.origins()
 
-    def size(self, index: int) -> int:
-        """Of the whole volume."""
-        return self.files.size(self._find(index)[0])
+    def image_size(self, index: int) -> None:
+        return None
 
-    def _find(self, index: int) -> tuple[int, int]:
+    def _find(self, index: int) -> tuple[ImageFolder, int]:
+        return self.files, self._place(index)[0]
+
+    def _place(self, index: int) -> tuple[int, int]:
         """The volume of a sample and its centre slice."""
         volume = int(torch.searchsorted(self._ends, index, right=True))
         return volume, (index - (int(self._ends[volume - 1]) if volume else 0)) * self.cut.stride
 
 
-def open_volumes(
-    argument: str, split: Split, *, key: str, shared: bool, classes: Sequence[str] | None = None
-) -> Volumes:  # fmt: skip
+def open_volumes(argument: str, opening: Opening) -> Volumes:
     """Open the folder of class folders in *argument*, ``PATH[?slices=3&axis=2&stride=1&window=LOW,HIGH]``.
 
     Volumes are ``.npy``, ``.nii`` and ``.nii.gz`` files of numbers in three dimensions. Splits are those of
     :func:`~bigvision.data.sources.folder.open_image_folder`: what is held out are whole volumes. Only headers are read.
-
-    Args:
-        classes: of the training data.
-
-    Raises:
-        UserError: a missing folder, an unknown key or wrong value, or arrays that are no volumes; the message names *key*.
     """
     path, _, query = argument.partition("?")
+    key = opening.key
     cut = parse_cut(query, key)
-    files = open_image_folder(path, split, key=key, shared=shared, classes=classes, kind=VOLUMES)
+    files = open_image_folder(path, opening, VOLUMES)
     depths, sides = [], []
     for number in range(len(files)):
         file = files.path(number)
@@ -137,41 +139,33 @@ def open_volumes(
 def parse_cut(query: str, key: str) -> Cut:
     """Read ``slices=5&axis=2&stride=1&window=-160,240``, any of it. Raises `UserError`, which names *key*."""
     found: dict[str, Any] = {}
-    known = list(Cut.__dataclass_fields__)
     for name, text in parse_qsl(query, keep_blank_values=True):
-        if name not in known:
-            hint = nearest(name, known) or f"; known are {', '.join(known)}"
+        if name not in RULES:
+            hint = nearest(name, RULES) or f"; known are {', '.join(RULES)}"
             raise UserError(f"{key}: unknown {name!r} in ?{query}{hint}")
         if name in found:
             raise UserError(f"{key}: {name} is twice in ?{query}; remove one")
+        fits, fix = RULES[name]
         try:
             found[name] = tuple(float(part) for part in text.split(",")) if name == "window" else int(text)
+            right = fits(found[name])
         except ValueError:
-            found[name] = None
-    for name, fits, fix in (
-        ("slices", lambda value: value >= 1, "an integer from 1 on"),
-        ("axis", lambda value: 0 <= value <= 2, "0, 1 or 2"),
-        ("stride", lambda value: value >= 1, "an integer from 1 on"),
-        (
-            "window",
-            lambda value: len(value) == 2 and -math.inf < value[0] < value[1] < math.inf,
-            "LOW,HIGH with LOW below HIGH",
-        ),
-    ):
-        if name in found and (found[name] is None or not fits(found[name])):
+            right = False
+        if not right:
             raise UserError(f"{key}: {name} in ?{query} must be {fix}")
     return Cut(**found)
 
 
 def _header(path: str) -> tuple[tuple[int, ...], str]:
     """Shape and kind of number of a volume, without reading it."""
-    volume = np.load(path, mmap_mode="r", allow_pickle=False) if path.lower().endswith(".npy") else _nibabel().load(path)
-    if isinstance(volume, np.ndarray):
+    if path.lower().endswith(".npy"):
+        volume = np.load(path, mmap_mode="r", allow_pickle=False)
         return volume.shape, volume.dtype.kind
-    shape = tuple(volume.shape)
+    image = _nibabel().load(path)
+    shape = tuple(image.shape)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    return shape, volume.get_data_dtype().kind
+    return shape, image.get_data_dtype().kind
 
 
 @lru_cache(maxsize=KEPT)
@@ -222,7 +216,7 @@ def _nibabel(key: str = "data") -> Any:
     try:
         import nibabel
     except ImportError as error:
-        raise UserError(f'{key}: .nii files need nibabel; install it with pip install "bigvision[volumes]"') from error
+        raise UserError(f"{key}: .nii files need nibabel; {how_to_install('volumes')}") from error
     return nibabel
 
 
