@@ -1,3 +1,4 @@
+import builtins
 import gzip
 import hashlib
 import io
@@ -60,9 +61,17 @@ def test_a_bare_folder_is_pointed_at_imagefolder(photos):
     assert f"did you mean 'imagefolder:{photos}'?" in refusal(str(photos))
 
 
-def test_check_source_opens_nothing():
-    for name in DATASETS:
-        check_source(name + (":/nowhere" if name in FILES else ""), key="data.train")
+def test_a_name_is_checked_without_opening_the_data(photos, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise AssertionError(f"opened {path}")
+
+    with monkeypatch.context() as patched:
+        for module, name in ((builtins, "open"), (os, "scandir"), (os, "listdir"), (os, "stat")):
+            patched.setattr(module, name, refuse)
+        for name in DATASETS:
+            check_source(name + (f":{photos}" if name in FILES else ""), key="data.train")
+        with pytest.raises(AssertionError, match="opened"):
+            open_source(f"imagefolder:{photos}", "train")
 
 
 # In memory
