@@ -20,8 +20,9 @@ from bigvision.checkpoint import Retention, Saver, commit, layout, writer
 from bigvision.checkpoint.manifest import CHUNK
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, gather_json, start
-from tests.checkpoint.test_format import DOCUMENTS, digests, load_on_rank, make_fragments, save_on_rank, whole_tensors
+from tests.checkpoint.test_format import DOCUMENTS, load_on_rank, make_fragments, save_on_rank, whole_tensors
 from tests.distributed import run_ranks
+from tests.recipes import digests
 
 # In the background.
 

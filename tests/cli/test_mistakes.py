@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import save_file
 
 from tests.distributed import run_ranks
-from tests.recipes import recipe, run
+from tests.recipes import recipe, run, write_recipe
 
 
 def command(arguments: list[str], environment: dict[str, str | None] | None = None) -> tuple[int, str, str]:
@@ -37,12 +37,6 @@ def command(arguments: list[str], environment: dict[str, str | None] | None = No
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def write_recipe(folder: Path, **sections: dict) -> str:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(folder / "out", **sections)))
-    return str(path)
 
 
 def refused(arguments: list[str], *words: str, ranks: int = 1) -> None:

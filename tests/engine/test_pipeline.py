@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.cli.test_mistakes import refused, write_recipe
+from tests.cli.test_mistakes import refused
 from tests.distributed import run_ranks, start_ranks
 from tests.engine.test_parity import same_losses
 from tests.launch.test_deepspeed import run_without_objects
-from tests.recipes import lines, losses, recipe, run
+from tests.recipes import lines, losses, recipe, run, write_recipe
 
 DEEP: dict[str, dict[str, Any]] = {
     "vit": {"patch_size": 8, "depth": 6, "embed_dim": 48, "num_heads": 3},

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from bigvision.engine import Engine
 from bigvision.engine.zero import ZeroEngine
 from tests.distributed import run_ranks
-from tests.recipes import lines, losses, recipe
+from tests.recipes import digests, lines, losses, recipe
 from tests.training.planted import planted, run_planted, run_without, scalars
-from tests.training.test_resume import digests
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (3, {"strategy": "ddp"}),
