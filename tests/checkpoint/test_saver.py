@@ -355,7 +355,7 @@ def test_copies_are_written_once_and_the_work_is_shared() -> None:
 # What stays.
 
 
-def test_what_is_kept() -> None:
+def test_the_newest_the_best_and_every_nth_checkpoint_are_kept() -> None:
     metrics = {step: {"top1": top1, "loss": 1 - top1} for step, top1 in ((10, 0.5), (20, 0.9), (30, 0.9), (40, 0.7), (50, 0.6))}
     assert Retention(2).keeps(metrics) == {40, 50}
     assert Retention(1, best="top1").keeps(metrics) == {20, 50}

@@ -91,7 +91,7 @@ def test_digits():
     assert all(torch.equal(train.read(i).image, again.read(i).image) for i in range(0, 1437, 100))
 
 
-def test_synthetic():
+def test_synthetic_data_is_the_same_at_every_start():
     source = open_source("synthetic:12x20", "train")
     assert len(source) == 12 and len(source.classes) == 10
     assert source.read(3).image.shape == (3, 20, 20) and source.read(11).label == 1

@@ -108,7 +108,7 @@ def test_every_strategy_every_way(tmp_path: Path, layout: str, model: str, kind:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("layout", "offload"), [("zero2", "optimizer"), ("zero3", "all")])
-def test_offloaded(tmp_path: Path, layout: str, offload: str) -> None:
+def test_a_sample_that_is_not_finite_was_never_there_with_offload(tmp_path: Path, layout: str, offload: str) -> None:
     check(tmp_path, layout, "image", parallel={"offload": offload})
 
 
