@@ -36,6 +36,8 @@ from benchmarks.peers import Work
 from benchmarks.resources import Act, Cost, cost, everywhere, make_cold, make_durable, make_empty, size_of
 from benchmarks.step_time import RESULTS, configuration
 from bigvision import checkpoint
+from bigvision.checkpoint.commit import commit
+from bigvision.checkpoint.writer import plan
 from bigvision.config import Config, parse_size
 from bigvision.engine import Engine
 from bigvision.runtime import Runtime, from_main, start
@@ -166,7 +168,8 @@ def bigvision(config: Config, engine: Engine, card: dict[str, Any]) -> Side:
 
     def save(folder: Path) -> None:
         given = documents(config, engine, card)
-        checkpoint.save(folder, engine.step, engine.fragments(), given, shard_size(config), config.checkpoint.keep)
+        content = plan(list(engine.fragments()), shard_size(config))
+        commit(folder, engine.step, content, given, checkpoint.Retention(config.checkpoint.keep))
 
     def load(full: bool) -> Act:
         def resume(folder: Path) -> None:

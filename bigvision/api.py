@@ -29,7 +29,7 @@ from bigvision.data.sources.base import Source
 from bigvision.data.sources.custom import MapDataset
 from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError, either, nearest
-from bigvision.launchers.devices import Devices, Placement, place
+from bigvision.launchers.ranks import Devices, Placement, place
 from bigvision.models import GivenModel, check_model, given_name
 from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
 from bigvision.training import Callback, Result
@@ -467,8 +467,7 @@ def train(
 
 def _forked(work: Any, objects: Objects, placement: Placement, max_restarts: int, out: str) -> Result:
     """Objects reach other processes only by a fork: they may be closures, open files, classes of a notebook."""
-    from bigvision.launchers.devices import check_parent
-    from bigvision.launchers.ranks import forked_ranks
+    from bigvision.launchers.ranks import check_parent, forked_ranks
 
     check_parent(placement.cuda)
     return forked_ranks(work, placement.ranks, placement.cuda, placement.environment, max_restarts, out)

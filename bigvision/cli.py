@@ -154,7 +154,7 @@ def _versions() -> str:
 
 def _rank() -> int:
     """This process's rank; 0 where it does not know."""
-    from bigvision.runtime.identity import identify
+    from bigvision.runtime.rendezvous import identify
 
     try:
         return identify(os.environ).rank
@@ -164,7 +164,7 @@ def _rank() -> int:
 
 def _speaks() -> bool:
     """Every rank makes the same mistake; one per host says it. A rank that does not know who it is speaks for itself."""
-    from bigvision.runtime.identity import identify
+    from bigvision.runtime.rendezvous import identify
 
     try:
         return identify(os.environ).local_rank == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -55,6 +55,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """*error*, its cause or what was handled when it was raised, and so on."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:  # an error that is raised again may be among its own causes
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "bad_alloc")
 """What torch, cuBLAS, cuDNN and the C++ library say without memory; torch's CPU allocator has no exception of its own."""
 DEVICE_FAULT = re.compile(
@@ -69,11 +78,9 @@ def lacks_memory(error: BaseException | None) -> bool:
     The earliest error in the chain of causes decides: after a fault of the device allocations fail too, and after a failed
     allocation so may the collectives that the rank leaves.
     """
-    verdict, seen = False, set[int]()
-    while error is not None and id(error) not in seen:  # an error that is raised again may be among its own causes
-        seen.add(id(error))
-        verdict = _blames_memory(error, verdict)
-        error = error.__cause__ or error.__context__
+    verdict = False
+    for one in causes(error):
+        verdict = _blames_memory(one, verdict)
     return verdict
 
 

@@ -1,14 +1,14 @@
-"""Runs of named tensors: in memory (`Fragment`) and in safetensors files (`Place`)."""
+"""Named tensors: the part of one that a rank holds in memory (`Fragment`), and where one lies in a file (`Place`)."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -78,6 +78,11 @@ class Place:
     """The tensor's first byte in the file."""
     nbytes: int
 
+    @property
+    def kind(self) -> str:
+        """Its type and shape, for people."""
+        return f"{self.dtype}{list(self.shape)}"
+
 
 def read_header(path: Path) -> dict[str, Place]:
     """Return the places of the tensors in a file, by name, in the order of its header.
@@ -86,19 +91,39 @@ def read_header(path: Path) -> dict[str, Place]:
         ValueError: the file is missing, cut, or not as safetensors allows; one line.
     """
     try:
-        # The library checks that the tensors have their types' sizes and follow each other up to the end of the file.
+        # The library checks that the tensors follow each other up to the end of the file.
         with safe_open(path, "pt"):
             pass
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=unique)
+            begin = file.read(8)
+            return parse_header(path.name, begin + file.read(int.from_bytes(begin, "little")), path.stat().st_size)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None
-    header.pop("__metadata__", None)
+
+
+def parse_header(file: str, header: bytes, size: int) -> dict[str, Place]:
+    """Return the places of the tensors in a safetensors file of *size* bytes that begins with *header* and goes on with data.
+
+    Raises:
+        ValueError: it is no such header, or a tensor lies outside the file or has another size than its type and shape.
+    """
     places = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        places[name] = Place(path.name, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+    try:
+        if (length := int.from_bytes(header[:8], "little")) != len(header) - 8:
+            raise ValueError(f"its length is given as {length} bytes and is {len(header) - 8}")
+        entries = json.loads(header[8:], object_pairs_hook=unique)
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            begin, end = (len(header) + int(n) for n in entry["data_offsets"])
+            shape = tuple(int(n) for n in entry["shape"])
+            if not len(header) <= begin <= end <= size:
+                raise ValueError(f"{name} lies outside the file")
+            places[name] = place = Place(file, entry["dtype"], shape, begin, end - begin)
+            dtype = TYPES.get(place.dtype)
+            if dtype is not None and math.prod(shape) * dtype.itemsize != place.nbytes:
+                raise ValueError(f"{name} is {place.kind} in {place.nbytes} bytes")
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
     return places
 
 
@@ -114,23 +139,17 @@ def file_kind(path: Path) -> str:
     return next((kind for mark, kind in KINDS.items() if begin.startswith(mark)), "")
 
 
-def read_into(descriptor: int, data: memoryview, offset: int) -> None:
-    """Fill *data* with the file's bytes from *offset*: the system may give less at a time.
-
-    Raises:
-        EOFError: the file ends before.
-        OSError: it cannot be read.
-    """
-    while data:
-        count = os.preadv(descriptor, [data], offset)
-        if count == 0:
-            raise EOFError("the file ends early")
-        data, offset = data[count:], offset + count
-
-
 def bytes_of(values: torch.Tensor) -> memoryview:
-    """The memory of a contiguous 1-D tensor on the CPU, for reading a file into it."""
+    """The memory of a contiguous 1-D tensor on the CPU."""
     return memoryview(values.detach().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Copy between bytes (1-D, uint8) of any device, on the CPU by the calling thread alone. Waits for the device."""
+    if target.device.type == source.device.type == "cpu":
+        numpy.copyto(target.numpy(), source.numpy())  # torch would start threads of its own in each of a pool's
+    else:
+        target.copy_(source)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -31,4 +31,4 @@ def test_who_listens_anew_is_not_ended_by_the_stop_before() -> None:
 
 def test_a_rank_that_has_met_the_others_is_not_ended_at_once() -> None:
     """The run itself agrees on a step: tests/training/test_stopping.py."""
-    assert run(HEARD + "SIGNALS.alone = False\ntime.sleep(3)").returncode == Exit.DONE
+    assert run(HEARD + "SIGNALS.stop_at_once(False)\ntime.sleep(3)").returncode == Exit.DONE

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +41,7 @@ More: bigvision checkpoint COMMAND --help."""
 
 
 class Parser(argparse.ArgumentParser):
-    """As its parent, with mistakes said as everywhere else: in one line."""
+    """A parser whose errors are one line, as all errors of users."""
 
     def __init__(self, prog: str, description: str, epilog: str = "") -> None:
         super().__init__(prog, description=description, epilog=epilog, allow_abbrev=False)
@@ -153,16 +152,16 @@ def run_prune(arguments: list[str]) -> int:
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="a run's output folder")
     parser.add_argument("--keep", metavar="K", type=int, required=True, help="how many stay")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     flags = parser.read(arguments)
     check_out(flags.out)
     with nullcontext() if flags.dry_run else Lock(flags.out, lambda text: print(text, file=sys.stderr)):
-        plan = plan_pruning(flags.out, flags.keep)
-        for folder, problem in plan.leave.items():
+        kept, remove, left = plan_pruning(flags.out, flags.keep)
+        for folder, problem in left.items():
             print(f"left as it is  {folder}: {problem}")
-        for folder, reason in plan.keep.items():
+        for folder, reason in kept.items():
             print(f"{'would keep' if flags.dry_run else 'kept':<13}  {folder}{reason and f' ({reason})'}")
-        for folder in plan.remove:
+        for folder in remove:
             size = size_text(bytes_in(folder))
             if not flags.dry_run:
                 try:
@@ -170,7 +169,7 @@ def run_prune(arguments: list[str]) -> int:
                 except OSError as error:
                     raise UserError(f"{folder} cannot be removed ({error.strerror})") from None
             print(f"{'would remove' if flags.dry_run else 'removed':<13}  {folder} ({size})", flush=True)
-    if not plan.remove:
+    if not remove:
         print("nothing to remove")
     return 0
 
@@ -193,9 +192,7 @@ def run_export(arguments: list[str]) -> int:
     shard_size = None if flags.shard_size is None else parse_size(flags.shard_size, "--shard-size")
     from bigvision.checkpoint.export import export
 
-    done = export(
-        flags.source, flags.target, ema=flags.ema, dtype=flags.dtype, shard_size=shard_size, force=flags.force
-    )  # fmt: skip
+    done = export(flags.source, flags.target, ema=flags.ema, dtype=flags.dtype, shard_size=shard_size, force=flags.force)
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     print(f"exported  {flags.target} ({done.tensors} tensors, {size_text(done.bytes)}, {files})")
     print(f"load      {_loading(flags.target, done)}")
@@ -217,35 +214,25 @@ def _print_group(name: str, group: Group, limit: int) -> None:
     if group.identical:
         print(f"{name}: identical ({group.same} tensors)")
         return
-    for side, tensors in group.only.items():
-        _print_some(f"{name}: only in {side}", [f"  {text}" for text in tensors], limit)
-    _print_some(f"{name}: other types or shapes (A | B)", [f"  {text}" for text in group.reshaped], limit)
     width = max((len(change.name) for change in group.changed), default=0)
-    lines = [
-        f"  {change.name:<{width}}  {change.differing} of {change.elements} elements, "
+    both = group.same + len(group.changed)
+    sections = {f"only in {side}": tensors for side, tensors in group.only.items()}
+    sections["other types or shapes (A | B)"] = group.reshaped
+    sections[f"other values in {len(group.changed)} of {both} tensors, the worst first"] = [
+        f"{change.name:<{width}}  {change.differing} of {change.elements} elements, "
         f"largest {change.largest:.3g}, relative {change.relative:.3g}"
         for change in group.changed
     ]
-    both = group.same + len(group.changed)
-    _print_some(f"{name}: other values in {len(lines)} of {both} tensors, the worst first", lines, limit)
-
-
-def _print_some(title: str, lines: list[str], limit: int) -> None:
-    if not lines:
-        return
-    shown = lines[: limit or len(lines)]
-    print("\n".join([title, *shown]))
-    if len(shown) < len(lines):
-        print(f"  and {len(lines) - len(shown)} more (--limit 0 shows all)")
+    for title, lines in sections.items():
+        shown = lines[: limit or len(lines)]
+        if shown:
+            print("\n  ".join([f"{name}: {title}", *shown]))
+        if len(shown) < len(lines):
+            print(f"  and {len(lines) - len(shown)} more (--limit 0 shows all)")
 
 
 def _short(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:99]}…"
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "list": run_list,
-    "verify": run_verify,
-    "diff": run_diff,
-    "prune": run_prune,
-}
+COMMANDS = {"list": run_list, "verify": run_verify, "diff": run_diff, "prune": run_prune}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
 import shutil
 import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple
 from datetime import timedelta
 from pathlib import Path
@@ -19,24 +20,12 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from bigvision import disk
 from bigvision.checkpoint import manifest
-from bigvision.checkpoint.disk import (
-    FOLDER_MODE,
-    ONE_WRITER,
-    file_system,
-    make_folder,
-    open_existing,
-    open_new,
-    remove,
-    replace,
-    sync_folder,
-    write_new,
-)
-from bigvision.checkpoint.layout import Plan, index, plan
 from bigvision.checkpoint.lock import check_held
-from bigvision.checkpoint.manifest import Damaged, Run
-from bigvision.checkpoint.retention import Retention, folder_name, prune
-from bigvision.checkpoint.writer import Arena, create, write_by_owners, write_document, write_pieces
+from bigvision.checkpoint.manifest import ByteRange, Damaged, checksum
+from bigvision.checkpoint.retention import OTHER, Retention, folder_name, prune
+from bigvision.checkpoint.writer import Arena, Plan, index, plan, write_by_owners, write_chunks
 from bigvision.errors import UserError, lacks_memory
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, all_or_none, from_main, gather_json
@@ -48,11 +37,10 @@ Verify = Literal["sample", "full", "none"]
 LOOKS, LOOK_EVERY = 20, 0.25
 """How often a rank looks for what rank 0 has made, and the seconds between."""
 SAMPLE = 8
-"""Runs that a rank reads back of what another has written; at most 64 MiB."""
+"""Byte ranges that a rank reads back of what another has written; at most 64 MiB."""
 
-_UNFINISHED = re.compile(r"step-\d{8,}\.(tmp|pruned)-[0-9a-f]+")
-_ASIDE = re.compile(r"(step-\d{8,})\.aside-[0-9a-f]+")
-_TEMPORARY = re.compile(r"\.(latest|run\.yaml|probe)\.[0-9a-f]+")
+_TEMPORARY = re.compile(r"\.(latest|run\.yaml|lineage\.json|metrics\.jsonl|probe)\.[0-9a-f]+")
+"""What :func:`bigvision.disk.replace` and the probes leave when they are killed."""
 
 
 def prepare_folder(out: Path) -> None:
@@ -62,23 +50,23 @@ def prepare_folder(out: Path) -> None:
         UserError: it cannot be made or written.
     """
     try:
-        make_folder(out)
+        disk.make_folder(out)
         for folder in out.absolute().parents:
             # Who made it a moment ago, we or a user, did not bring its name to the disk. Not all may be open to us.
             with contextlib.suppress(OSError):
-                sync_folder(folder)
+                disk.sync_folder(folder)
         probe = out / f".probe.{secrets.token_hex(4)}"
-        os.close(open_new(probe))
+        os.close(disk.open_new(probe))
         probe.unlink()
         for entry in list(out.iterdir()):
-            if match := _ASIDE.fullmatch(entry.name):
+            other = OTHER.fullmatch(entry.name)
+            kind = other[2] if other else "temporary" if _TEMPORARY.fullmatch(entry.name) else "left"
+            final = out / entry.name.partition(".")[0]
+            if kind == "aside" and not final.exists():
                 # Stopped between the two renames of a replacement: the old one is the checkpoint.
-                if (out / match[1]).exists():
-                    remove(entry)
-                else:
-                    entry.rename(out / match[1])
-            elif _UNFINISHED.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name):
-                remove(entry)
+                entry.rename(final)
+            elif kind != "left":
+                disk.remove(entry)
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror}): choose another with --out") from None
 
@@ -104,27 +92,12 @@ def check_shared(out: Path) -> None:
             "name a folder on a file system that all hosts share with --out"
         )
 
-    all_or_none(lambda: os.close(open_new(token)) if main else None)
+    all_or_none(lambda: os.close(disk.open_new(token)) if main else None)
     try:
         all_or_none(look)
     finally:
         if main:
             token.unlink(missing_ok=True)
-
-
-def save(
-    out: Path, step: int, fragments: Iterable[Fragment], documents: dict[str, Any], shard_size: int, keep: int
-) -> Path:  # fmt: skip
-    """Write a checkpoint from all ranks and return its folder; afterwards keep only the newest *keep* valid ones.
-
-    Args:
-        documents: JSON files by name; "config.json" and "progress.json" are among them.
-        shard_size: largest size of a file's data in bytes.
-
-    Raises:
-        RankFailure: on every rank, when writing failed on any; the earlier checkpoints are as they were.
-    """
-    return commit(out, step, plan(list(fragments), shard_size), documents, Retention(keep))
 
 
 def commit(
@@ -143,37 +116,47 @@ def commit(
     final = out / folder_name(step)
     unfinished = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
 
-    def prepare() -> list[Run]:
+    def prepare() -> list[ByteRange]:
         if not main:
             return []
         check_held(out)
-        make_folder(out)
-        os.mkdir(unfinished, FOLDER_MODE)
-        return [create(unfinished, file) for file in content.files]
+        disk.make_folder(out)
+        os.mkdir(unfinished, disk.FOLDER_MODE)
+        return [_new_file(unfinished, file.name, file.header, file.size) for file in content.files]
 
-    def write() -> list[Run]:
-        return write_by_owners(unfinished, content, group) if writer == "owner" else write_pieces(unfinished, content.pieces)
+    def write() -> list[ByteRange]:
+        return write_by_owners(unfinished, content, group) if writer == "owner" else write_chunks(unfinished, content.chunks)
 
-    def publish() -> None:
-        if main:
-            _finish(unfinished, content, documents, runs)
-            if verify != "none":
-                written = manifest.read(unfinished)
-                _read_back(unfinished, [run for name in written if name.endswith(".json") for run in written[name]])
-            _publish(unfinished, final)
+    def finish() -> None:
+        if not main:
+            return
+        # An index for the model only: readers of a folder with two indexes do not know which one is meant.
+        model = content.layouts["model"]
+        indexes = {"model.safetensors.index.json": index(model)} if len(model) > 1 else {}
+        texts = {name: (json.dumps(found, indent=2) + "\n").encode() for name, found in (documents | indexes).items()}
+        added = [_new_file(unfinished, name, text) for name, text in texts.items()]
+        sizes = {file.name: file.size for file in content.files} | {name: len(text) for name, text in texts.items()}
+        ranges = [part for parts in [*written, added] for part in parts]
+        # What makes the files a checkpoint comes last.
+        disk.write_new(unfinished / manifest.NAME, manifest.build(sizes, ranges))
+        disk.sync_folder(unfinished)
+        if verify != "none":
+            manifest.read(unfinished)
+            _read_back(unfinished, added)
+        disk.publish(unfinished, final)
 
     try:
         unfinished = final.with_name(from_main(unfinished.name, group))
-        created = all_or_none(prepare, group)
-        written = all_or_none(write, group)
-        parts = [[Run(*run) for run in part] for part in gather_json([astuple(run) for run in created + written], group)]
-        runs = [run for part in parts for run in part]
+        headers = all_or_none(prepare, group)
+        chunks = all_or_none(write, group)
+        gathered = gather_json([astuple(part) for part in headers + chunks], group)
+        written = [[ByteRange(*part) for part in parts] for parts in gathered]
         if verify != "none":
             # What the next rank wrote, which may be on another host: it shows what the file system hands out.
-            other = parts[(dist.get_rank() + 1) % dist.get_world_size()]
+            other = written[(dist.get_rank() + 1) % dist.get_world_size()]
             some = other if verify == "full" else other[:: -(-len(other) // SAMPLE) or 1]
             all_or_none(lambda: _read_back(unfinished, some), group)
-        all_or_none(publish, group)
+        all_or_none(finish, group)
     except Exception as error:
         if main:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -183,7 +166,7 @@ def commit(
         raise RankFailure(f"{final} is not saved: another rank is gone or does not answer: {reason}") from error
     if main:
         try:
-            replace(out / "latest", f"{final.name}\n".encode())
+            disk.replace(out / "latest", f"{final.name}\n".encode())
             prune(out, retention, step)
         except OSError as error:
             # The checkpoint is safe; no other rank knows of this, and the run can go on.
@@ -191,53 +174,24 @@ def commit(
     return final
 
 
-def _read_back(folder: Path, runs: list[Run]) -> None:
-    """Raises: RuntimeError: *runs* that were just written cannot be read, or are not what was written."""
+def _new_file(folder: Path, name: str, data: bytes, size: int = 0) -> ByteRange:
+    disk.write_new(folder / name, data, size)
+    return ByteRange(name, 0, len(data), checksum(data))
+
+
+def _read_back(folder: Path, ranges: list[ByteRange]) -> None:
+    """Raises: RuntimeError: *ranges* that were just written cannot be read, or are not what was written."""
     try:
-        for name in {run.file for run in runs}:
-            descriptor = open_existing(folder / name, os.O_RDONLY)
+        for name in {part.file for part in ranges}:
+            descriptor = disk.open_existing(folder / name, os.O_RDONLY)
             try:
                 # From the disk or the server, not from the memory that they were written through.
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
-        manifest.verify(folder, runs)
+        manifest.verify(folder, ranges)
     except (Damaged, OSError) as error:
         raise RuntimeError(f"what was just written cannot be read back: {error}") from error
-
-
-def _finish(unfinished: Path, content: Plan, documents: dict[str, Any], runs: list[Run]) -> None:
-    """Write what makes the files a checkpoint, the manifest last."""
-    documents = dict(documents)
-    # Only the model's: readers of a folder with two indexes do not know which one is meant.
-    if len(content.layouts["model"]) > 1:
-        documents["model.safetensors.index.json"] = index(content.layouts["model"])
-    sizes = {file.name: file.size for file in content.files}
-    for name, document in documents.items():
-        run = write_document(unfinished, name, document)
-        sizes[name] = run.length
-        runs.append(run)
-    write_new(unfinished / manifest.NAME, manifest.build(sizes, runs))
-    sync_folder(unfinished)
-
-
-def _publish(unfinished: Path, final: Path) -> None:
-    aside = None
-    if final.exists():
-        # A run resumed at its last step writes that step again.
-        aside = final.with_name(f"{final.name}.aside-{secrets.token_hex(4)}")
-        final.rename(aside)
-    try:
-        unfinished.rename(final)
-        sync_folder(final.parent)
-    except OSError:
-        if aside is not None:
-            if final.exists():
-                final.rename(unfinished)
-            aside.rename(final)
-        raise
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 class Saver:
@@ -262,8 +216,8 @@ class Saver:
         self.writer: Writer = self._suitable() if writer == "auto" else writer
         self.verify: Verify = verify
         self.arena = Arena() if background else None
-        self.thread: threading.Thread | None = None
-        self.failure: Exception | None = None
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.saving: Future[Path] | None = None
         # A group of its own: collectives of the background thread must not meet those of training.
         self.group: Any = None
         if dist.get_world_size() > 1:
@@ -277,17 +231,37 @@ class Saver:
         """
         self.wait()
         content = plan(list(fragments), self.shard_size)
-        if (copy := self._copied(content)) is None:
-            self._commit(step, content, documents)
-            self.wait()
+        copy: Plan | None = None
+        if self.arena is not None:
+            try:
+                copy = Plan(content.layouts, self.arena.copy(content.chunks))
+            except (MemoryError, RuntimeError) as error:
+                if not lacks_memory(error):
+                    raise
+                # The other ranks need not know: this one takes part in the same collectives, before training goes on.
+                self.arena = None
+                self.say(f"no memory for a copy of the state ({error}): checkpoints are written before training goes on")
+        rest = documents, self.retention, self.writer, self.group, self.verify
+        if copy is None:
+            commit(self.out, step, content, *rest)
         else:
-            self.thread = threading.Thread(target=self._commit, args=(step, copy, documents), name="checkpoint")
-            self.thread.start()
+            self.saving = self.thread.submit(commit, self.out, step, copy, *rest)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last save is complete on the disk, as far as this rank knows."""
+        return self.saving is None or (self.saving.done() and not self.failed)
 
     @property
     def failed(self) -> bool:
         """Whether a save of this rank has failed in the background. Does not communicate."""
-        return self.failure is not None
+        return self.saving is not None and self.saving.done() and self.saving.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until nothing is being saved; a `RankFailure` of the last save is raised."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.result()
 
     def raise_failure(self) -> None:
         """Raise what any rank's save in the background failed with. Called by all ranks, once any of them has `failed`.
@@ -295,60 +269,21 @@ class Saver:
         Raises:
             RankFailure: names the first rank that failed and its error; the same on every rank.
         """
-        self._join()  # a rank whose save is still under way comes to the same end
-        failure, self.failure = self.failure, None
+        saving, self.saving = self.saving, None
+        # A rank whose save is still under way comes to the same end.
+        failure = saving and saving.exception()
         for text in gather_json(failure and str(failure)):
             if text:
                 raise RankFailure(text) from failure
 
-    @property
-    def done(self) -> bool:
-        """Whether the last save is complete on the disk, as far as this rank knows."""
-        return self.failure is None and (self.thread is None or not self.thread.is_alive())
-
-    def wait(self) -> None:
-        """Wait until nothing is being saved.
-
-        Raises:
-            RankFailure: it failed.
-        """
-        self._join()
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            raise failure
-
     def close(self) -> None:
-        """Wait until nothing is being saved; a failure is no longer reported."""
-        self._join()
-
-    def _join(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        """Wait until nothing is being saved; a failure is not raised."""
+        self.thread.shutdown()
 
     def _suitable(self) -> Writer:
         # As rank 0 sees it: all have to do the same.
-        found: str = from_main(file_system(self.out))
-        writer: Writer = "owner" if found in ONE_WRITER else "direct"
+        found: str = from_main(disk.file_system(self.out))
+        writer: Writer = "owner" if found in disk.ONE_WRITER else "direct"
         if found:
             self.say(f"out: {self.out} is on {found}: checkpoint.writer is {writer}")
         return writer
-
-    def _copied(self, content: Plan) -> Plan | None:
-        if self.arena is None:
-            return None
-        try:
-            return Plan(content.layouts, self.arena.copy(content.pieces))
-        except (MemoryError, RuntimeError) as error:
-            if not lacks_memory(error):
-                raise
-            # The other ranks need not know: this one takes part in the same collectives, before training goes on.
-            self.arena = None
-            self.say(f"no memory for a copy of the state ({error}): checkpoints are written before training goes on")
-            return None
-
-    def _commit(self, step: int, content: Plan, documents: dict[str, Any]) -> None:
-        try:
-            commit(self.out, step, content, documents, self.retention, self.writer, self.group, self.verify)
-        except Exception as error:
-            self.failure = error

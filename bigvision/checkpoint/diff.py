@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigvision.checkpoint.manifest import Damaged, ReadError
+from bigvision.checkpoint.manifest import Damaged, ReadError, read_document
 from bigvision.checkpoint.reader import Tensors
 from bigvision.checkpoint.retention import check_step_folder
 from bigvision.errors import UserError
@@ -66,7 +66,7 @@ class Difference:
 
 
 def compare(a: Path, b: Path) -> Difference:
-    """Compare two step folders, a piece of a tensor at a time.
+    """Compare two step folders, a part of a tensor at a time.
 
     Raises:
         UserError: one of them is not a checkpoint, or damaged.
@@ -76,9 +76,9 @@ def compare(a: Path, b: Path) -> Difference:
         check_step_folder(folder)
         try:
             side = Tensors(folder, GROUPS)
-            documents.append(dict(_flat(json.loads(side.document("progress.json")))))
-            documents[-1] |= dict(_flat(json.loads(side.document("config.json")), "card."))
-        except (Damaged, ReadError, ValueError, AttributeError) as error:
+            documents.append(dict(_flat(read_document(folder, side.ranges, "progress.json"))))
+            documents[-1] |= dict(_flat(read_document(folder, side.ranges, "config.json"), "card."))
+        except (Damaged, ReadError) as error:
             raise _invalid(folder, error) from None
         sides.append(side)
     first, second = documents
@@ -90,16 +90,14 @@ def compare(a: Path, b: Path) -> Difference:
 
 def _compare_group(name: str, a: Tensors, b: Tensors) -> Group:
     ours, theirs = a.places.get(name, {}), b.places.get(name, {})
-    group = Group()
-    for tensor in sorted(ours | theirs):
+    group, both = Group(), ours | theirs
+    for tensor in sorted(both):
         here, there = ours.get(tensor), theirs.get(tensor)
         if here is None or there is None:
-            place = here or there
-            assert place is not None
-            group.only["A" if here else "B"].append(f"{tensor}  {_kind(place)}")
-        elif (here.dtype, here.shape) != (there.dtype, there.shape):
-            group.reshaped.append(f"{tensor}  {_kind(here)} | {_kind(there)}")
-        elif change := _compare(tensor, a, here, b, there):
+            group.only["A" if here else "B"].append(f"{tensor}  {both[tensor].kind}")
+        elif here.kind != there.kind:
+            group.reshaped.append(f"{tensor}  {here.kind} | {there.kind}")
+        elif change := _compare(tensor, _parts(a, here), _parts(b, there)):
             group.changed.append(change)
         else:
             group.same += 1
@@ -107,9 +105,10 @@ def _compare_group(name: str, a: Tensors, b: Tensors) -> Group:
     return group
 
 
-def _compare(name: str, a: Tensors, here: Place, b: Tensors, there: Place) -> Change | None:
-    differing, largest, difference, norm = 0, 0.0, 0.0, 0.0
-    for ours, theirs in zip(_pieces(a, here), _pieces(b, there)):
+def _compare(name: str, a: Iterator[Tensor], b: Iterator[Tensor]) -> Change | None:
+    elements, differing, largest, difference, norm = 0, 0, 0.0, 0.0, 0.0
+    for ours, theirs in zip(a, b):
+        elements += ours.numel()
         width = ours.element_size()
         # As bits: a zero's sign counts, and a NaN is equal to itself.
         unequal = (ours.view(torch.uint8) != theirs.view(torch.uint8)).view(-1, width).any(dim=1)
@@ -123,20 +122,18 @@ def _compare(name: str, a: Tensors, here: Place, b: Tensors, there: Place) -> Ch
     if not differing:
         return None
     relative = math.sqrt(difference / norm) if norm else math.inf if difference else 0.0
-    return Change(name, differing, math.prod(here.shape), largest, relative)
+    return Change(name, differing, elements, largest, relative)
 
 
-def _pieces(side: Tensors, place: Place) -> Iterator[Tensor]:
+def _parts(side: Tensors, place: Place) -> Iterator[Tensor]:
     try:
-        yield from side.pieces(place)
+        yield from side.parts(place)
     except (Damaged, ReadError) as error:
         raise _invalid(side.folder, error) from None
 
 
 def _invalid(folder: Path, error: Exception) -> UserError:
-    if isinstance(error, ReadError):
-        return UserError(str(error))
-    return UserError(f"{folder} is not a valid checkpoint: {error}")
+    return UserError(str(error) if isinstance(error, ReadError) else f"{folder} is not a valid checkpoint: {error}")
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -145,7 +142,3 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, json.dumps(value)
-
-
-def _kind(place: Place) -> str:
-    return f"{place.dtype}{list(place.shape)}"

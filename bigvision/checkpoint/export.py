@@ -1,27 +1,25 @@
-"""A checkpoint's weights as a file or folder that other tools open, one piece of a tensor in memory at a time."""
+"""A checkpoint's weights as a file or folder that other tools open, one part of a tensor in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from bigvision.checkpoint import manifest
-from bigvision.checkpoint.disk import FOLDER_MODE, open_new, sync_folder
-from bigvision.checkpoint.layout import FileLayout, TensorSpec, index, lay_out
-from bigvision.checkpoint.manifest import Damaged, ReadError
+from bigvision.checkpoint.manifest import Damaged, ReadError, read_file
 from bigvision.checkpoint.reader import Tensors
 from bigvision.checkpoint.retention import check_step_folder
+from bigvision.checkpoint.writer import FileLayout, index, lay_out
+from bigvision.disk import FOLDER_MODE, open_new, publish, remove, sync_folder, write_new
 from bigvision.errors import UserError
-from bigvision.fragments import TYPES, Place
+from bigvision.fragments import TYPES, Place, bytes_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_SIZE = 5 * 1000**3
@@ -44,12 +42,7 @@ class Exported:
 
 
 def export(
-    source: Path,
-    target: Path,
-    *,
-    ema: bool = False,
-    dtype: str | None = None,
-    shard_size: int | None = None,
+    source: Path, target: Path, *, ema: bool = False, dtype: str | None = None, shard_size: int | None = None,
     force: bool = False,
 ) -> Exported:  # fmt: skip
     """Write the weights of the step folder *source* to *target*, whole or not at all.
@@ -72,25 +65,36 @@ def export(
         raise UserError(f"--shard-size: {target} is one file: name a folder, or leave --shard-size out")
     check_step_folder(source)
     _check_target(target, single, force)
+    unfinished = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
     try:
         tensors = Tensors(source, ("model", "ema") if ema else ("model",))
-        card_text = tensors.document("config.json")
+        card_text = read_file(source, tensors.ranges, "config.json")
         card = _card(card_text)
         places = _places(tensors, ema, source)
-        specs = [TensorSpec(name, _type(place, dtype), place.shape) for name, place in places.items()]
-        whole = sum(spec.nbytes for spec in specs) + 1
-        layouts = lay_out("model", specs, whole if single else shard_size or SHARD_SIZE)
-        with _replacing(target, single, force) as unfinished:
-            for layout in layouts:
-                with _create(unfinished if single else unfinished / layout.name) as file:
-                    _write(file, layout, tensors, places, {spec.name: spec.dtype for spec in specs})
-            if not single:
-                with _create(unfinished / "config.json") as file:
-                    file.write(card_text)
+        written = {name: torch.empty(place.shape, dtype=TYPES[place.dtype], device="meta") for name, place in places.items()}
+        if dtype is not None:
+            written = {name: one.to(PRECISIONS[dtype]) if one.is_floating_point() else one for name, one in written.items()}
+        largest = sum(tensor.nbytes for tensor in written.values()) + 1 if single else shard_size or SHARD_SIZE
+        layouts = lay_out("model", written, largest)
+        try:
+            if single:
+                _write(unfinished, layouts[0], tensors, places, written)
+            else:
+                unfinished.mkdir(FOLDER_MODE)
+                for layout in layouts:
+                    _write(unfinished / layout.name, layout, tensors, places, written)
+                write_new(unfinished / "config.json", card_text)
                 if len(layouts) > 1:
-                    with _create(unfinished / "model.safetensors.index.json") as file:
-                        file.write((json.dumps(index(layouts), indent=2) + "\n").encode())
+                    text = json.dumps(index(layouts), indent=2) + "\n"
+                    write_new(unfinished / "model.safetensors.index.json", text.encode())
                 sync_folder(unfinished)
+            # Again: hours may have gone by.
+            _check_target(target, single, force)
+            publish(unfinished, target)
+        except BaseException:
+            with suppress(OSError):
+                remove(unfinished)
+            raise
     except Damaged as error:
         raise UserError(f"export: {source} is not a valid checkpoint: {error}") from None
     except ReadError as error:
@@ -98,7 +102,7 @@ def export(
     except OSError as error:
         raise UserError(f"export: {target} cannot be written ({error.strerror})") from None
     size = sum(layout.size for layout in layouts)
-    return Exported([layout.name for layout in layouts], size, len(specs), **card)
+    return Exported([layout.name for layout in layouts], size, len(places), **card)
 
 
 def _check_target(target: Path, single: bool, force: bool) -> None:
@@ -146,59 +150,19 @@ def _places(tensors: Tensors, ema: bool, source: Path) -> dict[str, Place]:
     return model | averaged
 
 
-def _type(place: Place, dtype: str | None) -> torch.dtype:
-    own = TYPES[place.dtype]
-    return PRECISIONS[dtype] if dtype and own.is_floating_point else own
-
-
 def _write(
-    file: BinaryIO, layout: FileLayout, tensors: Tensors, places: dict[str, Place], types: dict[str, torch.dtype]
+    path: Path, layout: FileLayout, tensors: Tensors, places: dict[str, Place], written: dict[str, torch.Tensor]
 ) -> None:  # fmt: skip
-    file.write(layout.header)
-    for name, offset in layout.offsets.items():
-        if file.tell() != offset:
-            raise RuntimeError(f"{name} would lie at {file.tell()}, not at {offset}")
-        for piece in tensors.pieces(places[name]):
-            values = piece.to(types[name])
-            if values.dtype != piece.dtype and not torch.equal(values.isfinite(), piece.isfinite()):
-                largest = float(piece[piece.isfinite()].abs().max())
-                raise UserError(f"--dtype: {name} has the value {largest:g}, which {values.dtype} cannot hold: use another")
-            file.write(memoryview(values.view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
-
-
-@contextmanager
-def _create(path: Path) -> Iterator[BinaryIO]:
-    """A new file, on the disk when the block ends."""
     with os.fdopen(open_new(path), "wb") as file:
-        yield file
+        file.write(layout.header)
+        for name, offset in layout.offsets.items():
+            if file.tell() != offset:
+                raise RuntimeError(f"{name} would lie at {file.tell()}, not at {offset}")
+            for part in tensors.parts(places[name]):
+                values = part.to(written[name].dtype)
+                if values.dtype != part.dtype and not torch.equal(values.isfinite(), part.isfinite()):
+                    largest = float(part[part.isfinite()].abs().max())
+                    raise UserError(f"--dtype: {name} has the value {largest:g}, which {values.dtype} cannot hold: use another")
+                file.write(bytes_of(values))
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def _replacing(target: Path, single: bool, force: bool) -> Iterator[Path]:
-    """A path beside *target* to write to, which takes its place when the block ends; nothing is left of it on an error."""
-    suffix = secrets.token_hex(4)
-    unfinished, aside = (target.with_name(f"{target.name}.{kind}-{suffix}") for kind in ("tmp", "aside"))
-    try:
-        if not single:
-            unfinished.mkdir(FOLDER_MODE)
-        yield unfinished
-        # Again: hours may have gone by.
-        _check_target(target, single, force)
-        if target.is_dir():
-            target.rename(aside)
-        try:
-            unfinished.rename(target)
-        except OSError:
-            if aside.exists():
-                aside.rename(target)
-            raise
-    except BaseException:
-        if single:
-            unfinished.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    sync_folder(target.absolute().parent)
-    shutil.rmtree(aside, ignore_errors=True)

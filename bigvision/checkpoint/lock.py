@@ -1,6 +1,6 @@
 """One run at a time in an output folder.
 
-Two signs tell whether a run holds a folder. A POSIX record lock on ``OUT/.lock``, which the system drops with its owner; a file
+Two signs show whether a run holds a folder. A POSIX record lock on ``OUT/.lock``, which the system drops with its owner; a file
 server may keep the lock of a host that has died, and some file systems have locks that other hosts do not see. And a heartbeat:
 while the owner lives, a thread sets the file's time every few seconds. Times are compared by the file system's own clock.
 """
@@ -17,12 +17,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigvision.checkpoint.disk import FILE_MODE, make_folder, open_new
 from bigvision.checkpoint.retention import is_step_folder
+from bigvision.disk import FILE_MODE, make_folder, open_existing, open_new
 from bigvision.errors import InUse, UserError
 
 NAME = ".lock"
@@ -38,7 +38,7 @@ _held: dict[tuple[int, int], Lock] = {}
 
 @dataclass(frozen=True)
 class _Owner:
-    """What ``.lock`` says of the process that wrote it. Earlier versions had no token and no heartbeat."""
+    """The process that ``.lock`` names. Earlier versions had no token and no heartbeat."""
 
     process: int | None = None
     host: str = ""
@@ -47,7 +47,7 @@ class _Owner:
     boot: str = ""
     """The host's boot: hosts may have one name, and containers of one host several."""
     numbers: str = ""
-    """The process's number space, without which its number says nothing."""
+    """The process's PID namespace: another may have the same number in another namespace."""
 
     @property
     def is_here(self) -> bool:
@@ -71,11 +71,8 @@ class _Owner:
 
 
 @dataclass
-class Lock:
-    """Holds the output folder *out* until it is released or this process ends, however it ends.
-
-    The processes that the owner starts do not inherit it.
-    """
+class Lock(contextlib.AbstractContextManager["Lock"]):
+    """Holds the output folder *out* until it is released or this process ends; child processes do not inherit it."""
 
     out: Path
     say: Callable[[str], None] = lambda text: None
@@ -88,8 +85,7 @@ class Lock:
         """Take the lock, and make the folder where it is missing.
 
         Raises:
-            UserError: another run of this host holds it (named: its process, its host and since when), or it cannot be written,
-                or it is a checkpoint, with which all in it would be pruned.
+            UserError: another run of this host holds it, it cannot be written, or it is a checkpoint, which would be pruned.
             InUse: a run on another host holds it. That may have died a moment ago, so a later start may succeed.
         """
         if is_step_folder(self.out):
@@ -115,9 +111,6 @@ class Lock:
                     os.ftruncate(self.descriptor, 0)  # nobody has to wait for a heartbeat
             os.close(self.descriptor)
 
-    def __enter__(self) -> Lock:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.release()
 
@@ -133,7 +126,7 @@ class Lock:
                 # One without heartbeats, of an earlier version, is known by the system's lock alone.
                 free = granted and (not owner.token or owner.is_here)
                 if not free and not owner.is_dead:
-                    self._wait_for_the_end_of(owner, granted)
+                    self._wait_until_dead(owner, granted)
                 if granted:
                     break
             except BaseException:
@@ -145,12 +138,10 @@ class Lock:
             self.say(f"{self.path}: {owner} is dead: its lock is taken over")
         self.identity = _identity(os.fstat(self.descriptor))
         _held[self.identity] = self
-        mine = {
-            "process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "token": self.token, "boot": _boot(), "numbers": _numbers(),
-        }  # fmt: skip
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        mine = _Owner(os.getpid(), socket.gethostname(), since, self.token, _boot(), _numbers())
         os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, json.dumps(mine).encode(), 0)
+        os.pwrite(self.descriptor, json.dumps(asdict(mine)).encode(), 0)
 
     def _granted(self) -> bool:
         """Whether the system gives us the lock, or has none to give."""
@@ -162,26 +153,21 @@ class Lock:
             self.say(f"{self.out}: its file system has no locks ({error.strerror}); heartbeats alone keep a second run out")
         return True
 
-    def _wait_for_the_end_of(self, owner: _Owner, granted: bool) -> None:
-        """Return when *owner* has given no sign of life for long enough.
-
-        Raises:
-            UserError: it lives, on this host.
-            InUse: it lives on another host, or there is no telling.
-        """
+    def _wait_until_dead(self, owner: _Owner, granted: bool) -> None:
+        """Return when *owner* has given no heartbeat for long enough; an error where it lives or that cannot be known."""
         if owner.is_here or owner.process is None:
             raise UserError(self._in_use(owner))
         if not owner.token:
             raise InUse(self._in_use(owner))
         limit, first = SILENT if granted else EXPIRES, os.fstat(self.descriptor).st_mtime
-        said = False
-        while (age := self._now() - first) < limit:
-            if not said:
-                self.say(f"{self.path} is held by {owner}, last heard of {max(age, 0):.0f} s ago: waiting whether it lives")
-                said = True
+        age = self._now() - first
+        if age < limit:
+            self.say(f"{self.path} is held by {owner}, last heard of {max(age, 0):.0f} s ago: waiting whether it lives")
+        while age < limit:
             time.sleep(min(BEAT, limit - age))
             if _owner(self.descriptor).token != owner.token or os.stat(self.path).st_mtime > first:
                 raise InUse(self._in_use(owner))
+            age = self._now() - first
 
     def _now(self) -> float:
         """The present by the clock of the file system: hosts' clocks differ."""
@@ -200,7 +186,7 @@ class Lock:
             os.rename(self.path, gone)
         except FileNotFoundError:
             return
-        descriptor = os.open(gone, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = open_existing(gone, os.O_RDONLY)
         try:
             if _owner(descriptor).token != owner.token:
                 with contextlib.suppress(FileExistsError):
@@ -235,7 +221,7 @@ def check_held(out: Path) -> None:
     for lock in list(_held.values()):
         if lock.lost and lock.out == out:
             raise RuntimeError(
-                f"out: another run has taken {out} over, because this one gave no sign of life for {SILENT:.0f} s or more: "
+                f"out: another run has taken {out} over, because this one had no heartbeat for {SILENT:.0f} s or more: "
                 "this one ends, and nothing of it is saved any more"
             )
 

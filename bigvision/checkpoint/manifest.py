@@ -1,4 +1,7 @@
-"""The manifest: what a checkpoint consists of, and the checksum of every byte of it."""
+"""The manifest: what a checkpoint consists of, and the checksum of every byte of it (XXH3 with 64 bits, Collet 2019).
+
+Every file is listed as consecutive byte ranges ("runs" in the JSON), each of which one rank has written and summed.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest as checksum
 
-from bigvision.checkpoint.disk import open_existing, read_at
+from bigvision.disk import open_existing, read_into
 
 T = TypeVar("T")
 
@@ -25,9 +28,6 @@ LARGEST = 1 << 30
 """Bytes of the largest JSON file that is read."""
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 """The names of files that a checkpoint may have."""
-CHUNK = 8 << 20
-"""Bytes read, written and summed at a time."""
-
 PAUSES = (0.2, 1.0, 3.0)
 """Seconds between tries where the system cannot read: file servers restart, and mounts come back."""
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO)
@@ -35,15 +35,15 @@ NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.E
 
 
 class Damaged(Exception):
-    """A checkpoint that does not verify; says which file and what is wrong with it.
+    """A checkpoint that does not verify; names the file and what is wrong with it.
 
     Only a missing file, a wrong size and a wrong checksum are damage. What the system cannot read is a `ReadError`.
     """
 
-    def __init__(self, text: str, run: Run | None = None) -> None:
-        """Args: *run* has another checksum than was written."""
+    def __init__(self, text: str, part: ByteRange | None = None) -> None:
+        """Args: *part* has another checksum than was written."""
         super().__init__(text)
-        self.run = run
+        self.part = part
 
 
 class ReadError(OSError):
@@ -55,42 +55,47 @@ class ReadError(OSError):
 
 
 @dataclass(frozen=True)
-class Run:
-    """Bytes that were written in one piece."""
+class ByteRange:
+    """Bytes of a file that were written at once, with their checksum."""
 
     file: str
     offset: int
     length: int
     checksum: int
-    """XXH3, 64 bits."""
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    def check(self, data: bytearray | memoryview) -> None:
+        """Raises: Damaged: *data*, which was read from here, is not what was written."""
+        if checksum(data) != self.checksum:
+            raise Damaged(f"{self.file} differs from its checksum in the {self.length} bytes from {self.offset}", self)
 
 
-def checksum(data: Any) -> int:
-    """The checksum of bytes: XXH3 (Collet 2019), 64 bits, faster than memory is read."""
-    return xxh3_64_intdigest(data)
-
-
-def build(sizes: dict[str, int], runs: list[Run]) -> bytes:
-    """The manifest of files of these *sizes*, made of *runs*."""
+def build(sizes: dict[str, int], ranges: list[ByteRange]) -> bytes:
+    """The manifest of files of these *sizes*, made of *ranges*."""
     files: dict[str, Any] = {name: {"size": size, "runs": []} for name, size in sizes.items()}
-    for run in sorted(runs, key=lambda run: (run.file, run.offset)):
-        files[run.file]["runs"].append([run.offset, run.length, run.checksum])
+    for part in sorted(ranges, key=lambda part: (part.file, part.offset)):
+        files[part.file]["runs"].append([part.offset, part.length, part.checksum])
     for name, file in files.items():
         if not _covered(file):
-            raise ValueError(f"{name}: the runs written do not add up to the file")
+            raise ValueError(f"{name}: the byte ranges written do not add up to the file")
     content = {"format": "bigvision", "version": VERSION, "files": files}
     # Last, so that the rest can be summed as it is: a manifest that was changed anywhere is noticed.
     return _text(content | {"checksum": checksum(_text(content))})
 
 
-def read(folder: Path) -> dict[str, list[Run]]:
-    """Return the runs of each file of the checkpoint *folder*, after checking the manifest and the files' sizes.
+def read(folder: Path) -> dict[str, list[ByteRange]]:
+    """Return the byte ranges of each file of the checkpoint *folder*, after checking the manifest and the files' sizes.
 
     Raises:
-        Damaged: the manifest or a file is missing, cut or not what the manifest says.
-        ReadError: the system cannot tell.
+        Damaged: the manifest or a file is missing, cut or not as the manifest lists it.
+        ReadError: the system cannot read one of them.
     """
-    text = _read_text(folder)
+    if (size := _size(folder / NAME)) > LARGEST:
+        raise Damaged(f"{NAME} is larger than {LARGEST} bytes")
+    fill(folder / NAME, memoryview(text := bytearray(size)), 0)
     try:
         manifest = json.loads(text)
         if manifest["format"] != "bigvision" or manifest["version"] != VERSION:
@@ -99,7 +104,7 @@ def read(folder: Path) -> dict[str, list[Run]]:
         if text != _text(manifest | {"checksum": found}) or found != checksum(_text(manifest)):
             raise Damaged(f"{NAME} differs from its checksum")
         files = manifest["files"]
-        runs = {name: [Run(name, *(int(n) for n in run)) for run in file["runs"]] for name, file in files.items()}
+        ranges = {name: [ByteRange(name, *(int(n) for n in run)) for run in file["runs"]] for name, file in files.items()}
         complete = all(_covered(file) for file in files.values())
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Damaged(f"{NAME} cannot be read: {type(error).__name__}: {error}") from None
@@ -111,30 +116,24 @@ def read(folder: Path) -> dict[str, list[Run]]:
             raise Damaged(f"{NAME} names {name!r}, which is not a plain file name")
         if (size := _size(folder / name)) != file["size"]:
             raise Damaged(f"{name} has {size} bytes, not {file['size']}")
-    return runs
+    return ranges
 
 
-def verify(folder: Path, runs: list[Run]) -> None:
-    """Read the bytes of *runs* and compare their checksums.
-
-    Raises:
-        Damaged: names the file and the first byte of the run that differs.
-        ReadError: the system cannot read them.
-    """
-    for run in runs:
-        read_run(folder, run)
+def verify(folder: Path, ranges: list[ByteRange]) -> None:
+    """Read the bytes of *ranges* and compare their checksums; raises as :func:`read_range`."""
+    for part in ranges:
+        read_range(folder, part)
 
 
-def read_run(folder: Path, run: Run) -> bytes:
-    """Return the bytes of *run*, verified.
+def read_range(folder: Path, part: ByteRange) -> bytearray:
+    """Return the bytes of *part*, verified.
 
     Raises:
         Damaged: they are not what was written.
         ReadError: the system cannot read them.
     """
-    data = _read(folder / run.file, run.length, run.offset)
-    if checksum(data) != run.checksum:
-        raise Damaged(differs(run), run)
+    fill(folder / part.file, memoryview(data := bytearray(part.length)), part.offset)
+    part.check(data)
     return data
 
 
@@ -144,12 +143,14 @@ def retry_reading(path: Path, read: Callable[[], T]) -> T:
     *read* opens the file by itself: the handle of a file that a server has moved stays stale.
 
     Raises:
-        Damaged: there is no file.
+        Damaged: there is no file, or it ends early.
         ReadError: no try has succeeded.
     """
     for pause in (*PAUSES, None):
         try:
             return read()
+        except EOFError:
+            raise Damaged(f"{path.name} ends early") from None
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 raise Damaged(f"{path.name} is missing") from None
@@ -161,14 +162,28 @@ def retry_reading(path: Path, read: Callable[[], T]) -> T:
     raise AssertionError("the last try returns or raises")
 
 
-def read_document(folder: Path, runs: dict[str, list[Run]], name: str) -> dict[str, Any]:
-    """Return the JSON object in a file of the checkpoint.
+def fill(path: Path, data: memoryview, offset: int) -> None:
+    """Fill *data* with the bytes of a file from *offset* on; raises as :func:`retry_reading`."""
 
-    Raises:
-        Damaged: not what was written, or no JSON object.
-    """
+    def read() -> None:
+        descriptor = open_existing(path, os.O_RDONLY)
+        try:
+            read_into(descriptor, data, offset)
+        finally:
+            os.close(descriptor)
+
+    retry_reading(path, read)
+
+
+def read_file(folder: Path, ranges: dict[str, list[ByteRange]], name: str) -> bytes:
+    """Return the bytes of a small file of the checkpoint, verified; raises as :func:`read_range`."""
+    return b"".join(read_range(folder, part) for part in ranges[name])
+
+
+def read_document(folder: Path, ranges: dict[str, list[ByteRange]], name: str) -> dict[str, Any]:
+    """Return the JSON object in a file of the checkpoint; raises as :func:`read_range`, and `Damaged` where it holds none."""
     try:
-        content = json.loads(b"".join(read_run(folder, run) for run in runs[name]))
+        content = json.loads(read_file(folder, ranges, name))
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -176,39 +191,11 @@ def read_document(folder: Path, runs: dict[str, list[Run]], name: str) -> dict[s
     return content
 
 
-def differs(run: Run) -> str:
-    """What is wrong with a run whose checksum is another."""
-    return f"{run.file} differs from its checksum in the {run.length} bytes from {run.offset}"
-
-
-def chunks(offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """Cut the bytes [offset, offset + length) into pieces of at most :data:`CHUNK`."""
-    for begin in range(offset, offset + length, CHUNK):
-        yield begin, min(begin + CHUNK, offset + length)
-
-
-def _read_text(folder: Path) -> bytes:
-    if (size := _size(folder / NAME)) > LARGEST:
-        raise Damaged(f"{NAME} is larger than {LARGEST} bytes")
-    return _read(folder / NAME, size + 1, 0)
-
-
 def _size(path: Path) -> int:
     status = retry_reading(path, lambda: os.lstat(path))
     if not stat.S_ISREG(status.st_mode):
         raise Damaged(f"{path.name} is missing")
     return status.st_size
-
-
-def _read(path: Path, length: int, offset: int) -> bytes:
-    def read() -> bytes:
-        descriptor = open_existing(path, os.O_RDONLY)
-        try:
-            return read_at(descriptor, length, offset)
-        finally:
-            os.close(descriptor)
-
-    return retry_reading(path, read)
 
 
 def _text(content: dict[str, Any]) -> bytes:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bigvision.checkpoint import manifest
-from bigvision.checkpoint.disk import sync_folder
-from bigvision.checkpoint.manifest import Damaged, Run, read_document, retry_reading
-from bigvision.checkpoint.reader import check_same_tensors, read_fragments, read_places
+from bigvision.checkpoint.manifest import ByteRange, Damaged, read_document, retry_reading
+from bigvision.checkpoint.reader import Tensors, check_same_tensors
 from bigvision.checkpoint.retention import folder_name, is_step_folder, steps_in
+from bigvision.disk import sync_folder
 from bigvision.errors import UserError, nearest
-from bigvision.fragments import Fragment, Place
+from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, all_or_none, from_main, gather_json
 
 T = TypeVar("T")
@@ -25,17 +25,19 @@ Say = Callable[[str], None]
 class Checkpoint:
     """A checkpoint whose manifest, documents and headers verified; its tensors are checked while they are read."""
 
-    folder: Path
+    tensors: Tensors
     progress: dict[str, Any]
     """step, samples, lr, scalars, metrics and the run's configuration."""
     card: dict[str, Any]
     """config.json: timm's model card, with the class names."""
-    runs: dict[str, list[Run]]
-    places: dict[str, dict[str, Place]]
     full: bool
     """Whether to compare the checksums of what is read."""
     what: str
     """The key that asked for it, or "auto": then an older one does as well."""
+
+    @property
+    def folder(self) -> Path:
+        return self.tensors.folder
 
     def restore(self, fragments: list[Fragment], groups: tuple[str, ...] | None = None) -> None:
         """Fill *fragments*, on every rank; only those of *groups*, or all groups of the checkpoint.
@@ -45,7 +47,7 @@ class Checkpoint:
             RankFailure: a rank cannot read it.
         """
         if problem := self._fill(fragments, groups):
-            raise UserError(f"{self._key}: {self.folder} is not a valid checkpoint: {problem}")
+            raise _invalid(self.folder, problem, self._key)
 
     def restore_or_older(
         self, fragments: list[Fragment], say: Say, accept: Callable[[Checkpoint], None] = lambda found: None
@@ -53,25 +55,21 @@ class Checkpoint:
         """Fill *fragments* from this checkpoint, on every rank, or from the newest older one that is whole; return it.
 
         Args:
-            say: told when a damaged checkpoint is passed over.
+            say: called with a line for each damaged checkpoint.
             accept: called with an older one before it is read; raises where the run must not go on from that.
 
         Raises:
             UserError: as :meth:`restore`, for one that was named; or none is whole.
             RankFailure: a rank cannot read one.
         """
-        found: Checkpoint | None = self
-        while found is not None:
+        found = self
+        while problem := found._fill(fragments, None):
             if found.what != "auto":
-                found.restore(fragments)
-                return found
-            problem = found._fill(fragments, None)
-            if not problem:
-                return found
-            say(_passed_over(found.folder, problem))
+                raise _invalid(found.folder, problem, found._key)
+            say(_falls_back(found.folder, problem))
             found = _newest(found.folder.parent, found.full, say, below=int(found.folder.name.partition("-")[2]))
             accept(found)
-        raise AssertionError("either one is found or it is an error")
+        return found
 
     def is_in(self, out: Path) -> bool:
         """Whether it is one of *out*."""
@@ -83,10 +81,10 @@ class Checkpoint:
 
     def _fill(self, fragments: list[Fragment], groups: tuple[str, ...] | None) -> str:
         """As :meth:`restore`; returns what is damaged, the same on every rank."""
-        places = {group: held for group, held in self.places.items() if groups is None or group in groups}
+        places = {group: held for group, held in self.tensors.places.items() if groups is None or group in groups}
         wanted = [fragment for fragment in fragments if groups is None or fragment.group in groups]
         all_or_none(lambda: check_same_tensors(self.folder, places, wanted, self._key))
-        return _agreed(self.folder, lambda: read_fragments(self.folder, self.runs, places, wanted, self.full))[1]
+        return _agreed(self.folder, lambda: self.tensors.restore(wanted, self.full))[1]
 
 
 def find(resume: str, out: Path, full: bool, say: Say) -> Checkpoint | None:
@@ -95,7 +93,7 @@ def find(resume: str, out: Path, full: bool, say: Say) -> Checkpoint | None:
     Args:
         resume: "auto", "never", a step of *out*, or the path of a step folder.
         full: compare every checksum when tensors are read.
-        say: told when a damaged checkpoint is passed over.
+        say: called with a line for each damaged checkpoint.
 
     Raises:
         UserError: checkpoints are there and none is valid, or there are some and "never" would mix with them.
@@ -142,8 +140,12 @@ def open_checkpoint(folder: Path, full: bool, what: str) -> Checkpoint:
     """
     found, problem = _try_open(folder, full, what)
     if found is None:
-        raise UserError(f"{what}: {folder} is not a valid checkpoint: {problem}")
+        raise _invalid(folder, problem, what)
     return found
+
+
+def _invalid(folder: Path, problem: str, what: str) -> UserError:
+    return UserError(f"{what}: {folder} is not a valid checkpoint: {problem}")
 
 
 def set_aside_later(out: Path, step: int, say: Say) -> None:
@@ -166,7 +168,7 @@ def _newest(out: Path, full: bool, say: Say, below: int | None = None) -> Checkp
             found, problem = _try_open(folder, full, "auto")
             if found:
                 return found
-            say(_passed_over(folder, problem))
+            say(_falls_back(folder, problem))
     raise UserError(
         f"checkpoint.resume: none of the {len(steps)} checkpoints in {out} is valid: choose another --out to start afresh"
     )
@@ -177,7 +179,7 @@ def _steps(out: Path) -> list[int]:
     return from_main(all_or_none(lambda: retry_reading(out, lambda: steps_in(out))))
 
 
-def _passed_over(folder: Path, problem: str) -> str:
+def _falls_back(folder: Path, problem: str) -> str:
     return f"{folder} is damaged ({problem}): falling back to the one before it"
 
 
@@ -185,13 +187,13 @@ def _try_open(folder: Path, full: bool, what: str) -> tuple[Checkpoint | None, s
     """The checkpoint in *folder*, or what is damaged; the same on every rank."""
 
     def read() -> Checkpoint:
-        runs = manifest.read(folder)
+        tensors = Tensors(folder)
         # Also those that only other tools read.
-        documents = {name: read_document(folder, runs, name) for name in runs if name.endswith(".json")}
+        documents = {name: read_document(folder, tensors.ranges, name) for name in tensors.ranges if name.endswith(".json")}
         progress = documents["progress.json"]
         if not isinstance(progress.get("step"), int):
             raise Damaged("progress.json names no step")
-        return Checkpoint(folder, progress, documents["config.json"], runs, read_places(folder, runs), full, what)
+        return Checkpoint(tensors, progress, documents["config.json"], full, what)
 
     return _agreed(folder, read)
 
@@ -213,12 +215,12 @@ def _agreed(folder: Path, read: Callable[[], T]) -> tuple[T | None, str]:
             return None, error
 
     result, damage = all_or_none(attempt)
-    reports = gather_json(damage and [str(damage), damage.run and astuple(damage.run)])
+    reports = gather_json(damage and [str(damage), damage.part and astuple(damage.part)])
     if not any(reports):
         return result, ""
     first = next(rank for rank, report in enumerate(reports) if report)
     text = reports[first][0]
-    doubtful = [Run(*report[1]) for report in reports if report and report[1]]
+    doubtful = [ByteRange(*report[1]) for report in reports if report and report[1]]
 
     def finds_damage() -> bool:
         """Whether this rank finds damage too: each rank has read other bytes, and looks at those of the others now."""

@@ -6,15 +6,18 @@ import math
 import re
 import secrets
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from bigvision.checkpoint import manifest
-from bigvision.checkpoint.disk import sync_folder
 from bigvision.checkpoint.manifest import Damaged, ReadError, read_document
+from bigvision.disk import sync_folder
 from bigvision.errors import UserError
+
+Progress = dict[int, dict[str, Any]]
+"""progress.json of valid checkpoints, by step."""
 
 OTHERS = {
     "tmp": ("unfinished", "being written, or left by a run that was killed"),
@@ -23,7 +26,7 @@ OTHERS = {
     "left": ("left", "kept by a run that went on from an earlier step; remove it yourself"),
 }
 """State and reason of a folder by what follows its step."""
-_OTHER = re.compile(rf"step-(\d{{8,}})\.({'|'.join(OTHERS)})-[0-9a-f]+")
+OTHER = re.compile(rf"step-(\d{{8,}})\.({'|'.join(OTHERS)})-[0-9a-f]+")
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -45,11 +48,7 @@ def is_step_folder(folder: Path) -> bool:
 
 
 def step_folders(path: Path) -> list[Path]:
-    """*path* itself when it is a step folder, else the step folders of the run *path*, newest first.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """*path* itself when it is a step folder, else the step folders of the run *path*, newest first; an error without any."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: name a step folder or the output folder of a run")
     if is_step_folder(path):
@@ -61,59 +60,23 @@ def step_folders(path: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept: every checkpoint for which one of these speaks."""
+    """What is kept: every checkpoint that one of these names."""
 
     last: int
-    """The newest so many."""
+    """The newest, as many."""
     best: str | None = None
-    """The one whose evaluation has the best value of this metric; see :func:`best_step`."""
+    """The one whose evaluation has the best value of this metric; see :func:`_best_steps`."""
     every: int | None = None
     """Those of steps that this divides."""
 
-    def keeps(self, metrics: Metrics) -> set[int]:
-        """The steps that stay, of all valid ones."""
-        kept = set(sorted(metrics, reverse=True)[: self.last])
+    def keeps(self, progress: Progress) -> dict[int, str]:
+        """The steps that stay, each with the reason where it is not one of the last."""
+        kept = dict.fromkeys(sorted(progress, reverse=True)[: self.last], "")
         if self.every is not None:
-            kept |= {step for step in metrics if step % self.every == 0}
-        if self.best is not None and (best := best_step(metrics, self.best)) is not None:
-            kept.add(best)
+            kept |= {step: f"every {self.every} steps" for step in progress if step % self.every == 0}
+        if self.best is not None:
+            kept |= {step: f"the best {self.best}" for step in _best_steps(progress, self.best)}
         return kept
-
-
-def best_step(metrics: Metrics, name: str) -> int | None:
-    """The step with the best value of the metric *name*: of a loss the lowest, else the highest; the first of equal ones."""
-    values = {
-        step: value
-        for step, found in sorted(metrics.items())
-        if isinstance(value := found.get(name), (int, float)) and math.isfinite(value)
-    }
-    return max(values, key=lambda step: sign(name) * values[step]) if values else None
-
-
-def best_value(out: Path, name: str, newest: int) -> float | None:
-    """The best value of the metric *name* that a checkpoint of *out* up to step *newest* was evaluated with; None without one.
-
-    Raises:
-        ReadError: a checkpoint cannot be read.
-    """
-    metrics, _ = _metrics(_progress(out, newest))
-    best = best_step(metrics, name)
-    return None if best is None else metrics[best][name]
-
-
-def _metrics(progress: dict[int, dict[str, Any]]) -> tuple[Metrics, Metrics]:
-    """The metrics of each step, and those of checkpoints that do not say which step they are of.
-
-    Earlier versions saved the metrics of the evaluation before. The best of these is found apart, so that it is kept and does
-    not stand in the way of one that was evaluated.
-    """
-    own, others = Metrics(), Metrics()
-    for step, facts in progress.items():
-        found = metrics if isinstance(metrics := facts.get("metrics"), dict) else {}
-        own[step] = found if facts.get("evaluated") == step else {}
-        if "evaluated" not in facts:
-            others[step] = found
-    return own, others
 
 
 def sign(metric: str) -> float:
@@ -121,23 +84,46 @@ def sign(metric: str) -> float:
     return -1.0 if "loss" in metric else 1.0
 
 
+def best_value(out: Path, name: str, newest: int) -> float | None:
+    """The best value of the metric *name* that a checkpoint of *out* up to step *newest* was evaluated with, or None."""
+    values = _values(_progress(out, newest), name, evaluated=True).values()
+    return max(values, key=lambda value: sign(name) * value, default=None)
+
+
+def _best_steps(progress: Progress, name: str) -> list[int]:
+    """The step that was evaluated with the best value of the metric *name*, the first of equal ones.
+
+    Earlier versions saved the metrics of the evaluation before. The best of these is kept beside, so that it does not stand in
+    the way of one that was evaluated.
+    """
+    found = [_values(progress, name, evaluated) for evaluated in (True, False)]
+    return [max(values, key=lambda step, values=values: sign(name) * values[step]) for values in found if values]
+
+
+def _values(progress: Progress, name: str, evaluated: bool) -> dict[int, float]:
+    """The finite values of the metric *name* by step: of evaluated steps, or where it is not saved which step was evaluated."""
+    values = {}
+    for step, facts in sorted(progress.items()):
+        metrics = facts.get("metrics")
+        value = metrics.get(name) if isinstance(metrics, dict) else None
+        counts = facts.get("evaluated") == step if evaluated else "evaluated" not in facts
+        if counts and isinstance(value, int | float) and math.isfinite(value):
+            values[step] = value
+    return values
+
+
 def prune(out: Path, retention: Retention, newest: int) -> None:
     """Remove the valid checkpoints up to step *newest*, which was just written, that *retention* does not keep.
 
     Damaged ones are neither counted nor removed, and so are later ones: a run that fell back past them will replace them.
-
-    Raises:
-        ReadError: one cannot be read, so nothing is removed.
+    Where one cannot be read (`ReadError`), nothing is removed.
     """
-    metrics, others = _metrics(_progress(out, newest))
-    kept = retention.keeps(metrics)
-    if retention.best is not None and (best := best_step(others, retention.best)) is not None:
-        kept.add(best)
-    for step in metrics.keys() - kept:
+    progress = _progress(out, newest)
+    for step in progress.keys() - retention.keeps(progress):
         remove_step(out / folder_name(step))
 
 
-def _progress(out: Path, newest: int) -> dict[int, dict[str, Any]]:
+def _progress(out: Path, newest: int) -> Progress:
     """progress.json of the valid checkpoints up to step *newest*."""
     found = {}
     for step in steps_in(out):
@@ -159,10 +145,6 @@ def remove_step(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-Metrics = dict[int, dict[str, Any]]
-"""The metrics of each step; none for a step that was not itself evaluated."""
-
-
 # For the commands: every byte is read.
 
 
@@ -173,54 +155,36 @@ def problems(folder: Path) -> list[str]:
     except (Damaged, ReadError) as error:
         return [str(error)]
     found = []
-    for runs in files.values():
+    for ranges in files.values():
         try:
-            manifest.verify(folder, runs)
+            manifest.verify(folder, ranges)
         except (Damaged, ReadError) as error:
             found.append(str(error))
     return found
 
 
-@dataclass
-class Pruning:
-    """What becomes of each step folder."""
-
-    keep: dict[Path, str] = field(default_factory=dict)
-    """Each with why it stays, where it is not among the last ones."""
-    remove: list[Path] = field(default_factory=list)
-    leave: dict[Path, str] = field(default_factory=dict)
-    """Neither counted nor removed, with what is wrong with each."""
-
-
-def plan_pruning(out: Path, keep: int) -> Pruning:
+def plan_pruning(out: Path, keep: int) -> tuple[dict[Path, str], list[Path], dict[Path, str]]:
     """Choose what a pruning to the last *keep* valid checkpoints removes. Every byte of all of them is read.
 
-    The best one of a run with ``checkpoint.keep_best`` is never removed.
-
-    Raises:
-        UserError: *keep* is not positive.
+    Returns those that stay, each with why where it is not one of the last (the best of a run with ``checkpoint.keep_best``);
+    those to remove; and those that are neither counted nor removed, each with what is wrong with it.
     """
     if keep < 1:
         raise UserError(f"--keep: {keep} would leave no checkpoint: use at least 1")
-    plan = Pruning()
-    progress: dict[int, dict[str, Any]] = {}
+    progress: Progress = {}
+    leave: dict[Path, str] = {}
     for step in steps_in(out):
         folder = out / folder_name(step)
         # Sizes would not do: the older ones go because these are there, and a flipped bit must not cost the run.
         if found := ["is a link"] if folder.is_symlink() else problems(folder):
-            plan.leave[folder] = found[0]
+            leave[folder] = found[0]
         else:
             progress[step] = read_document(folder, manifest.read(folder), "progress.json")
-    best = {}
+    kept = Retention(keep).keeps(progress)
     for name in sorted({str(name) for facts in progress.values() if (name := _keep_best(facts))}):
-        best |= {step: f"the best {name}" for metrics in _metrics(progress) if (step := best_step(metrics, name)) is not None}
-    for number, step in enumerate(progress):
-        folder = out / folder_name(step)
-        if number < keep or step in best:
-            plan.keep[folder] = best.get(step, "")
-        else:
-            plan.remove.append(folder)
-    return plan
+        kept |= {step: reason for step, reason in Retention(keep, name).keeps(progress).items() if reason}
+    stay = {out / folder_name(step): kept[step] for step in progress if step in kept}
+    return stay, [out / folder_name(step) for step in progress if step not in kept], leave
 
 
 def _keep_best(progress: dict[str, Any]) -> Any:
@@ -230,7 +194,7 @@ def _keep_best(progress: dict[str, Any]) -> Any:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Entry:
     """One folder of a run."""
 
@@ -251,23 +215,24 @@ class Entry:
 
 
 def entries(out: Path) -> list[Entry]:
-    """The step folders of the run *out*, newest first, the unfinished ones among them.
-
-    Raises:
-        UserError: *out* is not the output folder of a run.
-    """
+    """The step folders of the run *out*, newest first, the unfinished ones among them; an error where it is no such folder."""
     check_out(out)
     paths = [out / folder_name(step) for step in steps_in(out)]
-    paths += [path for path in out.iterdir() if _OTHER.fullmatch(path.name)]
+    paths += [path for path in out.iterdir() if OTHER.fullmatch(path.name)]
     found = []
     for path in paths:
         try:
             found.append(_entry(path))
         except FileNotFoundError:
             continue  # committed or pruned by a run that is going on
-    best = _best([entry for entry in found if entry.state == "valid"])
-    marked = [replace(entry, best=[name for name in entry.metrics if entry.folder in best.get(name, ())]) for entry in found]
-    return sorted(marked, key=lambda entry: (-entry.step, entry.folder))
+    valid = [entry for entry in found if entry.state == "valid"]
+    for name in dict.fromkeys(name for entry in valid for name in entry.metrics):
+        values = [value for entry in valid if (value := entry.metrics.get(name)) is not None]
+        best = max(values, key=lambda value: sign(name) * value, default=None)
+        for entry in valid:
+            if best is not None and entry.metrics.get(name) == best:
+                entry.best.append(name)
+    return sorted(found, key=lambda entry: (-entry.step, entry.folder))
 
 
 def table(found: list[Entry]) -> str:
@@ -318,8 +283,11 @@ def size_text(size: int) -> str:
 
 
 def _entry(folder: Path) -> Entry:
-    saved, size = _saved(folder), bytes_in(folder)
-    if match := _OTHER.fullmatch(folder.name):
+    # The manifest is written last, and nothing changes it afterwards.
+    last = folder / manifest.NAME
+    seconds, size = (last if last.exists() else folder).stat().st_mtime, bytes_in(folder)
+    saved = datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+    if match := OTHER.fullmatch(folder.name):
         return Entry(folder.name, int(match[1]), *OTHERS[match[2]], saved, size)
     step = int(folder.name.removeprefix("step-"))
     try:
@@ -327,25 +295,12 @@ def _entry(folder: Path) -> Entry:
     except (Damaged, ReadError) as error:
         state = "damaged" if isinstance(error, Damaged) else "unreadable"
         return Entry(folder.name, step, state, str(error), saved, size)
-    return Entry(folder.name, step, "valid", None, saved, size, progress.get("samples"), _saved_metrics(progress))
-
-
-def _saved_metrics(progress: dict[str, Any]) -> dict[str, float | None]:
-    known = progress.get("metrics")
-    found = known if isinstance(known, dict) else {}
-    numbers = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-
-
-def _best(valid: list[Entry]) -> dict[str, list[str]]:
-    """The folders with the best value of each metric."""
-    best = {}
-    for name in {name for entry in valid for name in entry.metrics}:
-        values = {entry.folder: value for entry in valid if (value := entry.metrics.get(name)) is not None}
-        if values:
-            wanted = max(values.values(), key=lambda value: sign(name) * value)
-            best[name] = [folder for folder, value in values.items() if value == wanted]
-    return best
+    entry = Entry(folder.name, step, "valid", None, saved, size, progress.get("samples"))
+    metrics = progress.get("metrics")
+    for name, value in metrics.items() if isinstance(metrics, dict) else ():
+        if isinstance(value, int | float):
+            entry.metrics[name] = float(value) if math.isfinite(value) else None
+    return entry
 
 
 def _number(entry: Entry, name: str) -> str:
@@ -353,10 +308,3 @@ def _number(entry: Entry, name: str) -> str:
         return ""
     value = entry.metrics[name]
     return "not finite" if value is None else f"{value:.5g}{'*' if name in entry.best else ''}"
-
-
-def _saved(folder: Path) -> str:
-    # The manifest is written last, and nothing changes it afterwards.
-    path = folder / manifest.NAME
-    time = (path if path.exists() else folder).stat().st_mtime
-    return datetime.fromtimestamp(time).astimezone().isoformat(timespec="seconds")

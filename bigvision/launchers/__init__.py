@@ -3,8 +3,8 @@
 In come a configuration and a number of ranks, from Python or the command line; out come ranks that run
 `bigvision.training.train`, and their result or error in the process that started them.
 
-Read ``ranks.py`` first (ranks on this host) and ``rank.py`` (one of them). ``devices.py`` decides how many; ``ray.py`` starts
-them on Ray, ``submit.py`` hands a job to Slurm or Kubernetes. ``accelerate.py`` and ``torchrun.py`` are for those launchers;
+Read ``ranks.py`` first (how many ranks, and their start on this host) and ``rank.py`` (one of them). ``ray.py`` starts them on
+Ray, ``submit.py`` hands a job to Slurm or Kubernetes. ``accelerate.py`` and ``torchrun.py`` are for those launchers;
 ``commands.py`` has ``bigvision eval`` and the arguments that commands share.
 """
 

@@ -1,8 +1,8 @@
-"""What ``accelerate launch`` asks for through the environment, in the words of our configuration.
+"""What ``accelerate launch`` asks for through the environment, as our configuration (`overrides`).
 
 Each setting is honoured (it has a key of ours), neutral (it changes nothing here, and the reason stands beside it) or refused
-by name. Nothing is ignored: a setting that the table does not know is refused as well. A launch without FSDP and DeepSpeed asks
-for no strategy, and "no" is the precision that every launch has when nobody chose one: both leave the recipe's values.
+by name, also where `RULES` does not know it. A launch without FSDP and DeepSpeed asks for no strategy, and "no" is the
+precision of every launch for which nobody chose one: both leave the recipe's values.
 """
 
 from __future__ import annotations
@@ -25,131 +25,107 @@ HYBRID = {"hybrid_shard": "forward", "4": "forward", "hybrid_shard_zero2": "neve
 UNSHARDED = {"no_shard": None, "3": None}
 
 
+OFFLOAD = ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE")
+
+
 class Rule(NamedTuple):
     accepts: Mapping[str, Any] | tuple[str, ...] | None
     """Values that are accepted, in lower case. A mapping gives our value (None: no change)."""
     note: str
-    """Why any value is neutral or, for the values that are not accepted, what the user reads: the reason and the fix."""
+    """Why any value is neutral; or, for a value that is not accepted, the reason and the fix."""
     key: str = ""
     """Our key that a mapped value sets."""
     usual: tuple[str, ...] = ()
     """For a setting with any value: the values of which nobody expects anything. Another one gets a line with the note."""
 
 
+def each(names: str, rule: Rule) -> dict[str, Rule]:
+    """The same rule for several names."""
+    return dict.fromkeys(names.split(), rule)
+
+
+YES_NO = "use true or false"
 RULES: dict[str, Rule] = {
     # How the ranks were launched.
-    "ACCELERATE_USE_DEEPSPEED": Rule(YES + NO, "use true or false"),
+    "ACCELERATE_USE_DEEPSPEED": Rule(YES + NO, YES_NO),
     "ACCELERATE_USE_MEGATRON_LM": Rule(NO, "Megatron-LM is not for vision backbones; use distributed_type: FSDP"),
     "ACCELERATE_USE_SAGEMAKER": Rule(NO, "start the ranks with compute_environment: LOCAL_MACHINE"),
-    "ACCELERATE_USE_FSDP": Rule(dict.fromkeys(YES, "fsdp") | dict.fromkeys(NO), "use true or false", "parallel.strategy"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": Rule(YES + NO, "only says that PARALLELISM_CONFIG_* are there"),
-    "ACCELERATE_USE_CPU": Rule(dict.fromkeys(YES, "cpu") | dict.fromkeys(NO), "use true or false", "parallel.device"),
-    **dict.fromkeys(
-        ("ACCELERATE_USE_IPEX", "ACCELERATE_USE_XPU"), Rule(NO, "bigvision runs on CUDA and on CPUs without IPEX; use false")
-    ),
+    "ACCELERATE_USE_FSDP": Rule(dict.fromkeys(YES, "fsdp") | dict.fromkeys(NO), YES_NO, "parallel.strategy"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": Rule(YES + NO, "only shows that PARALLELISM_CONFIG_* are there"),
+    "ACCELERATE_USE_CPU": Rule(dict.fromkeys(YES, "cpu") | dict.fromkeys(NO), YES_NO, "parallel.device"),
+    **each("ACCELERATE_USE_IPEX ACCELERATE_USE_XPU", Rule(NO, "bigvision runs on CUDA and on CPUs without IPEX; use false")),
     "ACCELERATE_CPU_AFFINITY": Rule(ANY, "bigvision does not bind ranks to cores", usual=NO),
     "ACCELERATE_DOWNCAST_BF16": Rule(ANY, "is for TPUs", usual=NO),
-    "ACCELERATE_DEBUG_MODE": Rule(ANY, "checks accelerate's own collectives"),
-    **dict.fromkeys(
-        ("ACCELERATE_ENABLE_RICH", "ACCELERATE_DISABLE_RICH", "ACCELERATE_LOG_LEVEL"),
-        Rule(ANY, "how accelerate itself prints"),
-    ),
-    **dict.fromkeys(
-        ("ACCELERATE_CONFIG_FILE", "ACCELERATE_BYPASS_DEVICE_MAP", "ACCELERATE_DEBUG_RDV_FILE"),
-        Rule(ANY, "what accelerate itself reads"),
-    ),
     # Numbers.
     "ACCELERATE_MIXED_PRECISION": Rule(
-        {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}, "use mixed_precision: no, bf16 or fp16", "parallel.precision"
-    ),
+        {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}, "use mixed_precision: no, bf16 or fp16", "parallel.precision"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": Rule(
-        ("1", "auto"), "accumulation follows from train.global_batch and train.micro_batch; drop gradient_accumulation_steps"
-    ),
+        ("1", "auto"), "accumulation follows from train.global_batch and train.micro_batch; drop gradient_accumulation_steps"),
     # torch.compile. "NO" is set by every launch, so it leaves the recipe's choice.
     "ACCELERATE_DYNAMO_BACKEND": Rule(
-        {"no": None, "inductor": True},
-        "bigvision compiles with inductor; use dynamo_backend: INDUCTOR or NO",
-        "parallel.compile",
-    ),
+        {"no": None, "inductor": True}, "bigvision compiles with inductor; use dynamo_backend: INDUCTOR or NO",
+        "parallel.compile"),
     "ACCELERATE_DYNAMO_MODE": Rule(ANY, "bigvision compiles in the default mode", usual=("default",)),
     "ACCELERATE_DYNAMO_USE_DYNAMIC": Rule(ANY, "bigvision compiles for the shapes it meets", usual=NO),
     "ACCELERATE_DYNAMO_USE_FULLGRAPH": Rule(ANY, "a block may have graph breaks", usual=NO),
     "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": Rule(YES + NO, "bigvision always compiles block by block"),
-    # DeepSpeed: which kind of ZeRO. What is read together is in _deepspeed.
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE": Rule(ANY, "see _deepspeed"),
-    "ACCELERATE_CONFIG_DS_FIELDS": Rule(ANY, "names the keys of accelerate's own file; see _deepspeed"),
+    # DeepSpeed: which kind of ZeRO.
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": Rule(
-        {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"},
-        "use zero_stage: 0, 1, 2 or 3",
-        "parallel.strategy",
-    ),
-    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": Rule(("cpu",), "bigvision offloads to CPU memory; use cpu or none"),
-    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": Rule(("cpu",), "bigvision offloads to CPU memory; use cpu or none"),
-    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": Rule((), "bigvision offloads to CPU memory; drop it"),
-    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": Rule((), "bigvision offloads to CPU memory; drop it"),
+        {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}, "use zero_stage: 0, 1, 2 or 3", "parallel.strategy"),
+    **dict.fromkeys(OFFLOAD, Rule(("cpu",), "bigvision offloads to CPU memory; use cpu or none")),
+    **each(
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH",
+        Rule((), "bigvision offloads to CPU memory; drop it")),
     "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": Rule((), "bigvision has no mixtures of experts; drop it"),
-    "ACCELERATE_GRADIENT_CLIPPING": Rule(ANY, "see _deepspeed"),
-    "ACCELERATE_DEEPSPEED_ZERO3_INIT": Rule(ANY, "no rank ever builds more than its share and one tensor"),
-    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": Rule(ANY, "a checkpoint has one form, which does not depend on ZeRO"),
     # FSDP: how the model is sharded.
     "FSDP_VERSION": Rule(("1", "2"), "use fsdp_version: 2. Both give the same shards and numbers; bigvision uses fully_shard"),
     "FSDP_SHARDING_STRATEGY": Rule(
-        SHARDING | HYBRID | UNSHARDED,
-        "use FULL_SHARD, SHARD_GRAD_OP, HYBRID_SHARD, HYBRID_SHARD_ZERO2 or NO_SHARD",
-        "parallel.reshard",
-    ),
+        SHARDING | HYBRID | UNSHARDED, "use FULL_SHARD, SHARD_GRAD_OP, HYBRID_SHARD, HYBRID_SHARD_ZERO2 or NO_SHARD",
+        "parallel.reshard"),
     "FSDP_RESHARD_AFTER_FORWARD": Rule(
-        SHARDING | HYBRID | dict.fromkeys(YES, "forward") | dict.fromkeys(NO, "never"), "use true or false", "parallel.reshard"
-    ),
+        SHARDING | HYBRID | dict.fromkeys(YES, "forward") | dict.fromkeys(NO, "never"), YES_NO, "parallel.reshard"),
     "FSDP_AUTO_WRAP_POLICY": Rule(ANY, "bigvision shards each block of the model", usual=("transformer_based_wrap",)),
-    **dict.fromkeys(
-        ("FSDP_TRANSFORMER_CLS_TO_WRAP", "FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP"),
-        Rule(ANY, "bigvision finds the blocks of the model itself", usual=("none",)),
-    ),
-    "FSDP_MIN_NUM_PARAMS": Rule(ANY, "read by SIZE_BASED_WRAP only; bigvision shards each block"),
+    **each(
+        "FSDP_TRANSFORMER_CLS_TO_WRAP FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP",
+        Rule(ANY, "bigvision finds the blocks of the model itself", usual=("none",))),
     "FSDP_IGNORED_MODULES": Rule((), "bigvision shards every parameter; drop fsdp_ignored_modules"),
     "FSDP_OFFLOAD_PARAMS": Rule(NO, "bigvision keeps parameters on the device; use fsdp_offload_params: false"),
     # FSDP: memory and overlap.
-    "FSDP_ACTIVATION_CHECKPOINTING": Rule(
-        # Every launch says false when nothing was asked for, so that leaves the recipe's choice.
-        dict.fromkeys(YES, "blocks") | dict.fromkeys(NO),
-        "use true or false",
-        "parallel.recompute",
-    ),
+    # Every launch sets it to false when nothing was asked for, so that leaves the recipe's choice.
+    "FSDP_ACTIVATION_CHECKPOINTING": Rule(dict.fromkeys(YES, "blocks") | dict.fromkeys(NO), YES_NO, "parallel.recompute"),
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": Rule(
-        NO, "activations are recomputed, not offloaded; use fsdp_activation_checkpointing_offload: false"
-    ),
-    **dict.fromkeys(
-        ("FSDP_BACKWARD_PREFETCH", "FSDP_BACKWARD_PREFETCH_POLICY"),
-        Rule(ANY, "the next block is gathered before one has run", usual=("backward_pre", "1")),
-    ),
-    # Every launch says false when nothing was asked for.
+        NO, "activations are recomputed, not offloaded; use fsdp_activation_checkpointing_offload: false"),
+    **each(
+        "FSDP_BACKWARD_PREFETCH FSDP_BACKWARD_PREFETCH_POLICY",
+        Rule(ANY, "the next block is gathered before one has run", usual=("backward_pre", "1"))),
+    # Every launch sets it to false when nothing was asked for.
     "FSDP_FORWARD_PREFETCH": Rule(YES + NO, "the next block is always gathered while one runs"),
-    # FSDP: what does not arise in bigvision.
-    "FSDP_STATE_DICT_TYPE": Rule(ANY, "a checkpoint has one form, which does not depend on the sharding"),
-    "FSDP_USE_ORIG_PARAMS": Rule(ANY, "parameters always keep their names and shapes"),
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": Rule(ANY, "no rank ever builds more than its share and one tensor"),
-    "FSDP_SYNC_MODULE_STATES": Rule(ANY, "every rank starts from the same numbers, nothing has to be sent"),
-    # The mesh. Its two data-parallel sizes are read together, in _mesh.
-    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": Rule(ANY, "see _mesh"),
-    "PARALLELISM_CONFIG_DP_SHARD_SIZE": Rule(ANY, "see _mesh"),
+    # The mesh.
     "PARALLELISM_CONFIG_TP_SIZE": Rule(("1",), "bigvision has no tensor parallelism; use parallelism_config_tp_size: 1"),
     "PARALLELISM_CONFIG_CP_SIZE": Rule(("1",), "bigvision has no context parallelism; use parallelism_config_cp_size: 1"),
     "PARALLELISM_CONFIG_SP_SIZE": Rule(("1",), "bigvision has no sequence parallelism; use parallelism_config_sp_size: 1"),
-    "PARALLELISM_CONFIG_CP_BACKEND": Rule(ANY, "context parallelism is off"),
-    "PARALLELISM_CONFIG_CP_COMM_STRATEGY": Rule(ANY, "context parallelism is off"),
-    "PARALLELISM_CONFIG_SP_BACKEND": Rule(ANY, "sequence parallelism is off"),
-}
-
+    # Any value changes nothing, and nobody expects that it does.
+    **each(
+        "ACCELERATE_ENABLE_RICH ACCELERATE_DISABLE_RICH ACCELERATE_LOG_LEVEL ACCELERATE_CONFIG_FILE ACCELERATE_DEBUG_MODE "
+        "ACCELERATE_BYPASS_DEVICE_MAP ACCELERATE_DEBUG_RDV_FILE", Rule(ANY, "accelerate itself reads it")),
+    **each("ACCELERATE_DEEPSPEED_CONFIG_FILE ACCELERATE_CONFIG_DS_FIELDS ACCELERATE_GRADIENT_CLIPPING",
+           Rule(ANY, "read together, in _deepspeed")),
+    **each("PARALLELISM_CONFIG_DP_REPLICATE_SIZE PARALLELISM_CONFIG_DP_SHARD_SIZE", Rule(ANY, "read together, in _mesh")),
+    **each("ACCELERATE_DEEPSPEED_ZERO3_INIT FSDP_CPU_RAM_EFFICIENT_LOADING",
+           Rule(ANY, "no rank ever builds more than its share and one tensor")),
+    **each("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL FSDP_STATE_DICT_TYPE",
+           Rule(ANY, "a checkpoint has one form, which does not depend on the sharding")),
+    "FSDP_USE_ORIG_PARAMS": Rule(ANY, "parameters always keep their names and shapes"),
+    "FSDP_SYNC_MODULE_STATES": Rule(ANY, "every rank starts from the same numbers, nothing has to be sent"),
+    "FSDP_MIN_NUM_PARAMS": Rule(ANY, "read by SIZE_BASED_WRAP only; bigvision shards each block"),
+    **each("PARALLELISM_CONFIG_CP_BACKEND PARALLELISM_CONFIG_CP_COMM_STRATEGY PARALLELISM_CONFIG_SP_BACKEND",
+           Rule(ANY, "sequence and context parallelism are off")),
+}  # fmt: skip
 
 DEEPSPEED = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_GRADIENT_CLIPPING")
 DEEPSPEED_VALUES = (
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-    "ACCELERATE_GRADIENT_CLIPPING",
-)
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING", *OFFLOAD,
+)  # fmt: skip
 
 
 def overrides(environ: Mapping[str, str], say: Callable[[str], None] = lambda text: None) -> Overrides:
@@ -157,28 +133,28 @@ def overrides(environ: Mapping[str, str], say: Callable[[str], None] = lambda te
 
     Empty without accelerate. The launcher always sets ACCELERATE_MIXED_PRECISION; a user may set ACCELERATE_USE_* by hand.
     *say* gets a line for each setting from which somebody may expect more than it does here.
-
-    Raises:
-        UserError: a setting that bigvision does not have, or one that it does not know, or a DeepSpeed file that is refused.
     """
     if not any(name == "ACCELERATE_MIXED_PRECISION" or name.startswith("ACCELERATE_USE_") for name in environ):
         return {}
-    _refuse_one_process_for_several(environ)
-    # Accelerate, too, reads the other families only when the first one says so.
-    families = ["ACCELERATE_"]
-    unread = DEEPSPEED if not _is_on(environ, "ACCELERATE_USE_DEEPSPEED") else ()
-    families += ["FSDP_"] if _is_on(environ, "ACCELERATE_USE_FSDP") else []
+    # For several CPU processes without FSDP or MPI, accelerate sets MASTER_ADDR, starts one process and reports nothing.
+    started = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"}
+    if _is_on(environ, "ACCELERATE_USE_CPU") and "MASTER_ADDR" in environ and not started & set(environ):
+        raise UserError(
+            f"MASTER_ADDR={environ['MASTER_ADDR']} is refused without RANK: accelerate starts one process where several on "
+            "the CPU are asked for; use launch/accelerate/fsdp_cpu.yaml for several, or unset MASTER_ADDR for one"
+        )
+    # Accelerate reads the other families only when the first one switches them on, too.
+    uses_fsdp, uses_deepspeed = _is_on(environ, "ACCELERATE_USE_FSDP"), _is_on(environ, "ACCELERATE_USE_DEEPSPEED")
+    families = ["ACCELERATE_", *(["FSDP_"] if uses_fsdp else [])]
     families += ["PARALLELISM_CONFIG_"] if _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG") else []
+    unread = () if uses_deepspeed else DEEPSPEED
     # In the table's order, so that the broadest mistake is reported first; then the names that it does not have.
     order = [*RULES, *sorted(set(environ) - set(RULES))]
 
-    asked: Overrides = {}
-    settled: set[str] = set()
-    if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
-        asked, settled = _deepspeed(environ)
-    elif not _is_on(environ, "ACCELERATE_USE_FSDP") and environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() == "no":
-        settled = {"ACCELERATE_MIXED_PRECISION"}
-    settled |= _of_another_fsdp_version(environ)
+    asked, settled = _deepspeed(environ) if uses_deepspeed else ({}, set[str]())
+    if not uses_fsdp and not uses_deepspeed and environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() == "no":
+        settled.add("ACCELERATE_MIXED_PRECISION")
+    settled |= _of_another_fsdp_version(environ) if uses_fsdp else set()
     for name in order:
         text = environ.get(name, "")
         value = text.strip().lower()
@@ -201,7 +177,7 @@ def overrides(environ: Mapping[str, str], say: Callable[[str], None] = lambda te
 
 
 def _sharded_over(environ: Mapping[str, str], name: str, sharding: str) -> Overrides:
-    """What FSDP1's strategy says beside resharding: a copy of the model on each host, or on each rank."""
+    """What FSDP1's strategy asks for beside resharding: a copy of the model on each host, or on each rank."""
     if sharding in UNSHARDED:
         return {"parallel.strategy": ("ddp", name)}
     if sharding not in HYBRID:
@@ -223,8 +199,6 @@ def _of_another_fsdp_version(environ: Mapping[str, str]) -> set[str]:
 
     FSDP_SHARDING_STRATEGY counts with version 1 and FSDP_RESHARD_AFTER_FORWARD with version 2; the launcher always sets both.
     """
-    if not _is_on(environ, "ACCELERATE_USE_FSDP"):
-        return set()
     second = environ.get("FSDP_VERSION", "").strip() == "2"
     unread = "FSDP_SHARDING_STRATEGY" if second else "FSDP_RESHARD_AFTER_FORWARD"
     text = environ.get(unread, "")
@@ -239,25 +213,25 @@ def _deepspeed(environ: Mapping[str, str]) -> tuple[Overrides, set[str]]:
     """What a DeepSpeed launch asks for beside the table, and the names that need no more reading.
 
     A mixed precision of "no" is also what the launcher writes when nobody chose one. It then gives way to a DeepSpeed file
-    that says its precision; where the file leaves it open, "no" is fp32 as with every launch.
+    that has its precision; where the file leaves it open, "no" is fp32 as with every launch.
     """
     if _is_on(environ, "ACCELERATE_USE_FSDP"):
         raise UserError("ACCELERATE_USE_DEEPSPEED=true is refused beside ACCELERATE_USE_FSDP=true: choose one of the two")
     # Accelerate's stage where none is named.
     asked: Overrides = {"parallel.strategy": ("zero2", "ACCELERATE_USE_DEEPSPEED")}
     settled = {"ACCELERATE_USE_FSDP"}
-    said = {name: text for name in DEEPSPEED_VALUES if (text := environ.get(name, "").strip()).lower() not in ("", "auto")}
-    file = said.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    given = {name: text for name in DEEPSPEED_VALUES if (text := environ.get(name, "").strip()).lower() not in ("", "auto")}
+    file = given.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file.lower() != "none":
         asked = {"parallel.deepspeed": (file, "ACCELERATE_DEEPSPEED_CONFIG_FILE")}
         content = read_ds_file(file)
-        if said.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == str(content.accumulation):
+        if given.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == str(content.accumulation):
             settled.add("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
         unset = "mixed_precision" not in environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
         unset = unset and environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == "no"
         if unset and "parallel.precision" in content.asked:
             settled.add("ACCELERATE_MIXED_PRECISION")
-    clip = said.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    clip = given.get("ACCELERATE_GRADIENT_CLIPPING", "none")
     if clip.lower() != "none":
         try:
             norm = float(clip)
@@ -266,15 +240,14 @@ def _deepspeed(environ: Mapping[str, str]) -> tuple[Overrides, set[str]]:
         if not 0 <= norm < math.inf:
             raise UserError(f"ACCELERATE_GRADIENT_CLIPPING={clip} is refused: use a number, or 0 for none")
         asked["optim.clip"] = (norm or None, "ACCELERATE_GRADIENT_CLIPPING")
-    names = ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE")
-    optimizer, param = (said.get(name, "").lower() for name in names)
+    optimizer, param = (given.get(name, "").lower() for name in OFFLOAD)
     if param == "cpu" and optimizer != "cpu":
         raise UserError(
-            f"{names[1]}=cpu is refused: parameters are offloaded only together with the optimizer; set both to cpu"
+            f"{OFFLOAD[1]}=cpu is refused: parameters are offloaded only together with the optimizer; set both to cpu"
         )
     if optimizer or param:
         offload = "all" if param == "cpu" else "optimizer" if optimizer == "cpu" else "none"
-        asked["parallel.offload"] = (offload, names[1] if param == "cpu" or not optimizer else names[0])
+        asked["parallel.offload"] = (offload, OFFLOAD[1] if param == "cpu" or not optimizer else OFFLOAD[0])
     return asked, settled
 
 
@@ -288,13 +261,3 @@ def _mesh(environ: Mapping[str, str]) -> Overrides:
         given = ", ".join(f"{name}={text}" for name, text in zip(names, texts))
         raise UserError(f"{given} is refused: replicate size times shard size must be the number of ranks")
     return {"parallel.replicas": (int(texts[0]), names[0])}
-
-
-def _refuse_one_process_for_several(environ: Mapping[str, str]) -> None:
-    """For several CPU processes without FSDP or MPI, accelerate sets MASTER_ADDR, starts one process and says nothing."""
-    started = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"}
-    if _is_on(environ, "ACCELERATE_USE_CPU") and "MASTER_ADDR" in environ and not started & set(environ):
-        raise UserError(
-            f"MASTER_ADDR={environ['MASTER_ADDR']} is refused without RANK: accelerate starts one process where several on "
-            "the CPU are asked for; use launch/accelerate/fsdp_cpu.yaml for several, or unset MASTER_ADDR for one"
-        )

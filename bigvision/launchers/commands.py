@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 
 def take_recipe(arguments: Sequence[str]) -> tuple[str | None, list[str], str | None]:
-    """The recipe of a command, its flags, and a line that says what is taken where no recipe is named.
+    """The recipe of a command, its flags, and a line that reports what is taken where no recipe is named.
 
     Without arguments, or with flags that leave open what is trained, that is the recipe of the digits. A flag that names a
     model or data makes it another run: it starts from the defaults of every key, not from values that were chosen for digits.
@@ -39,11 +39,8 @@ def take_recipe(arguments: Sequence[str]) -> tuple[str | None, list[str], str | 
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], list(arguments[1:]), None
     if named := [flag for argument in arguments if (flag := argument.partition("=")[0]) in SUBJECT]:
-        return (
-            None,
-            list(arguments),
-            f"recipe: none, since {named[0]} is given: the default of each key, the model's image size",
-        )
+        note = f"recipe: none, since {named[0]} is given: the default of each key, the model's image size"
+        return None, list(arguments), note
     recipe = default_recipe()
     return str(recipe), list(arguments), f"recipe: {recipe}"
 
@@ -55,13 +52,9 @@ def default_recipe() -> Path:
     return beside_source if beside_source.exists() else package / "recipes" / "digits.yaml"
 
 
-def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Take ``--name value`` and ``--name=value`` of *names* out of *arguments*; returns their values, and the others.
-
-    Raises:
-        UserError: a value is missing.
-    """
-    given: dict[str, str] = {}
+def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Take ``--name value`` and ``--name=value`` of *names* out of *arguments*; returns each (name, value), and the others."""
+    given: list[tuple[str, str]] = []
     rest: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
@@ -69,33 +62,15 @@ def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str]
         if name not in names:
             rest.append(argument)
             continue
-        given[name] = value if equals else next(waiting, "")
-        if not given[name]:
+        value = value if equals else next(waiting, "")
+        if not value:
             raise UserError(f"{name}: a value is missing: write {name} VALUE")
+        given.append((name, value))
     return given, rest
 
 
-def take_all(arguments: Sequence[str], name: str) -> tuple[list[str], list[str]]:
-    """Take each ``--name value`` and ``--name=value`` out of *arguments*; returns the values in order, and the others.
-
-    Raises:
-        UserError: a value is missing.
-    """
-    values: list[str] = []
-    rest = list(arguments)
-    while at := next((n for n, argument in enumerate(rest, start=1) if argument.partition("=")[0] == name), 0):
-        end = at if "=" in rest[at - 1] else at + 1
-        given, rest[at - 1 : end] = take(rest[at - 1 : end], (name,))
-        values.append(given[name])
-    return values, rest
-
-
 def whole(name: str, text: str, lowest: int = 1) -> int:
-    """*text* as a whole number from *lowest* on.
-
-    Raises:
-        UserError: it is none.
-    """
+    """*text* as a whole number from *lowest* on."""
     # Not str.isdigit: int() takes the digits of every script, and a job's script would keep them.
     if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) < lowest:
         raise UserError(f"{name}: {text!r} must be a whole number from {lowest} on")
@@ -103,11 +78,7 @@ def whole(name: str, text: str, lowest: int = 1) -> int:
 
 
 def run(arguments: list[str], say: Say) -> dict[str, float]:
-    """``STEP_FOLDER [--section.key value ...]``, or a timm name, whose pretrained weights are evaluated on ``data.val``.
-
-    Raises:
-        UserError: neither is named; or the model, its weights and the data do not fit together.
-    """
+    """``STEP_FOLDER [--section.key value ...]``, or a timm name, whose pretrained weights are evaluated on ``data.val``."""
     if not arguments or arguments[0].startswith("-"):
         if {"-h", "--help"} & set(arguments):
             resolve(None, ["--help"], prog=PROG)
@@ -117,8 +88,16 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
         )
     subject, flags = arguments[0], arguments[1:]
     folder = Path(subject).expanduser()
-    if not folder.is_dir() and _is_name(subject):
-        return evaluate_model(_of_model(subject, flags, say), say)
+    hub = subject.startswith(("hf-hub:", "hf_hub:", "local-dir:"))  # `check_name` refuses those
+    if not folder.is_dir() and (hub or timm.is_model(current_name(subject)[0].partition(".")[0])):
+        check_name(current_name(subject)[0])
+        named = {flag.partition("=")[0] for flag in flags}
+        if not {"--data.val", "-h", "--help"} & named:
+            raise UserError(f"eval: {subject} on which images? Name them: --data.val imagefolder:PATH")
+        # Its own weights and image size, unless flags name others.
+        pretrained = not {"--model.weights", "--model.pretrained"} & named
+        recipe = {"model": {"name": subject, "pretrained": pretrained}, "out": "unused"}
+        return evaluate_model(resolve(recipe, flags, overrides(os.environ, say), prog=PROG, say=say)[0], say)
     try:
         saved = json.loads((folder / "progress.json").read_bytes())["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -132,29 +111,6 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
         saved["parallel"]["deepspeed"] = None
     config, _ = resolve(saved, flags, overrides(os.environ, say), prog=PROG, say=say)
     return training.evaluate_checkpoint(folder, config, say)
-
-
-def _is_name(subject: str) -> bool:
-    """Whether *subject* is meant as a model.
-
-    Raises:
-        UserError: it is that of a hub, or has a tag that timm does not know.
-    """
-    name, _ = current_name(subject)
-    if not timm.is_model(name.partition(".")[0]) and not subject.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return False
-    check_name(name)
-    return True
-
-
-def _of_model(name: str, flags: list[str], say: Say) -> Config:
-    """The configuration in which the model *name* is evaluated: its own weights and image size, unless flags say otherwise."""
-    named = {flag.partition("=")[0] for flag in flags}
-    if not {"--data.val", "-h", "--help"} & named:
-        raise UserError(f"eval: {name} on which images? Name them: --data.val imagefolder:PATH")
-    recipe = {"model": {"name": name, "pretrained": not {"--model.weights", "--model.pretrained"} & named}, "out": "unused"}
-    config, _ = resolve(recipe, flags, overrides(os.environ, say), prog=PROG, say=say)
-    return config
 
 
 def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, float]:

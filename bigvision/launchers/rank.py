@@ -1,7 +1,6 @@
-"""One rank that :mod:`bigvision.launchers.ranks` has started: its work, and what it leaves behind.
+"""One rank that ``ranks.py`` has started: its work, and what it leaves behind. Imports nothing heavy at the top.
 
-Run as ``python -m bigvision.launchers.rank FOLDER`` it is a fresh interpreter's main program, which reads its work from
-``FOLDER/job.json``. A forked rank calls :func:`serve` with work of its own.
+``python -m bigvision.launchers.rank FOLDER`` reads its work from ``FOLDER/job.json``. A forked rank calls `serve`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigvision.disk import replace
 from bigvision.errors import Exit, Stopped, UserError
 from bigvision.signals import SAVE, STOP
 
@@ -24,20 +24,6 @@ if TYPE_CHECKING:
     from bigvision.training import Result
 
 JOB, RESULT = "job.json", "result.json"
-
-
-def main(folder: Path) -> int:
-    """Train as the job in *folder* says; return the exit code."""
-    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    os.environ.update(job["environment"])
-
-    def work() -> Result:
-        from bigvision.config import load_config
-        from bigvision.training import train
-
-        return train(load_config(job["config"]))
-
-    return serve(folder, work, job["parent"])
 
 
 def serve(folder: Path, work: Callable[[], Result], parent: int) -> int:
@@ -52,14 +38,14 @@ def serve(folder: Path, work: Callable[[], Result], parent: int) -> int:
         _settle(parent)
         result = work()
     except BaseException as error:
-        code, kind = _verdict(error)
-        said = {
-            "rank": int(rank), "code": code, "kind": kind, "words": _words(error), "traceback": traceback.format_exc(),
+        code, kind, words = _describe(error)
+        report = {
+            "rank": int(rank), "kind": kind, "words": words, "traceback": traceback.format_exc(),
             "time": time.time(), "again": getattr(error, "again", False),
         }  # fmt: skip
         if isinstance(error, Stopped):
-            said |= {"name": error.name, "step": error.step, "checkpoint": str(error.checkpoint)}
-        _leave(attempt / f"rank-{rank}.json", said)
+            report |= {"name": error.name, "step": error.step, "checkpoint": str(error.checkpoint)}
+        _leave(attempt / f"rank-{rank}.json", report)
         return code
     if rank == "0":
         _leave(attempt / RESULT, {"step": result.step, "checkpoint": str(result.checkpoint), "metrics": result.metrics})
@@ -76,29 +62,35 @@ def _settle(parent: int) -> None:
             raise RuntimeError("the process that started this rank has ended")
 
 
-def _verdict(error: BaseException) -> tuple[int, str]:
-    """The exit code, and "mistake", "stopped", "fault" or "exit"."""
-    if isinstance(error, UserError):
-        return int(Exit.MISTAKE), "mistake"
-    if isinstance(error, Stopped):
-        return int(Exit.STOPPED), "stopped"
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None), "exit"
-    return int(Exit.FAULT), "fault"
-
-
-def _words(error: BaseException) -> str:
+def _describe(error: BaseException) -> tuple[int, str, str]:
+    """The exit code; "mistake", "stopped", "fault" or "exit"; and the words for it."""
     from bigvision.runtime import RankFailure
 
-    if isinstance(error, (UserError, RankFailure, SystemExit)):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    if isinstance(error, UserError):
+        return int(Exit.MISTAKE), "mistake", str(error)
+    if isinstance(error, Stopped):
+        return int(Exit.STOPPED), "stopped", str(error)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None), "exit", str(error)
+    return int(Exit.FAULT), "fault", str(error) if isinstance(error, RankFailure) else f"{type(error).__name__}: {error}"
 
 
 def _leave(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    temporary.replace(path)
+    replace(path, json.dumps(value).encode())
+
+
+def main(folder: Path) -> int:
+    """Train on the job in *folder*; return the exit code."""
+    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    os.environ.update(job["environment"])
+
+    def work() -> Result:
+        from bigvision.config import load_config
+        from bigvision.training import train
+
+        return train(load_config(job["config"]))
+
+    return serve(folder, work, job["parent"])
 
 
 if __name__ == "__main__":

@@ -1,90 +1,202 @@
-"""Ranks on this host, started from this process by torch's elastic agent, and what came of them."""
+"""Ranks on this host: how many and on which devices, their start by torch's elastic agent, and what came of them.
+
+`place` reads what a caller wants; `fresh_ranks` and `forked_ranks` start the ranks, supervise them and return or raise their
+`_outcome`. What a rank itself does is in ``rank.py``.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
 import logging
+import multiprocessing.forkserver
 import os
 import re
-import shutil
 import signal
 import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from bigvision.config import Config
 from bigvision.errors import Exit, Stopped, UserError
 from bigvision.launchers import rank
-from bigvision.launchers.rank import RESULT
-from bigvision.runtime import RankFailure
+from bigvision.runtime import Identity, RankFailure
+from bigvision.runtime.process import attributes
+from bigvision.runtime.rendezvous import environment
 from bigvision.signals import SAVE
 from bigvision.training import Result, read_history
 
+Devices = int | Sequence[int] | Literal["cpu", "auto"] | None
+"""Ranks to start, CUDA devices, "cpu" (one rank), "auto" (all CUDA devices, or one CPU rank), or None: those there are."""
+NO_DEVICES = "devices: {!r}: give a number, a list of CUDA devices such as [0, 1], 'cpu' or 'auto'"
+FIX = "pass names instead of objects, or start it in a process that has not used CUDA (restart the notebook's kernel)"
 GRACE = 600
 """Seconds that ranks have to save and end when they are asked to stop; a second Ctrl-C ends them at once."""
 FINAL = {int(Exit.MISTAKE), int(Exit.STOPPED)}
 """Exit codes after which starting the ranks again changes nothing, or is not wanted."""
-SHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 NOISE = (
     "torch.distributed.elastic.agent.server.api", "torch.distributed.elastic.agent.server.local_elastic_agent",
     "torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn",
 )  # fmt: skip
-"""What the agent logs of an ending, which is raised in the caller."""
+"""Loggers of the agent, which report an ending that is raised in the caller."""
 
 
-def fresh_ranks(config: Mapping[str, Any], count: int, environment: Mapping[str, str], max_restarts: int) -> Result:
-    """Train on *count* new interpreters, to which only the plain configuration goes.
+@dataclass(frozen=True)
+class Placement:
+    """Ranks that are to be started."""
+
+    ranks: int
+    cuda: bool
+    environment: Mapping[str, str]
+    """What they need beside this process's own."""
+
+
+def place(devices: Devices, config: Config, here: Identity) -> tuple[Config, Placement | None]:
+    """*config* with the device that *devices* means, and the ranks to start; None: this process is one already.
 
     Raises:
-        UserError, RankFailure, Stopped, KeyboardInterrupt: see :func:`~bigvision.launchers.ranks.outcome`.
+        UserError: *devices* is nothing of that kind, contradicts the launcher or ``parallel.device``, or there are not as many.
     """
-    with _folder() as folder, _importable():
-        job = {"config": config, "environment": dict(environment), "parent": os.getpid()}
-        (folder / rank.JOB).write_text(json.dumps(job), encoding="utf-8")
+    if devices is None:
+        return config, None
+    listed: list[int] | None = None
+    ranks: int | None = None
+    if isinstance(devices, str):
+        if devices not in ("cpu", "auto"):
+            raise UserError(NO_DEVICES.format(devices))
+    elif isinstance(devices, int) and not isinstance(devices, bool):
+        ranks = devices
+    else:
+        listed = _ordinals(devices)
+        ranks = len(listed)
+    wanted = "cpu" if devices == "cpu" else "cuda" if listed is not None else None
+    if wanted is not None:
+        if config.parallel.device not in ("auto", wanted):
+            raise UserError(f"devices: asks for {wanted}, but parallel.device is {config.parallel.device}: drop one of the two")
+        config = replace(config, parallel=replace(config.parallel, device=wanted))
+    if here.launcher != "python":
+        if listed is not None:
+            raise UserError(f"devices: {devices}, but {here.launcher} started this rank: let it choose the devices")
+        if isinstance(devices, int) and devices != here.world_size:
+            raise UserError(f"devices: {devices}, but {here.launcher} started {here.world_size} ranks: leave devices out")
+        return config, None
+    there = 0 if config.parallel.device == "cpu" else cuda_devices()
+    if ranks is None:
+        ranks = 1 if devices == "cpu" else max(1, there)
+    if ranks < 1:
+        raise UserError(f"devices: {devices}: give at least 1")
+    if listed is not None and (beyond := [ordinal for ordinal in listed if ordinal >= there]):
+        raise UserError(
+            f"devices: {beyond[0]}, but torch sees {there} CUDA devices here{': use a number' if not there else ''}"
+        )
+    if there and ranks > there:
+        raise UserError(f"devices: {ranks}, but there are {there} CUDA devices: give fewer, or parallel={{'device': 'cpu'}}")
+    if ranks == 1 and listed is None:
+        return config, None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    variables = {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
+    if listed is not None:
+        # As CUDA knows the devices, where this process sees only some.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = [name.strip() for name in visible.split(",")] if visible else [str(ordinal) for ordinal in range(there)]
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(names[ordinal] for ordinal in listed)
+    return config, Placement(ranks, bool(there), variables)
+
+
+def _ordinals(devices: object) -> list[int]:
+    found = list(devices) if isinstance(devices, Iterable) else []
+    if not found or any(not isinstance(one, int) or isinstance(one, bool) or one < 0 for one in found):
+        raise UserError(NO_DEVICES.format(devices))
+    if len(set(found)) < len(found):
+        raise UserError(f"devices: {devices}: names a device twice")
+    return found
+
+
+def cuda_devices() -> int:
+    """How many CUDA devices torch sees. Asked so that forks of this process can still use them."""
+    with environment({"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}):
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def fresh_ranks(config: Mapping[str, Any], count: int, variables: Mapping[str, str], max_restarts: int) -> Result:
+    """Train on *count* new interpreters, to which only the plain configuration goes; see `_outcome`."""
+    # New interpreters find this package also where it is not installed.
+    root, before = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
+    installed = root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    found = {} if installed else {"PYTHONPATH": os.pathsep.join([root, *([before] if before else [])])}
+    job = {"config": config, "environment": dict(variables), "parent": os.getpid()}
+    with tempfile.TemporaryDirectory(prefix="bigvision-", ignore_cleanup_errors=True) as folder, environment(found):
+        Path(folder, rank.JOB).write_text(json.dumps(job), encoding="utf-8")
         # -P: the working directory is not searched before installed packages.
-        command = ("-P", "-m", "bigvision.launchers.rank", str(folder))
-        return _run(folder, count, sys.executable, command, max_restarts, config["out"])
+        command = ("-P", "-m", "bigvision.launchers.rank", folder)
+        return _run(Path(folder), count, sys.executable, command, max_restarts, config["out"])
 
 
 def forked_ranks(
-    work: Callable[[], Result], count: int, cuda: bool, environment: Mapping[str, str], max_restarts: int, out: str
+    work: Callable[[], Result], count: int, cuda: bool, variables: Mapping[str, str], max_restarts: int, out: str
 ) -> Result:  # fmt: skip
-    """Do *work* on *count* forks of this process, which have all its objects.
-
-    Raises:
-        UserError, RankFailure, Stopped, KeyboardInterrupt: see :func:`~bigvision.launchers.ranks.outcome`.
-    """
+    """Do *work* on *count* forks of this process, which have all its objects; see `_outcome`."""
     parent = os.getpid()
-    with _folder() as folder:
+
+    def settled() -> Result:
+        settle(cuda)
+        return work()
+
+    with tempfile.TemporaryDirectory(prefix="bigvision-", ignore_cleanup_errors=True) as folder:
 
         def entry() -> None:
-            from bigvision.launchers.devices import settle
-
-            os.environ.update(environment)
-
-            def settled() -> Result:
-                settle(cuda)
-                return work()
-
-            code = rank.serve(folder, settled, parent)
+            os.environ.update(variables)
+            code = rank.serve(Path(folder), settled, parent)
             sys.stdout.flush()
             sys.stderr.flush()
             if code:
                 # Not the way out that waits for threads: a rank that failed must not hold up the others.
                 os._exit(code)
 
-        return _run(folder, count, entry, (), max_restarts, out)
+        return _run(Path(folder), count, entry, (), max_restarts, out)
+
+
+def check_parent(cuda: bool) -> None:
+    """Raise `UserError` where forks of this process could not train, or not on CUDA where they are to."""
+    if dist.is_initialized():
+        raise UserError("devices: this process is in a process group already: leave devices out to train on its ranks")
+    if cuda and torch.cuda.is_initialized():
+        raise UserError(f"devices: CUDA is in use in this process, and its forks cannot use it: {FIX}")
+
+
+def settle(cuda: bool) -> None:
+    """Put right what a fork has from its parent, first of all in it; raise `UserError` for what cannot be put right."""
+    if cuda and torch.cuda._is_in_bad_fork():
+        raise UserError(f"devices: CUDA was asked for its devices before the ranks were forked: {FIX}")
+    try:
+        torch.ones(1, requires_grad=True).sum().backward()
+    except RuntimeError as error:
+        if "fork" not in str(error):
+            raise
+        raise UserError(f"devices: a backward pass has run in this process, which autograd does not survive: {FIX}") from None
+    # The server of data workers is the parent's, and can be asked for by no other.
+    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    if (alive := server._forkserver_alive_fd) is not None:
+        os.close(alive)
+    preload = server._preload_modules
+    server.__init__()
+    server._preload_modules = preload
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def _run(
@@ -104,7 +216,7 @@ def _run(
     logs.mkdir()
     agent = _Agent(spec, DefaultLogsSpecs(log_dir=str(logs)), start_method="fork")
     agent.folder = folder
-    ended, found = threading.Event(), []
+    ended, found = threading.Event(), list[Any]()
 
     def supervise() -> None:
         try:
@@ -116,19 +228,33 @@ def _run(
         finally:
             ended.set()
 
-    # Forked from a thread that has done no arithmetic: the threads that OpenMP keeps belong to the one that used them, and a
-    # fork of that one would wait for them. The thread stays as long as the ranks, which are told when it ends.
+    # Forked from a thread that has done no arithmetic: OpenMP keeps threads for each thread that used it, and a fork of one of
+    # these would wait for them. The thread stays as long as the ranks: they get SIGTERM when it ends.
     thread = threading.Thread(target=supervise, name="bigvision ranks", daemon=True)
-    with _signals(agent) as received, _quiet(), _own_store():
+    with ExitStack() as stack:
+        received = stack.enter_context(_signals(agent))
+        # Rank 0 serves the store by which the ranks find each other, on the loopback device: the agent's own is open.
+        stack.enter_context(environment({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}))
+        for name in NOISE:
+            stack.enter_context(attributes(logging.getLogger(name), disabled=True))
         thread.start()
-        _wait(ended, agent)
+        while True:
+            try:
+                while not ended.wait(0.2):  # in parts: a signal is handled between them
+                    pass
+                break
+            except KeyboardInterrupt:
+                if agent.interrupted:
+                    agent.asked = signal.SIGKILL
+                    agent.pass_on(signal.SIGKILL)
+                agent.asked, agent.interrupted = agent.asked or signal.SIGTERM, True
         thread.join()
     spec.rdzv_handler.shutdown()
     if isinstance(found[0], BaseException):
         raise found[0]
     result: RunResult | None = found[0]
     done = result is not None and result.state == WorkerState.SUCCEEDED
-    return outcome(folder / str(agent.attempt), done, agent.exit_codes(result), agent.interrupted, received, out)
+    return _outcome(folder / str(agent.attempt), done, agent.exit_codes(result), agent.interrupted, received, out)
 
 
 class _Agent(LocalElasticAgent):
@@ -139,40 +265,26 @@ class _Agent(LocalElasticAgent):
     interrupted = False
     """By Ctrl-C."""
     asked: signal.Signals | None = None
-    """The signal with which the ranks are to be stopped."""
+    """The signal that the ranks are to get; then they have `GRACE` to end."""
 
     @property
     def attempt(self) -> int:
         return self._worker_group.spec.max_restarts - self._remaining_restarts
 
-    def stop(self, number: signal.Signals) -> None:
-        """Let the ranks get the signal and end within `GRACE`."""
-        self.asked = self.asked or number
-
-    def kill(self) -> None:
-        """End the ranks now."""
-        self.asked = signal.SIGKILL
-        self.pass_on(signal.SIGKILL)
-
     def pass_on(self, number: signal.Signals) -> None:
         """Send the ranks a signal."""
         context = self._pcontext
         for pid in context.pids().values() if context is not None else ():
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                continue
 
     def exit_codes(self, result: RunResult | None) -> dict[int, int]:
         """Those of the ranks that have ended, as far as they are known."""
-        codes: dict[int, int | None] = {}
         context: Any = self._pcontext
-        if (forked := getattr(context, "_pc", None)) is not None:
-            codes |= {number: process.exitcode for number, process in enumerate(forked.processes)}
-        for number, handler in getattr(context, "subprocess_handlers", {}).items():
-            codes[number] = handler.proc.poll()
-        if result is not None:
-            codes |= {number: failure.exitcode for number, failure in result.failures.items()}
+        forked = getattr(getattr(context, "_pc", None), "processes", [])
+        codes: dict[int, int | None] = {number: process.exitcode for number, process in enumerate(forked)}
+        codes |= {number: handler.proc.poll() for number, handler in getattr(context, "subprocess_handlers", {}).items()}
+        codes |= {number: failure.exitcode for number, failure in result.failures.items()} if result is not None else {}
         return {number: code for number, code in codes.items() if code is not None}
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
@@ -189,16 +301,14 @@ class _Agent(LocalElasticAgent):
         if self.asked is not None:
             raise SignalException("asked to stop", self.asked)
         result = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
+        allowed = self._remaining_restarts
         if FINAL & {failure.exitcode for failure in result.failures.values()}:
-            self._allow(0)
-        elif result.failures and any(said["again"] for said in last_words(self.folder / str(self.attempt))):
-            self._allow(self._remaining_restarts + 1)
+            allowed = 0
+        elif result.failures and any(report["again"] for report in _reports(self.folder / str(self.attempt))):
+            allowed += 1
+        # Those that were are counted as before.
+        self._worker_group.spec.max_restarts, self._remaining_restarts = self.attempt + allowed, allowed
         return result
-
-    def _allow(self, restarts: int) -> None:
-        """From now on; those that were are counted as before."""
-        self._worker_group.spec.max_restarts = self.attempt + restarts
-        self._remaining_restarts = restarts
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
         if self.asked is not None:
@@ -206,24 +316,9 @@ class _Agent(LocalElasticAgent):
         super()._shutdown(*args, **kwargs)
 
 
-def _wait(ended: threading.Event, agent: _Agent) -> None:
-    while True:
-        try:
-            # In pieces: a signal is handled between them.
-            while not ended.wait(0.2):
-                pass
-            return
-        except KeyboardInterrupt:
-            agent.kill() if agent.interrupted else agent.stop(signal.SIGTERM)
-            agent.interrupted = True
-
-
 @contextmanager
 def _signals(agent: _Agent) -> Iterator[list[int]]:
-    """While in here, what stops a run stops the ranks, and what saves it is passed on to them.
-
-    Yields what has stopped them.
-    """
+    """While in here, what stops a run stops the ranks, and what saves it is passed on to them. Yields what has stopped them."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may take signals
@@ -231,16 +326,14 @@ def _signals(agent: _Agent) -> Iterator[list[int]]:
 
     def stop(number: int, frame: object) -> None:
         received.append(number)
-        agent.stop(signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number))
+        agent.asked = agent.asked or (signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number))
 
-    def pass_on(number: int, frame: object) -> None:
-        agent.pass_on(signal.Signals(number))
-
-    # Ctrl-C is an exception here (see _wait).
-    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP), stop) | {SAVE: pass_on}
+    # Ctrl-C is an exception here (see _run).
+    handlers: dict[int, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP), stop)
+    handlers[SAVE] = lambda number, frame: agent.pass_on(signal.Signals(number))
     # What is ignored stays so: nohup ignores SIGHUP.
-    heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
-    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
+    handlers = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield received
     finally:
@@ -248,114 +341,58 @@ def _signals(agent: _Agent) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _folder() -> Iterator[Path]:
-    """A folder that only this user can enter."""
-    folder = Path(tempfile.mkdtemp(prefix="bigvision-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _importable() -> Iterator[None]:
-    """Let new interpreters find this package, also where it is not installed."""
-    root = str(Path(__file__).parents[2])
-    before = os.environ.get("PYTHONPATH")
-    if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
-    try:
-        yield
-    finally:
-        os.environ.pop("PYTHONPATH", None)
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-
-
-@contextmanager
-def _own_store() -> Iterator[None]:
-    """Let rank 0 serve the store by which the ranks find each other, on the loopback device: the agent's own is open."""
-    before = os.environ.get(SHARED)
-    os.environ[SHARED] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[SHARED]
-        if before is not None:
-            os.environ[SHARED] = before
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in NOISE]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        yield
-    finally:
-        for logger, disabled in zip(loggers, before):
-            logger.disabled = disabled
-
-
-def outcome(attempt: Path, done: bool, codes: dict[int, int], interrupted: bool, received: list[int], out: str) -> Result:
-    """Return what rank 0 returned, or raise what ended the ranks.
-
-    Args:
-        attempt: the folder of their last start, in which each has left what it has to say.
-        done: all have ended well.
-        codes: their exit codes, as far as they are known.
-        interrupted: Ctrl-C has stopped them.
-        received: the signals that have.
+def _outcome(attempt: Path, done: bool, codes: dict[int, int], interrupted: bool, received: list[int], out: str) -> Result:
+    """Return what rank 0 returned, or raise what ended the ranks, of whose last start *attempt* is the folder.
 
     Raises:
-        UserError: a mistake, with the rank's own words.
+        UserError: a mistake, in the rank's words.
         Stopped: a signal, or Ctrl-C, has stopped them, and they have saved.
         KeyboardInterrupt: Ctrl-C has ended them, and there was nothing to save yet, or no time.
         RankFailure: a fault; names the rank and the cause.
     """
     if done:
-        result = json.loads((attempt / RESULT).read_text(encoding="utf-8"))
+        result = json.loads((attempt / rank.RESULT).read_text(encoding="utf-8"))
         return Result(result["step"], Path(result["checkpoint"]), result["metrics"], read_history(out))
-    said = last_words(attempt)
-    for one in said:
-        if one["kind"] == "mistake":
-            raise UserError(one["words"])
-    for one in said:
-        if one["kind"] == "stopped":
-            raise Stopped(one["name"], one["step"], Path(one["checkpoint"]))
+    reports = _reports(attempt)
+    for report in reports:
+        if report["kind"] == "mistake":
+            raise UserError(report["words"])
+    for report in reports:
+        if report["kind"] == "stopped":
+            raise Stopped(report["name"], report["step"], Path(report["checkpoint"]))
     if interrupted:
         raise KeyboardInterrupt
     if received:
-        # As if nothing had held it back: the ranks have ended now.
+        # The ranks have ended: now the signal takes its course.
         os.kill(os.getpid(), received[0])
-    raise _fault(said, codes)
+    raise _fault(reports, codes)
 
 
-def last_words(attempt: Path) -> list[dict[str, Any]]:
-    """What the ranks of a start have said at their end, the first one first."""
-    said = [json.loads(path.read_text(encoding="utf-8")) for path in attempt.glob("rank-*.json")]
-    return sorted(said, key=lambda one: one["time"])
+def _reports(attempt: Path) -> list[dict[str, Any]]:
+    """What the ranks of a start have left at their end, the first one first."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in attempt.glob("rank-*.json")]
+    return sorted(reports, key=lambda report: report["time"])
 
 
-def _fault(said: list[dict[str, Any]], codes: dict[int, int]) -> RankFailure:
-    spoke = {one["rank"] for one in said}
-    # A rank that is killed says nothing; the others only miss it. They themselves are ended by SIGTERM.
+def _fault(reports: list[dict[str, Any]], codes: dict[int, int]) -> RankFailure:
+    reported = {report["rank"] for report in reports}
+    # A rank that is killed reports nothing; the others only miss it. They themselves are ended by SIGTERM.
     for number, code in sorted(codes.items()):
-        if code < 0 and code != -signal.SIGTERM and number not in spoke:
-            want = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
-            return RankFailure(f"rank {number}: killed by {signal.Signals(-code).name}{want}")
-    if said:
-        # All ranks may say what failed on one, and hardly one after the other.
-        about = re.match(r"rank (\d+): ", said[0]["words"])
-        first = next((one for one in said if about and one["rank"] == int(about[1])), said[0])
-        failure = RankFailure(said[0]["words"] if about else f"rank {first['rank']}: {first['words']}")
+        if code < 0 and code != -signal.SIGTERM and number not in reported:
+            why = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
+            return RankFailure(f"rank {number}: killed by {signal.Signals(-code).name}{why}")
+    if reports:
+        # All ranks may report what failed on one, and nearly at once.
+        about = re.match(r"rank (\d+): ", reports[0]["words"])
+        first = next((report for report in reports if about and report["rank"] == int(about[1])), reports[0])
+        failure = RankFailure(reports[0]["words"] if about else f"rank {first['rank']}: {first['words']}")
         failure.add_note(f"On rank {first['rank']}:\n{first['traceback']}")
         return failure
+    hints = {
+        int(Exit.HUNG): " (a limit of `limits` ran out; its stacks are on the error output)",
+        int(Exit.STOPPED): " (stopped by a signal before the run began)",
+    }
     for number, code in sorted(codes.items()):
         if code:
-            hint = " (a limit of `limits` ran out; its stacks are on the error output)" if code == Exit.HUNG else ""
-            hint = " (stopped by a signal before the run began)" if code == Exit.STOPPED else hint
-            return RankFailure(f"rank {number}: ended with exit code {code}{hint}")
+            return RankFailure(f"rank {number}: ended with exit code {code}{hints.get(code, '')}")
     return RankFailure("the ranks ended without a result")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bigvision.config import Config, load_config, resolve
 from bigvision.errors import Stopped, UserError, one_line
@@ -21,14 +21,13 @@ from bigvision.launchers.commands import take, take_recipe, whole
 from bigvision.launchers.submit import RESTARTS
 from bigvision.runtime import RankFailure
 from bigvision.signals import SIGNALS, listening
-
-if TYPE_CHECKING:
-    from bigvision.training import Result
+from bigvision.training import Result
+from bigvision.training import train as train_here
 
 POLL_SECONDS = 0.5
-"""Between two looks at the bell."""
+"""Between two looks at what the driver was asked for."""
 STORE_BYTES = 100 * 2**20
-"""Ray's object store on a machine of its own: the ranks put nothing there, they talk through their process group."""
+"""Ray's object store on this machine alone: the ranks put nothing there, they talk through their process group."""
 USAGE = """usage: bigvision ray [RECIPE.yaml] [--workers N] [--cpus N] [--max-failures N] [--address A] [--section.key V ...]
 
   --workers N        Ray workers, a rank each; MIN:MAX goes on with fewer while a lost node is not replaced.
@@ -42,16 +41,13 @@ USAGE = """usage: bigvision ray [RECIPE.yaml] [--workers N] [--cpus N] [--max-fa
 
 @dataclass(frozen=True)
 class Ask:
-    """What Ray is asked for."""
+    """What Ray is asked for; see `USAGE`."""
 
     workers: tuple[int, int] | None = None
     """The least and the most; None is one for each GPU."""
     cpus: int = 1
-    """Of each worker."""
     max_failures: int = RESTARTS
-    """How often the ranks are started again."""
     address: str | None = None
-    """Of a running cluster."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -72,13 +68,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def read_ask(arguments: Sequence[str]) -> tuple[Ask, list[str]]:
-    """Take Ray's flags out of *arguments*; returns what they ask for, and the others.
-
-    Raises:
-        UserError: a value is missing or is not of its kind.
-    """
-    given, rest = take(arguments, ("--workers", "--cpus", "--max-failures", "--address"))
-    workers = None
+    """Take Ray's flags out of *arguments*; returns what they ask for, and the others."""
+    found, rest = take(arguments, ("--workers", "--cpus", "--max-failures", "--address"))
+    given, workers = dict(found), None
     if text := given.get("--workers"):
         least, colon, most = text.partition(":")
         workers = whole("--workers", least), whole("--workers", most if colon else least)
@@ -92,7 +84,7 @@ def read_ask(arguments: Sequence[str]) -> tuple[Ask, list[str]]:
 
 
 def train(config: Config, ask: Ask | None = None) -> Result:
-    """Train as *config* says on Ray's workers and return what the run left. Called on one process, the driver.
+    """Train with *config* on Ray's workers and return what the run left. Called on one process, the driver.
 
     A session that was begun with ``ray.init`` is used; else one is begun and ended here.
 
@@ -104,12 +96,9 @@ def train(config: Config, ask: Ask | None = None) -> Result:
     ask = ask or Ask()
     config = replace(config, out=str(Path(config.out).absolute()))
     ray = import_ray(ask)
-    from bigvision.training import Result
-
     with listening(), session(ray, ask):
-        bell = ray.remote(num_cpus=0)(Bell).remote()
-        trainer = _trainer(config, ask, ray.cluster_resources(), bell)
-        left = _fit(trainer, bell)
+        requests = ray.remote(num_cpus=0)(Requests).remote()
+        left = _fit(_trainer(config, ask, ray.cluster_resources(), requests), requests)
     folder = Path(left["checkpoint"])
     if "stopped" in left:
         raise Stopped(left["stopped"], left["step"], folder)
@@ -119,7 +108,7 @@ def train(config: Config, ask: Ask | None = None) -> Result:
 def import_ray(ask: Ask) -> Any:
     """Ray, with what it reads from the environment when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A rank stands in the folder from which the run was started, as under every launcher.
+    # A rank stays in the folder from which the run was started, as under every launcher.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     if not ask.address and not os.environ.get("RAY_ADDRESS"):
         # Ray takes an address that others can reach also for a machine of its own, but for this switch.
@@ -143,12 +132,10 @@ def session(ray: Any, ask: Ask) -> Iterator[None]:
     # Ranks on the CPU may be more than its cores, as under every launcher.
     most = (ask.workers or (1, 1))[1] * ask.cpus
     own: dict[str, Any] = {
-        "num_cpus": max(most, os.cpu_count() or 1),
-        "include_dashboard": False,
-        "object_store_memory": STORE_BYTES,
+        "num_cpus": max(most, os.cpu_count() or 1), "include_dashboard": False, "object_store_memory": STORE_BYTES,
         # One of Ray's actors asks the dashboard each second, and warns each second that there is none.
         "logging_config": ray.LoggingConfig(log_level="ERROR"),
-    }
+    }  # fmt: skip
     try:
         ray.init(address=address or "local", **({} if address else own))
     except ConnectionError as error:
@@ -164,7 +151,7 @@ def session(ray: Any, ask: Ask) -> Iterator[None]:
         ray.shutdown()
 
 
-def _trainer(config: Config, ask: Ask, has: dict[str, float], bell: Any) -> Any:
+def _trainer(config: Config, ask: Ask, has: dict[str, float], requests: Any) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -180,22 +167,20 @@ def _trainer(config: Config, ask: Ask, has: dict[str, float], bell: Any) -> Any:
             )
     return TorchTrainer(
         rank,
-        train_loop_config={"config": config.to_dict(), "folder": str(Path.cwd()), "bell": bell},
+        train_loop_config={"config": config.to_dict(), "folder": str(Path.cwd()), "requests": requests},
         torch_config=ranks(),
         scaling_config=ScalingConfig(
             num_workers=least if least == most else (least, most), use_gpu=on_gpus, resources_per_worker=each
         ),
         run_config=RunConfig(
-            name="ray",
-            storage_path=config.out,
+            name="ray", storage_path=config.out, callbacks=[_no_restart_after_a_mistake()],
             # Starts that come to nothing, as while a node is missing, are counted apart; Ray's own choice is no bound.
             failure_config=FailureConfig(max_failures=ask.max_failures, controller_failure_limit=ask.max_failures),
-            callbacks=[_fail_fast()],
         ),
-    )
+    )  # fmt: skip
 
 
-def _fit(trainer: Any, bell: Any) -> dict[str, Any]:
+def _fit(trainer: Any, requests: Any) -> dict[str, Any]:
     """Run to the end and return what rank 0 returned; signals are passed on to the ranks meanwhile."""
     from ray.train import TrainingFailedError
 
@@ -210,32 +195,29 @@ def _fit(trainer: Any, bell: Any) -> dict[str, Any]:
     # Not in the main thread: Ray would take Ctrl-C for itself there, and end the run without a save.
     thread = threading.Thread(target=work, name="ray", daemon=True)
     thread.start()
-    told = ""
-    SIGNALS.alone = False
+    stop = ""
+    SIGNALS.stop_at_once(False)
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         save, SIGNALS.save = SIGNALS.save, False
-        if save or SIGNALS.stop != told:
-            told = SIGNALS.stop
-            bell.ring.remote(told, save)
-    if isinstance(left[0], TrainingFailedError):
-        raise _told(left[0]) from None
-    if isinstance(left[0], BaseException):
-        raise left[0]
-    return left[0]
-
-
-def _told(error: Any) -> Exception:
-    """What ended the run, in words of ours."""
+        if save or SIGNALS.stop != stop:
+            stop = SIGNALS.stop
+            requests.add.remote(stop, save)
+    error = left[0]
+    if not isinstance(error, BaseException):
+        return left[0]
+    if not isinstance(error, TrainingFailedError):
+        raise error
     cause = getattr(error, "controller_failure", None)
     if isinstance(cause, UserError):
-        return cause
-    for number, failure in sorted(getattr(error, "worker_failures", {}).items()):
-        return RankFailure(f"rank {number}: {type(failure).__name__}: {one_line(failure)}")
-    return RuntimeError(one_line(cause or error))
+        raise cause from None
+    if failures := getattr(error, "worker_failures", {}):
+        number, failure = min(failures.items())
+        raise RankFailure(f"rank {number}: {type(failure).__name__}: {one_line(failure)}") from None
+    raise RuntimeError(one_line(cause or error)) from None
 
 
-def _fail_fast() -> Any:
+def _no_restart_after_a_mistake() -> Any:
     from ray.train import UserCallback
 
     class FailFast(UserCallback):
@@ -249,19 +231,17 @@ def _fail_fast() -> Any:
     return FailFast()
 
 
-class Bell:
-    """What the driver was asked for by signals; the ranks listen for it. An actor of Ray's."""
+class Requests:
+    """The signal that asked the driver to stop, and how many saves were asked for; the ranks poll it. An actor of Ray's."""
 
     def __init__(self) -> None:
         self.stop, self.saves = "", 0
 
-    def ring(self, stop: str, save: bool) -> None:
-        """Ask for a stop, by the name of its signal, or a save."""
+    def add(self, stop: str, save: bool) -> None:
         self.stop = self.stop or stop
         self.saves += save
 
-    def heard(self) -> tuple[str, int]:
-        """The signal that asked to stop, and how many saves were asked for."""
+    def read(self) -> tuple[str, int]:
         return self.stop, self.saves
 
 
@@ -310,16 +290,14 @@ def _become_rank(address: str, port: int) -> None:
     os.environ.update({name: str(value) for name, value in values.items()})
     SIGNALS.listen()
     # The run itself is in another thread: it looks whether there was a signal as soon as it can agree with the others.
-    SIGNALS.alone = False
+    SIGNALS.stop_at_once(False)
 
 
 def rank(settings: dict[str, Any]) -> dict[str, Any]:
     """What a worker does; returns what the driver has to know of the run."""
     if Path(settings["folder"]).is_dir():
         os.chdir(settings["folder"])
-    threading.Thread(target=_listen, args=(settings["bell"],), name="bell", daemon=True).start()
-    from bigvision.training import train as train_here
-
+    threading.Thread(target=_poll, args=(settings["requests"],), name="requests", daemon=True).start()
     try:
         result = train_here(load_config(settings["config"]))
     except Stopped as stopped:
@@ -328,15 +306,15 @@ def rank(settings: dict[str, Any]) -> dict[str, Any]:
     return {"step": result.step, "checkpoint": str(result.checkpoint), "metrics": result.metrics}
 
 
-def _listen(bell: Any) -> None:
-    """Take for this rank's own what the driver was asked for, until the worker ends or the driver is gone."""
+def _poll(requests: Any) -> None:
+    """Take what the driver was asked for as this rank's own, until the worker ends or the driver is gone."""
     import ray
     from ray.exceptions import RayError
 
     before = 0
     while True:
         try:
-            stop, saves = ray.get(bell.heard.remote())
+            stop, saves = ray.get(requests.read.remote())
         except RayError:
             return
         SIGNALS.stop = SIGNALS.stop or stop

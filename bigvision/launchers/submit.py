@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import yaml
 
 from bigvision.config import Config, resolve
 from bigvision.errors import Exit, UserError, either
-from bigvision.launchers.commands import take, take_all, whole
+from bigvision.launchers.commands import take, whole
 
 RESTARTS = 100
-"""How often a run is started again where nothing else is said. It ends itself where that leads nowhere (`faults`): this is for
+"""How often a run is started again by default. It ends itself where that leads nowhere (`faults`): this is for
 what keeps it from beginning at all."""
 SIGNAL_SECONDS = 120
 """How long before its time is over the run is asked to save and stop."""
@@ -42,7 +42,7 @@ fi
 exit "$code"
 """
 RUNTIME = "bigvision"
-"""The runtime of launch/kubeflow/runtime.yaml, which says when a job is started again."""
+"""The runtime of launch/kubeflow/runtime.yaml, which decides when a job is started again."""
 POD_GRACE_SECONDS = 60
 """From SIGTERM to SIGKILL: a run saves and stops within ten seconds and one step."""
 RECIPE = "/etc/bigvision/recipe.yaml"
@@ -55,22 +55,16 @@ USAGE = """usage: bigvision submit --to local|slurm|k8s RECIPE.yaml [--dry-run] 
   --nodes N               hosts; 1 without it
   --ranks-per-node N      ranks on each, one for each GPU unless parallel.device is cpu; 1 without it
   --name NAME             of the job: a-z, 0-9 and -, at most 50; without it made from the recipe's name
-  --restarts N            how often it is started again, from its newest checkpoint,
-                          when it did not end or was stopped; 100 without it         local, slurm
-  --time D-HH:MM:SS       the longest it may take, also HH:MM:SS or minutes          slurm, k8s
-  --cpus-per-task N       CPUs of each rank; without it one, and one for each of data.workers
-                          slurm
-  --mem SIZE              memory of each node, such as 64G; also --mem-per-cpu, --mem-per-gpu
-                          slurm
-  --partition NAME        where it may run; also --account, --qos, --constraint, --reservation, --nodelist, --exclude
-                          slurm
-  --gres GRES             in the place of a GPU for each rank, such as gpu:h100:8; also --gpus, --gpus-per-node
-                          slurm
-  --sbatch OPTION         any other option of sbatch, such as --sbatch --exclusive --sbatch --mail-type=END
-                          slurm
-  --image IMAGE           the container's image, which has bigvision in it           k8s, needed
-  --claim CLAIM:/PATH     a volume claim and where the container sees it; `out` has
-                          to be on one, or a restart begins anew                     k8s
+  --restarts N            (local, slurm) how often it is started again, from its newest checkpoint, when it did not end or was
+                          stopped; 100 without it
+  --time D-HH:MM:SS       (slurm, k8s) the longest it may take, also HH:MM:SS or minutes
+  --cpus-per-task N       (slurm) CPUs of each rank; without it one, and one for each of data.workers
+  --mem SIZE              (slurm) memory of each node, such as 64G; also --mem-per-cpu, --mem-per-gpu
+  --partition NAME        (slurm) where it may run; also --account, --qos, --constraint, --reservation, --nodelist, --exclude
+  --gres GRES             (slurm) in the place of a GPU for each rank, such as gpu:h100:8; also --gpus, --gpus-per-node
+  --sbatch OPTION         (slurm) any other option of sbatch, such as --sbatch --exclusive --sbatch --mail-type=END
+  --image IMAGE           (k8s, needed) the container's image, which has bigvision in it
+  --claim CLAIM:/PATH     (k8s) a volume claim and where the container sees it; `out` has to be on one, or a restart begins anew
   --section.key value     the flags of bigvision train; with the recipe they are checked before anything is handed over"""
 
 NAMES = r"[A-Za-z0-9_][A-Za-z0-9_.@-]*(,[A-Za-z0-9_][A-Za-z0-9_.@-]*)*"
@@ -92,6 +86,19 @@ SLURM = {
     "--exclude": (HOSTS, "hosts, such as node[1-4]"),
 }
 """Options of sbatch that are passed on, with what they may look like and words for that."""
+FORMS = {
+    "--name": (
+        r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?",
+        "a-z, 0-9 and -, begin with a letter, end with no -, and have at most 50 characters",
+    ),
+    **SLURM,
+    "--image": (
+        r"[a-z0-9][A-Za-z0-9._/-]*(:[0-9]+/[A-Za-z0-9._/-]+)?(:[A-Za-z0-9_.-]+)?(@sha256:[0-9a-f]{64})?",
+        "the name of an image, such as registry.example/bigvision:0.1",
+    ),
+    "--claim": (r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?:(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+", "CLAIM:/PATH, such as runs:/runs"),
+}  # fmt: skip
+"""The same for every option that is a text."""
 ONE_OF = (("--mem", "--mem-per-cpu", "--mem-per-gpu"), ("--gres", "--gpus", "--gpus-per-node"))
 SBATCH = r"--([a-z][a-z0-9-]{0,40})(?:=([A-Za-z0-9_.,:;@%+/()\[\]&|*=-]{1,300}))?"
 TAKEN = {
@@ -114,16 +121,14 @@ ONLY_FOR = {
     "--image": ("k8s",),
     "--claim": ("k8s",),
 }
-OPTIONS = ("--to", "--nodes", "--ranks-per-node", "--name", *(option for option in ONLY_FOR if option != "--sbatch"))
+OPTIONS = ("--to", "--nodes", "--ranks-per-node", "--name", *ONLY_FOR)
 
-NAME = r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?"
-IMAGE = r"[a-z0-9][A-Za-z0-9._/-]*(:[0-9]+/[A-Za-z0-9._/-]+)?(:[A-Za-z0-9_.-]+)?(@sha256:[0-9a-f]{64})?"
 TIME = r"(?:(\d{1,3})-)?(\d{1,7})(?::([0-5]\d))?(?::([0-5]\d))?"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe and where it is to run. Every text in it has been checked by `bigvision.launchers.submit`."""
+    """A recipe and where it is to run. Every text in it has been checked by `read_job`."""
 
     name: str
     recipe: Path
@@ -133,27 +138,17 @@ class Job:
     ranks_per_node: int
     gpus_per_node: int
     """0 where the ranks compute on the CPU."""
-    restarts: int = RESTARTS
+    restarts: int
     """How often it may be started again."""
-    seconds: int | None = None
+    seconds: int | None
     """The longest that it may take."""
-    cpus_per_rank: int = 1
+    cpus_per_rank: int
     """For the rank itself and its data workers."""
-    directives: tuple[tuple[str, str], ...] = ()
+    directives: tuple[tuple[str, str], ...]
     """More options of sbatch, by their long names; "" for one without a value."""
-    image: str | None = None
-    claim: tuple[str, str] | None = None
+    image: str | None
+    claim: tuple[str, str] | None
     """A volume claim and the folder where the container sees it."""
-
-
-def command(job: Job, rendezvous: str) -> list[str]:
-    """The command that starts the ranks.
-
-    Args:
-        rendezvous: a file in which they meet, in a folder of nobody else's. torchrun's own way opens a port to the network,
-            and unpickles what it reads there.
-    """
-    return [sys.executable, "-m", "bigvision.launchers.torchrun", *_arguments(job, rendezvous)]
 
 
 def start(job: Job) -> int:
@@ -177,6 +172,7 @@ def start(job: Job) -> int:
 
 
 def _arguments(job: Job, rendezvous: str) -> list[str]:
+    """What torchrun gets. The ranks meet in a private file: torchrun's own way opens a port, and unpickles what comes there."""
     return [
         "--nproc-per-node", str(job.ranks_per_node), "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file",
         "--rdzv-endpoint", rendezvous, "--local-addr", "127.0.0.1",
@@ -186,17 +182,14 @@ def _arguments(job: Job, rendezvous: str) -> list[str]:
 
 def script(job: Job) -> str:
     """The script: srun starts a rank for each task, and a run that did not get to its end is put into the queue again."""
+    days, rest = divmod(job.seconds or 0, 86400)
     options = {
-        "job-name": job.name,
-        "nodes": job.nodes,
-        "ntasks-per-node": job.ranks_per_node,
-        "cpus-per-task": job.cpus_per_rank,
+        "job-name": job.name, "nodes": job.nodes, "ntasks-per-node": job.ranks_per_node, "cpus-per-task": job.cpus_per_rank,
         "gpus-per-node": None if GPUS & {name for name, _ in job.directives} else job.gpus_per_node or None,
-        "time": None if job.seconds is None else _time(job.seconds),
+        "time": None if job.seconds is None else f"{days}-{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}",
         "output": f"{job.name}-%j.log",
-        # To the ranks, not to this script.
-        "signal": f"USR1@{SIGNAL_SECONDS}",
-    }
+        "signal": f"USR1@{SIGNAL_SECONDS}",  # to the ranks, not to this script
+    }  # fmt: skip
     lines = ["#!/bin/bash"]
     options |= dict(job.directives)
     lines += [f"#SBATCH --{name}={value}".removesuffix("=") for name, value in options.items() if value is not None]
@@ -204,41 +197,20 @@ def script(job: Job) -> str:
     # Since Slurm 22.05 srun does not take --cpus-per-task over from the job: ranks would share one core with their workers.
     srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LEFT_SECONDS}", f"--cpus-per-task={job.cpus_per_rank}"]
     program = [sys.executable, "-m", "bigvision.cli", "train", str(job.recipe), *job.flags]
-    return (
-        "\n".join(lines)
-        + "\n"
-        + BODY.format(
-            program=shlex.join([*srun, *program]),
-            mistake=int(Exit.MISTAKE),
-            restarts=job.restarts,
-        )
-    )
-
-
-def _time(seconds: int) -> str:
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days}-{hours:02}:{minutes:02}:{seconds:02}"
-
-
-def manifest(job: Job) -> str:
-    """The YAML documents for ``kubectl apply``."""
-    return yaml.safe_dump_all([config_map(job), train_job(job)], sort_keys=False)
+    body = BODY.format(program=shlex.join([*srun, *program]), mistake=int(Exit.MISTAKE), restarts=job.restarts)
+    return "\n".join(lines) + "\n" + body
 
 
 def config_map(job: Job) -> dict[str, Any]:
     """The recipe, which need not be in the image."""
     return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": f"{job.name}-recipe"},
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{job.name}-recipe"},
         "data": {"recipe.yaml": job.recipe.read_text(encoding="utf-8")},
-    }
+    }  # fmt: skip
 
 
 def train_job(job: Job) -> dict[str, Any]:
-    """The job: torchrun on each node, which the runtime tells of the others by PET_*."""
+    """The job: torchrun on each node, which gets the others from the runtime by PET_*."""
     # Kubernetes takes $(NAME) for a variable of the container, and $$ for the sign itself.
     flags = [flag.replace("$", "$$") for flag in job.flags]
     program = ["python", "-m", "bigvision.launchers.torchrun", "-m", "bigvision.cli", "train", RECIPE, *flags]
@@ -248,18 +220,14 @@ def train_job(job: Job) -> dict[str, Any]:
         volumes.append({"name": "claim", "persistentVolumeClaim": {"claimName": job.claim[0]}})
         mounts.append({"name": "claim", "mountPath": job.claim[1]})
     trainer: dict[str, Any] = {
-        "image": job.image,
-        "command": program,
-        "numNodes": job.nodes,
-        "numProcPerNode": job.ranks_per_node,
-    }
+        "image": job.image, "command": program, "numNodes": job.nodes, "numProcPerNode": job.ranks_per_node,
+    }  # fmt: skip
     if job.gpus_per_node:
         trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": str(job.gpus_per_node)}}
     pod = {
-        "terminationGracePeriodSeconds": POD_GRACE_SECONDS,
-        "volumes": volumes,
+        "terminationGracePeriodSeconds": POD_GRACE_SECONDS, "volumes": volumes,
         "containers": [{"name": "node", "volumeMounts": mounts}],
-    }
+    }  # fmt: skip
     patch = {"template": {"spec": {"replicatedJobs": [{"name": "node", "template": {"spec": {"template": {"spec": pod}}}}]}}}
     spec: dict[str, Any] = {} if job.seconds is None else {"activeDeadlineSeconds": job.seconds}
     return {
@@ -275,21 +243,16 @@ def train_job(job: Job) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where a job can go."""
+TARGETS: dict[str, tuple[str, ...]] = {"local": (), "slurm": ("sbatch",), "k8s": ("kubectl", "apply", "-f", "-")}
+"""Where a job can go, and the program that takes it on its standard input; none for this machine."""
 
-    render: Callable[[Job], str]
+
+def render(to: str, job: Job) -> str:
     """What is handed over, as text."""
-    command: tuple[str, ...] = ()
-    """The program that takes it on its standard input; none for this machine."""
-
-
-TARGETS = {
-    "local": Target(lambda job: shlex.join(command(job, "RENDEZVOUS")) + "\n"),
-    "slurm": Target(script, ("sbatch",)),
-    "k8s": Target(manifest, ("kubectl", "apply", "-f", "-")),
-}
+    if to == "local":
+        program = [sys.executable, "-m", "bigvision.launchers.torchrun", *_arguments(job, "RENDEZVOUS")]
+        return shlex.join(program) + "\n"
+    return script(job) if to == "slurm" else yaml.safe_dump_all([config_map(job), train_job(job)], sort_keys=False)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -298,25 +261,25 @@ def run(arguments: Sequence[str]) -> int:
         print(USAGE)
         return Exit.DONE
     to, job = read_job([argument for argument in arguments if argument != "--dry-run"])
-    target = TARGETS[to]
     if "--dry-run" in arguments:
-        print(target.render(job), end="")
+        print(render(to, job), end="")
         return Exit.DONE
-    if not target.command:
+    if to == "local":
         return start(job)
-    return _hand_over(target, job)
+    # The words of the scheduler's program go to the user.
+    name, *flags = TARGETS[to]
+    if (program := shutil.which(name)) is None:
+        raise UserError(f"submit: {name} is not on PATH: submit where the scheduler is, or look with --dry-run")
+    done = subprocess.run([program, *flags], input=render(to, job), text=True, check=False)
+    if done.returncode:
+        raise UserError(f"submit: {shlex.join(TARGETS[to])} refused the job (exit code {done.returncode}), see above")
+    return Exit.DONE
 
 
 def read_job(arguments: Sequence[str]) -> tuple[str, Job]:
-    """Check everything that can be checked here; returns where the job goes, and the job.
-
-    Raises:
-        UserError: an option that is missing, is not of its kind or is not for this target; a recipe or a flag that
-            ``bigvision train`` would refuse.
-    """
-    more, rest = take_all(arguments, "--sbatch")
-    given, rest = take(rest, OPTIONS)
-    given |= {"--sbatch": more[0]} if more else {}
+    """Check everything that can be checked here, as ``bigvision train`` would; returns the target and the job."""
+    options, rest = take(arguments, OPTIONS)
+    given = dict(options)
     to = given.get("--to", "")
     if to not in TARGETS:
         raise UserError(f"--to: {to!r} must be {either(list(TARGETS))}")
@@ -331,23 +294,25 @@ def read_job(arguments: Sequence[str]) -> tuple[str, Job]:
             raise UserError(f"submit: {argument!r} has characters that cannot be printed: rename it, or write it otherwise")
     recipe, flags = rest[0], rest[1:]
     config, _ = resolve(recipe, flags, prog="bigvision submit --to TARGET RECIPE")
-    job = _job(to, Path(recipe), flags, config, given)
-    return to, replace(job, directives=(*job.directives, *map(_directive, more)))
+    more = [value for option, value in options if option == "--sbatch"]
+    return to, _job(to, Path(recipe), flags, config, given, more)
 
 
-def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[str, str]) -> Job:
-    nodes, ranks = whole("--nodes", given.get("--nodes", "1")), whole("--ranks-per-node", given.get("--ranks-per-node", "1"))
+def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[str, str], more: list[str]) -> Job:
+    given = {
+        "--nodes": "1", "--ranks-per-node": "1", "--restarts": str(RESTARTS), "--name": _name_of(recipe),
+        "--cpus-per-task": str(1 + config.data.workers), **given,
+    }  # fmt: skip
+    nodes, ranks, name = (
+        whole("--nodes", given["--nodes"]),
+        whole("--ranks-per-node", given["--ranks-per-node"]),
+        given["--name"],
+    )
     if to == "local" and nodes > 1:
         raise UserError(f"--nodes: {nodes} are more than this machine: use --to slurm or k8s, or --ranks-per-node")
-    name = given.get("--name") or _name_of(recipe)
-    _matches("--name", name, NAME, "a-z, 0-9 and -, begin with a letter, end with no -, and have at most 50 characters")
-    for option, pattern, words in (
-        *((option, *rule) for option, rule in SLURM.items()),
-        ("--image", IMAGE, "the name of an image, such as registry.example/bigvision:0.1"),
-        ("--claim", r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?:(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+", "CLAIM:/PATH, such as runs:/runs"),
-    ):
-        if option in given:
-            _matches(option, given[option], pattern, words)
+    for option, (pattern, words) in FORMS.items():
+        if option in given and not re.fullmatch(pattern, given[option], re.ASCII):
+            raise UserError(f"{option}: {given[option]!r} must be {words}")
     for options in ONE_OF:
         if len(several := [option for option in options if option in given]) > 1:
             raise UserError(f"{several[0]} and {several[1]} ask for the same: drop one of the two")
@@ -356,14 +321,13 @@ def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[st
     claim, _, mount = given.get("--claim", "").partition(":")
     if mount and not Path(config.out).is_relative_to(mount):
         raise UserError(f"out: {config.out} is not on the volume of --claim {given['--claim']}: use --out {mount}/{name}")
-    restarts = whole("--restarts", given.get("--restarts", str(RESTARTS)), lowest=0)
-    seconds = _seconds(given["--time"]) if "--time" in given else None
-    gpus = 0 if config.parallel.device == "cpu" else ranks
     return Job(
-        name=name, recipe=recipe.absolute(), flags=tuple(flags), nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus,
-        restarts=restarts, seconds=seconds, image=given.get("--image"),
-        cpus_per_rank=whole("--cpus-per-task", given.get("--cpus-per-task", str(1 + config.data.workers))),
-        directives=tuple((option[2:], given[option]) for option in SLURM if option in given),
+        name=name, recipe=recipe.absolute(), flags=tuple(flags), nodes=nodes, ranks_per_node=ranks,
+        gpus_per_node=0 if config.parallel.device == "cpu" else ranks, image=given.get("--image"),
+        restarts=whole("--restarts", given["--restarts"], lowest=0),
+        seconds=_seconds(given["--time"]) if "--time" in given else None,
+        cpus_per_rank=whole("--cpus-per-task", given["--cpus-per-task"]),
+        directives=(*((option[2:], given[option]) for option in SLURM if option in given), *map(_directive, more)),
         claim=(claim, mount) if claim else None,
     )  # fmt: skip
 
@@ -376,11 +340,6 @@ def _directive(text: str) -> tuple[str, str]:
     if why := TAKEN.get(found[1]):
         raise UserError(f"--sbatch: {text}: {why}")
     return found[1], found[2] or ""
-
-
-def _matches(option: str, text: str, pattern: str, words: str) -> None:
-    if not re.fullmatch(pattern, text, re.ASCII):
-        raise UserError(f"{option}: {text!r} must be {words}")
 
 
 def _name_of(recipe: Path) -> str:
@@ -401,14 +360,3 @@ def _seconds(text: str) -> int:
     if not total:
         raise UserError(f"--time: {text!r} must be minutes, HH:MM:SS, D-HH or D-HH:MM:SS")
     return total
-
-
-def _hand_over(target: Target, job: Job) -> int:
-    """Give the job to the scheduler's program, whose words go to the user."""
-    program = shutil.which(target.command[0])
-    if program is None:
-        raise UserError(f"submit: {target.command[0]} is not on PATH: submit where the scheduler is, or look with --dry-run")
-    done = subprocess.run([program, *target.command[1:]], input=target.render(job), text=True, check=False)
-    if done.returncode:
-        raise UserError(f"submit: {shlex.join(target.command)} refused the job (exit code {done.returncode}), see above")
-    return Exit.DONE

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else Exit.FAULT
     except SignalException:
-        # The ranks were told to stop, and waited for.
+        # The ranks got a signal to stop, and have ended.
         return Exit.STOPPED
     return Exit.DONE
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigvision.disk import read_into
 from bigvision.errors import UserError, either
-from bigvision.fragments import PICKLE, TYPES, Place, bytes_of, file_kind, read_header, read_into, unique
+from bigvision.fragments import PICKLE, TYPES, Place, bytes_of, file_kind, read_header, unique
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Components that torch.compile, recomputation and FSDP put anywhere into a name."""

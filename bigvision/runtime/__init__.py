@@ -3,21 +3,22 @@
 In come the environment that a launcher set and the sections ``parallel`` and ``limits``; out come a `Runtime`, and functions by
 which ranks agree (`all_or_none`, `from_main`, `gather_json`).
 
-Read ``process.py`` first, then ``identity.py`` (rank and meeting point from each launcher's variables) and ``rendezvous.py``
-(how ranks meet and agree). ``watchdog.py`` ends a run that hangs, ``diagnosis.py`` explains it, ``guard.py`` ends a rank whose
-native code holds the interpreter.
+Read ``process.py`` first, then ``rendezvous.py`` (rank and meeting point from each launcher's variables). ``watchdog.py`` ends
+a run that hangs, ``diagnosis.py`` explains it, ``guard.py`` ends a rank whose native code holds the interpreter.
 """
 
-from bigvision.runtime.identity import Identity, identify
-from bigvision.runtime.process import Runtime, choose_device, deterministic, operations_named, start
-from bigvision.runtime.rendezvous import (
+from bigvision.runtime.process import (
     RankFailure,
+    Runtime,
     all_or_none,
+    deterministic,
     from_main,
     gather_json,
-    lacks_shared_memory,
+    operations_named,
+    start,
     warn_of_shared_memory,
 )
+from bigvision.runtime.rendezvous import Identity, identify
 from bigvision.runtime.watchdog import Watchdog, collective_timeout
 
 __all__ = [
@@ -26,13 +27,11 @@ __all__ = [
     "Runtime",
     "Watchdog",
     "all_or_none",
-    "choose_device",
     "collective_timeout",
     "deterministic",
     "from_main",
     "gather_json",
     "identify",
-    "lacks_shared_memory",
     "operations_named",
     "start",
     "warn_of_shared_memory",

@@ -1,223 +1,83 @@
-"""What ranks report to each other beside the collectives, and the words for a run that does not get on."""
+"""Explains a hang: which ranks are gone, silent or behind, from their last reports, which `watchdog.py` gathers. No state."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import socket
 import sys
-import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from bigvision.runtime.guard import GONE, process_state, start_time
-from bigvision.runtime.identity import Identity
+from bigvision.runtime.rendezvous import Identity, launcher_holds_store
 
-SILENT = 5.0
-"""Pulses without news after which a rank is silent, and no less than a second: a busy host may be late."""
-CONNECT = timedelta(seconds=5)
+Report = dict[str, Any]
+"""What a rank publishes: `this_process`, the phase, step and count of its beats, whether it waits for data and whether it has
+left the run; also its `current_place` when somebody asks."""
+
+
+class Heard(NamedTuple):
+    """The last report of a rank."""
+
+    report: Report
+    at: float
+    """When it came, on this rank's clock."""
 
 
 @dataclass
-class Heard:
-    """The last news of a rank."""
+class News:
+    """What this rank knows of the others."""
 
-    said: dict[str, Any]
-    at: float
-    """When they came, on this rank's clock."""
-
-
-class Heartbeats:
-    """Publishes where this rank is in the store by which the ranks found each other, over a connection of its own.
-
-    All talking is done in a thread, which may wait for an answer for ever: what it knows is read from attributes. In quiet
-    times a rank writes one key and looks for another each pulse; it reads the others' only when it is :attr:`curious`.
-    """
-
-    def __init__(self, identity: Identity, pulse: float, say: Callable[[bool], dict[str, Any]]) -> None:
-        """Args:
-        pulse: seconds between two rounds.
-        say: what to publish; told whether the details are wanted, which take longer.
-        """
-        self.identity, self.pulse, self.say = identity, pulse, say
-        self.heard: dict[int, Heard] = {}
-        self.fault: dict[str, Any] | None = None
-        """The first fault on any rank: "rank" (who reported it), "text", "end" (whether a limit ran out: all end at once)."""
-        self.answered = time.monotonic()
-        """When the store last did."""
-        self.reached = False
-        """Whether it ever did."""
-        self.refused = False
-        """Whether the store's port refuses connections: on a host that can be reached, the process that served it has ended."""
-        self.curious = False
-        self.news = threading.Event()
-        """Set when there is a fault."""
-        self._said, self._rounds = 0, 0
-        self._reading_since = math.inf
-        self._ready: set[int] = set()
-        self._report: dict[str, Any] | None = None
-        self._wake, self._closing = threading.Event(), False
-        self._prefix = _prefix(identity)
-        self._thread = threading.Thread(target=self._talk, name="heartbeats", daemon=True)
-        self._thread.start()
-
-    @property
-    def holds_store(self) -> bool:
-        """Whether the store ends with this rank; otherwise its launcher has it, or another rank."""
-        return self.identity.rank == 0 and not launcher_holds_store()
-
-    @property
-    def patience(self) -> float:
-        """Seconds without news after which a rank, or the store, is silent."""
-        return max(1.0, SILENT * self.pulse)
-
-    @property
-    def silence(self) -> float:
-        """Seconds for which the store did not answer."""
-        return time.monotonic() - self.answered
-
-    @property
-    def mute(self) -> bool:
-        """Whether the store does not answer any more."""
-        return self.silence > self.patience
+    identity: Identity
+    process: Report
+    """This process, as `this_process` describes it."""
+    patience: float
+    """Seconds without news after which a rank, or the store, is silent."""
+    heard: dict[int, Heard] = field(default_factory=dict)
+    answered: float = field(default_factory=time.monotonic)
+    """When the store last did."""
+    reached: bool = False
+    """Whether it ever did."""
+    refused: bool = False
+    """Whether the store's port refuses connections: on a host that can be reached, the process that served it has ended."""
+    reading_since: float = math.inf
+    """Since when the reports of the others are read."""
 
     def silent(self, rank: int) -> bool:
         """Whether nothing was heard of *rank* for long, while the store answers and is asked for it."""
-        return self.answered - max(self.heard[rank].at, self._reading_since) > self.patience
+        return self.answered - max(self.heard[rank].at, self.reading_since) > self.patience
 
-    def report(self, text: str, end: bool, patience: float) -> dict[str, Any]:
-        """Say that something went wrong; returns what was said first of all, by this rank or another.
+    def sees(self, report: Report) -> bool:
+        """Whether /proc shows the process of *report*: one of this host, and of this container."""
+        return bool(self.process["sight"]) and report["sight"] == self.process["sight"]
 
-        Args:
-            end: all ranks have to end.
-            patience: seconds to wait for the store.
-        """
-        mine = {"rank": self.identity.rank, "text": text, "end": end}
-        self._report = mine
-        self.hurry(patience)
-        return self.fault or mine
-
-    def hurry(self, patience: float) -> None:
-        """Have a whole round now, and wait for its end, or for *patience* seconds."""
-        # The one under way may have passed what it is wanted for.
-        goal, deadline = self._rounds + 2, time.monotonic() + patience
-        while self._rounds < goal and time.monotonic() < deadline and self._thread.is_alive():
-            self._wake.set()
-            time.sleep(min(0.01, self.pulse))
-
-    def wake(self) -> None:
-        """Begin a round now, without waiting for it."""
-        self._wake.set()
-
-    def close(self) -> None:
-        """Publish the last state, if the store still takes it."""
-        self._closing = True
-        self._wake.set()
-        self._thread.join(1.0)
-
-    def _talk(self) -> None:
-        store = None
-        last = False
-        while not last:
-            last = self._closing
-            with contextlib.suppress(Exception):
-                try:
-                    store = store or self._connect()
-                    self._exchange(store)
-                except Exception:
-                    # Gone, or not there yet.
-                    store = None
-                    raise
-            self._rounds += 1
-            if not last:
-                self._wake.wait(self.pulse)
-                self._wake.clear()
-
-    def _connect(self) -> Any:
-        address, port = self.identity.address, self.identity.port
-        # TCPStore fills the screen when nobody listens.
-        try:
-            socket.create_connection((address, port), timeout=max(1.0, self.pulse)).close()
-        except OSError as error:
-            self.refused = isinstance(error, ConnectionRefusedError)
-            raise
-        self.refused = False
-        return dist.TCPStore(address, port, None, False, CONNECT, wait_for_workers=False)
-
-    def _exchange(self, store: Any) -> None:
-        self._said += 1
-        said = self.say(self.curious) | {"number": self._said}
-        store.set(self._key(self.identity.rank), json.dumps(said))
-        if self._report is not None:
-            self._found(store.compare_set(self._key("fault"), "", json.dumps(self._report)))
-            self._report = None
-        elif self.fault is None and store.check([self._key("fault")]):
-            self._found(store.get(self._key("fault")))
-        if self.curious:
-            self._reading_since = min(self._reading_since, time.monotonic())
-            self._read(store)
-        else:
-            self._reading_since = math.inf
-        self.answered, self.reached = time.monotonic(), True
-
-    def _read(self, store: Any) -> None:
-        others = [rank for rank in range(self.identity.world_size) if rank != self.identity.rank]
-        # Reading waits for what is not there.
-        self._ready |= {rank for rank in others if rank not in self._ready and store.check([self._key(rank)])}
-        ready = sorted(self._ready)
-        for rank, text in zip(ready, store.multi_get([self._key(rank) for rank in ready]) if ready else []):
-            said = json.loads(text)
-            if rank not in self.heard or self.heard[rank].said["number"] != said["number"]:
-                self.heard[rank] = Heard(said, time.monotonic())
-
-    def _found(self, text: bytes) -> None:
-        self.fault = json.loads(text)
-        self.news.set()
-
-    def _key(self, name: object) -> str:
-        return f"{self._prefix}/{name}"
+    def state(self, report: Report) -> str:
+        """What is wrong with the process of *report*, in words; empty where that cannot be seen."""
+        return process_state(report["pid"], report["born"]) if self.sees(report) else ""
 
 
-def launcher_holds_store() -> bool:
-    """Whether the ranks' store is torchrun's own, and not rank 0's."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _prefix(identity: Identity) -> str:
-    """Where in the store: a store may outlive a restart of the ranks, and a process may train several times in a row."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    place = (identity, os.environ.get("TORCHELASTIC_RUN_ID"), attempt)
-    _STARTS[place] += 1
-    return f"bigvision/heartbeats/{attempt}.{_STARTS[place]}"
-
-
-_STARTS: Counter[tuple[object, ...]] = Counter()
-
-
-def this_process() -> dict[str, Any]:
+def this_process() -> Report:
     """What identifies this process to the other ranks. Ranks with the same ``sight`` can look at it in /proc."""
     try:
         sight = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         sight = ""
-    # Hosts may have one name, as two containers of an image do.
-    node, pid = os.environ.get("GROUP_RANK", ""), os.getpid()
-    return {"host": socket.gethostname(), "node": node, "pid": pid, "born": start_time(pid), "sight": sight}
+    # Two hosts may have one name, as containers of an image do.
+    host, pid = [socket.gethostname(), os.environ.get("GROUP_RANK", "")], os.getpid()
+    return {"host": host, "pid": pid, "born": start_time(pid), "sight": sight}
 
 
-def details(thread: int) -> dict[str, Any]:
-    """Where *thread* is, and how many collectives were begun in each group: what tells who waits for whom."""
+def current_place(thread: int) -> Report:
+    """Where *thread* is, and how many collectives were begun in each group: it shows who waits for whom."""
     begun = {}
     groups: list[Any] = list(distributed_c10d._world.pg_map)
     for group in groups:
@@ -238,147 +98,126 @@ def details(thread: int) -> dict[str, Any]:
     return {"begun": begun, "waits": waits, "where": where}
 
 
-def diagnose(beats: Heartbeats, mine: dict[str, Any]) -> str:
+def diagnose(news: News, mine: Report) -> str:
     """Return which ranks are slow or missing, in words.
 
     Args:
-        mine: what this rank reports of itself, with :func:`details`.
+        mine: this rank's own report, with `current_place`.
     """
-    if beats.mute:
-        return _without_store(beats, mine)
-    missing = [rank for rank in range(beats.identity.world_size) if rank != mine["rank"] and rank not in beats.heard]
-    said = [f"{_ranks(missing)} {_have(missing)} not come"] if missing else []
-    if absent := missing_ranks(beats, mine):
-        said.append(absent)
-    if said:
-        return "; ".join(said)
-    places = {rank: heard.said for rank, heard in beats.heard.items()} | {mine["rank"]: mine}
-    late = _late(places)
-    if late:
-        return "; ".join(f"rank {rank} is behind, in {describe(places[rank])}" for rank in late)
+    if lost := store_lost(news):
+        return lost
+    rank, size = news.identity.rank, news.identity.world_size
+    absent = [other for other in range(size) if other != rank and other not in news.heard]
+    have = "has" if len(absent) == 1 else "have"
+    if found := [*([f"{_ranks(absent)} {have} not come"] if absent else []), *missing_ranks(news)]:
+        return "; ".join(found)
+    reports = {other: heard.report for other, heard in news.heard.items()} | {rank: mine}
+    if late := _late(reports):
+        return "; ".join(f"rank {other} is behind, in {describe(reports[other])}" for other in late)
     alike: dict[str, list[int]] = {}
-    for rank in sorted(places):
-        alike.setdefault(describe(places[rank]), []).append(rank)
+    for other in sorted(reports):
+        alike.setdefault(describe(reports[other]), []).append(other)
     return "no rank stands out: " + "; ".join(f"{_ranks(ranks)} in {place}" for place, ranks in alike.items())
 
 
-def missing_ranks(beats: Heartbeats, mine: dict[str, Any]) -> str:
-    """Return the ranks that are gone or do not answer, in words; empty where there are none."""
+def missing_ranks(news: News) -> list[str]:
+    """Return a sentence for each rank that has come and is gone, or does not answer."""
     found = []
-    for rank, heard in sorted(beats.heard.items()):
-        said = heard.said
-        if said["left"]:
-            continue
-        state = _state(said, mine)
-        if state == GONE or beats.silent(rank):
-            ago = "" if state == GONE else f"silent for {time.monotonic() - heard.at:.1f} s or more, "
-            found.append(f"rank {rank} {state or 'does not answer'} ({_process(said)}, {ago}last in {describe(said)})")
-    return "; ".join(found)
+    for rank, (report, at) in sorted(news.heard.items()):
+        state = news.state(report)
+        if not report["left"] and (state == GONE or news.silent(rank)):
+            ago = "" if state == GONE else f"silent for {time.monotonic() - at:.1f} s or more, "
+            found.append(f"rank {rank} {state or 'does not answer'} ({_process(report)}, {ago}last in {describe(report)})")
+    return found
 
 
-def ended_ranks(beats: Heartbeats, mine: dict[str, Any]) -> dict[int, str]:
-    """Return the ranks whose processes have certainly ended without leaving the run, each with a sentence that says so.
+def ended_ranks(news: News) -> list[str]:
+    """Return a sentence for each rank whose process has certainly ended without leaving the run.
 
     Certain are a process of this host that is gone from /proc, and rank 0 where it serves the store and its port refuses
     connections. A rank that merely does not answer, stopped or behind a slow link, is not among them.
     """
-    # list(): the heartbeats' thread adds to it meanwhile.
-    heard = list(beats.heard.items())
-    found = {rank: gone_words(rank, last, beats.patience) for rank, last in heard if _has_ended(last.said, mine)}
-    if beats.refused and beats.reached and not launcher_holds_store() and 0 not in found and mine["rank"] != 0:
-        main = beats.heard.get(0)
-        if main is None or not main.said["left"]:
-            words = gone_words(0, main, beats.patience) if main else f"rank 0 {GONE}"
-            address = f"{beats.identity.address}:{beats.identity.port}"
-            found[0] = f"{words}: the store at {address}, which it served, refuses connections"
-    return dict(sorted(found.items()))
+    found = {
+        rank: _gone(rank, last, news.patience)
+        for rank, last in news.heard.items()
+        if not last.report["left"] and news.state(last.report) == GONE
+    }
+    main = news.heard.get(0)
+    lost = news.refused and news.reached and not launcher_holds_store()
+    if lost and 0 not in found and news.identity.rank != 0 and (main is None or not main.report["left"]):
+        words = _gone(0, main, news.patience) if main else f"rank 0 {GONE}"
+        address = f"{news.identity.address}:{news.identity.port}"
+        found[0] = f"{words}: the store at {address}, which it served, refuses connections"
+    return [found[rank] for rank in sorted(found)]
 
 
-def local_peers(beats: Heartbeats, mine: dict[str, Any]) -> list[tuple[int, str, str]]:
+def local_peers(news: News) -> list[tuple[int, str, str]]:
     """Return (pid, start time, the sentence for its end) for each rank of this host that has not left the run."""
-    heard = [(rank, last) for rank, last in list(beats.heard.items()) if _in_sight(last.said, mine) and not last.said["left"]]
-    return [(last.said["pid"], last.said["born"], gone_words(rank, last, 0.0)) for rank, last in heard]
+    return [
+        (last.report["pid"], last.report["born"], _gone(rank, last, 0.0))
+        for rank, last in news.heard.items()
+        if news.sees(last.report) and not last.report["left"]
+    ]
 
 
-def gone_words(rank: int, last: Heard, fresh: float) -> str:
-    """Return the sentence that reports the end of a rank's process, with its place if that is younger than *fresh* seconds."""
-    place = f", last in {describe(last.said)}" if time.monotonic() - last.at < fresh else ""
-    return f"rank {rank} {GONE} ({_process(last.said)}{place})"
+def _gone(rank: int, last: Heard, fresh: float) -> str:
+    """The sentence for the end of a rank's process, with its place if that is younger than *fresh* seconds."""
+    place = f", last in {describe(last.report)}" if time.monotonic() - last.at < fresh else ""
+    return f"rank {rank} {GONE} ({_process(last.report)}{place})"
 
 
-def store_lost(beats: Heartbeats, mine: dict[str, Any]) -> str:
-    """Return which rank's end took the store along, in words; empty while it answers."""
-    return _without_store(beats, mine) if beats.mute else ""
-
-
-def _without_store(beats: Heartbeats, mine: dict[str, Any]) -> str:
-    address = f"{beats.identity.address}:{beats.identity.port}"
-    main = beats.heard.get(0)
-    if not beats.reached:
-        holder = "the launcher of rank 0" if launcher_holds_store() else "rank 0"
+def store_lost(news: News) -> str:
+    """Return whose end or silence took the store along, in words; empty while the store answers."""
+    silence = time.monotonic() - news.answered
+    if silence <= news.patience:
+        return ""
+    address, main = f"{news.identity.address}:{news.identity.port}", news.heard.get(0)
+    holder = "the launcher of rank 0" if launcher_holds_store() else "rank 0"
+    if not news.reached:
         return f"{holder} does not answer at {address}: it has not come, or cannot be reached from here"
-    since = f"since {beats.silence:.1f} s"
+    silent = f"does not answer since {silence:.1f} s"
     if not launcher_holds_store():
-        state = (main and _state(main.said, mine)) or "does not answer"
-        who = f" ({_process(main.said)})" if main else ""
-        return f"rank 0{who} {state}: the store of the ranks at {address}, which it holds, does not answer {since}"
-    there = [rank for rank, heard in sorted(beats.heard.items()) if main and _host(heard.said) == _host(main.said)]
-    if main is None or _host(main.said) == _host(mine):
-        return f"the launcher of rank 0, which holds the store of the ranks at {address}, does not answer {since}"
-    return f"{_ranks(there)} on host {main.said['host']} cannot be reached: the store at {address} does not answer {since}"
+        state = (main and news.state(main.report)) or "does not answer"
+        who = f" ({_process(main.report)})" if main else ""
+        return f"rank 0{who} {state}: the store of the ranks at {address}, which it holds, {silent}"
+    if main is None or main.report["host"] == news.process["host"]:
+        return f"{holder}, which holds the store of the ranks at {address}, {silent}"
+    there = [rank for rank, heard in sorted(news.heard.items()) if heard.report["host"] == main.report["host"]]
+    return f"{_ranks(there)} on host {main.report['host'][0]} cannot be reached: the store at {address} {silent}"
 
 
-def _late(places: dict[int, dict[str, Any]]) -> list[int]:
+def _late(reports: dict[int, Report]) -> list[int]:
     """The ranks for which the others wait: they came less far, began fewer collectives, or are not in one."""
-    most = max(said["count"] for said in places.values())
-    if late := [rank for rank, said in places.items() if said["count"] < most]:
+    most = max(report["count"] for report in reports.values())
+    if late := [rank for rank, report in reports.items() if report["count"] < most]:
         return sorted(late)
-    busy = {rank for rank, said in places.items() if said.get("waits") is False}
+    busy = {rank for rank, report in reports.items() if report.get("waits") is False}
     begun: Counter[str] = Counter()
-    for said in places.values():
-        begun |= Counter(said.get("begun", {}))
-    fewer = {r for r, said in places.items() if any(n < begun[group] for group, n in said.get("begun", {}).items())}
-    if not busy or len(busy) == len(places):
+    for report in reports.values():
+        begun |= Counter(report.get("begun", {}))
+    fewer = {r for r, report in reports.items() if any(n < begun[group] for group, n in report.get("begun", {}).items())}
+    if not busy or len(busy) == len(reports):
         return sorted(fewer)
     # The ranks of a pipeline exchange unlike often; code that waits may look busy.
     return sorted(busy & fewer or busy)
 
 
-def describe(said: dict[str, Any]) -> str:
+def describe(report: Report) -> str:
     """Where a rank is in its run, as a noun: "step 7", "the evaluation after step 7, at its data"."""
-    phase, step = said["phase"], said["step"]
-    words = {"start": "the start", "step": f"step {step}", "save": f"the saving of step {step}"}
-    place = words.get(phase) or f"the evaluation after step {step}"
-    place += ", without its data yet" if said["data"] else ""
-    place += f", at {said['where']}" if said.get("where") else ""
-    return f"{place}, and has left" if said["left"] else place
+    step = report["step"]
+    place = {
+        "start": "the start", "step": f"step {step}", "save": f"the saving of step {step}",
+        "evaluate": f"the evaluation after step {step}",
+    }[report["phase"]]  # fmt: skip
+    place += ", without its data yet" if report["data"] else ""
+    place += f", at {report['where']}" if report.get("where") else ""
+    return f"{place}, and has left" if report["left"] else place
 
 
-def _state(said: dict[str, Any], mine: dict[str, Any]) -> str:
-    """What is wrong with a process of this host; empty where that cannot be seen."""
-    return process_state(said["pid"], said["born"]) if _in_sight(said, mine) else ""
-
-
-def _in_sight(said: dict[str, Any], mine: dict[str, Any]) -> bool:
-    return bool(mine["sight"]) and said["sight"] == mine["sight"]
-
-
-def _has_ended(said: dict[str, Any], mine: dict[str, Any]) -> bool:
-    return not said["left"] and _state(said, mine) == GONE
-
-
-def _host(said: dict[str, Any]) -> tuple[str, str]:
-    return said["host"], said["node"]
-
-
-def _process(said: dict[str, Any]) -> str:
-    return f"process {said['pid']} on host {said['host']}"
+def _process(report: Report) -> str:
+    return f"process {report['pid']} on host {report['host'][0]}"
 
 
 def _ranks(ranks: Iterable[int]) -> str:
     names = [str(rank) for rank in ranks]
     return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names[:-1])} and {names[-1]}"
-
-
-def _have(ranks: list[int]) -> str:
-    return "has" if len(ranks) == 1 else "have"

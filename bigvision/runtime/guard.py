@@ -20,66 +20,54 @@ from typing import Any
 
 GONE = "is gone"
 STATES = {
-    "T": "is stopped by a signal",
-    "t": "is held by a debugger",
-    "D": "waits for a disk or a network file system",
-    "Z": GONE,
-    "X": GONE,
-}
+    "T": "is stopped by a signal", "t": "is held by a debugger", "D": "waits for a disk or a network file system",
+    "Z": GONE, "X": GONE,
+}  # fmt: skip
 """What the state letters of /proc mean for a process that does not answer."""
 TURNS = 20
 """How often the guard looks whether the rank has ended by itself, before SIGKILL ends it."""
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; none where there is no such process of this host, or no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def start_time(pid: int) -> str:
+    """Return when a process of this host started, as /proc counts it; "" where there is no /proc."""
+    return _stat(pid)[19] if _stat(pid) else ""
 
 
 def process_state(pid: int, born: str = "") -> str:
     """Return one of the words of `STATES` for a process of this host, or "" where nothing is wrong with it.
 
     Args:
-        born: its start time as `start_time` returns it. A process that has the number of another one is not taken for it.
+        born: its `start_time`: another process may have got its number.
     """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return GONE
-    return GONE if born and fields[19] != born else STATES.get(fields[0], "")
-
-
-def start_time(pid: int) -> str:
-    """Return when a process of this host started, as /proc counts it; "" where there is no /proc."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
+    fields = _stat(pid)
+    return STATES.get(fields[0], "") if fields and born in ("", fields[19]) else GONE
 
 
 class Guard:
     """Starts the program beside this rank, and reports to it."""
 
     def __init__(self, rank: int, pulse: float, grace: float) -> None:
-        """Args:
-        pulse: seconds between two reports.
-        grace: seconds after a fault from which on a rank without reports is ended.
-        """
+        """For the arguments see `main`."""
         self._before = _end_at_hangup()
         end_signal = signal.SIGKILL if self._before is None else signal.SIGHUP
-        arguments = [str(rank), str(int(end_signal)), str(pulse), str(grace)]
-        command = [sys.executable, "-I", "-S", __file__, *arguments]
+        command = [sys.executable, "-I", "-S", __file__, *map(str, (rank, int(end_signal), pulse, grace))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         assert self._process.stdin is not None
         self._pipe = self._process.stdin.fileno()
         os.set_blocking(self._pipe, False)
 
-    def report(self, fault: str, peers: list[tuple[int, str, str]], left: bool) -> None:
-        """Pass on what the program has to know.
-
-        Args:
-            fault: the fault of another rank, if one is known.
-            peers: (pid, start time, the sentence that reports its end) of each rank of this host that has not left.
-            left: whether this rank needs the others no more: then it is not ended.
-        """
-        report = {"fault": "", "peers": []} if left else {"fault": fault, "peers": peers}
+    def report(self, fault: str, peers: list[tuple[int, str, str]]) -> None:
+        """Pass on the *fault* that is known, if any, and (pid, start time, sentence for its end) of each rank of this host."""
         with suppress(OSError):  # it has ended, or has not read for long
-            os.write(self._pipe, (json.dumps(report) + "\n").encode())
+            os.write(self._pipe, (json.dumps({"fault": fault, "peers": peers}) + "\n").encode())
 
     def close(self) -> None:
         """End it."""
@@ -118,16 +106,11 @@ def _set_handler(number: int, handler: int) -> int:
 
 
 def main(rank: int, end_signal: int, pulse: float, grace: float) -> None:
-    """Watch the parent process, *rank*, until it ends.
-
-    Each line of standard input is the rank's latest report, in JSON: ``fault``, the fault of another rank that it knows of,
-    and ``peers``, a list of ``[pid, start time, words]`` for the ranks of this host that have not left the run.
+    """Watch the parent process, *rank*, until it ends. Each line of standard input is its latest report (see `Guard.report`).
 
     Args:
-        end_signal: the signal that ends the rank.
         pulse: seconds between two reports.
-        grace: seconds after a fault from which on a rank that no longer reports is ended; and after *end_signal* from which on
-            SIGKILL ends it.
+        grace: seconds after a fault until a rank that no longer reports gets *end_signal*, and from that to SIGKILL.
     """
     rank_pid = os.getppid()
     report: dict[str, Any] = {"fault": "", "peers": []}

@@ -1,35 +1,40 @@
-"""This rank while it runs: its device, process group and mesh; ``train.deterministic``."""
+"""This rank while it runs: its device, process group and mesh, what the ranks agree on, and ``train.deterministic``."""
 
 from __future__ import annotations
 
 import atexit
 import faulthandler
+import json
 import os
+import platform
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from bigvision.errors import Stopped, UserError
-from bigvision.runtime.identity import Identity, announced, identify
-from bigvision.runtime.rendezvous import meet
+from bigvision.errors import Stopped, UserError, causes
+from bigvision.runtime.rendezvous import Identity, announced, identify, meet
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATING_WORKSPACES = (":4096:8", ":16:8")
 """The sizes of cuBLAS's workspace with which its results repeat; cuBLAS reads the variable when CUDA starts."""
 NO_DETERMINISTIC_FORM = re.compile(r"(\w+) does not have a deterministic implementation")
-"""What torch says of such an operation, on every device, also while it compiles one."""
+"""In torch's error for such an operation, on every device, also while it compiles one."""
 
+SHARED_PER_RANK = 64 << 20
+"""Bytes of /dev/shm that NCCL may take for a rank: some segments of 10 MB. Its manual asks for 1 GB in a container."""
+
+T = TypeVar("T")
 _users = 0
 _restore = ExitStack()
 ABORTING = 5.0
@@ -44,51 +49,24 @@ class Runtime:
     device: torch.device
     mesh: DeviceMesh
     """(stage, replicate, shard), over all ranks; one stage but for pipelines."""
-    data_group: dist.ProcessGroup | None = None
+    data_group: dist.ProcessGroup | None
     """The data-parallel ranks of this rank's stage; None is all ranks."""
-
-    @property
-    def rank(self) -> int:
-        return self.identity.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.identity.world_size
-
-    @property
-    def stage(self) -> int:
-        """This rank's place in its pipeline."""
-        return self.rank // self.data_ranks
-
-    @property
-    def data_rank(self) -> int:
-        """Which part of each batch this rank's pipeline takes."""
-        return self.rank % self.data_ranks
-
-    @property
-    def data_ranks(self) -> int:
-        """Into how many parts a batch is cut."""
-        return self.world_size // self.pipeline_ranks
-
-    @cached_property
-    def pipeline_ranks(self) -> int:
-        """Ranks in a pipeline; 1 where there is none."""
-        return self.mesh["stage"].size()
-
-    @cached_property
-    def shard(self) -> tuple[int, int]:
-        """(which shard of its replica this rank holds, how many there are)."""
-        return self.mesh.get_local_rank("shard"), self.mesh["shard"].size()
-
-    @cached_property
-    def replica(self) -> tuple[int, int]:
-        """(which replica this rank is part of, how many there are)."""
-        return self.mesh.get_local_rank("replicate"), self.mesh["replicate"].size()
-
-    @property
-    def is_main(self) -> bool:
-        """Only this rank prints and writes what is written once."""
-        return self.rank == 0
+    rank: int
+    world_size: int
+    is_main: bool
+    """Only this rank prints and writes what is written once."""
+    pipeline_ranks: int
+    """Ranks in a pipeline; 1 where there is none."""
+    stage: int
+    """This rank's place in its pipeline."""
+    data_ranks: int
+    """Into how many parts a batch is cut."""
+    data_rank: int
+    """Which part of each batch this rank's pipeline takes."""
+    shard: tuple[int, int]
+    """(which shard of its replica this rank holds, how many there are)."""
+    replica: tuple[int, int]
+    """(which replica this rank is part of, how many there are)."""
 
 
 @dataclass
@@ -109,7 +87,7 @@ _joined: _Joined | None = None
 
 
 def current_identity() -> Identity:
-    """This process among the ranks that it has joined; else what the launcher's environment tells (see `identify`)."""
+    """This process among the ranks that it has joined; else as the launcher's environment has it (see `identify`)."""
     return _joined.identity if _joined is not None else identify(os.environ)
 
 
@@ -127,10 +105,6 @@ def start(
         replicas: full copies of the model; the mesh is (stages, replicas, ranks / stages / replicas).
         stages: ranks in a pipeline; None is all of them.
         timeout: how long a rank waits for the others in one collective, in all groups that have no timeout of their own.
-
-    Raises:
-        UserError: half-set environment, more ranks than devices, ranks that stages or replicas do not divide, another device
-            than the one on which this process has joined the ranks.
     """
     global _joined
     joined, runtime = _join(device, replicas, stages, timeout)
@@ -156,7 +130,12 @@ def _join(device: str, replicas: int, stages: int | None, timeout: timedelta) ->
             stack.enter_context(announced(identity))
         chosen = choose_device(device, identity)
         stages = stages or identity.world_size
-        _check_layout(identity, stages, replicas)
+        ranks = identity.world_size
+        if ranks % stages:
+            raise UserError(f"parallel.stages: {stages} does not divide the {ranks} ranks: start a multiple of {stages} ranks")
+        if ranks // stages % replicas:
+            of_stage = "" if stages == 1 else " of a stage"
+            raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks // stages} ranks{of_stage}")
         joined = _joined or _Joined(identity, chosen)
         if chosen != joined.device:
             raise UserError(
@@ -168,24 +147,22 @@ def _join(device: str, replicas: int, stages: int | None, timeout: timedelta) ->
                 torch.cuda.set_device(chosen)
                 # Convolution algorithms picked by timing differ from run to run, and with them the bits of a resumed run.
                 torch.backends.cudnn.benchmark = False
-            stack.enter_context(_default_timeouts(timeout))
+            # For groups that are made without a timeout, by `init_device_mesh` and `deepspeed.initialize`. torch's own default
+            # for NCCL is 10 minutes, which would run out before a longer `limits.step` names the missing rank.
+            timeouts = {"default_pg_timeout": timeout, "default_pg_nccl_timeout": timeout}
+            stack.enter_context(attributes(distributed_c10d, **timeouts))
             if not dist.is_initialized():  # Ray's workers have one
                 stack.enter_context(_process_group(joined, timeout))
         mesh, data_group = _mesh(joined, stages, replicas, timeout)
         if _joined is None:
             joined.end, _joined = stack.pop_all(), joined
     joined.users += 1
-    return joined, Runtime(identity, chosen, mesh, data_group)
-
-
-def _check_layout(identity: Identity, stages: int, replicas: int) -> None:
-    if identity.world_size % stages:
-        raise UserError(
-            f"parallel.stages: {stages} does not divide the {identity.world_size} ranks: start a multiple of {stages} ranks"
-        )
-    if identity.world_size // stages % replicas:
-        ranks = f"{identity.world_size} ranks" if stages == 1 else f"{identity.world_size // stages} ranks of a stage"
-        raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks}")
+    data_ranks = ranks // stages
+    stage, data_rank = divmod(identity.rank, data_ranks)
+    return joined, Runtime(
+        identity, chosen, mesh, data_group, identity.rank, ranks, identity.rank == 0, stages, stage, data_ranks, data_rank,
+        shard=(mesh.get_local_rank("shard"), data_ranks // replicas), replica=(mesh.get_local_rank("replicate"), replicas),
+    )  # fmt: skip
 
 
 def _mesh(
@@ -193,24 +170,20 @@ def _mesh(
 ) -> tuple[DeviceMesh, dist.ProcessGroup | None]:  # fmt: skip
     """Return the mesh of a layout, and the data-parallel ranks of this rank's stage: None is all ranks."""
     if (stages, replicas) not in joined.meshes:
-        kind, shares = joined.device.type, joined.identity.world_size // stages
-        shape = (stages, replicas, shares // replicas)
+        kind, data_ranks = joined.device.type, joined.identity.world_size // stages
+        shape = (stages, replicas, data_ranks // replicas)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("stage", "replicate", "shard"))
-        alike = init_device_mesh(kind, (stages, shares), mesh_dim_names=("stage", "data")) if stages > 1 else None
-        for group in [*mesh.get_all_groups(), *(alike.get_all_groups() if alike is not None else [])]:
+        flat = init_device_mesh(kind, (stages, data_ranks), mesh_dim_names=("stage", "data")) if stages > 1 else None
+        for group in [*mesh.get_all_groups(), *(flat.get_all_groups() if flat is not None else [])]:
             # Beside NCCL torch splits the default group, and gives the gloo half of what it splits off a timeout of 30 minutes.
             if (cpu := torch.device("cpu")) in group._device_types:
                 group._get_backend(cpu)._set_default_timeout(timeout)
-        joined.meshes[stages, replicas] = mesh, alike["data"].get_group() if alike is not None else None
+        joined.meshes[stages, replicas] = mesh, flat["data"].get_group() if flat is not None else None
     return joined.meshes[stages, replicas]
 
 
 def choose_device(device: str, identity: Identity) -> torch.device:
-    """The device of this rank.
-
-    Raises:
-        UserError: CUDA was asked for and is not there, or there are more ranks on this host than devices.
-    """
+    """The device of this rank; raises `UserError` where CUDA or devices for all ranks of this host are missing."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -230,13 +203,9 @@ def _process_group(joined: _Joined, timeout: timedelta) -> Iterator[None]:
     identity, on_cuda = joined.identity, joined.device.type == "cuda"
     dist.init_process_group(
         # Metadata (errors, checksums) travels over gloo also where tensors travel over NCCL.
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=meet(identity, timeout),
-        rank=identity.rank,
-        world_size=identity.world_size,
-        timeout=timeout,
-        device_id=joined.device if on_cuda else None,
-    )
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=meet(identity, timeout), rank=identity.rank,
+        world_size=identity.world_size, timeout=timeout, device_id=joined.device if on_cuda else None,
+    )  # fmt: skip
     try:
         yield
     except BaseException:
@@ -250,21 +219,16 @@ def _process_group(joined: _Joined, timeout: timedelta) -> Iterator[None]:
 
 
 @contextmanager
-def _default_timeouts(timeout: timedelta) -> Iterator[None]:
-    """Give *timeout* to each group that is made in here without one: those of meshes and of DeepSpeed.
-
-    torch's own default for NCCL is 10 minutes, which would run out before a longer `limits.step` names the missing rank.
-    Neither `init_device_mesh` nor `deepspeed.initialize` takes a timeout for its groups.
-    """
-    names = ("default_pg_timeout", "default_pg_nccl_timeout")
-    before = {name: getattr(distributed_c10d, name) for name in names}
-    for name in names:
-        setattr(distributed_c10d, name, timeout)
+def attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Set these attributes of *owner* in here, and set them back at the end."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(distributed_c10d, name, value)
+            setattr(owner, name, value)
 
 
 def uses_nccl() -> bool:
@@ -280,16 +244,88 @@ def nccl_trace() -> bytes:
 
 def _abort_groups() -> None:
     """Abort all process groups, but wait for it no longer than `ABORTING`: ncclCommAbort may hang as what it ends does."""
-    thread = threading.Thread(target=_abort, name="abort", daemon=True)
+
+    def abort() -> None:
+        with suppress(Exception):  # the process ends either way
+            distributed_c10d._abort_process_group()
+
+    thread = threading.Thread(target=abort, name="abort", daemon=True)
     thread.start()
     thread.join(ABORTING)
     # The destructors of groups wait again, when the interpreter ends. The code is that of a fault, 1.
     atexit.register(faulthandler.dump_traceback_later, ABORTING, exit=True, file=2)
 
 
-def _abort() -> None:
-    with suppress(Exception):  # the process ends either way
-        distributed_c10d._abort_process_group()
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return every rank's *value*, in the order of the ranks, on every rank.
+
+    Args:
+        group: all ranks, where several threads exchange values at a time and each needs a group of its own.
+    """
+    if dist.get_world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    text = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([text.numel()]), group)
+    longest = max(int(size) for size in sizes)
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - text.numel())), group)
+    return [json.loads(bytes(text[: int(size)].numpy()).decode()) for text, size in zip(texts, sizes)]
+
+
+def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Return rank 0's *value* on every rank."""
+    return gather_json(value if dist.get_rank() == 0 else None, group)[0]
+
+
+class RankFailure(RuntimeError):
+    """Another rank could not do its part; names the rank and its error."""
+
+
+def all_or_none(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Do *work* on every rank; when it fails on any, raise the same error on all, so that none waits for another.
+
+    Raises:
+        UserError: in the words of the first failing rank, when what failed was a user's mistake.
+        RankFailure: names the first rank that failed and its error.
+    """
+    failure: Exception | None = None
+    result: T | None = None
+    report = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+        words = str(error) if isinstance(error, (UserError, RankFailure)) else f"{type(error).__name__}: {error}"
+        report = [isinstance(error, UserError), words]
+    for rank, other in enumerate(gather_json(report, group)):
+        if other is not None:
+            mistake, words = other
+            raise (UserError(words) if mistake else RankFailure(f"rank {rank}: {words}")) from failure
+    return result  # type: ignore[return-value]
+
+
+def warn_of_shared_memory(runtime: Runtime, say: Callable[[str], None]) -> None:
+    """Call *say* with each host's `lacks_shared_memory`. Called on every rank."""
+    found = gather_json(lacks_shared_memory(runtime.device, runtime.identity.local_world_size))
+    for text in dict.fromkeys(filter(None, found)):
+        say(text)
+
+
+def lacks_shared_memory(device: torch.device, ranks: int) -> str | None:
+    """A warning where /dev/shm is small for NCCL between *ranks* of this host; None where it is not needed or large enough."""
+    if device.type != "cuda" or ranks == 1 or os.environ.get("NCCL_SHM_DISABLE") == "1":
+        return None
+    with suppress(OSError):
+        found = os.statvfs("/dev/shm")
+        free, needed = found.f_bavail * found.f_frsize, ranks * SHARED_PER_RANK
+        if free < needed:
+            return (
+                f"warning: /dev/shm of {platform.node()} has {free >> 20} MB left, but NCCL between {ranks} ranks of a host "
+                f"may need {needed >> 20} MB: start the container with --shm-size=1g (Kubernetes: mount an emptyDir of medium "
+                "Memory there)"
+            )
+    return None
 
 
 @contextmanager
@@ -306,10 +342,10 @@ def deterministic(enabled: bool, device: str = "auto") -> Iterator[None]:
         UserError: cuBLAS was started, or is to be started, in a way that does not repeat; or an operation inside has no
             deterministic form, on this rank or on another.
     """
+    global _users
     if not enabled:
         yield
         return
-    global _users
     if _users == 0:
         with ExitStack() as stack:
             _set_workspace(stack, device)
@@ -335,16 +371,12 @@ def operations_named() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, UserError) as error:  # a trace that meets such an operation ends with a UserError
-        cause: BaseException | None = error
-        seen: set[int] = set()
-        while cause is not None and id(cause) not in seen:
-            seen.add(id(cause))
+        for cause in causes(error):
             if found := NO_DETERMINISTIC_FORM.search(str(cause)):
                 raise UserError(
                     f"train.deterministic: true, but the operation {found[1]} has no deterministic form on this device: "
                     "use a model without it, or train.deterministic: false"
                 ) from error
-            cause = cause.__cause__ or cause.__context__
         raise
 
 
@@ -363,36 +395,29 @@ def _set_workspace(stack: ExitStack, device: str) -> None:
             f"set it to {REPEATING_WORKSPACES[0]} before, or start a fresh process"
         )
     os.environ[WORKSPACE] = REPEATING_WORKSPACES[0]
-    stack.callback(_unset_workspace)
 
+    def unset() -> None:
+        if not torch.cuda.is_initialized():  # else the variable continues to show how CUDA was started
+            del os.environ[WORKSPACE]
 
-def _unset_workspace() -> None:
-    if not torch.cuda.is_initialized():  # else the variable goes on saying how CUDA was started
-        del os.environ[WORKSPACE]
+    stack.callback(unset)
 
 
 def _set_torch(stack: ExitStack) -> None:
     import torch._inductor.config as inductor
 
-    cuda = torch.backends.cuda
-    # Callbacks run in reverse: this one comes after use_deterministic_algorithms, which sets inductor's switch too.
-    stack.callback(setattr, inductor, "deterministic", inductor.deterministic)
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    # Set back in reverse: this one after use_deterministic_algorithms, which sets inductor's switch too.
+    stack.enter_context(attributes(inductor, deterministic=inductor.deterministic))
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     stack.callback(lambda: torch.use_deterministic_algorithms(before[0], warn_only=before[1]))
     torch.use_deterministic_algorithms(True)
-    for owner, name, value in (
-        # Filling fresh memory would cost a pass over it; nothing here reads memory before it is written.
-        (torch.utils.deterministic, "fill_uninitialized_memory", False),
-        (torch.backends.cudnn, "deterministic", True),
-        (torch.backends.cudnn, "benchmark", False),
-    ):
-        stack.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, value)
+    # Filling fresh memory would cost a pass over it; nothing here reads memory before it is written.
+    stack.enter_context(attributes(torch.utils.deterministic, fill_uninitialized_memory=False))
+    stack.enter_context(attributes(cudnn, deterministic=True, benchmark=False))
     # What is left for attention: the flash kernels in bf16 and fp16, which have a deterministic form, and matrix products. The
     # backward pass of the memory-efficient kernels, which fp32 takes otherwise, and cuDNN's are not known to repeat.
-    for switch, is_on in (
-        (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled),
-        (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled),
-    ):
-        stack.callback(switch, is_on())
+    for name in ("mem_efficient", "cudnn"):
+        switch = getattr(cuda, f"enable_{name}_sdp")
+        stack.callback(switch, getattr(cuda, f"{name}_sdp_enabled")())
         switch(False)

@@ -1,58 +1,309 @@
-"""How the ranks find each other, and small facts that they exchange as JSON over the CPU."""
+"""This process's place among the ranks, from the launcher's environment (`identify`), and where they find each other (`meet`).
+
+Every function raises UserError, with the variable and the fix, where a value has the wrong form or contradicts another, and
+where a launcher's variables are there in part.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import json
 import os
-import platform
+import re
 import socket
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import islice
 
-import numpy as np
-import torch
 import torch.distributed as dist
 
 from bigvision.errors import UserError
-from bigvision.runtime.identity import LOOPBACK, Identity
 
-if TYPE_CHECKING:
-    from bigvision.runtime.process import Runtime
-
+LOOPBACK = "127.0.0.1"
+OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+FIRST_OWN_STEP = 0xFFFFFFF0
+"""Steps from here on are Slurm's own: a batch script, an interactive shell. Programs in them are not started by srun."""
 BACKLOG = 2048
 """Connections that may wait to be accepted: all ranks come at once."""
-T = TypeVar("T")
-SHARED_PER_RANK = 64 << 20
-"""Bytes of /dev/shm that NCCL may take for a rank: some segments of 10 MB. Its manual asks for 1 GB in a container."""
 
 
-@dataclass
-class _Met:
-    """The store that this rank has met the others at."""
+@dataclass(frozen=True)
+class Identity:
+    """This process among all that run together."""
 
-    others: tuple[object, ...]
-    store: dist.Store
-    times: int = 0
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: str
+    address: str = ""
+    """Where rank 0 is found; empty where there is one rank, which meets nobody."""
+    port: int = 0
+
+    def check(self, names: Sequence[str]) -> Identity:
+        """This identity, if its numbers fit together. *names*: what the launcher calls the first four."""
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(
+                f"environment: {names[0]}={self.rank} must be from 0 to {names[1]}-1 ({names[1]}={self.world_size})"
+            )
+        if not 0 <= self.local_rank < self.local_world_size:
+            raise UserError(
+                f"environment: {names[2]}={self.local_rank} must be from 0 to {names[3]}-1 ({self.local_world_size} ranks here)"
+            )
+        return self
 
 
-_met: _Met | None = None
-"""Where the store is still in use its port cannot be had again, so it is kept."""
+def number(environ: Mapping[str, str], name: str, least: int = 0) -> int:
+    """Return the whole number that *name* holds."""
+    text = environ[name]
+    # int() takes more than launchers write: "1_0", " 1", other scripts' digits.
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise UserError(f"environment: {name}={text!r} is not a whole number: unset it or start with torchrun")
+    if int(text) < least:
+        raise UserError(f"environment: {name}={text} must be at least {least}")
+    return int(text)
+
+
+def host(environ: Mapping[str, str], name: str) -> str:
+    """Return the host's name or address that *name* holds."""
+    if not is_host(environ[name]):
+        raise UserError(f"environment: {name}={environ[name][:80]!r} is not the name or the address of a host")
+    return environ[name]
+
+
+def is_host(text: str) -> bool:
+    """Whether a host may be called *text*: letters, digits, dots, hyphens and underscores, or an IPv6 address."""
+    # A leading hyphen would be a flag to whatever program gets the name.
+    if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", text):
+        return True
+    try:
+        # %eth0 names a device of this host; what follows the sign is free text.
+        return "%" not in text and ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
+
+
+def port(environ: Mapping[str, str], name: str) -> int:
+    """Return the TCP port that *name* holds."""
+    value = number(environ, name, least=1)
+    if value > 65535:
+        raise UserError(f"environment: {name}={value} is not a port: they end at 65535")
+    return value
+
+
+def meeting(identity: Identity, environ: Mapping[str, str], first: str, number_of_run: int, fix: str) -> Identity:
+    """*identity* with the place where the ranks meet: MASTER_ADDR and MASTER_PORT where the user has set them.
+
+    Args:
+        first: the host of rank 0, as far as the launcher names it; not needed where all ranks are on this host.
+        number_of_run: the same for all ranks of a run and another for the next run; makes the port.
+        fix: what to do where nothing names the host of rank 0.
+    """
+    here = LOOPBACK if identity.local_world_size == identity.world_size else first
+    address = host(environ, "MASTER_ADDR") if environ.get("MASTER_ADDR") else here
+    if not address:
+        raise UserError(fix)
+    # Below the ports that systems give to clients (from 32768) and Kubernetes to services (from 30000).
+    found = port(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else 15000 + number_of_run % 15000
+    return replace(identity, address=address, port=found)
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set these environment variables in here, and set them back at the end."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def announced(identity: Identity) -> AbstractContextManager[None]:
+    """Set torch's variables in here where the launcher did not: DeepSpeed would ask MPI instead, and libraries read them."""
+    values: dict[str, object] = {"LOCAL_RANK": identity.local_rank}
+    if identity.address:
+        values |= {
+            "RANK": identity.rank, "WORLD_SIZE": identity.world_size, "LOCAL_WORLD_SIZE": identity.local_world_size,
+            "MASTER_ADDR": identity.address, "MASTER_PORT": identity.port,
+        }  # fmt: skip
+    return environment({name: str(value) for name, value in values.items() if not os.environ.get(name)})
+
+
+def _complete(environ: Mapping[str, str], needed: Sequence[str], fix: str, shown: Sequence[str] = ()) -> None:
+    """Raise `UserError` where some of the variables *needed* are missing. It shows the others, or those of *shown*."""
+    if missing := [name for name in needed if not environ.get(name)]:
+        given = ", ".join(f"{name}={environ[name]}" for name in shown or needed if name not in missing)
+        raise UserError(f"environment: {given} without {', '.join(missing)}: {fix}")
+
+
+def _from_mpi(environ: Mapping[str, str]) -> Identity | None:
+    """One rank per process of Open MPI's mpirun, or of mpiexec.hydra, which does not number its runs."""
+    if any(environ.get(name) for name in OPEN_MPI):
+        launcher, names, flag, run = "open mpi", OPEN_MPI, "mpirun -x MASTER_ADDR=HOST", environ.get("PMIX_NAMESPACE", "")
+    elif environ.get("MPI_LOCALRANKID"):  # Slurm sets PMI_RANK too, but no local rank
+        launcher, names, flag, run = "mpich", HYDRA, "mpiexec -genv MASTER_ADDR HOST", ""
+    else:
+        return None
+    _complete(environ, names, "start the ranks with mpirun, which sets them all, or unset them to run on one rank")
+    rank, world_size, local_rank, local_world_size = (number(environ, name) for name in names)
+    found = Identity(rank, world_size, local_rank, local_world_size, launcher).check(names)
+    # mpirun's own host is known, and need not be rank 0's; of its addresses any may be the one that others reach.
+    fix = (
+        f"environment: {names[1]}={world_size} ranks on several hosts ({local_world_size} here) without MASTER_ADDR: "
+        f"name the host of rank 0, the first in the list of hosts: {flag}"
+    )
+    return meeting(found, environ, "", zlib.crc32(run.encode()), fix)
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Identity | None:
+    """One rank per task of an srun.
+
+    In a batch script, and under salloc, Slurm's variables are set too, SLURM_PROCID=0 and SLURM_NTASKS=8 among them, but
+    nothing has started the other tasks: a program there is the only rank. srun alone sets SLURM_STEP_*, and
+    SLURM_STEP_NUM_TASKS counts what it started where SLURM_NTASKS may still be the whole job's. A shell that salloc opens is a
+    step of its own, by number.
+    """
+    step = environ.get("SLURM_STEP_ID", "")
+    if not step or not environ.get("SLURM_STEP_NUM_TASKS") or number(environ, "SLURM_STEP_ID") >= FIRST_OWN_STEP:
+        return None
+    needed = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
+    fix = "start the ranks with srun, which sets them all, or unset SLURM_STEP_ID to run on one rank"
+    _complete(environ, needed, fix, shown=["SLURM_STEP_ID"])
+    each = list(islice(tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"]), 1 << 20))
+    node = number(environ, "SLURM_NODEID")
+    if node >= len(each):
+        raise UserError(
+            f"environment: SLURM_NODEID={node} is not among the {len(each)} hosts of SLURM_STEP_TASKS_PER_NODE="
+            f"{environ['SLURM_STEP_TASKS_PER_NODE'][:80]}"
+        )
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    rank, world_size, local_rank = (number(environ, name) for name in names[:3])
+    found = Identity(rank, world_size, local_rank, each[node], "slurm").check(names)
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
+    fix = "environment: a step on several hosts without SLURM_STEP_NODELIST: set MASTER_ADDR to the host of rank 0"
+    first = LOOPBACK if len(each) == 1 else first_host(hosts) if hosts else ""
+    # Steps of a job run side by side; jobs follow each other.
+    return meeting(found, environ, first, number(environ, "SLURM_JOB_ID") + 997 * int(step), fix)
+
+
+def tasks_per_node(text: str) -> Iterator[int]:
+    """How many tasks each host has, in order, from Slurm's short form: "2(x3),1" is 2, 2, 2, 1."""
+    for part in text.split(","):
+        found = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part)
+        if not found:
+            raise UserError(f"environment: SLURM_STEP_TASKS_PER_NODE={text[:80]!r} is not of the form 2(x3),1")
+        yield from [int(found[1])] * int(found[2] or 1)
+
+
+def first_host(text: str) -> str:
+    """The first host of a list in Slurm's short form: "n[01-03,7],m2" is n01."""
+    # Commas separate hosts, and ranges in brackets.
+    host = r"(?:[^\[\],]|\[[^\[\]]*\])+"
+    if not re.fullmatch(rf"{host}(,{host})*", text):
+        raise UserError(f"environment: SLURM_STEP_NODELIST={text[:80]!r} is not a list of hosts such as n[1-3,7],m2")
+    name = re.findall(host, text)[0]
+    for ranges in re.findall(r"\[([^\]]*)\]", name):
+        if not re.fullmatch(r"[0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*", ranges):
+            raise UserError(f"environment: SLURM_STEP_NODELIST={text[:80]!r}: [{ranges[:40]}] is not a range such as [1-3,7]")
+        name = name.replace(f"[{ranges}]", re.split("[-,]", ranges)[0], 1)
+    if not is_host(name):
+        raise UserError(f"environment: SLURM_STEP_NODELIST={text[:80]!r} does not begin with a host: set MASTER_ADDR")
+    return name
+
+
+def identify(environ: Mapping[str, str]) -> Identity:
+    """Read the launcher's environment; without one this process is the only rank."""
+    for resolve in RESOLVERS:
+        if found := resolve(environ):
+            return found
+    return Identity(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="python")
+
+
+def _from_torch_environment(environ: Mapping[str, str]) -> Identity | None:
+    """torchrun, accelerate launch and the deepspeed launcher set these variables; a worker needs all of them."""
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    # MASTER_* alone are often exported in a shell or an image and start nothing.
+    if not any(environ.get(name) for name in needed[:3]):
+        return None
+    fix = "start the ranks with torchrun or accelerate launch, which set them all, or unset them to run on one rank"
+    _complete(environ, needed, fix)
+    rank, world_size, local_rank = (number(environ, name) for name in needed[:3])
+    local_name = "LOCAL_WORLD_SIZE" if environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
+    local_world_size = number(environ, local_name) if environ.get(local_name) else world_size
+    launcher = next((name for key, name in _LAUNCHERS.items() if environ.get(key)), "torch environment")
+    place = host(environ, "MASTER_ADDR"), port(environ, "MASTER_PORT")
+    return Identity(rank, world_size, local_rank, local_world_size, launcher, *place).check([*needed[:3], local_name])
+
+
+def _from_pytorchjob(environ: Mapping[str, str]) -> Identity | None:
+    """Kubeflow's PyTorchJob (v1) names the rank of a pod, in which one process runs unless torchrun starts more."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    # On a machine of one's own the same four are a launch that forgot LOCAL_RANK: every rank would take the first device.
+    local = any(environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    if local or not environ.get("KUBERNETES_SERVICE_HOST") or not all(environ.get(name) for name in needed):
+        return None
+    each = environ.get("PET_NPROC_PER_NODE", "")
+    if each not in ("", "1"):
+        raise UserError(
+            f"environment: PET_NPROC_PER_NODE={each[:20]} asks for several ranks in a pod: start them with "
+            "`torchrun launch/train.py`, which reads it, instead of `python launch/train.py`"
+        )
+    rank, world_size, place = number(environ, "RANK"), number(environ, "WORLD_SIZE"), host(environ, "MASTER_ADDR")
+    return Identity(rank, world_size, 0, 1, "pytorchjob", place, port(environ, "MASTER_PORT")).check(needed[:2])
+
+
+def _from_sagemaker(environ: Mapping[str, str]) -> Identity | None:
+    """SageMaker's torchrun sets torch's variables; without it each instance would train alone and write over the others."""
+    try:
+        hosts = json.loads(environ.get("SM_HOSTS") or "[]")
+    except ValueError:
+        raise UserError(f"environment: SM_HOSTS={environ['SM_HOSTS'][:80]!r} is not a list in JSON") from None
+    if isinstance(hosts, list) and len(hosts) > 1:
+        raise UserError(
+            f"environment: SM_HOSTS names {len(hosts)} hosts, and nothing has started ranks on them: "
+            "add distributed=Torchrun() to the ModelTrainer, as launch/sagemaker/submit.py does"
+        )
+    return None
+
+
+# accelerate starts its ranks through torch's launcher, so its mark is looked for first.
+_LAUNCHERS = {"ACCELERATE_MIXED_PRECISION": "accelerate", "TORCHELASTIC_RUN_ID": "torchrun", "LOCAL_SIZE": "deepspeed"}
+
+RESOLVERS: list[Callable[[Mapping[str, str]], Identity | None]] = [
+    _from_pytorchjob,
+    _from_torch_environment,  # before those that start it: torchrun under srun
+    _from_mpi,  # before Slurm, by which mpirun starts its daemons
+    _from_slurm,
+    _from_sagemaker,
+]
+"""Tried in order; each knows one launcher's variables and returns None when they are not there."""
+
+_stores: dict[tuple[object, ...], dist.Store] = {}
+"""The store at which this rank has met the others: while it is in use its port cannot be had again, so it is kept."""
+_meetings = 0
+"""At that store."""
 
 
 def meet(identity: Identity, timeout: timedelta) -> dist.Store:
-    """:func:`make_store`, or the one that the same ranks have met at before, with keys that none of them has used."""
-    global _met
-    others = (identity, os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("TORCHELASTIC_RESTART_COUNT"))
-    if _met is None or _met.others != others or identity.launcher == "python":
-        _met = None  # its server is gone before another one needs the port
-        _met = _Met(others, make_store(identity, timeout))
-    _met.times += 1
-    # torchrun's store stays when it starts ranks again, and has what the dead ones have said.
-    return dist.PrefixStore(f"start{others[2] or 0}-meeting{_met.times}", _met.store)
+    """`make_store`, or the store at which the same ranks have met before, with keys that none of them has used."""
+    global _meetings
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    others = (identity, os.environ.get("TORCHELASTIC_RUN_ID"), start)
+    if others not in _stores or identity.launcher == "python":
+        _stores.clear()  # its server ends before another one needs the port
+        _stores[others], _meetings = make_store(identity, timeout), 0
+    _meetings += 1
+    # torchrun's store stays when it starts ranks again, and has the keys of the dead ones.
+    return dist.PrefixStore(f"start{start or 0}-meeting{_meetings}", _stores[others])
 
 
 def make_store(identity: Identity, timeout: timedelta) -> dist.Store:
@@ -60,26 +311,22 @@ def make_store(identity: Identity, timeout: timedelta) -> dist.Store:
 
     torch's own listens on every device of the host. This one listens on the address of rank 0 alone, and logs that others can
     reach it where that is not the loopback device.
-
-    Raises:
-        UserError: rank 0 cannot listen there.
     """
     if identity.launcher == "python":
         # One rank needs no rendezvous, and so opens no port to others.
         return dist.HashStore()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+    if launcher_holds_store():
         store, _, _ = next(dist.rendezvous("env://", identity.rank, identity.world_size, timeout=timeout))
         return store
-    serves = identity.rank == 0
     return dist.TCPStore(
-        identity.address,
-        identity.port,
-        identity.world_size,
-        serves,
-        timeout,
-        wait_for_workers=True,
-        master_listen_fd=_listen(identity) if serves else None,
-    )
+        identity.address, identity.port, identity.world_size, identity.rank == 0, timeout, wait_for_workers=True,
+        master_listen_fd=_listen(identity) if identity.rank == 0 else None,
+    )  # fmt: skip
+
+
+def launcher_holds_store() -> bool:
+    """Whether the ranks' store is torchrun's own, and not rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
 def _listen(identity: Identity) -> int:
@@ -141,81 +388,3 @@ def private_address(identity: Identity) -> str:
         return identity.address if ipaddress.ip_address(identity.address).is_loopback else ""
     except ValueError:
         return ""
-
-
-def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return every rank's *value*, in the order of the ranks, on every rank.
-
-    Args:
-        group: all ranks, where several threads speak at a time and each needs lines of its own.
-    """
-    if dist.get_world_size() == 1:
-        return [json.loads(json.dumps(value))]
-    text = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([text.numel()]), group)
-    longest = max(int(size) for size in sizes)
-    padded = torch.nn.functional.pad(text, (0, longest - text.numel()))
-    texts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(texts, padded, group)
-    return [json.loads(bytes(text[: int(size)].numpy()).decode()) for text, size in zip(texts, sizes)]
-
-
-def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Return rank 0's *value* on every rank."""
-    return gather_json(value if dist.get_rank() == 0 else None, group)[0]
-
-
-class RankFailure(RuntimeError):
-    """Another rank could not do its part; names the rank and its error."""
-
-
-def all_or_none(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Do *work* on every rank; when it fails on any, raise the same error on all, so that none waits for another.
-
-    Raises:
-        UserError: with the first failing rank's own words, when what failed was a user's mistake.
-        RankFailure: names the first rank that failed and its error.
-    """
-    failure: Exception | None = None
-    result: T | None = None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
-    said = None if failure is None else [isinstance(failure, UserError), _words(failure)]
-    for rank, words in enumerate(gather_json(said, group)):
-        if words is None:
-            continue
-        if words[0]:
-            raise UserError(words[1]) from failure
-        raise RankFailure(f"rank {rank}: {words[1]}") from failure
-    return result  # type: ignore[return-value]
-
-
-def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, (UserError, RankFailure)) else f"{type(error).__name__}: {error}"
-
-
-def warn_of_shared_memory(runtime: Runtime, say: Callable[[str], None]) -> None:
-    """Call *say* with each host's `lacks_shared_memory`. Called on every rank."""
-    found = gather_json(lacks_shared_memory(runtime.device, runtime.identity.local_world_size))
-    for text in dict.fromkeys(text for text in found if text is not None):
-        say(text)
-
-
-def lacks_shared_memory(device: torch.device, ranks: int) -> str | None:
-    """A warning where /dev/shm is small for NCCL between *ranks* of this host; None where it is not needed or large enough."""
-    if device.type != "cuda" or ranks == 1 or os.environ.get("NCCL_SHM_DISABLE") == "1":
-        return None
-    try:
-        found = os.statvfs("/dev/shm")
-    except OSError:
-        return None
-    free, needed = found.f_bavail * found.f_frsize, ranks * SHARED_PER_RANK
-    if free >= needed:
-        return None
-    return (
-        f"warning: /dev/shm of {platform.node()} has {free >> 20} MB left, but NCCL between {ranks} ranks of a host may need "
-        f"{needed >> 20} MB: start the container with --shm-size=1g (Kubernetes: mount an emptyDir of medium Memory there)"
-    )

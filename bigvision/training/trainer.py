@@ -27,7 +27,7 @@ from bigvision.runtime import (
     start,
     warn_of_shared_memory,
 )
-from bigvision.signals import listening, while_alone
+from bigvision.signals import listening, until_ranks_meet
 from bigvision.training.build import Build, build, build_model, restore_model, with_model, without_weights
 from bigvision.training.data import Data, Feed, Validation, open_data, open_validation, with_data
 from bigvision.training.numbers import Numbers
@@ -71,7 +71,7 @@ def train(
         # Before CUDA and the process group start, and around what names other ranks' errors.
         stack.enter_context(deterministic(config.train.deterministic, parallel.device))
         watch = stack.enter_context(Watchdog(config.limits, Path(config.out) / "stacks"))
-        with while_alone():
+        with until_ranks_meet():
             timeout = collective_timeout(config.limits)
             runtime = stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout))
         monitor = Monitor(config, runtime)

@@ -15,6 +15,7 @@ from bigvision import checkpoint
 from bigvision.cli import main
 from bigvision.fragments import Fragment
 from bigvision.runtime import start
+from tests.checkpoint.test_format import save
 from tests.distributed import run_ranks
 from tests.recipes import recipe, run
 
@@ -62,7 +63,7 @@ def _write_on_rank(out: Path, step: int, groups: list[str], documents: dict[str,
         for name, tensor in load_file(out / f"{group}.safetensors").items()
     ]
     with start("cpu"):
-        checkpoint.save(out, step, fragments, documents, 10**9, 9)
+        save(out, step, fragments, documents, 10**9, 9)
 
 
 def flip(path: Path, at: int) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from bigvision import checkpoint
 from bigvision.checkpoint import Retention
 from bigvision.checkpoint.commit import Writer, commit
-from bigvision.checkpoint.layout import plan
+from bigvision.checkpoint.writer import plan
 from bigvision.fragments import Fragment
 from bigvision.runtime import Runtime, start
 from tests.checkpoint.test_format import make_fragments

@@ -140,7 +140,7 @@ def test_a_difference_in_numbers(copy: Path, run: Path) -> None:
 
 
 def test_a_difference_in_tensors(tmp_path: Path) -> None:
-    """Names, shapes, types, signs of zero and what is not a number; read in pieces that end inside a tensor."""
+    """Names, shapes, types, signs of zero and what is not a number; read in parts that end inside a tensor."""
     from bigvision.checkpoint import diff, reader
 
     values = torch.linspace(-1, 1, 1000)
@@ -165,12 +165,12 @@ def test_a_difference_in_tensors(tmp_path: Path) -> None:
         write(tmp_path / name, 1, {"model": both | reader, "optimizer": {"x/exp_avg": values}}, documents)
         for name, reader in (("a", first), ("b", second))
     )
-    before = reader.PIECE
-    reader.PIECE = 64
+    before = reader.PART
+    reader.PART = 64
     try:
         found = diff.compare(a, b)
     finally:
-        reader.PIECE = before
+        reader.PART = before
     model = found.groups["model"]
     assert found.documents == {} and found.groups["optimizer"].identical and not found.identical
     assert model.only == {"A": ["only  F32[1000]"], "B": ["new  F32[1000]"]}

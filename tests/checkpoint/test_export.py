@@ -81,7 +81,7 @@ def test_timm_opens_a_file_and_a_folder(tmp_path: Path, model: str) -> None:
 
 
 def test_accelerate_opens_a_folder_of_several_files(tmp_path: Path, resnet: Path) -> None:
-    """From a checkpoint in other pieces; one file of the same checkpoint has the same tensors."""
+    """From a checkpoint in other parts; one file of the same checkpoint has the same tensors."""
     model, again = make(resnet), make(resnet)
     accelerate.load_checkpoint_in_model(model, str(resnet))
     said = exported(resnet, tmp_path / "folder", "--shard-size", "300kB")
@@ -102,12 +102,12 @@ def test_accelerate_opens_a_folder_of_several_files(tmp_path: Path, resnet: Path
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_leaves_counters_alone(tmp_path: Path, resnet: Path, dtype: str) -> None:
     target = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    before = reader.PIECE
-    reader.PIECE = 1000  # pieces that end inside rows
+    before = reader.PART
+    reader.PART = 1000  # parts that end inside rows
     try:
         exported(resnet, tmp_path / "folder", "--dtype", dtype)
     finally:
-        reader.PIECE = before
+        reader.PART = before
     held = load_file(tmp_path / "folder" / "model.safetensors")
     model = make(resnet)
     accelerate.load_checkpoint_in_model(model, str(resnet))
@@ -277,7 +277,7 @@ def peak(*arguments: object) -> int:
     return resident("VmHWM") - before
 
 
-def test_a_piece_is_in_memory_at_a_time(tmp_path: Path) -> None:
+def test_a_part_is_in_memory_at_a_time(tmp_path: Path) -> None:
     """A tensor of 120 MB, which is more than what is allowed."""
     values = torch.ones(30, 1000, 1000)
     a, b = (with_ema(tmp_path / name, {"a": tensor}, {}) for name, tensor in (("a", values), ("b", values + 1)))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open
 
 from bigvision import checkpoint
+from bigvision.checkpoint import Retention
+from bigvision.checkpoint.commit import commit
+from bigvision.checkpoint.writer import plan
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.runtime import start
@@ -56,10 +60,17 @@ def make_fragments(rank: int, ranks: int, how: str, tensors: dict[str, torch.Ten
     return fragments
 
 
+def save(
+    out: Path, step: int, fragments: list[Fragment], documents: dict[str, Any], shard_size: int, keep: int
+) -> None:  # fmt: skip
+    """Write a checkpoint from all ranks; afterwards keep only the newest *keep* valid ones."""
+    commit(out, step, plan(fragments, shard_size), documents, Retention(keep))
+
+
 def save_on_rank(out: Path, how: str, shard_size: int, step: int = 3, keep: int = 3) -> None:
     with start("cpu") as runtime:
         fragments = make_fragments(runtime.rank, runtime.world_size, how, whole_tensors())
-        checkpoint.save(out, step, fragments, dict(DOCUMENTS), shard_size, keep)
+        save(out, step, fragments, dict(DOCUMENTS), shard_size, keep)
 
 
 def load_on_rank(out: Path, how: str) -> bool:
@@ -153,7 +164,7 @@ def failing_save(out: Path, bad_rank: int) -> str:
             broken = [f for f in fragments if f.name != "norm.weight"]
             fragments = broken
         try:
-            checkpoint.save(out, 9, fragments, dict(DOCUMENTS), 10**9, 3)
+            save(out, 9, fragments, dict(DOCUMENTS), 10**9, 3)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
     return "saved"
@@ -173,7 +184,9 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
     run_ranks(save_on_rank, 1, tmp_path, "whole", 10**9)
     (tmp_path / "step-00000004.tmp-0a0b").mkdir()
     (tmp_path / "step-00000001.pruned-0a0b").mkdir()
+    (tmp_path / "step-00000005.left-0a0b").mkdir()
+    (tmp_path / ".lineage.json.0a0b").touch()
     (tmp_path / "step-00000003").rename(tmp_path / "step-00000003.aside-0a0b")
     checkpoint.prepare_folder(tmp_path)
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000003"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000005.left-0a0b"]
     assert all(run_ranks(load_on_rank, 2, tmp_path, "rows"))

@@ -19,7 +19,7 @@ from bigvision import checkpoint
 from bigvision.checkpoint import Lock, lock
 from bigvision.errors import InUse, UserError
 from bigvision.runtime import RankFailure, start
-from tests.checkpoint.test_format import DOCUMENTS, make_fragments, whole_tensors
+from tests.checkpoint.test_format import DOCUMENTS, make_fragments, save, whole_tensors
 from tests.distributed import start_ranks
 
 
@@ -135,7 +135,7 @@ def test_a_run_that_was_taken_over_saves_nothing_more(tmp_path: Path, monkeypatc
         while not mine.lost and time.monotonic() < deadline:
             time.sleep(0.01)
         with pytest.raises(RankFailure, match=r"another run has taken .* over"):
-            checkpoint.save(tmp_path, 1, make_fragments(0, 1, "rows", whole_tensors()), dict(DOCUMENTS), 10**9, 1)
+            save(tmp_path, 1, make_fragments(0, 1, "rows", whole_tensors()), dict(DOCUMENTS), 10**9, 1)
     assert checkpoint.steps_in(tmp_path) == []
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from bigvision import checkpoint
-from bigvision.checkpoint import ReadError, Saver, commit, disk, manifest, retention
+from bigvision import checkpoint, disk
+from bigvision.checkpoint import ReadError, Saver, commit, manifest, retention
 from bigvision.checkpoint import writer as writing
 from bigvision.checkpoint.commands import run_checkpoint
 from bigvision.runtime import RankFailure, gather_json, start
@@ -102,11 +102,8 @@ def see_otherwise(out: Path, how: str) -> tuple[str, list[str]]:
         if runtime.rank == 1 and how == "missing":
             failing.calls(("lstat",), out / TENSORS, errno.ENOENT, LASTING)
         elif runtime.rank == 1:
-            patch.setattr(manifest, "checksum", lambda data, real=manifest.checksum: real(data) ^ (len(data) == 8192))
             checksum = manifest.checksum
-            from bigvision.checkpoint import reader
-
-            patch.setattr(reader, "checksum", lambda data: checksum(data) ^ (len(data) > 20_000))
+            patch.setattr(manifest, "checksum", lambda data: checksum(data) ^ (len(data) > 20_000))
         try:
             return f"version {find_version(out, said.append)}", said
         except Exception as error:
@@ -151,21 +148,21 @@ def test_pruning_removes_nothing_where_something_cannot_be_read(
 def test_what_was_written_is_read_back_before_older_ones_go(
     tmp_path: Path, verify: commit.Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = writing.write_pieces
+    real = writing.write_chunks
 
-    def badly(folder: Path, pieces: Any) -> Any:
-        runs = real(folder, pieces)
-        for name in {run.file for run in runs if run.file.startswith("model")}:
+    def badly(folder: Path, chunks: Any) -> Any:
+        ranges = real(folder, chunks)
+        for name in {part.file for part in ranges if part.file.startswith("model")}:
             path = folder / name
             data = bytearray(path.read_bytes())
             data[-8] ^= 1
             path.write_bytes(data)
-        return runs
+        return ranges
 
     with start("cpu"):
         save_version(tmp_path, OLDER)
         before = read_tree(tmp_path)
-        monkeypatch.setattr(commit, "write_pieces", badly)
+        monkeypatch.setattr(commit, "write_chunks", badly)
         saver = Saver(tmp_path, 10**9, checkpoint.Retention(1), background=False, verify=verify)
         from tests.checkpoint.states import cut, tensors_of
 
@@ -181,7 +178,7 @@ def test_what_was_written_is_read_back_before_older_ones_go(
 
 def test_a_manifest_that_does_not_cover_its_files_is_never_written() -> None:
     with pytest.raises(ValueError, match="do not add up"):  # also under python -O
-        manifest.build({"a": 3}, [manifest.Run("a", 0, 2, 0)])
+        manifest.build({"a": 3}, [manifest.ByteRange("a", 0, 2, 0)])
 
 
 def test_direct_writing_that_another_thread_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ import torch
 import torch.distributed as dist
 
 from bigvision import checkpoint
-from bigvision.checkpoint import Retention, Saver, commit, layout, writer
-from bigvision.checkpoint.manifest import CHUNK
+from bigvision.checkpoint import Retention, Saver, commit, writer
+from bigvision.checkpoint.writer import CHUNK
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, gather_json, start
 from tests.checkpoint.test_format import DOCUMENTS, load_on_rank, make_fragments, save_on_rank, whole_tensors
 from tests.distributed import run_ranks
 from tests.recipes import digests
+
+PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
 # In the background.
 
@@ -45,7 +49,7 @@ def change_while_saving(out: Path) -> list[str]:
     """What is saved is the state at the call, and two saves never run at once."""
     running: list[str] = []
     events: list[str] = []
-    write = commit.write_pieces
+    write = commit.write_chunks
 
     def slowly(*arguments: Any) -> Any:
         events.append("begin")
@@ -58,7 +62,7 @@ def change_while_saving(out: Path) -> list[str]:
             running.clear()
             events.append("end")
 
-    with start("cpu") as runtime, patched(commit, "write_pieces", slowly):
+    with start("cpu") as runtime, patched(commit, "write_chunks", slowly):
         fragments = make_fragments(runtime.rank, runtime.world_size, "rows", whole_tensors())
         mine = saver(out)
         for step in (1, 2, 3):
@@ -135,14 +139,14 @@ def test_an_error_in_the_background_is_every_ranks_at_the_same_step(tmp_path: Pa
 def one_rank_is_silent(out: Path) -> str:
     with start("cpu") as runtime:
         mine = saver(out, timeout=2.0)
-        write = commit.write_pieces
+        write = commit.write_chunks
 
         def late(*arguments: Any) -> Any:
             if runtime.rank == 1:
                 time.sleep(5)
             return write(*arguments)
 
-        with patched(commit, "write_pieces", late):
+        with patched(commit, "write_chunks", late):
             try:
                 mine.save(4, make_fragments(runtime.rank, 2, "rows", whole_tensors()), dict(DOCUMENTS))
                 mine.wait()
@@ -183,7 +187,8 @@ def only_one_rank_failed() -> str:
         mine = saver(Path("/nowhere"))
         mine.raise_failure()  # nobody failed: nothing is raised
         if runtime.rank == 1:
-            mine.failure = OSError("the disk is gone")
+            mine.saving = Future()
+            mine.saving.set_exception(OSError("the disk is gone"))
         try:
             mine.raise_failure()
         except RankFailure as error:
@@ -196,9 +201,9 @@ def test_the_failure_of_one_rank_is_raised_on_all() -> None:
     assert run_ranks(only_one_rank_failed, 3) == ["the disk is gone"] * 3
 
 
-def piece(number: int, offset: int, length: int) -> layout.Piece:
+def chunk(number: int, offset: int, length: int) -> writer.Chunk:
     values = torch.arange(offset, offset + length, dtype=torch.int64).to(torch.uint8)
-    return layout.Piece(f"file-{number}", offset, length, (values[: length // 3], values[length // 3 :]))
+    return writer.Chunk(f"file-{number}", offset, (values[: length // 3], values[length // 3 :]))
 
 
 def test_a_copy_uses_few_slabs_of_one_size_and_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,11 +217,11 @@ def test_a_copy_uses_few_slabs_of_one_size_and_keeps_them(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(writer, "SLAB", 256 << 10)
     monkeypatch.setattr(writer, "MOST_PINNED", 3)
-    monkeypatch.setattr(writer, "on_cuda", lambda pieces: True)
+    monkeypatch.setattr(writer, "on_cuda", lambda chunks: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "empty", allocate)
     sizes = [100_000, 70, 65_536, 3, 65_537, 131_000, 1, 90_001, 131_072, 131_072, 5, 250_000, 64_000, 200_000]
-    wanted = [piece(number, 1000 * number + 7, size) for number, size in enumerate(sizes)]
+    wanted = [chunk(number, 1000 * number + 7, size) for number, size in enumerate(sizes)]
     arena = writer.Arena()
     for _ in range(3):  # later copies change neither the bytes nor the slabs
         copied = arena.copy(wanted)
@@ -238,10 +243,10 @@ def test_where_no_more_can_be_pinned_ordinary_memory_serves(monkeypatch: pytest.
             raise RuntimeError(words)
         return plain(pinned)
 
-    monkeypatch.setattr(writer, "on_cuda", lambda pieces: True)
+    monkeypatch.setattr(writer, "on_cuda", lambda chunks: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(writer, "slab", refuse)
-    arena, wanted = writer.Arena(), [piece(0, 5, 70_000)]
+    arena, wanted = writer.Arena(), [chunk(0, 5, 70_000)]
     if "out of memory" in words:
         assert torch.equal(arena.copy(wanted)[0].parts[0], torch.cat(wanted[0].parts)) and arena.most_pinned == 0
     else:
@@ -340,10 +345,10 @@ def test_copies_are_written_once_and_the_work_is_shared() -> None:
     total, written = 0, []
     for rank in range(3):
         fragments = [Fragment("model", name, (size,), 0, torch.empty(size, dtype=torch.uint8), (rank, 3)) for name in "ab"]
-        found = layout.plan(fragments, 10**12).pieces
-        assert all(piece.length <= CHUNK and sum(map(len, piece.parts)) == piece.length for piece in found)
-        written += [(piece.offset, piece.length) for piece in found]
-        total += (mine := sum(piece.length for piece in found))
+        found = writer.plan(fragments, 10**12).chunks
+        assert all(chunk.length <= CHUNK for chunk in found)
+        written += [(chunk.offset, chunk.length) for chunk in found]
+        total += (mine := sum(chunk.length for chunk in found))
         assert abs(mine - 2 * size / 3) <= CHUNK
     position = min(written)[0]
     for offset, length in sorted(written):
@@ -352,17 +357,43 @@ def test_copies_are_written_once_and_the_work_is_shared() -> None:
     assert total == 2 * size
 
 
+@pytest.mark.parametrize("row", ["sharded", "replicated"])
+def test_the_picture_shows_who_writes_which_bytes(row: str) -> None:
+    mega, shapes = 1 << 20, {"blocks.0.weight": 12, "blocks.1.weight": 8, "head": 6}
+    writers: dict[str, list[tuple[int, int, int]]] = {}
+    for rank in range(2):
+        fragments = []
+        for name, size in shapes.items():
+            begin, length, copy = (rank * size // 2, size // 2, (0, 1)) if row == "sharded" else (0, size, (rank, 2))
+            values = torch.empty(length * mega, dtype=torch.uint8)
+            fragments.append(Fragment("model", name, (size * mega,), begin * mega, values, copy))
+        for one in writer.plan(fragments, 24 * mega).chunks:
+            writers.setdefault(one.file, []).append((one.offset, one.offset + one.length, rank))
+    line = next(text for text in str(writer.__doc__).splitlines() if text.strip().startswith(row))
+    drawn = re.split(r"(?<=\|)  (?=\|)", line[line.index("|") : line.rindex("|") + 1])
+    assert len(drawn) == 2 and line.strip() in PAGE.read_text(encoding="utf-8")
+    for (_, chunks), part in zip(sorted(writers.items()), drawn):
+        ranks = list(re.finditer(r"(?<=\|) *(\d) *(?=\|)", part))[1:]  # the first is the header's
+        assert len(ranks) >= 1
+        for found in ranks:
+            middle = (found.start() + found.end()) / 2 * mega / 2  # a column is half a MiB
+            assert [rank for begin, end, rank in chunks if begin <= middle < end] == [int(found[1])]
+
+
 # What stays.
 
 
 def test_the_newest_the_best_and_every_nth_checkpoint_are_kept() -> None:
-    metrics = {step: {"top1": top1, "loss": 1 - top1} for step, top1 in ((10, 0.5), (20, 0.9), (30, 0.9), (40, 0.7), (50, 0.6))}
-    assert Retention(2).keeps(metrics) == {40, 50}
-    assert Retention(1, best="top1").keeps(metrics) == {20, 50}
-    assert Retention(1, best="loss").keeps(metrics) == {20, 50}
-    assert Retention(1, every=20).keeps(metrics) == {20, 40, 50}
-    assert Retention(1, best="top5").keeps(metrics) == {50}
-    assert Retention(1, best="loss").keeps({10: {"loss": float("nan")}, 20: {"loss": 3.0}, 30: {}}) == {20, 30}
+    values = ((10, 0.5), (20, 0.9), (30, 0.9), (40, 0.7), (50, 0.6))
+    saved = {step: {"metrics": {"top1": top1, "loss": 1 - top1}, "evaluated": step} for step, top1 in values}
+    assert Retention(2).keeps(saved) == {50: "", 40: ""}
+    assert Retention(1, best="top1").keeps(saved) == {50: "", 20: "the best top1"}
+    assert Retention(1, best="loss").keeps(saved) == {50: "", 20: "the best loss"}
+    assert set(Retention(1, every=20).keeps(saved)) == {20, 40, 50}
+    assert set(Retention(1, best="top5").keeps(saved)) == {50}
+    some = {10: float("nan"), 20: 3.0, 30: "low"}
+    saved = {step: {"metrics": {"loss": loss}, "evaluated": step} for step, loss in some.items()}
+    assert set(Retention(1, best="loss").keeps(saved)) == {20, 30}
 
 
 def save_with_metrics(out: Path) -> None:

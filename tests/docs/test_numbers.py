@@ -51,9 +51,9 @@ CONSTANTS = [
     (r"slabs of ([\d,]+) MiB", "checkpoint", "SLAB", MIB),
     (r"at most ([\d,]+) of them \(\d+ GiB a rank\)", "checkpoint", "MOST_PINNED", 1),
     (r"whole blocks of ([\d,]+) bytes", "checkpoint", "BLOCK", 1),
-    (r"in turns, ([\d,]+) MiB of the file each", "checkpoint", "CHUNK", MIB),
-    (r"written in one piece, at most ([\d,]+) MiB", "checkpoint", "CHUNK", MIB),
-    (r"up to ([\d,]+) runs \(\d+ MiB\)", "checkpoint", "SAMPLE", 1),
+    (r"into cells of ([\d,]+) MiB", "checkpoint", "CHUNK", MIB),
+    (r"chunks of at most ([\d,]+) MiB", "checkpoint", "CHUNK", MIB),
+    (r"up to ([\d,]+) byte ranges \(\d+ MiB\)", "checkpoint", "SAMPLE", 1),
     (r"([\d,]+) s after its last heartbeat", "checkpoint", "SILENT", 1),
     (r"lock, ([\d,]+) s after it", "checkpoint", "EXPIRES", 1),
     (r"--signal=USR1@([\d,]+)`", "launchers", "SIGNAL_SECONDS", 1),
@@ -72,9 +72,11 @@ def constants(package: str, name: str) -> set[float]:
     for path in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                if name in [ast.unparse(target) for target in targets]:
-                    found |= calculated(node.value)
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = list(zip(target.elts, node.value.elts))
+                found |= {value for one, made in pairs if ast.unparse(one) == name for value in calculated(made)}
     return found
 
 

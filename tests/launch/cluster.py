@@ -59,7 +59,7 @@ WHO = """
 import os, sys, types
 package = sys.modules["bigvision.runtime"] = types.ModuleType("bigvision.runtime")
 package.__path__ = ["{package}"]
-from bigvision.runtime.identity import identify
+from bigvision.runtime.rendezvous import identify
 who = identify(os.environ)
 print(who.launcher, who.rank, who.world_size, who.local_rank, who.local_world_size, who.address, flush=True)
 """

@@ -333,15 +333,15 @@ def refuse(plain: dict[str, Any]) -> bool:
 
 def test_cuda_in_use_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as it can be shown without a device."""
-    from bigvision.launchers import devices
+    from bigvision.launchers import ranks
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(bigvision.UserError, match="CUDA is in use in this process"):
-        devices.check_parent(cuda=True)
-    devices.check_parent(cuda=False)
+        ranks.check_parent(cuda=True)
+    ranks.check_parent(cuda=False)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(bigvision.UserError, match="CUDA was asked for its devices"):
-        devices.settle(cuda=True)
+        ranks.settle(cuda=True)
 
 
 @pytest.mark.long

@@ -127,10 +127,10 @@ def train(folder: Path, place: str, act: Callable[[], None], victim: int, others
     os.dup2(said, 1)
     os.dup2(said, 2)
     if act is die_out_of_sight:
-        from bigvision.runtime import watchdog
+        from bigvision.runtime import diagnosis
 
-        seen = watchdog.this_process
-        watchdog.this_process = lambda: seen() | {"sight": ""}
+        seen = diagnosis.this_process
+        diagnosis.this_process = lambda: seen() | {"sight": ""}
     if rank == victim:
         at(place, act, folder / "mark", 2.5 if others is not None else 0.0)
     elif others is not None:

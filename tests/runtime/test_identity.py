@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bigvision.errors import UserError
-from bigvision.runtime import Identity, all_or_none, choose_device, from_main, gather_json, identify, start
+from bigvision.runtime import Identity, all_or_none, from_main, gather_json, identify, start
+from bigvision.runtime.process import choose_device
 from tests.distributed import RankError, run_ranks
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}

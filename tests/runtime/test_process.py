@@ -19,8 +19,10 @@ from torch.distributed import distributed_c10d
 
 from bigvision.config import LimitsConfig
 from bigvision.errors import Exit, UserError
-from bigvision.runtime import Identity, Watchdog, lacks_shared_memory, process, start
-from bigvision.runtime.watchdog import NCCL_DEFAULTS
+from bigvision.runtime import Identity, Watchdog, process, start
+from bigvision.runtime.diagnosis import News
+from bigvision.runtime.process import lacks_shared_memory
+from bigvision.runtime.watchdog import NCCL_DEFAULTS, Board
 from tests.distributed import run_ranks
 
 LONG = timedelta(seconds=4321)
@@ -138,7 +140,8 @@ def test_torchs_own_watchdog_speaks_after_ours(monkeypatch: pytest.MonkeyPatch) 
 def test_the_trace_of_nccl_is_written_beside_the_stacks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Where a limit has run out; torch's flight recorder is asked also where there is no device, and has nothing then."""
     watch = Watchdog(LimitsConfig(), tmp_path / "stacks")
-    watch.identity, watch.beats = Identity(3, 4, 3, 4, "slurm"), None
+    watch.identity = Identity(3, 4, 3, 4, "slurm")
+    watch.board = Board(News(watch.identity, {}, 1.0))
     for code, files in ((Exit.FAULT, set()), (Exit.HUNG, {"rank-3.txt", "nccl-3.json"})):
         with mock.patch.object(process, "uses_nccl", lambda: True), mock.patch.object(os, "_exit") as ended:
             watch._end("the words", code)

@@ -147,7 +147,8 @@ def test_native_code_that_holds_the_interpreter(tmp_path: Path) -> None:
 def test_a_killed_rank_is_named(victim: int, act: Callable[[], None], tmp_path: Path) -> None:
     """Without a launcher that ends the others; rank 0 takes the store with it."""
     ended = hang(tmp_path, "step", act, victim)
-    words = "is gone" if act is hangs.die else "does not answer"
+    # Out of sight rank 0 is known to be gone where the port of its store refuses connections before anybody misses an answer.
+    words = "is gone" if act is hangs.die else "(does not answer|is gone .*refuses connections)"
     try:
         assert ended.codes == [-9 if rank == victim else 1 for rank in range(3)], ended.said
         for rank in {0, 1, 2} - {victim}:
@@ -219,7 +220,7 @@ from bigvision.runtime.guard import Guard
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 guard = Guard(0, 0.05, {grace})
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-guard.report("rank 1 failed", [], False)
+guard.report("rank 1 failed", [])
 time.sleep({grace} + {late})
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 time.sleep(30)

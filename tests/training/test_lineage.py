@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def test_other_classes_and_what_allows_them(now: list[str], said: str, tmp_path:
     assert classes_difference(list(CLASSES), now) == said
     facts = {"train": {"samples": 3, "labels": "a"}, "val": {"samples": 2}}
     card = {"label_names": list(CLASSES)}
-    found = Checkpoint(tmp_path, {"step": 3, "data": facts}, card, {}, {}, True, "auto")
+    found = Checkpoint(SimpleNamespace(folder=tmp_path), {"step": 3, "data": facts}, card, True, "auto")  # type: ignore[arg-type]
     told: list[str] = []
     other = facts | {"train": {"samples": 4, "labels": "a"}}
     texts = {"data": "data.train has 4 samples instead of 3", "classes": said or "classes instead"}
@@ -340,9 +341,9 @@ def save_in_turns(plain: dict[str, Any], folder: str) -> list[Any]:
 def save_and_resume(plain: dict[str, Any]) -> list[Any]:
     """What engines with and without a word about their data record, accept and print."""
     import bigvision
-    from bigvision.runtime import rendezvous
+    from bigvision.runtime import process
 
-    rendezvous.lacks_shared_memory = lambda device, ranks: "warning: /dev/shm is small"
+    process.lacks_shared_memory = lambda device, ranks: "warning: /dev/shm is small"
     keys, found = {"num_classes": 10, "steps": 3}, list[Any]()
     silent = {name: section for name, section in plain.items() if name != "data"}
     first = Path(plain["out"]) / "step-00000000"

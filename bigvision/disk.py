@@ -32,10 +32,16 @@ def open_existing(path: Path, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def write_new(path: Path, data: bytes) -> None:
-    """Create a file with *data* in it, on the disk. Its name is not yet: see :func:`sync_folder`."""
+def write_new(path: Path, data: bytes, size: int = 0) -> None:
+    """Create a file that begins with *data*, on the disk; a larger *size* is reserved for what is written later.
+
+    Its name is not on the disk yet: see :func:`sync_folder`.
+    """
     descriptor = open_new(path)
     try:
+        if size > len(data):
+            os.ftruncate(descriptor, size)
+            _reserve(descriptor, size)
         write_at(descriptor, memoryview(data), 0)
         os.fsync(descriptor)
     finally:
@@ -55,12 +61,34 @@ def replace(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def reserve(descriptor: int, size: int) -> None:
-    """Let the disk reserve space for a file of *size* bytes now, where the file system can: writing is faster then, and a disk
-    that is too full says so (`OSError`) before anything is written."""
+def publish(unfinished: Path, final: Path) -> None:
+    """Rename *unfinished*, a file or folder, to *final*, durably; after an error *final* is what it was.
+
+    A folder cannot be renamed over another: the old one is set aside first and removed at the end.
+    """
+    aside = None
+    if unfinished.is_dir() and final.exists():
+        aside = final.with_name(f"{final.name}.aside-{secrets.token_hex(4)}")
+        final.rename(aside)
+    try:
+        unfinished.rename(final)
+        sync_folder(final.parent)
+    except OSError:
+        if aside is not None:
+            if final.exists():
+                final.rename(unfinished)
+            aside.rename(final)
+        raise
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Reserve space for a file of *size* bytes, where the file system can: writing is faster then, and a full disk is an
+    `OSError` before anything is written."""
     # os.posix_fallocate would write to every block of a file system that cannot.
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if fallocate is None or size == 0:
+    if fallocate is None:
         return
     fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     refused = fallocate(descriptor, 0, 0, size) and ctypes.get_errno()
@@ -75,13 +103,18 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def read_at(descriptor: int, length: int, offset: int) -> bytes:
-    """Read *length* bytes at *offset*, fewer only where the file ends: the system may give less at a time."""
-    parts, end = [], offset + length
-    while offset < end and (part := os.pread(descriptor, end - offset, offset)):
-        parts.append(part)
-        offset += len(part)
-    return b"".join(parts)
+def read_into(descriptor: int, data: memoryview, offset: int) -> None:
+    """Fill *data* with the file's bytes from *offset*: the system may give less at a time.
+
+    Raises:
+        EOFError: the file ends before.
+        OSError: it cannot be read.
+    """
+    while data:
+        count = os.preadv(descriptor, [data], offset)
+        if count == 0:
+            raise EOFError("the file ends early")
+        data, offset = data[count:], offset + count
 
 
 def sync_folder(folder: Path) -> None:
