@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 RANKS ?= 2
 ARGS ?=
-MARK :=
+PART ?=
 # The ranks of one machine share its cores; torchrun alone would give each rank one thread.
 CORES = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 train bench: export OMP_NUM_THREADS ?= $(shell echo $$(( ($(CORES) + $(RANKS) - 1) / $(RANKS) )))
@@ -40,14 +40,16 @@ train: $(STAMP)  ## train on two ranks, by default recipes/digits.yaml: make tra
 	@echo "  $(BIN)/bigvision train recipes/digits.yaml --print-config   # every setting, its value and where it comes from"
 	@echo "  make test   # does everything work on this machine?"
 
-test: MARK := not long and
-test: test-all  ## run the tests, without the long matrices
-
-# Two at a time, then those that need the machine to themselves. ARGS may leave none (pytest's 5) for one of the two.
-test-all: $(STAMP)  ## run every test: hours
-	@$(BIN)/python -m pytest -m "$(MARK) not alone" -n 2 --dist loadfile $(ARGS); first=$$?; \
-	$(BIN)/python -m pytest -m "$(MARK) alone" $(ARGS); second=$$?; \
+# Three at a time, since ranks often wait for each other, with one thread each, in the order of tests/conftest.py; then what needs
+# the machine to itself. ARGS may leave no test (pytest's exit code 5) for one of the two.
+test test-all: export OMP_NUM_THREADS ?= 1
+test: $(STAMP)  ## run the tests, without the long matrices
+	@$(BIN)/python -m pytest -m "not long and not alone" -n 3 --dist loadfile --no-loadscope-reorder $(ARGS); first=$$?; \
+	$(BIN)/python -m pytest -m "not long and alone" $(ARGS); second=$$?; \
 	case $$first$$second in 00 | 05 | 50) ;; *) exit 1 ;; esac
+
+test-all: $(STAMP)  ## run every test, or those of PART=tests/engine: hours; goes on where it was stopped
+	@$(BIN)/python -m tests.parts $(PART) -- $(ARGS)
 
 lint: $(STAMP)  ## check style, format and the types of the public API
 	$(BIN)/ruff check .

@@ -2,12 +2,42 @@ from pathlib import Path
 
 import pytest
 
-ALONE = {"benchmarks", "launch", "launchers", "runtime", "training"}
-"""Folders of tests that wait for programs and signals within a few seconds: beside others these limits would run out."""
+ALONE = ("runtime/test_watchdog.py", "runtime/test_two_hosts.py")
+"""Files of tests whose ranks have limits of a few seconds: beside other tests these could run out on ranks that work."""
+
+LONGEST = (
+    "engine/test_parity.py",
+    "models/test_build.py",
+    "launchers/test_scripts.py",
+    "engine/test_pipeline.py",
+    "engine/test_zero.py",
+    "engine/test_as_on_cuda.py",
+    "launch/test_launchers.py",
+    "launchers/test_train.py",
+    "checkpoint/test_export.py",
+    "checkpoint/test_crashes.py",
+    "engine/test_frozen.py",
+    "training/test_data.py",
+    "checkpoint/test_disk_errors.py",
+    "engine/test_precision.py",
+    "cli/test_mistakes.py",
+    "training/test_numbers.py",
+    "launchers/test_submit.py",
+)
+"""Files that take 20 s and more. They run first: one that starts last would keep one core busy and the others idle."""
+
+FOLDER = Path(__file__).parent
+
+
+def needs_the_machine(path: Path) -> bool:
+    """Whether the tests in the file *path* run alone."""
+    return path.as_posix().endswith(tuple(f"tests/{name}" for name in ALONE))
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers are chosen by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {FOLDER / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] in ALONE:
+        if needs_the_machine(item.path):
             item.add_marker("alone")

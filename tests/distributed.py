@@ -1,19 +1,21 @@
-"""Runs a function on N gloo ranks. The ranks are kept alive between tests: starting one costs seconds of imports."""
+"""Runs a function on N gloo ranks. The ranks are kept alive between tests, and forked from processes that have imported torch.
+
+Ranks that a launcher starts have hash seeds of their own, so that a set of names has another order on each. Forked ranks share
+that of their server: there are two servers, with different seeds, for even and for odd ranks.
+"""
 
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
-
-MOST_RANKS = 4
+from unittest import mock
 
 
 class RankError(AssertionError):
@@ -21,10 +23,10 @@ class RankError(AssertionError):
 
 
 class Pool:
-    """Up to :data:`MOST_RANKS` processes in which torch and bigvision are imported already."""
+    """Processes in which torch and bigvision are imported already: as many as were needed at once so far."""
 
     def __init__(self) -> None:
-        self.workers: list[tuple[Any, Connection]] = []
+        self.workers: list[tuple[BaseProcess, Connection]] = []
 
     def run(self, function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 300, **kwargs: Any) -> list[Any]:
         """Call a module-level *function* on each rank under torchrun's environment; return what each returned, in order.
@@ -32,8 +34,10 @@ class Pool:
         Raises:
             RankError: a rank raised, died or did not end in time; the pool is then started afresh.
         """
-        if not self.workers:
-            self._start()
+        while len(self.workers) < ranks:
+            ours, theirs = get_context("forkserver").Pipe()
+            self.workers.append((_start(len(self.workers), _serve, theirs), ours))
+            theirs.close()
         port = free_port()
         for rank, (_, connection) in enumerate(self.workers[:ranks]):
             connection.send((_environment(rank, ranks, port), function, args, kwargs))
@@ -63,15 +67,6 @@ class Pool:
             process.join()
         self.workers = []
 
-    def _start(self) -> None:
-        context = _context()
-        for _ in range(MOST_RANKS):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=False)
-            process.start()
-            theirs.close()
-            self.workers.append((process, ours))
-
 
 def _serve(connection: Connection) -> None:
     import torch
@@ -93,12 +88,7 @@ def _serve(connection: Connection) -> None:
 def start_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[BaseProcess]:
     """Start processes that a test may kill; they run a module-level *function* under torchrun's environment."""
     port = free_port()
-    processes = []
-    for rank in range(ranks):
-        process = _context().Process(target=_run_once, args=(_environment(rank, ranks, port), function, args))
-        process.start()
-        processes.append(process)
-    return processes
+    return [_start(rank, _run_once, _environment(rank, ranks, port), function, args) for rank in range(ranks)]
 
 
 def _run_once(environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -117,11 +107,19 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def _context() -> ForkServerContext:
-    # Imported once by the server, from which the ranks are forked before any thread exists.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bigvision.training", "bigvision.cli", "tests.distributed"])
-    return context
+SERVERS = [forkserver.ForkServer() for _ in range(2)]
+"""Each imports the package once, before any thread exists, and forks the ranks."""
+
+
+def _start(rank: int, function: Callable[..., None], *args: Any) -> BaseProcess:
+    server, process = SERVERS[rank % 2], get_context("forkserver").Process(target=function, args=args)
+    server.set_forkserver_preload(["bigvision.training", "bigvision.cli", "tests.distributed"])
+    with (
+        mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process),
+        mock.patch.dict(os.environ, PYTHONHASHSEED=str(rank % 2 + 1)),  # read by a server when it starts
+    ):
+        process.start()
+    return process
 
 
 def free_port() -> int:

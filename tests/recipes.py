@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 MODELS: dict[str, dict[str, Any]] = {
     "vit": {
         "name": "vit_tiny_patch16_224",
         "image_size": 32,
         "options": {"patch_size": 8, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    },
+    "small": {
+        "name": "vit_tiny_patch16_224",
+        "image_size": 32,
+        "options": {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2},
     },
     "swin": {
         "name": "swin_tiny_patch4_window7_224",
@@ -56,6 +64,17 @@ def recipe(out: Path, model: str = "vit", **sections: dict[str, Any]) -> dict[st
     return plain
 
 
+def write(folder: Path, plain: dict[str, Any]) -> str:
+    """Write a configuration to a file, and return its path."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    return str(folder / "recipe.yaml")
+
+
+def write_recipe(folder: Path, **sections: dict[str, Any]) -> str:
+    """Write a :func:`recipe` whose output is beside it, and return its path."""
+    return write(folder, recipe(folder / "out", **sections))
+
+
 def run(plain: dict[str, Any]) -> list[float]:
     """Train on this rank as *plain* says and return the loss of every step."""
     from bigvision import load_config, train
@@ -72,3 +91,9 @@ def losses(out: Path) -> list[float]:
 def lines(out: Path) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of the model and optimizer files of a checkpoint."""
+    files = [path for path in sorted(folder.iterdir()) if path.name.startswith(("model", "optimizer"))]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -251,7 +251,7 @@ def test_a_reader_that_has_seen_enough(run: Path) -> None:
         assert (process.stderr.read(), process.wait()) == (b"", 1)
 
 
-def test_mistakes(run: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_a_checkpoint_command_is_one_line_with_the_fix(run: Path, tmp_path: Path) -> None:
     step = run / "step-00000002"
     assert "'lst'; did you mean 'list'?" in refused("checkpoint", "lst")
     assert "no such folder" in refused("checkpoint", "list", tmp_path / "no")

@@ -26,8 +26,7 @@ from tests.checkpoint.states import Save, find_version, meet, save_version
 from tests.checkpoint.system_calls import Call, intercept, write_part
 from tests.checkpoint.test_power_loss import PERMANENT
 from tests.distributed import run_ranks, start_ranks
-from tests.recipes import losses, recipe, run
-from tests.training.test_resume import digests
+from tests.recipes import digests, losses, recipe, run
 
 FIRST = Save(1, 1)
 SAVES = (Save(2, 2, 1), Save(2, 3, 1))

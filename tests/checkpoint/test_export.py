@@ -285,7 +285,7 @@ def test_a_part_is_in_memory_at_a_time(tmp_path: Path) -> None:
     assert run_ranks(peak, 1, "checkpoint", "diff", a, b)[0] < 100e6
 
 
-def test_mistakes(tmp_path: Path, vit: Path) -> None:
+def test_a_mistake_in_an_export_is_one_line_and_writes_nothing(tmp_path: Path, vit: Path) -> None:
     target = tmp_path / "x.safetensors"
     assert "STEP_FOLDER, FILE_OR_FOLDER" in refused("export")
     assert "not a step folder" in refused("export", tmp_path / "no", target)

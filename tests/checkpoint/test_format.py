@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -20,6 +19,7 @@ from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.runtime import start
 from tests.distributed import run_ranks
+from tests.recipes import digests
 
 SHAPES = {
     "norm.weight": (7,),
@@ -81,10 +81,6 @@ def load_on_rank(out: Path, how: str) -> bool:
         assert found is not None
         found.restore_or_older(got, print)
         return all(torch.equal(a.values, b.values) for a, b in zip(wanted, got))
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors*"))}
 
 
 @pytest.mark.parametrize("shard_size", [10**9, 200])

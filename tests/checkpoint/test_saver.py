@@ -22,8 +22,9 @@ from bigvision.checkpoint import Retention, Saver, commit, writer
 from bigvision.checkpoint.writer import CHUNK
 from bigvision.fragments import Fragment
 from bigvision.runtime import RankFailure, gather_json, start
-from tests.checkpoint.test_format import DOCUMENTS, digests, load_on_rank, make_fragments, save_on_rank, whole_tensors
+from tests.checkpoint.test_format import DOCUMENTS, load_on_rank, make_fragments, save_on_rank, whole_tensors
 from tests.distributed import run_ranks
+from tests.recipes import digests
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
@@ -382,7 +383,7 @@ def test_the_picture_shows_who_writes_which_bytes(row: str) -> None:
 # What stays.
 
 
-def test_what_is_kept() -> None:
+def test_the_newest_the_best_and_every_nth_checkpoint_are_kept() -> None:
     values = ((10, 0.5), (20, 0.9), (30, 0.9), (40, 0.7), (50, 0.6))
     saved = {step: {"metrics": {"top1": top1, "loss": 1 - top1}, "evaluated": step} for step, top1 in values}
     assert Retention(2).keeps(saved) == {50: "", 40: ""}

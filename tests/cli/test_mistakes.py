@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import save_file
 
 from tests.distributed import run_ranks
-from tests.recipes import recipe, run
+from tests.recipes import recipe, run, write_recipe
 
 
 def command(arguments: list[str], environment: dict[str, str | None] | None = None) -> tuple[int, str, str]:
@@ -37,12 +37,6 @@ def command(arguments: list[str], environment: dict[str, str | None] | None = No
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def write_recipe(folder: Path, **sections: dict) -> str:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(folder / "out", **sections)))
-    return str(path)
 
 
 def refused(arguments: list[str], *words: str, ranks: int = 1) -> None:
@@ -80,7 +74,7 @@ def refused(arguments: list[str], *words: str, ranks: int = 1) -> None:
         (["--parallel.strategy", "fsdp", "--parallel.replicas", "2"], ["parallel.replicas: 2", "1 ranks"]),
     ],
 )
-def test_one_line(tmp_path: Path, flags: list[str], words: list[str]) -> None:
+def test_a_mistake_is_one_line_with_the_key_and_the_fix(tmp_path: Path, flags: list[str], words: list[str]) -> None:
     refused([*["train", write_recipe(tmp_path)], *flags], *words)
     assert not list(tmp_path.glob("out/step-*"))
 
@@ -226,7 +220,7 @@ def test_a_plain_model_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refused(["eval", "resnet81", "--data.val", "digits"], "resnet81 is not a step folder of a run, and not a timm model")
 
 
-def test_what_is_right(tmp_path: Path) -> None:
+def test_a_right_command_trains_evaluates_and_prints_its_configuration(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, train={"steps": 2})
     for spelling in (["--local_rank=0"], ["--local-rank=0"], ["--local_rank", "0"], ["--local-rank", "0"]):
         code, out, _ = run_ranks(command, 1, ["train", *spelling, path, "--print-config"])[0]

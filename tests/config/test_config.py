@@ -150,7 +150,7 @@ def test_what_yaml_reads_otherwise_and_is_meant_all_the_same(tmp_path: Path) -> 
     assert load_config(path).model.options == {"depth": 4, "num_heads": 3}, "a merged key gives way, an empty section is one"
 
 
-def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_take_the_home_folder_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     monkeypatch.delenv("NOT_SET", raising=False)

@@ -460,7 +460,7 @@ def test_an_override_is_as_firm_as_a_flag(tmp_path: Path) -> None:
         load_config(None, ["--parallel.deepspeed", write(tmp_path, {})], asked)
 
 
-def test_what_agrees(tmp_path: Path) -> None:
+def test_a_deepspeed_file_that_agrees_with_flags_is_accepted(tmp_path: Path) -> None:
     schedule = {"warmup_type": "linear", "warmup_num_steps": 9, "total_num_steps": 90, "cos_min_ratio": "auto"}
     tree = {"scheduler": {"type": "WarmupCosineLR", "params": schedule}, "fp16": {"enabled": False}}
     flags = ["--parallel.deepspeed", write(tmp_path, tree), "--train.steps", "90"]

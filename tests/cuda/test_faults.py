@@ -20,8 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.cuda.jobs import job, start_process
 from tests.cuda.runs import STRATEGIES, installed, marks_of, on_cpu, peak_of, plain, synchronize
-from tests.recipes import lines, losses, recipe, run
-from tests.training.test_resume import digests
+from tests.recipes import digests, lines, losses, recipe, run
 
 # Killed without a chance to do anything, the run goes on from its last checkpoint.
 

@@ -16,8 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.cuda.jobs import job
 from tests.cuda.runs import DATA_PARALLEL, compiler, on_cpu, parallel, peak_of, plain, synchronize
-from tests.recipes import MODELS, run
-from tests.training.test_resume import digests
+from tests.recipes import MODELS, digests, run
 
 
 def batch(size: int = 8, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -152,7 +152,7 @@ def test_workers_map_the_file_themselves(tmp_path):
     assert torch.equal(found[0], found[2]) and (found[2][:, 0].numpy() == images).all()
 
 
-def test_mistakes(tmp_path):
+def test_a_mistake_in_arrays_is_one_line_with_the_file(tmp_path):
     good, labels = pixels(6, 5, 5), np.arange(6)
     assert "no " in (message := refusal(tmp_path / "none")) and str(tmp_path / "none") in message
     folder = tmp_path / "f"

@@ -26,7 +26,7 @@ def test_to_keeps_types():
     )
 
 
-def test_normalize():
+def test_images_are_normalised_and_the_batch_is_left_as_it_was():
     images = batch_of(3).images
     before = images.clone()
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

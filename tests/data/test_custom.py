@@ -145,7 +145,7 @@ def test_in_place_of_a_name():
         as_source(3, Opening("train", "some.key"))  # type: ignore[arg-type]
 
 
-def test_workers():
+def test_workers_read_the_users_dataset_as_the_rank_does():
     """What a worker reads is the same, a bad sample is one there, and what cannot be sent is said."""
     items = [(RANDOM.integers(0, 256, (8, 8, 3), dtype=np.uint8), index % 3) for index in range(9)]
     items[4] = OSError("gone")

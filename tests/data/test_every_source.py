@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 import tarfile
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,13 @@ MAKERS: dict[str, Any] = {
     "folder": folder, "shards": shards, "parquet": parquet, "arrays": arrays, "volumes": volumes, "mixture": mixture,
     "digits": lambda root: "digits", "synthetic": lambda root: f"synthetic:{LENGTH}x20", "own": lambda root: Own(),
 }  # fmt: skip
-ORDERS = {"plain": {}, "near": {"block": 4, "window": 2}, "repeats": {"repeats": 2}}
+ORDERS: dict[str, dict[str, int]] = {
+    "plain": {}, "near": {"block": 4, "window": 2}, "repeats": {"repeats": 3}, "both": {"repeats": 2, "block": 5, "window": 3},
+}  # fmt: skip
 
 
-def run(source: Source, stream: Stream, first: int, last: int, ranks: int, workers: int) -> tuple[torch.Tensor, ...]:
-    """The ids, labels and pixels of the steps from *first* to *last*."""
+def run(source: Source, stream: Stream, first: int, last: int, workers: int, ranks: int) -> list[torch.Tensor]:
+    """The ids, labels, pixels and validity of the samples of the steps from *first* to *last*."""
     change = transform(source.style, 16, train=True)
     loaders = [
         train_batches(
@@ -107,25 +109,29 @@ def run(source: Source, stream: Stream, first: int, last: int, ranks: int, worke
     finally:
         for loader in loaders:
             loader.close()
-    return tuple(torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids", "labels", "images"))
+    return [torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids", "labels", "images", "valid")]
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_same_samples_and_pixels(tmp_path: Path, name: str, order: str) -> None:
+def test_workers_ranks_and_stops_change_no_sample_and_no_pixel(tmp_path: Path, name: str, order: str) -> None:
     source = open_source(MAKERS[name](tmp_path), "train", shared=name == "digits")
     stream = Stream(5, source.parts, **ORDERS[order])
-    whole = run(source, stream, 0, STEPS, 1, 0)
-    if order != "repeats" and name != "mixture":
-        assert len(set(whole[0][: len(source)].tolist())) == min(len(source), GLOBAL * STEPS)
-    assert whole[1].tolist() == [source.label(id) for id in whole[0].tolist()]
-    # Workers cost time to start: five only once.
-    others = [(0, 4), (1, 3), (2, 2)] + ([(5, 1)] if order == "plain" else [])
-    for workers, ranks in others if order == "plain" else others[:2]:
-        found = run(source, stream, 0, STEPS, ranks, workers)
+    whole = ids, labels, images, valid = run(source, stream, 0, STEPS, 0, 1)
+    repeats = ORDERS[order].get("repeats", 1)
+    if repeats == 1 and name != "mixture":
+        assert len(set(ids[: len(source)].tolist())) == min(len(source), GLOBAL * STEPS)
+    if name == "synthetic":
+        assert len(images[:repeats].flatten(1).unique(dim=0)) == repeats, "each repetition is augmented by itself"
+    assert labels.tolist() == [source.label(id) for id in ids.tolist()] and valid.all()
+    # Workers take time to start: all combinations, and more workers than a rank has batches, for one source only.
+    every = [*product((0, 1, 2), (1, 2, 3, 4)), (5, 1)]
+    for workers, ranks in every if (name, order) == ("synthetic", "plain") else [(1, 3), (2, 2)]:
+        found = run(source, stream, 0, STEPS, workers, ranks)
         assert all(torch.equal(one, other) for one, other in zip(found, whole)), (workers, ranks)
-    # Several stops, each on another number of ranks.
+    # Several stops, within epochs too, each time on other ranks and, for one source, other workers.
     random.seed(f"{name} {order}")
     stops = [0, *sorted(random.sample(range(1, STEPS), 3)), STEPS]
-    parts = [run(source, stream, *ends, (1, 4, 2, 3)[number], 0) for number, ends in enumerate(pairwise(stops))]
+    setups = zip((0, 1, 2, 0) if name == "synthetic" else (0, 0, 0, 0), (1, 4, 2, 3))
+    parts = [run(source, stream, *ends, *setup) for ends, setup in zip(pairwise(stops), setups)]
     assert all(torch.equal(torch.cat(found), wanted) for found, wanted in zip(zip(*parts), whole))

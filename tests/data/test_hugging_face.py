@@ -60,7 +60,7 @@ def test_a_saved_dataset(tmp_path):
 
 
 @pytest.mark.parametrize("val", ["validation", "test"])
-def test_splits(tmp_path, val):
+def test_saved_splits_are_the_training_and_the_validation_data(tmp_path, val):
     save_splits(tmp_path, **{"train": [0, 1, 0], val: [1, 1]})
     for shared in (True, False):
         assert (len(opened(tmp_path, shared=shared)), len(opened(tmp_path, "val", shared=shared))) == (3, 2)
@@ -127,7 +127,7 @@ def dataset(labels: list, names: list[str] | None = None, **more):
     return hub.Dataset.from_dict(columns, features=hub.Features(features))
 
 
-def test_objects():
+def test_a_dataset_object_is_read_as_it_is_seen():
     given = dataset([0, 1, 1, 0], ["cat", "dog"], kind=[0, 1, 0, 1])
     source = open_source(given, "train")
     assert source.classes == ["cat", "dog"] and [source.read(row) for row in range(4)] == list(zip(IMAGES, [0, 1, 1, 0]))

@@ -154,7 +154,7 @@ def test_numbers_for_classes_whose_names_are_other_numbers():
         ([1j], None, "the labels of 'x' are complex"),
     ],
 )
-def test_what_is_refused(values, known, said):
+def test_labels_that_are_no_classes_are_refused_with_the_reason(values, known, said):
     assert said in refusal(values, known)
 
 

@@ -93,21 +93,6 @@ def test_epochs_and_seeds_differ(noise, reference):
     assert not torch.equal(join(train(noise, 2, seed=4)).ids, reference.ids[: 2 * GLOBAL])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_workers_and_ranks_change_nothing(noise, reference, ranks, workers):
-    assert_equal(join(train(noise, 10, ranks=ranks, workers=workers)), reference)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_anywhere_and_twice_within_an_epoch(noise, reference, workers):
-    starts = [0, 1, 2, 1 + LENGTH // GLOBAL, *random.Random(0).sample(range(3, 9), 2)]
-    for step in starts[: 3 if workers else None]:
-        resumed = join(train(noise, 10 - step, position=step * GLOBAL, workers=workers))
-        assert torch.equal(resumed.ids, reference.ids[step * GLOBAL :])
-        assert torch.equal(resumed.images, reference.images[step * GLOBAL :])
-
-
 def test_resumed_with_another_global_batch(noise, reference):
     parts = [*train(noise, 1, global_batch=5), *train(noise, 2, position=5, global_batch=8, ranks=4)]
     parts += train(noise, 1, position=21, global_batch=99)
@@ -170,16 +155,6 @@ def test_a_global_batch_larger_than_the_source(noise, reference):
 def test_a_global_batch_that_does_not_divide(noise):
     with pytest.raises(ValueError, match="does not divide"):
         train(noise, 1, ranks=5)
-
-
-def test_photos_with_workers(photos):
-    source = open_source(f"imagefolder:{photos}", "train")
-    assert_equal(join(train(source, 6, workers=2, ranks=2)), join(train(source, 6)))
-
-
-def test_in_memory_sources_with_workers():
-    source = open_source("digits", "train")
-    assert_equal(join(train(source, 2, workers=2, global_batch=64)), join(train(source, 2, global_batch=64)))
 
 
 def test_no_shared_state_between_transforms(noise, reference):
@@ -414,38 +389,7 @@ def test_a_source_without_a_readable_sample_is_an_error(tmp_path):
     assert not batch.valid.any() and batch.images.shape == (3, 3, 8, 8)
 
 
-# Repetitions, mixtures and nearby reads
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"repeats": 3}, {"block": 4, "window": 2}, {"repeats": 2, "block": 5, "window": 3}],
-    ids=["repeats", "near", "both"],
-)
-def test_every_order_is_the_same_on_ranks_and_workers_and_after_a_resume(noise, options):
-    stream = Stream(9, noise.parts, **options)
-
-    def run(ranks, workers, first, last):
-        loaders = [
-            train_batches(
-                noise, AUGMENTED, seed=9, position=GLOBAL * first, global_batch=GLOBAL, rank=rank, ranks=ranks,
-                workers=workers, stream=stream,
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
-        try:
-            return join([join([next(loader) for loader in loaders]) for _ in range(last - first)])
-        finally:
-            for loader in loaders:
-                loader.close()
-
-    whole = run(1, 0, 0, 7)
-    assert_equal(run(3, 1, 0, 7), whole)
-    rest = Batch(*(getattr(whole, name)[3 * GLOBAL :] for name in ("images", "targets", "ids", "valid")))
-    assert_equal(run(4, 0, 3, 7), rest)
-    if options.get("repeats"):
-        images = whole.images[: options["repeats"]]
-        assert len(images.flatten(1).unique(dim=0)) == len(images)
+# Mixtures
 
 
 def test_a_mixture(photos):
@@ -455,8 +399,6 @@ def test_a_mixture(photos):
     assert source.read(60).label == source.read(5).label and source.where(60) == source.where(5).replace(
         str(photos), f"{photos}/../{photos.name}"
     )
-    one, other = (join(train(source, 4, workers=workers, ranks=ranks)) for workers, ranks in ((0, 1), (2, 3)))
-    assert_equal(one, other)
 
 
 class Pids:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-import time
 import tracemalloc
 
 import numpy as np
@@ -83,14 +82,12 @@ def test_a_window_is_shuffled_and_runs_begin_elsewhere_in_each_epoch() -> None:
 
 def test_a_billion_samples_cost_nothing() -> None:
     tracemalloc.start()
-    begin = time.perf_counter()
     stream = Stream(0, [Part(0, 10**9, 10**9)])
     ids = [place.id for place in stream.places(17 * 10**9 + 123_456_789, 17 * 10**9 + 123_456_789 + 256)]
-    spent, (_, peak) = time.perf_counter() - begin, tracemalloc.get_traced_memory()
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(set(ids)) == 256 and max(ids) < 10**9
-    # Loose, as no timed test is: an order that is drawn takes a hundred times as long, and 8 GB.
-    assert spent < 5 and peak < 10 << 20
+    assert peak < 10 << 20, "an order that is drawn takes 8 GB"
 
 
 def test_the_order_is_the_same_in_another_process() -> None:

@@ -125,7 +125,7 @@ def tensors() -> TensorDataset:
     return TensorDataset(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), torch.arange(20) % 2)
 
 
-def test_objects() -> None:
+def test_objects_that_share_samples_are_not_both_trained_on_and_validated_on() -> None:
     whole, images = tensors(), [ImageFolder("a"), ImageFolder("./link/../a"), ImageFolder("b")]
     refused = [
         (Subset(whole, range(10)), Subset(whole, range(4, 12))),

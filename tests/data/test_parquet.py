@@ -82,7 +82,7 @@ def test_every_row_is_what_was_written(tmp_path, group):
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
-def test_plain_binary(tmp_path, kind, compression):
+def test_images_in_a_plain_binary_column_are_read(tmp_path, kind, compression):
     write(tmp_path / "x.parquet", rows(9), struct=False, kind=kind, compression=compression)
     source = opened(tmp_path)
     assert contents(source) == rows(9) and source.classes == ["0", "1", "2"]
@@ -275,7 +275,7 @@ def test_more_files_than_may_be_open(tmp_path, monkeypatch):
     assert open_below(tmp_path) == 2
 
 
-def test_pickled(tmp_path):
+def test_workers_get_a_source_without_its_open_files(tmp_path):
     write(tmp_path / "x.parquet", rows(31))
     source = opened(tmp_path, shared=True)
     small = len(pickle.dumps(source))
@@ -363,7 +363,7 @@ def test_class_names_that_do_not_fit(tmp_path):
     assert "names other classes than" in refusal(tmp_path)
 
 
-def test_damaged_files(tmp_path):
+def test_damage_in_a_parquet_file_is_named_and_in_an_image_makes_it_unreadable(tmp_path):
     path = write(tmp_path / "x.parquet", rows(9), compression="zstd")
     data = path.read_bytes()
     for content in (b"", b"PAR1", data[:-1], data[:100], data[: len(data) // 2] + bytes(len(data) // 2), b"<html>404</html>"):

@@ -70,7 +70,7 @@ def test_a_stand_in_is_the_next_of_its_part():
     ("lengths", "weights", "wanted"),
     [((10, 10), (1, 1), [10, 10]), ((100, 50), (2, 1), [100, 50]), ((7, 3), (1, 2), [3, 7]), ((1000, 1), (1, 1e-9), [1000, 1])],
 )
-def test_shares(lengths, weights, wanted):
+def test_a_mixture_takes_the_shares_that_its_weights_say(lengths, weights, wanted):
     assert shares(lengths, weights) == wanted
 
 

@@ -468,7 +468,7 @@ def test_splits_that_are_missing(tmp_path):
     assert "no file" in refusal(tmp_path / "none")
 
 
-def test_patterns(tmp_path):
+def test_a_pattern_names_the_shards_of_its_split(tmp_path):
     write_shards(tmp_path, [1] * 12, "train-{}.tar")
     write_shards(tmp_path, [1] * 2, "val-{}.tar")
 
@@ -493,7 +493,7 @@ def test_patterns(tmp_path):
 # In processes
 
 
-def test_pickled(tmp_path):
+def test_workers_open_shards_anew(tmp_path):
     wanted = write_shards(tmp_path, [5, 6])
     source = opened(tmp_path, shared=True)
     source.read(0)

@@ -1,3 +1,4 @@
+import builtins
 import gzip
 import hashlib
 import io
@@ -60,9 +61,17 @@ def test_a_bare_folder_is_pointed_at_imagefolder(photos):
     assert f"did you mean 'imagefolder:{photos}'?" in refusal(str(photos))
 
 
-def test_check_source_opens_nothing():
-    for name in DATASETS:
-        check_source(name + (":/nowhere" if name in FILES else ""), key="data.train")
+def test_a_name_is_checked_without_opening_the_data(photos, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise AssertionError(f"opened {path}")
+
+    with monkeypatch.context() as patched:
+        for module, name in ((builtins, "open"), (os, "scandir"), (os, "listdir"), (os, "stat")):
+            patched.setattr(module, name, refuse)
+        for name in DATASETS:
+            check_source(name + (f":{photos}" if name in FILES else ""), key="data.train")
+        with pytest.raises(AssertionError, match="opened"):
+            open_source(f"imagefolder:{photos}", "train")
 
 
 # In memory
@@ -82,7 +91,7 @@ def test_digits():
     assert all(torch.equal(train.read(i).image, again.read(i).image) for i in range(0, 1437, 100))
 
 
-def test_synthetic():
+def test_synthetic_data_is_the_same_at_every_start():
     source = open_source("synthetic:12x20", "train")
     assert len(source) == 12 and len(source.classes) == 10
     assert source.read(3).image.shape == (3, 20, 20) and source.read(11).label == 1

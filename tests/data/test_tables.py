@@ -131,7 +131,7 @@ def test_tabs_names_with_separators_and_other_alphabets(opened, root):
         (['"crane, bird"', "crane", "crane"], ["crane", "crane, bird"], [1, 0, 0], ""),
     ],
 )
-def test_labels(opened, labels, classes, values, note):
+def test_numbers_and_names_in_a_table_become_the_right_classes(opened, labels, classes, values, note):
     content = "path,label\n" + "".join(f"{path},{label}\n" for path, label in zip(IMAGES, labels))
     source = opened(content)
     assert source.classes == classes and [source.label(index) for index in range(3)] == values
@@ -162,7 +162,7 @@ def test_rows_without_a_file_are_counted(opened):
     assert len(source) == 4 and "1 rows list an image again" in source.notes[0]
 
 
-def test_splits(opened, root, tmp_path):
+def test_a_split_column_and_files_per_split_divide_the_images(opened, root, tmp_path):
     content = "split,path,label\n" + "".join(f"{'train' if 'dog' in p else 'Val'},{p},{label}\n" for p, label in IMAGES.items())
     assert list(contents(opened(content, shared=True))) == ["000.jpg", "001.png"]
     assert contents(opened(content, "val", classes=["cat", "dog"])) == {"000.jpg": "cat"}
@@ -228,5 +228,5 @@ def test_validation_follows_the_training_data(opened):
         (b"\x89PNG\r\n\x1a\n\0\0\x81", {}, "is no table of text|is no text"),
     ],
 )  # fmt: skip
-def test_mistakes(refusal, content, options, said):
+def test_a_mistake_in_a_table_is_one_line_with_its_place(refusal, content, options, said):
     assert re.search(said, refusal(content, **options))

@@ -152,7 +152,7 @@ def test_only_headers_are_read_at_opening(tmp_path, monkeypatch):
     assert len(opened(tmp_path)) == 36
 
 
-def test_styles(tmp_path):
+def test_large_slices_are_augmented_as_photos_and_small_ones_are_not(tmp_path):
     write(tmp_path / "small/a/0.npy", np.zeros((64, 63, 4)))
     write(tmp_path / "large/a/0.npy", np.zeros((4, 64, 80)))
     assert opened(tmp_path / "small").style == "tiny"
@@ -208,7 +208,7 @@ def test_a_header_that_promises_too_much(tmp_path):
         opened(tmp_path, "slices=1").read(5)
 
 
-def test_queries():
+def test_the_options_of_volumes_are_read():
     assert parse_cut("", "k") == Cut() == Cut(3, 2, 1, None)
     assert parse_cut("slices=5&axis=0&stride=2&window=-160,240.5", "k") == Cut(5, 0, 2, (-160.0, 240.5))
 

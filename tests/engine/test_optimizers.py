@@ -12,8 +12,7 @@ from bigvision import load_config
 from bigvision.errors import UserError
 from tests.distributed import run_ranks
 from tests.engine.test_parity import same_losses
-from tests.recipes import losses, recipe, run
-from tests.training.test_resume import digests
+from tests.recipes import digests, losses, recipe, run
 
 RATES = {"lion": 1e-4, "lamb": 5e-3, "adafactor": 1e-3, "muon": 1e-3}
 PAIRS = [

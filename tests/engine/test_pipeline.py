@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.cli.test_mistakes import refused, write_recipe
+from tests.cli.test_mistakes import refused
 from tests.distributed import run_ranks, start_ranks
 from tests.engine.test_parity import same_losses
 from tests.launch.test_deepspeed import run_without_objects
-from tests.recipes import lines, losses, recipe, run
+from tests.recipes import lines, losses, recipe, run, write_recipe
 
 DEEP: dict[str, dict[str, Any]] = {
     "vit": {"patch_size": 8, "depth": 6, "embed_dim": 48, "num_heads": 3},
@@ -103,7 +103,7 @@ def test_several_stages_on_each_of_four_ranks(tmp_path: Path) -> None:
         *(pytest.param(name, "1f1b", marks=pytest.mark.long) for name in ("convnext", "swin", "coat")),
     ],
 )
-def test_sharded_stages(tmp_path: Path, model: str, schedule: str) -> None:
+def test_losses_of_sharded_stages_equal_those_of_one_process(tmp_path: Path, model: str, schedule: str) -> None:
     """Two stages, each on two ranks: 12 samples to each pipeline."""
     check(tmp_path, model, [(4, {"stages": 2, "schedule": schedule})], micro_batch=3)
 
@@ -143,7 +143,7 @@ def test_other_optimizers(tmp_path: Path, optim: dict[str, Any]) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("parallel", [{"recompute": "blocks", "schedule": "zbv"}, {"recompute": "blocks"}, {"compile": True}])
-def test_recompute_and_compile(tmp_path: Path, parallel: dict[str, Any]) -> None:
+def test_recompute_and_compile_change_no_loss_of_a_pipeline(tmp_path: Path, parallel: dict[str, Any]) -> None:
     train = {"micro_batch": 6}
     reference = run_ranks(run, 1, alone(tmp_path / "reference", train=train))[0]
     same_losses(reference, run_ranks(run, 2, pipeline(tmp_path / "out", train=train, parallel=parallel))[0])
@@ -151,7 +151,7 @@ def test_recompute_and_compile(tmp_path: Path, parallel: dict[str, Any]) -> None
 
 @pytest.mark.long
 @pytest.mark.parametrize(("precision", "relative"), [("bf16", 1e-3), ("fp16", 1e-3)])
-def test_half_precision(tmp_path: Path, precision: str, relative: float) -> None:
+def test_losses_in_half_precision_are_those_of_fsdp(tmp_path: Path, precision: str, relative: float) -> None:
     train = {"steps": 8}
     shared = {"precision": precision}
     reference = run_ranks(run, 1, alone(tmp_path / "reference", train=train, parallel=shared | {"strategy": "fsdp"}))[0]
@@ -239,7 +239,9 @@ def test_the_table_is_said_at_start(tmp_path: Path) -> None:
         (2, ["--parallel.schedule", "2f2b"], ["parallel.schedule", "1f1b"]),
     ],
 )
-def test_one_line(tmp_path: Path, ranks: int, flags: list[str], words: list[str]) -> None:
+def test_a_pipeline_that_cannot_be_is_refused_in_one_line(
+    tmp_path: Path, ranks: int, flags: list[str], words: list[str]
+) -> None:
     path = write_recipe(tmp_path, parallel={"strategy": "pipeline"})
     refused(["train", path, *flags], *words, ranks=ranks)
     assert not list(tmp_path.glob("out/step-*"))

@@ -52,7 +52,7 @@ def test_models_with_batchnorm(tmp_path: Path, stages: tuple[str, ...]) -> None:
 
 
 @pytest.mark.long
-def test_recompute_and_compile(tmp_path: Path) -> None:
+def test_recompute_and_compile_change_no_loss_of_zero(tmp_path: Path) -> None:
     compare(tmp_path, [("zero1", 2), ("zero3", 3)], parallel={"recompute": "blocks"})
     compare(tmp_path, [("zero2", 2)], train={"micro_batch": 6}, parallel={"compile": True})
 
@@ -186,7 +186,7 @@ def seen_settings(plain: dict[str, Any]) -> list[Any]:
         return [zero.reduce_bucket_size, zero.prefetch_bucket_size, zero.param_persistence_threshold, zero.max_live_parameters]
 
 
-def test_knobs_reach_deepspeed(tmp_path: Path) -> None:
+def test_settings_of_a_deepspeed_file_reach_deepspeed(tmp_path: Path) -> None:
     file = tmp_path / "knobs.json"
     zero = {"stage": 3, "reduce_bucket_size": 12345, "prefetch_bucket_size": 77, "stage3_param_persistence_threshold": "auto"}
     file.write_text(json.dumps({"zero_optimization": zero}))

@@ -12,8 +12,8 @@ import yaml
 
 from tests.distributed import free_port, run_ranks
 from tests.launch.commands import BIN, ROOT
-from tests.launch.test_same_losses import together, write_recipe
-from tests.recipes import losses, recipe, run
+from tests.launch.test_same_losses import together
+from tests.recipes import losses, recipe, run, write_recipe
 
 
 def module(path: str) -> ModuleType:

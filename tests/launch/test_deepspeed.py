@@ -16,9 +16,11 @@ import yaml
 
 from tests.distributed import free_port, run_ranks
 from tests.launch.commands import BIN, ROOT, TORCHRUN, deepspeed, launch, start
-from tests.recipes import lines, losses, recipe, run
+from tests.launch.plain import without_objects
+from tests.recipes import lines, losses, recipe, run, write_recipe
 
 FILES = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
+THREE = {"steps": 3}
 COMPILES = pytest.mark.skipif(
     not shutil.which("c++"), reason="CPU Adam of parallel.offload needs a C++ compiler, and there is no c++ on PATH"
 )
@@ -34,12 +36,6 @@ def cases(files: list[str], short: set[str]) -> list[Any]:
 
 def precision(name: str) -> str:
     return next((kind for kind in ("bf16", "fp16") if name.endswith(kind)), "fp32")
-
-
-def write_recipe(folder: Path, **sections: dict[str, Any]) -> str:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(folder / "out", train={"steps": 3}, **sections)))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +61,8 @@ def test_the_launcher_trains_digits_with_every_file(name: str, tmp_path: Path) -
 
 
 def run_without_objects(plain: dict[str, Any]) -> list[float]:
-    """:func:`run`, where an object that another rank pickled would be an error."""
-    from torch.distributed import distributed_c10d
-
-    def refuse(*_: Any) -> None:
-        raise AssertionError("a pickled object was received")
-
-    before = distributed_c10d._tensor_to_object
-    distributed_c10d._tensor_to_object = refuse  # type: ignore[assignment]
-    try:
+    with without_objects():
         return run(plain)
-    finally:
-        distributed_c10d._tensor_to_object = before
 
 
 @pytest.mark.parametrize("name", cases(FILES, {"zero3", "zero3_fp16"}))
@@ -88,7 +74,7 @@ def test_every_file_takes_the_steps_of_ddp(name: str, tmp_path: Path, reference:
 
 @pytest.mark.long
 def test_one_rank_needs_no_launcher(tmp_path: Path, reference: list[float]) -> None:
-    launch([sys.executable, "launch/train.py", write_recipe(tmp_path), "--parallel.strategy", "zero3"])
+    launch([sys.executable, "launch/train.py", write_recipe(tmp_path, train=THREE), "--parallel.strategy", "zero3"])
     assert losses(tmp_path / "out") == near(reference)
 
 
@@ -101,7 +87,7 @@ HOSTS = ["--no_ssh", "--master_addr", "127.0.0.1", "--hostfile"]
 def test_ways_to_launch(how: str, tmp_path: Path, reference: list[float]) -> None:
     """The number of ranks without flags is the launcher's choice: the GPUs, or the CPU's NUMA nodes."""
     (tmp_path / "hosts").write_text("localhost slots=2\n")
-    rest = [write_recipe(tmp_path), "--deepspeed", "ds_configs/zero2.json"]
+    rest = [write_recipe(tmp_path, train=THREE), "--deepspeed", "ds_configs/zero2.json"]
     flags = {
         "bare": ["launch/train.py"],
         "module": ["--num_nodes", "1", "--num_gpus", "2", "--module", "bigvision.cli", "train"],
@@ -119,7 +105,14 @@ def test_ways_to_launch(how: str, tmp_path: Path, reference: list[float]) -> Non
 def test_two_hosts_without_ssh(tmp_path: Path, reference: list[float]) -> None:
     """Two names for this machine, each with a launcher of its own, as on two hosts."""
     (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
-    rest = [*HOSTS, str(tmp_path / "hosts"), "launch/train.py", write_recipe(tmp_path), "--deepspeed", "ds_configs/zero2.json"]
+    rest = [
+        *HOSTS,
+        str(tmp_path / "hosts"),
+        "launch/train.py",
+        write_recipe(tmp_path, train=THREE),
+        "--deepspeed",
+        "ds_configs/zero2.json",
+    ]
     port = free_port()
     with ThreadPoolExecutor() as pool:
         commands = [deepspeed("--node_rank", node, *rest, port=port) for node in ("0", "1")]
@@ -149,7 +142,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(name: str, tmp_path: Path) -> Non
     if content is not None:
         whole = content if isinstance(content, str) else json.dumps({"zero_optimization": {"stage": 2}} | content)
         file.write_text(whole)
-    rest = [write_recipe(tmp_path), "--deepspeed", str(file), *flags]
+    rest = [write_recipe(tmp_path, train=THREE), "--deepspeed", str(file), *flags]
     done = start(deepspeed("--num_gpus", "2", "launch/train.py", *rest))
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(said) == 1 and all(word in said[0] for word in words), done.stdout + done.stderr
@@ -158,7 +151,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.long
 def test_offload_without_a_compiler(tmp_path: Path) -> None:
-    command = [sys.executable, "launch/train.py", write_recipe(tmp_path), "--deepspeed", "ds_configs/zero2_offload.json"]
+    command = [
+        sys.executable,
+        "launch/train.py",
+        write_recipe(tmp_path, train=THREE),
+        "--deepspeed",
+        "ds_configs/zero2_offload.json",
+    ]
     done = start(command, timeout=300, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
     assert done.returncode == 2 and done.stdout == "", done
     assert re.fullmatch(r"error: parallel\.offload: .*not found.*install a C\+\+ compiler.*\n", done.stderr), done.stderr
@@ -170,7 +169,7 @@ def shape(text: str) -> str:
 
 
 def start_under(strategy: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    flags = [write_recipe(folder), "--parallel.strategy", strategy]
+    flags = [write_recipe(folder, train=THREE), "--parallel.strategy", strategy]
     done = start([*TORCHRUN, "--nproc-per-node", "2", "launch/train.py", *flags])
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -200,7 +199,16 @@ def test_accelerate_launch_trains_under_deepspeed(how: str, tmp_path: Path, refe
         config = yaml.safe_load(path.read_text()) | {"deepspeed_config": {"zero_stage": 3, "gradient_clipping": 1.0}}
         path = tmp_path / "accelerate.yaml"
         path.write_text(yaml.safe_dump(config))
-    launch([str(BIN / "accelerate"), "launch", "--config_file", str(path), "launch/train.py", write_recipe(tmp_path)])
+    launch(
+        [
+            str(BIN / "accelerate"),
+            "launch",
+            "--config_file",
+            str(path),
+            "launch/train.py",
+            write_recipe(tmp_path, train=THREE),
+        ]
+    )
     assert losses(tmp_path / "out") == near(reference)
     saved = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["parallel"]
     assert saved["strategy"] == {"file": "zero2", "stage": "zero3"}[how]

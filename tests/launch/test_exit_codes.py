@@ -30,7 +30,7 @@ def table() -> dict[str, list[int]]:
 @pytest.mark.long
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_the_table(name: str, code: int, tmp_path: Path) -> None:
+def test_a_launcher_ends_with_the_code_that_the_documents_say(name: str, code: int, tmp_path: Path) -> None:
     program = tmp_path / "end.py"
     program.write_text(f"import sys\nsys.exit({code})\n")
     done = start([*LAUNCHERS[name](), str(program)], timeout=120)

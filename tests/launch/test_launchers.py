@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from bigvision.data import Source, normalize, open_source, transform
 from tests.distributed import run_ranks
 from tests.launch.commands import BIN, ROOT, TORCHRUN, launch, start
-from tests.recipes import lines, losses, recipe, run
+from tests.recipes import lines, losses, recipe, run, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +113,9 @@ def test_eval_prints_the_metrics_of_the_run(digits: tuple[Path, str]) -> None:
 def test_accelerate_launch_trains_the_same(tmp_path: Path) -> None:
     """Two CPU ranks under FSDP from the configuration file in launch/accelerate; the recipe asks for something else."""
     run_ranks(run, 2, recipe(tmp_path / "reference", parallel={"strategy": "fsdp"}))
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        yaml.safe_dump(recipe(tmp_path / "out", parallel={"strategy": "ddp", "precision": "bf16", "device": "auto"}))
-    )
+    path = write_recipe(tmp_path, parallel={"strategy": "ddp", "precision": "bf16", "device": "auto"})
     accelerate = [str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/fsdp_cpu.yaml"]
-    launch([*accelerate, "launch/train.py", str(path)])
+    launch([*accelerate, "launch/train.py", path])
     assert losses(tmp_path / "out") == losses(tmp_path / "reference")
     saved = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
     assert (saved["parallel"]["strategy"], saved["parallel"]["precision"]) == ("fsdp", "fp32")
@@ -137,7 +134,6 @@ def test_accelerate_launch_with_a_setting_that_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.long
 def test_one_rank_without_a_launcher(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(tmp_path / "out", train={"steps": 2})))
-    launch([sys.executable, "launch/train.py", "--local_rank=0", str(path)])
+    path = write_recipe(tmp_path, train={"steps": 2})
+    launch([sys.executable, "launch/train.py", "--local_rank=0", path])
     assert len(losses(tmp_path / "out")) == 2

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from bigvision import load_config
 from bigvision.errors import Stopped, UserError
@@ -23,7 +22,7 @@ from bigvision.launchers.ray import session as begin
 from tests.distributed import run_ranks
 from tests.launch.commands import start
 from tests.launch.ray_session import ENVIRONMENT, command, descendants, listened_on, skip_without_ray
-from tests.recipes import lines, losses, recipe, run
+from tests.recipes import lines, losses, recipe, run, write_recipe
 
 skip_without_ray()
 TWO = Ask(workers=(2, 2))
@@ -115,9 +114,8 @@ def test_ranks_killed_at_twenty_random_moments(session: str, tmp_path: Path) -> 
 @pytest.mark.long
 def test_a_mistake_is_not_tried_again(session: str, tmp_path: Path) -> None:
     """From the command line: one line, exit code 2. What only the ranks can see: how many of them there are."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(tmp_path / "out", parallel={"strategy": "fsdp", "replicas": 3})))
-    done = start([sys.executable, "launch/ray/train.py", str(path), "--workers", "2", "--address", session], timeout=300)
+    path = write_recipe(tmp_path, parallel={"strategy": "fsdp", "replicas": 3})
+    done = start([sys.executable, "launch/ray/train.py", path, "--workers", "2", "--address", session], timeout=300)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert (done.returncode, said) == (2, ["error: parallel.replicas: 3 does not divide the 2 ranks"]), (
         done.stdout + done.stderr
@@ -127,9 +125,8 @@ def test_a_mistake_is_not_tried_again(session: str, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_signals_to_the_driver_save_and_stop_the_run(session: str, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(tmp_path / "out", train={"steps": 100_000}, checkpoint={"every": 100_000})))
-    command = [sys.executable, "launch/ray/train.py", str(path), "--workers=2", "--address", session]
+    path = write_recipe(tmp_path, train={"steps": 100_000}, checkpoint={"every": 100_000})
+    command = [sys.executable, "launch/ray/train.py", path, "--workers=2", "--address", session]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "metrics.jsonl"
     while not (log.exists() and len(lines(tmp_path / "out")) > 3):

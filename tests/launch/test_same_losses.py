@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.distributed import free_port, run_ranks
 from tests.launch.commands import BIN, TORCHRUN, deepspeed, start
 from tests.launch.hosts import DEVICE, ENVIRONMENT, Host, hosts  # noqa: F401
 from tests.launch.plain import without_objects
-from tests.recipes import losses, recipe, run
+from tests.recipes import losses, recipe, run, write_recipe
 
 TRAIN = "launch/train.py"
 
@@ -26,11 +25,6 @@ TRAIN = "launch/train.py"
 def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The twenty losses of two ranks without a launcher."""
     return run_ranks(run, 2, recipe(tmp_path_factory.mktemp("reference")))[0]
-
-
-def write_recipe(folder: Path, **sections: dict[str, Any]) -> str:
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder / "out", **sections)))
-    return str(folder / "recipe.yaml")
 
 
 def together(commands: list[list[str]], **environment: str) -> list[str]:

@@ -9,19 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.distributed import run_ranks
 from tests.launch.cluster import Cluster, cluster  # noqa: F401
 from tests.launch.test_exit_codes import CODES, table
-from tests.recipes import lines, losses, recipe, run
+from tests.recipes import lines, losses, recipe, run, write_recipe
 
 SCRIPT = "launch/slurm/train.sbatch"
-
-
-def write_recipe(folder: Path, steps: int) -> str:
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder / "out", train={"steps": steps})))
-    return str(folder / "recipe.yaml")
 
 
 def who(said: str) -> list[str]:
@@ -42,7 +36,7 @@ def test_who_is_a_rank(cluster: Cluster, tmp_path: Path) -> None:  # noqa: F811
 
 
 def test_the_same_losses_under_srun(cluster: Cluster, tmp_path: Path) -> None:  # noqa: F811
-    cluster.ask("srun", "-N2", "-n2", sys.executable, "launch/train.py", write_recipe(tmp_path, 20))
+    cluster.ask("srun", "-N2", "-n2", sys.executable, "launch/train.py", write_recipe(tmp_path))
     assert losses(tmp_path / "out") == run_ranks(run, 2, recipe(tmp_path / "reference"))[0]
 
 
@@ -51,7 +45,7 @@ def test_a_stopped_run_is_requeued_and_goes_on(cluster: Cluster, tmp_path: Path)
     """The signal that ``--signal=USR1@120`` sends two minutes before the end comes in the middle of the run."""
     steps = 120
     out = tmp_path / "out"
-    job = submit(cluster, tmp_path, ["-N2", "--ntasks-per-node=1"], [write_recipe(tmp_path, steps)])
+    job = submit(cluster, tmp_path, ["-N2", "--ntasks-per-node=1"], [write_recipe(tmp_path, train={"steps": steps})])
     wait(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) >= 3, "the first steps")
     cluster.ask("scancel", "--signal=USR1", job)
     wait(lambda: state(cluster, job) == "COMPLETED", "the end of the job", lambda: log(tmp_path))

@@ -10,25 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-SMALL = {
-    "model": {
-        "name": "vit_tiny_patch16_224",
-        "image_size": 32,
-        "options": {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2},
-    },
-    "data": {"train": "synthetic:53x32", "val": "synthetic:53x32", "workers": 0},
-    "optim": {"lr": 1e-3, "warmup": 3},
-    "parallel": {"strategy": "ddp", "precision": "fp32", "device": "cpu"},
-    "train": {"steps": 4, "global_batch": 24, "micro_batch": 5, "eval_every": 1000},
-    "checkpoint": {"every": 1000},
-    "monitor": {"progress": False, "every": 1},
-}
-"""A run of less than a second."""
+from tests import recipes
 
 
 def small(out: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    """`SMALL` into the folder *out*; *sections* change single keys."""
-    return SMALL | {"out": str(out)} | {name: SMALL.get(name, {}) | keys for name, keys in sections.items()}
+    """A :func:`tests.recipes.recipe` of less than a second."""
+    return recipes.recipe(out, "small", **sections | {"train": {"steps": 4} | sections.get("train", {})})
 
 
 def start(folder: Path, source: str, **recipe: Any) -> subprocess.Popen[str]:

@@ -85,7 +85,7 @@ def test_a_loop_of_ones_own_has_the_losses_of_a_run(tmp_path: Path, strategy: st
     assert len(losses(tmp_path / "more")) == 1
 
 
-def test_mistakes(tmp_path: Path) -> None:
+def test_a_mistake_in_ones_own_loop_is_one_line_with_the_key(tmp_path: Path) -> None:
     plain = small(tmp_path)
     for keys, said in (
         ({"num_classes": 3, "train.steps": None}, "train.steps: bigvision.Engine needs the number of steps"),

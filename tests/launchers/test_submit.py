@@ -235,7 +235,7 @@ def test_k8s(path: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--to", "slurm", "--out", "a\nb"], "submit: 'a\\nb' has characters that cannot be printed"),
     ],
 )
-def test_what_is_refused(arguments: list[str], said: str, path: str) -> None:
+def test_a_job_that_the_scheduler_would_refuse_is_refused_here_by_option(arguments: list[str], said: str, path: str) -> None:
     with pytest.raises(UserError) as caught:
         read_job([path, *arguments])
     assert said in str(caught.value) and "\n" not in str(caught.value)

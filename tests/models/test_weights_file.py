@@ -139,7 +139,7 @@ ONE = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
         (with_header({"a\n": entry([4], 0, 4, "F8_E4M3")}, b"1234"), "holds a as F8_E4M3; convert it to one of F64, F32"),
     ],
 )
-def test_damaged_files(tmp_path, content, words):
+def test_a_damaged_weights_file_is_one_line_before_a_model_is_built(tmp_path, content, words):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"^model\.weights: {path} .*{words}") as caught:

@@ -120,7 +120,7 @@ def test_layer_decay_of_every_module(entry: Entry) -> None:
     assert len(set(found.values())) > 2 and max(found.values()) == 1.0
 
 
-def test_schedule() -> None:
+def test_the_rate_rises_and_falls_as_the_schedule_says() -> None:
     config = OptimConfig(lr=2.0, warmup=0.1)
     rates = [learning_rate(config, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == 2.0 and max(rates) == 2.0

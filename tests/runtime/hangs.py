@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import yaml
-
 from tests.distributed import start_ranks
+from tests.recipes import write
 
 LIMIT = 3.0
 PATIENCE = 90.0
@@ -194,7 +193,7 @@ def run_and_hang(
     in_others: Callable[[], None] | None = None,
 ) -> Ended:  # fmt: skip
     """Train on *ranks* ranks, of which *victim* does *act* at *place*; returns when the others have ended."""
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    write(folder, plain)
     processes = start_ranks(train, ranks, folder, place, act, victim, in_others)
     others = [process for rank, process in enumerate(processes) if rank != victim]
     deadline = time.monotonic() + PATIENCE

@@ -19,8 +19,7 @@ from bigvision.errors import UserError
 from bigvision.runtime import RankFailure, deterministic, operations_named, process, start
 from bigvision.runtime.process import WORKSPACE
 from tests.distributed import run_ranks, start_ranks
-from tests.recipes import losses, recipe, run
-from tests.training.test_resume import digests
+from tests.recipes import digests, losses, recipe, run
 
 
 def settings() -> list[Any]:

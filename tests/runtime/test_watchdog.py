@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.distributed import run_ranks, start_ranks
 from tests.launch.commands import TORCHRUN, start
-from tests.recipes import losses, recipe
+from tests.recipes import losses, recipe, write, write_recipe
 from tests.runtime import hangs
 from tests.runtime.hangs import LIMIT, Ended, clean_up, run_and_hang
 
@@ -276,7 +275,7 @@ def test_a_store_that_refuses_connections_tells_other_hosts(tmp_path: Path) -> N
 @pytest.mark.parametrize("absent", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_rank_that_does_not_come_is_named(absent: int, tmp_path: Path) -> None:
     plain = recipe(tmp_path / "out", limits={"start": LIMIT})
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    write(tmp_path, plain)
     processes = start_ranks(hangs.train_unless, 3, tmp_path, absent)
     try:
         for process in processes:
@@ -303,7 +302,7 @@ def test_a_slow_first_step_is_no_alarm(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
     plain = recipe(tmp_path / "out", train={"steps": 8}, limits={"step": 6.0})
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    write(tmp_path, plain)
     processes = start_ranks(hangs.train, 3, tmp_path, "step", hangs.sleep_a_little, 1)
     try:
         while not (tmp_path / "mark").exists():
@@ -323,9 +322,8 @@ def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_one_rank_alone(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(tmp_path / "out", limits={"step": 2.0}, train={"micro_batch": 12})))
-    done = start([sys.executable, "-m", "tests.runtime.hangs", str(path), "data", "0"])
+    path = write_recipe(tmp_path, limits={"step": 2.0}, train={"micro_batch": 12})
+    done = start([sys.executable, "-m", "tests.runtime.hangs", path, "data", "0"])
     assert done.returncode == 124
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: rank 0: limits.step: 2 s ran out on rank 0 in step 3, without its data yet, at sleep_for"), (
@@ -337,9 +335,8 @@ def test_one_rank_alone(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_under_torchrun(tmp_path: Path) -> None:
     """The launcher holds the store, so that rank 0 is missed as any other."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(tmp_path / "out", limits={"step": LIMIT})))
-    command = [*TORCHRUN, "--nproc-per-node", "3", "-m", "tests.runtime.hangs", str(path), "data", "0"]
+    path = write_recipe(tmp_path, limits={"step": LIMIT})
+    command = [*TORCHRUN, "--nproc-per-node", "3", "-m", "tests.runtime.hangs", path, "data", "0"]
     done = start(command, timeout=300)
     assert done.returncode != 0
     found = re.findall(

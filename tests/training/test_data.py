@@ -20,9 +20,9 @@ import bigvision
 from bigvision import load_config
 from bigvision.samples import from_bytes, to_bytes
 from bigvision.training.trainer import evaluate_checkpoint
-from tests.cli.test_mistakes import refused, write_recipe
+from tests.cli.test_mistakes import refused
 from tests.distributed import run_ranks
-from tests.recipes import lines, recipe, run
+from tests.recipes import lines, recipe, run, write_recipe
 from tests.training.test_resume import run_and_listen
 
 MIXED = {"task": {"mixup": 0.8, "cutmix": 1.0}, "train": {"steps": 8, "global_batch": 24, "micro_batch": 4}}

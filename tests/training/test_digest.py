@@ -96,7 +96,7 @@ def test_nothing_is_saved_without_a_comparison(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_sound_runs_pass(tmp_path: Path) -> None:
+def test_comparing_copies_never_stops_a_sound_run(tmp_path: Path) -> None:
     """Running statistics differ between two saves; comparing changes nothing."""
     for name, ranks, parallel, model in (
         ("ddp", 3, {"strategy": "ddp"}, "resnet"),

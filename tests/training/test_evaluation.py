@@ -15,10 +15,10 @@ from PIL import Image
 from bigvision.data import BadSample
 from bigvision.engine import Metrics
 from bigvision.training.data import BadSamples
-from tests.cli.test_mistakes import refused, write_recipe
+from tests.cli.test_mistakes import refused
 from tests.data.test_image_modes import jpeg
 from tests.distributed import run_ranks
-from tests.recipes import lines, recipe, run
+from tests.recipes import lines, recipe, run, write_recipe
 
 CUT = jpeg()[:300]
 

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from bigvision.engine import Engine
 from bigvision.engine.zero import ZeroEngine
 from tests.distributed import run_ranks
-from tests.recipes import lines, losses, recipe
+from tests.recipes import digests, lines, losses, recipe
 from tests.training.planted import planted, run_planted, run_without, scalars
-from tests.training.test_resume import digests
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (3, {"strategy": "ddp"}),
@@ -109,7 +108,7 @@ def test_every_strategy_every_way(tmp_path: Path, layout: str, model: str, kind:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("layout", "offload"), [("zero2", "optimizer"), ("zero3", "all")])
-def test_offloaded(tmp_path: Path, layout: str, offload: str) -> None:
+def test_a_sample_that_is_not_finite_was_never_there_with_offload(tmp_path: Path, layout: str, offload: str) -> None:
     check(tmp_path, layout, "image", parallel={"offload": offload})
 
 

@@ -16,9 +16,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from bigvision.errors import Exit, lacks_memory
 from tests.distributed import run_ranks
 from tests.launch.commands import TORCHRUN, start
-from tests.recipes import losses, recipe, run
+from tests.recipes import losses, recipe, run, write
 from tests.training.test_starts import noted
-from tests.training.test_stopping import ended, train, written
+from tests.training.test_stopping import ended, train
 
 ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 2.00 GiB"
 
@@ -109,7 +109,7 @@ def test_the_next_start_goes_on(
 ) -> None:
     """The last rank starves from step *first* on."""
     out = tmp_path / "out"
-    path = written(tmp_path, plain(out, parallel=parallel))
+    path = write(tmp_path, plain(out, parallel=parallel))
     assert ended(train_starved, ranks, path, ranks - 1, {first: 6}, where) == [Exit.FAULT] * ranks
     assert noted(out, "micro_batch") == [6] and noted(out, "crash") == [first] and noted(out, "rank") == [ranks - 1]
     (error,) = noted(out, "error")
@@ -121,7 +121,7 @@ def test_the_next_start_goes_on(
     assert losses(out) == pytest.approx(undisturbed, rel=1e-5)
     assert micro_batches(out, 8) == (6, 6)
     # Another configuration says its own micro-batch.
-    changed = written(tmp_path, plain(out, parallel=parallel, train={"steps": 9}))
+    changed = write(tmp_path, plain(out, parallel=parallel, train={"steps": 9}))
     assert ended(train, ranks, changed) == [Exit.DONE] * ranks and micro_batches(out, 9) == (12, 12)
 
 
@@ -134,7 +134,7 @@ def test_torchrun_starts_it_again_twice(tmp_path: Path, undisturbed: list[float]
         "if __name__ == '__main__':\n    train_starved(sys.argv[1], 1, {4: 3}, 'forward')\n"
     )
     out = tmp_path / "out"
-    path = written(tmp_path, plain(out, faults={"same_crash": 1}))
+    path = write(tmp_path, plain(out, faults={"same_crash": 1}))
     command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", "--rdzv-endpoint", str(tmp_path / "meet")]
     done = start([*command, str(program), path], PYTHONPATH=os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]))
     assert done.returncode == 0, done.stderr
@@ -190,7 +190,7 @@ def test_the_largest_micro_batch_that_fits_a_schedule(tmp_path: Path) -> None:
     sections = {"train": {"global_batch": 18, "micro_batch": None}, "parallel": {"strategy": "pipeline", "microbatches": 2}}
     sections["parallel"]["schedule"] = "interleaved"
     out = tmp_path / "out"
-    path = written(tmp_path, plain(out, **sections))
+    path = write(tmp_path, plain(out, **sections))
     assert ended(train_starved, 2, path, 0, {1: 6}, "forward") == [Exit.FAULT] * 2
     assert noted(out, "micro_batch") == [3]
     assert ended(train, 2, path) == [Exit.DONE] * 2 and micro_batches(out, 8) == (3, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -16,15 +15,9 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_ranks, start_ranks
-from tests.recipes import lines, losses, recipe, run
+from tests.recipes import digests, lines, losses, recipe, run
 
 LAYOUTS = {"ddp1": ("ddp", 1, 1), "fsdp2": ("fsdp", 2, 1), "fsdp3": ("fsdp", 3, 1), "fsdp2x2": ("fsdp", 4, 2)}
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """sha256 of the model and optimizer files."""
-    files = [path for path in sorted(folder.iterdir()) if path.name.startswith(("model", "optimizer"))]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 PAIR = ("ddp1", "fsdp3")

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_ranks
-from tests.recipes import lines, losses, recipe, run
-from tests.training.test_resume import digests
+from tests.recipes import digests, lines, losses, recipe, run
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 Layout = tuple[str, int, dict[str, Any]]

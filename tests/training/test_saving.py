@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from bigvision import checkpoint
-from tests.cli.test_mistakes import refused, write_recipe
+from tests.cli.test_mistakes import refused
 from tests.distributed import run_ranks, start_ranks
-from tests.recipes import losses, recipe, run
-from tests.training.test_resume import digests, run_and_listen
+from tests.recipes import digests, losses, recipe, run, write_recipe
+from tests.training.test_resume import run_and_listen
 
 
 def ask_at(plain: dict[str, Any], step: int, rank: int) -> None:

@@ -15,9 +15,8 @@ import pytest
 from bigvision import checkpoint
 from bigvision.training.numbers import LEAST, WINDOW, Spikes
 from tests.distributed import run_ranks, start_ranks
-from tests.recipes import lines, losses, recipe
+from tests.recipes import digests, lines, losses, recipe
 from tests.training.planted import run_planted, run_without, scalars
-from tests.training.test_resume import digests
 
 
 def noise(count: int, seed: int = 0) -> list[float]:

@@ -24,9 +24,8 @@ from bigvision.training.run_folder import STARTS, Starts
 from tests.cli.test_mistakes import refused
 from tests.distributed import start_ranks
 from tests.launch.commands import BIN, ROOT, TORCHRUN, start
-from tests.recipes import losses, recipe
-from tests.training.test_resume import digests
-from tests.training.test_stopping import ended, train, written
+from tests.recipes import digests, losses, recipe, write
+from tests.training.test_stopping import ended, train
 
 
 def train_and_crash(path: str, rank: int, step: int) -> None:
@@ -55,7 +54,7 @@ def noted(out: Path, key: str) -> list[Any]:
 def test_the_same_crash_again_and_again_ends_it(tmp_path: Path, rank: int, step: int) -> None:
     out = tmp_path / "out"
     made = recipe(out, train={"steps": 8}, checkpoint={"every": 2}, faults={"same_crash": 2})
-    path = written(tmp_path, made)
+    path = write(tmp_path, made)
     for _ in range(2):
         assert ended(train_and_crash, 2, path, rank, step) == [Exit.FAULT] * 2
     assert noted(out, "crash") == [step] * 2 and noted(out, "rank") == [rank] * 2
@@ -63,7 +62,7 @@ def test_the_same_crash_again_and_again_ends_it(tmp_path: Path, rank: int, step:
     assert ended(train, 2, path) == [Exit.MISTAKE] * 2
     where = "at step 5" if step >= 0 else "before its first step"
     refused(["train", path], f"2 starts in a row crashed {where}", f"rank {rank}: ValueError: no such luck", str(out / STARTS))
-    assert ended(train, 2, written(tmp_path, made | {"faults": {"same_crash": 3}})) == [0, 0], "another configuration"
+    assert ended(train, 2, write(tmp_path, made | {"faults": {"same_crash": 3}})) == [0, 0], "another configuration"
     assert noted(out, "end") == ["done"]
 
 
@@ -103,7 +102,7 @@ def noted_starts(path: Path) -> list[int]:
 @pytest.mark.long
 def test_kills_are_not_taken_for_crashes_but_counted(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    path = written(tmp_path, recipe(out, train={"steps": 9000}, faults={"same_crash": 1, "restarts": 1}))
+    path = write(tmp_path, recipe(out, train={"steps": 9000}, faults={"same_crash": 1, "restarts": 1}))
     for number in range(2):
         processes = start_ranks(train, 2, path)
         deadline = time.monotonic() + 60
@@ -125,7 +124,7 @@ def test_torchrun_gives_up_on_a_crash_and_not_on_kills(tmp_path: Path) -> None:
         "import sys\nfrom tests.training.test_starts import train_and_crash\ntrain_and_crash(sys.argv[1], 1, 5)\n"
     )
     out = tmp_path / "out"
-    path = written(tmp_path, recipe(out, train={"steps": 8}, checkpoint={"every": 2}))
+    path = write(tmp_path, recipe(out, train={"steps": 8}, checkpoint={"every": 2}))
     command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "4", "--rdzv-endpoint", str(tmp_path / "meet")]
     done = start([*command, str(program), path], PYTHONPATH=os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]))
     assert done.returncode != 0 and "faults.same_crash: 3 starts in a row crashed at step 5" in done.stderr
@@ -137,9 +136,9 @@ def test_killed_under_torchrun_the_run_ends_with_the_same_bits(tmp_path: Path) -
     """SIGKILL of one rank at random moments; torchrun starts all again, and the run goes on by itself."""
     steps, kills, ranks, rng = 200, 20, 2, random.Random(20)
     made = recipe(tmp_path / "whole", train={"steps": steps, "eval_every": 40}, checkpoint={"every": 5})
-    assert ended(train, ranks, written(tmp_path, made)) == [0] * ranks
+    assert ended(train, ranks, write(tmp_path, made)) == [0] * ranks
     out = tmp_path / "killed"
-    path = written(tmp_path, made | {"out": str(out)})
+    path = write(tmp_path, made | {"out": str(out)})
     command = [*TORCHRUN, "--nproc-per-node", str(ranks), "--max-restarts", str(kills + 5), "--monitor-interval", "0.1"]
     command += ["--rdzv-endpoint", str(tmp_path / "meet"), "launch/train.py", path]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from bigvision import checkpoint
 from bigvision.checkpoint.commands import run_checkpoint
 from bigvision.errors import Exit
 from tests.distributed import free_port, start_ranks
-from tests.recipes import lines, losses, recipe
-from tests.training.test_resume import digests
+from tests.recipes import digests, lines, losses, recipe, write
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -65,12 +63,6 @@ def train_and_signal(path: str, place: str, count: int, rank: int, number: int) 
     train(path)
 
 
-def written(folder: Path, made: dict[str, Any]) -> str:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(made))
-    return str(path)
-
-
 def ended(target: Callable[..., None], ranks: int, *arguments: Any) -> list[int | None]:
     """Exit codes."""
     processes = start_ranks(target, ranks, *arguments)
@@ -86,7 +78,7 @@ def ended(target: Callable[..., None], ranks: int, *arguments: Any) -> list[int 
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three ranks that nobody disturbs."""
     out = tmp_path_factory.mktemp("whole")
-    assert ended(train, 3, written(out, plain(out / "out"))) == [0, 0, 0]
+    assert ended(train, 3, write(out, plain(out / "out"))) == [0, 0, 0]
     return out / "out"
 
 
@@ -113,7 +105,7 @@ def test_a_signal_anywhere_saves_and_ends_all_ranks(
     tmp_path: Path, whole: Path, place: str, count: int, step: int, rank: int, number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
-    path = written(tmp_path, plain(out))
+    path = write(tmp_path, plain(out))
     assert ended(train_and_signal, 3, path, place, count, rank, number) == [Exit.STOPPED] * 3
     # Training may be further when a save in the background begins.
     stopped_at = checkpoint.steps_in(out)[0]
@@ -135,8 +127,8 @@ def test_every_strategy_stops(tmp_path: Path, strategy: str, ranks: int, keys: d
     def made(out: Path) -> dict[str, Any]:
         return plain(out, parallel={"strategy": strategy} | keys)
 
-    assert ended(train, ranks, written(tmp_path, made(tmp_path / "whole"))) == [0] * ranks
-    path = written(tmp_path, made(tmp_path / "out"))
+    assert ended(train, ranks, write(tmp_path, made(tmp_path / "whole"))) == [0] * ranks
+    path = write(tmp_path, made(tmp_path / "out"))
     for place, count in (("step", 1), ("evaluate", 2)):
         assert ended(train_and_signal, ranks, path, place, count, ranks - 1, TERM) == [Exit.STOPPED] * ranks
         assert run_checkpoint(["verify", str(tmp_path / "out")]) == 0
@@ -147,7 +139,7 @@ def test_every_strategy_stops(tmp_path: Path, strategy: str, ranks: int, keys: d
 @pytest.mark.long
 def test_a_signal_while_the_others_are_waited_for(tmp_path: Path) -> None:
     """A rank whose peers do not come is in torch's own code, and has nothing to save."""
-    path = written(tmp_path, plain(tmp_path / "out"))
+    path = write(tmp_path, plain(tmp_path / "out"))
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     variables["MASTER_PORT"] = str(port := free_port())
     process = subprocess.Popen(
@@ -171,7 +163,7 @@ def listening_at(port: int) -> bool:
 
 def test_a_signal_to_save_does_not_stop(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    path = written(tmp_path, plain(out))
+    path = write(tmp_path, plain(out))
     assert ended(train_and_signal, 2, path, "evaluate", 2, 1, signal.SIGUSR2) == [0, 0]
     assert 4 in checkpoint.steps_in(out) and checkpoint.steps_in(out)[0] == STEPS
 
@@ -181,7 +173,7 @@ def test_stopped_at_random_moments(tmp_path: Path) -> None:
     """Anywhere in a program that imports and loads for seconds and trains for some more; then it is run to its end."""
     moments, ranks, rng, out = 50, 2, random.Random(50), tmp_path / "out"
     made = plain(out, train={"steps": 60 * moments, "eval_every": 7})
-    path, slowest, done = written(tmp_path, made), 0.0, False
+    path, slowest, done = write(tmp_path, made), 0.0, False
     for number in range(moments):
         before, begun = checkpoint.steps_in(out) if out.exists() else [], starts(out)
         processes = start_programs(path, ranks)
