@@ -60,7 +60,8 @@ format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/docs  ## build the documents as a site in build/site
+docs: $(VENV)/docs  ## write the reference of all keys, and build the documents as a site in build/site
+	$(BIN)/python -m tests.docs.reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/docs: $(STAMP)

@@ -10,17 +10,18 @@ from typing import Any, Literal
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "vit_tiny_patch16_224"
-    """A timm model name."""
+    """A timm model name, with or without a weights tag."""
     pretrained: bool = False
     """Start from timm's pretrained weights (needs a network or timm's cache)."""
     weights: str | None = None
-    """Start from this .safetensors file, its index, or a folder with one of them, such as another run's step folder."""
+    """Start from this .safetensors file, its index, or a folder with one of them, such as another run's step folder;
+    FILE?prefix=teacher. takes a part of it. Excludes pretrained."""
     image_size: int | tuple[int, int] | None = None
     """Side of a square input in pixels, or [height, width]; null takes the model's own."""
     num_classes: int | None = None
-    """Outputs of the classifier; null takes the number of classes in the data."""
+    """Outputs of the classifier; null takes the number of classes in the data. Fewer than those is an error."""
     drop_path: float = 0.0
-    """Stochastic depth rate (Huang et al. 2016)."""
+    """Stochastic depth rate (Huang et al. 2016), from 0 to below 1."""
     sync_batchnorm: bool = False
     """Take BatchNorm's statistics over the micro-batches of all data-parallel ranks, not of each one. Needs CUDA."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -30,8 +31,9 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     name: Literal["classify"] = "classify"
+    """What is learned: classification is the only task so far."""
     label_smoothing: float = 0.0
-    """Weight of the uniform distribution in the target (Szegedy et al. 2016)."""
+    """Weight of the uniform distribution in the target (Szegedy et al. 2016), in training only."""
     mixup: float = 0.0
     """Mix pairs of images and of labels (Zhang et al. 2018): parameter of the Beta distribution, often 0.8; 0 does not."""
     cutmix: float = 0.0
@@ -91,10 +93,10 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
-    """Decoupled, but in the gradient for sgd and in the scaled step for lamb; never applied to norms, biases and
-    other tensors with fewer than two dimensions."""
+    """Decoupled, but in the gradient for sgd and in the scaled step for lamb; never applied to norms, biases,
+    other tensors with fewer than two dimensions and what the timm model excludes."""
     layer_decay: float | None = None
-    """Each layer's rate is that of the layer above times this factor, e.g. 0.75; null: the same rate for all."""
+    """Each layer's rate is that of the layer above times this factor, e.g. 0.75, and the head's is lr; null: one rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the moments of adamw, lion (often 0.9, 0.99), lamb, adafactor (the second: its limit) and of muon's
     NAdamW, which steps what is not a matrix."""
@@ -103,7 +105,7 @@ class OptimConfig:
     clip: float | None = 1.0
     """Largest norm of the whole model's gradient; null does not clip."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """The learning rate after the warm-up."""
+    """The learning rate after the warm-up; cosine and linear go towards 0 at the last step."""
     warmup: float = 0.05
     """Share of all steps (below 1) or number of steps (1 and above) over which the rate rises linearly from 0."""
 
@@ -170,7 +172,7 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps in all; overrides epochs."""
     global_batch: int = 128
-    """Samples per optimizer step over all ranks."""
+    """Samples per optimizer step over all ranks, which must divide it."""
     micro_batch: int | None = None
     """Samples in one forward and backward pass on one rank; null takes the rank's whole part of the global batch."""
     eval_every: int | None = None
@@ -251,9 +253,9 @@ class FaultsConfig:
 @dataclass(frozen=True)
 class MonitorConfig:
     progress: bool = True
-    """Show a progress bar (on rank 0)."""
+    """Show a progress bar (on rank 0); without a terminal a line for each evaluation."""
     every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between the training lines of metrics.jsonl; the last step always has one."""
 
 
 @dataclass(frozen=True)

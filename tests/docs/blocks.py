@@ -99,7 +99,8 @@ def _of_command(words: list[str]) -> Iterator[str]:
         yield f"{' '.join(words)}: {error}"
     known_to = {"bigvision": COMMANDS, "bigvision.cli": COMMANDS, "checkpoint": CHECKPOINT, "make": _targets()}
     for program, known in known_to.items():
-        if program in words[:-1] and (named := words[words.index(program) + 1]) not in known:
+        named = words[words.index(program) + 1] if program in words[:-1] else None
+        if named not in (None, "--version", *known):
             yield f"{program} has no command {named}"
     if words[0] == "bigvision":
         source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "bigvision").rglob("*.py"))
