@@ -26,7 +26,7 @@ def run_late(plain: dict[str, Any], late: int, where: str, until: int) -> tuple[
     from bigvision.data.loader import Batches
     from bigvision.engine import Engine
 
-    home, name = {"data": (Batches, "__next__"), "forward": (Engine, "_outputs")}[where]
+    home, name = {"data": (Batches, "__next__"), "forward": (Engine, "_inputs")}[where]
     before, calls = getattr(home, name), 0
 
     def slow(self: Any, *args: Any) -> Any:
