@@ -303,11 +303,8 @@ def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[st
         "--nodes": "1", "--ranks-per-node": "1", "--restarts": str(RESTARTS), "--name": _name_of(recipe),
         "--cpus-per-task": str(1 + config.data.workers), **given,
     }  # fmt: skip
-    nodes, ranks, name = (
-        whole("--nodes", given["--nodes"]),
-        whole("--ranks-per-node", given["--ranks-per-node"]),
-        given["--name"],
-    )
+    nodes, ranks = (whole(option, given[option]) for option in ("--nodes", "--ranks-per-node"))
+    name = given["--name"]
     if to == "local" and nodes > 1:
         raise UserError(f"--nodes: {nodes} are more than this machine: use --to slurm or k8s, or --ranks-per-node")
     for option, (pattern, words) in FORMS.items():
@@ -320,7 +317,9 @@ def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[st
         raise UserError("--image: missing: name the container's image, such as --image registry.example/bigvision:0.1")
     claim, _, mount = given.get("--claim", "").partition(":")
     if mount and not Path(config.out).is_relative_to(mount):
-        raise UserError(f"out: {config.out} is not on the volume of --claim {given['--claim']}: use --out {mount}/{name}")
+        raise UserError(
+            f"out: {config.out} is not on the volume of --claim {given['--claim']}: use --out {mount}/{given['--name']}"
+        )
     return Job(
         name=name, recipe=recipe.absolute(), flags=tuple(flags), nodes=nodes, ranks_per_node=ranks,
         gpus_per_node=0 if config.parallel.device == "cpu" else ranks, image=given.get("--image"),
