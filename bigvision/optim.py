@@ -142,7 +142,7 @@ def sample_state(config: OptimConfig) -> dict[str, Any]:
     allocate_state(optimizer)
     for key, value in optimizer.state[parameter].items():
         if isinstance(value, Tensor) and key != "step" and value.shape != parameter.shape:
-            raise TypeError(f"{type(optimizer).__name__}: {key!r} has not the parameter's shape and cannot be saved")
+            raise TypeError(f"{type(optimizer).__name__}: {key!r} does not have the parameter's shape and cannot be saved")
     return optimizer.state[parameter]
 
 

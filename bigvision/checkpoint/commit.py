@@ -68,7 +68,7 @@ def prepare_folder(out: Path) -> None:
 
 
 def check_shared(out: Path) -> None:
-    """Raise `UserError` where a rank does not see a file that rank 0 has just made: its host has another folder named *out*."""
+    """Raise `UserError` on every rank where one does not see a file that rank 0 made: its host has another folder *out*."""
     if dist.get_world_size() == 1:
         return
     main = dist.get_rank() == 0

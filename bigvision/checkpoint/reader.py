@@ -50,7 +50,7 @@ class Tensors:
         self._last: tuple[ByteRange, bytearray] | None = None
 
     def parts(self, place: Place) -> Iterator[Tensor]:
-        """Yield the values of a tensor, flat and in order, at most :data:`PART` bytes at a time; raises as `read_range`."""
+        """Yield the values of a tensor, flat and in order, at most :data:`PART` bytes at a time; verified by `read_range`."""
         for offset in range(place.offset, place.offset + place.nbytes, PART):
             end = min(offset + PART, place.offset + place.nbytes)
             data = bytearray()

@@ -317,9 +317,7 @@ def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[st
         raise UserError("--image: missing: name the container's image, such as --image registry.example/bigvision:0.1")
     claim, _, mount = given.get("--claim", "").partition(":")
     if mount and not Path(config.out).is_relative_to(mount):
-        raise UserError(
-            f"out: {config.out} is not on the volume of --claim {given['--claim']}: use --out {mount}/{given['--name']}"
-        )
+        raise UserError(f"out: {config.out} is not on the volume of --claim {given['--claim']}: use --out {mount}/{name}")
     return Job(
         name=name, recipe=recipe.absolute(), flags=tuple(flags), nodes=nodes, ranks_per_node=ranks,
         gpus_per_node=0 if config.parallel.device == "cpu" else ranks, image=given.get("--image"),

@@ -100,8 +100,9 @@ def start(
     Where this process has joined them already, the process group is shared, and the last one that leaves ends it. After a fault
     NCCL's communicators are aborted: to destroy them would be to wait for ranks that do not come.
 
-    *device* is "auto", "cpu" or "cuda". The mesh is (stages, replicas, ranks / stages / replicas); *stages* None is all ranks.
-    *timeout* is how long a rank waits for the others in one collective, in all groups that have no timeout of their own.
+    *device* is "auto", "cpu" or "cuda"; *replicas* are full copies of the model, *stages* the ranks in a pipeline, None being
+    all of them. The mesh is (stages, replicas, ranks / stages / replicas). *timeout* is how long a rank waits for the
+    others in one collective, in all groups that have no timeout of their own.
     """
     global _joined
     joined, runtime = _join(device, replicas, stages, timeout)
