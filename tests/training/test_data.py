@@ -121,12 +121,12 @@ def seen_by_the_watchdog(plain: dict[str, Any]) -> tuple[set[bool], set[bool]]:
 
     watches: list[Watchdog] = []
     asked, passed = set[bool](), set[bool]()
-    enter, following, outputs = Watchdog.__enter__, loader.Batches.__next__, Engine._outputs
+    enter, following, inputs = Watchdog.__enter__, loader.Batches.__next__, Engine._inputs
 
     def noted(found: set[bool], inner: Any) -> Any:
         def call(*args: Any) -> Any:
-            if watches[-1].at.phase == "step":
-                found.add(watches[-1].at.data)
+            if watches[-1].board.at.phase == "step":
+                found.add(watches[-1].board.at.data)
             return inner(*args)
 
         return call
@@ -134,7 +134,7 @@ def seen_by_the_watchdog(plain: dict[str, Any]) -> tuple[set[bool], set[bool]]:
     with (
         mock.patch.object(Watchdog, "__enter__", lambda self: watches.append(self) or enter(self)),
         mock.patch.object(loader.Batches, "__next__", noted(asked, following)),
-        mock.patch.object(Engine, "_outputs", noted(passed, outputs)),
+        mock.patch.object(Engine, "_inputs", noted(passed, inputs)),
     ):
         run(plain)
     return asked, passed
