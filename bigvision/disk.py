@@ -37,15 +37,13 @@ def write_new(path: Path, data: bytes, size: int = 0) -> None:
 
     Its name is not on the disk yet: see :func:`sync_folder`.
     """
-    descriptor = open_new(path)
-    try:
+    with os.fdopen(open_new(path), "wb") as file:
+        descriptor = file.fileno()
         if size > len(data):
             os.ftruncate(descriptor, size)
             _reserve(descriptor, size)
         write_at(descriptor, memoryview(data), 0)
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -104,8 +102,7 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def read_into(descriptor: int, data: memoryview, offset: int) -> None:
-    """Fill *data* with the file's bytes from *offset*: the system may give less at a time. Raises `EOFError` if it ends before,
-    or `OSError`."""
+    """Fill *data* with the file's bytes from *offset*: the system may give less at a time. `EOFError` where it ends before."""
     while data:
         count = os.preadv(descriptor, [data], offset)
         if count == 0:

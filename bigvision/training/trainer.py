@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -227,9 +227,8 @@ def evaluate(
 ) -> dict[str, float] | None:  # fmt: skip
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
 
-    Args:
-        saving: exchanges requests with each batch; where any rank was asked to stop, the evaluation is broken off, and None
-            is returned.
+    *saving* exchanges requests with each batch; where any rank was asked to stop, the evaluation is broken off, and None
+    is returned.
     """
     watch.beat("evaluate", engine.step)
     engine.synchronize()
@@ -262,12 +261,8 @@ def evaluate(
 def evaluate_checkpoint(folder: Path, config: Config, say: Callable[[str], None] = lambda text: None) -> dict[str, float]:
     """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank.
 
-    Args:
-        say: told where /dev/shm is small for NCCL.
-
-    Raises:
-        UserError: the folder is not a valid checkpoint or is of another model; or ``train.deterministic`` and an operation
-            without a deterministic form.
+    `UserError` where the folder is not a valid checkpoint or is of another model, or ``train.deterministic`` meets an operation
+    without a deterministic form. *say* is told where /dev/shm is small for NCCL.
     """
     config = _for_ranks(without_weights(config), identify(os.environ).world_size)
     parallel, timeout = config.parallel, collective_timeout(config.limits)
@@ -286,14 +281,12 @@ def evaluate_checkpoint(folder: Path, config: Config, say: Callable[[str], None]
             config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True,
             trains=False,
         )  # fmt: skip
-        try:
+        with closing(engine):
             found.restore(list(engine.fragments()), groups=("model",))
             engine.refresh()
             metrics = evaluate(config, engine, data, blueprint, runtime, watch)
             assert metrics is not None
             return metrics
-        finally:
-            engine.close()
 
 
 def _for_ranks(config: Config, ranks: int) -> Config:
