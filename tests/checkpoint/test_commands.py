@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from bigvision.checkpoint import Lock, steps_in
+from bigvision.tasks import Classify
 from tests.checkpoint.real import command, contents, flip, refused, train, write
 from tests.recipes import lines
 
@@ -40,12 +41,12 @@ def test_a_list_has_what_the_run_logged(run: Path) -> None:
     for entry in found:
         line = logged[entry["step"]]
         assert entry["folder"] == f"step-{entry['step']:08}" and entry["samples"] == line["samples"]
-        assert entry["metrics"] == {name: line[f"val_{name}"] for name in ("loss", "top1", "top5")}
+        assert entry["metrics"] == {name: line[f"val_{name}"] for name in Classify.metrics}
         assert (entry["state"], entry["problem"]) == ("valid", None)
         assert entry["bytes"] == sum(path.stat().st_size for path in (run / entry["folder"]).iterdir())
         assert abs(datetime.fromisoformat(entry["saved"]).timestamp() - (run / entry["folder"]).stat().st_mtime) < 60
-    for name, better in (("loss", min), ("top1", max), ("top5", max)):
-        best = better(entry["metrics"][name] for entry in found)
+    for name in Classify.metrics:
+        best = (min if name == "loss" else max)(entry["metrics"][name] for entry in found)
         assert [name in entry["best"] for entry in found] == [entry["metrics"][name] == best for entry in found]
     code, out, _ = command("checkpoint", "list", run)
     rows = [line.split() for line in out.splitlines()]

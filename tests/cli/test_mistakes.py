@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from bigvision.tasks import Classify
 from tests.distributed import run_ranks
 from tests.recipes import recipe, run, write_recipe
 
@@ -212,7 +213,7 @@ def test_a_plain_model_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         code, again, err = run_ranks(command, ranks, ["eval", made["name"], *flags, *weights])[0]
         assert code == 0 and json.loads(again) == pytest.approx(json.loads(out), rel=1e-5), err
     code, out, err = command(["eval", "vit_tiny_patch16_224_in21k", *flags, "--model.pretrained", "false"])
-    assert code == 0 and set(json.loads(out)) == {"loss", "top1", "top5"}
+    assert code == 0 and set(json.loads(out)) == set(Classify.metrics)
     assert "vit_tiny_patch16_224_in21k is called vit_tiny_patch16_224.augreg_in21k" in err
     refused(["eval", made["name"]], "vit_tiny_patch16_224 on which images", "--data.val", ranks=2)
     refused(["eval", made["name"], *flags], "data.val: 10 classes", "1000 outputs", "data.classes")
@@ -234,7 +235,7 @@ def test_a_right_command_trains_evaluates_and_prints_its_configuration(tmp_path:
     )]  # fmt: skip
     metrics = [yaml.safe_load(out) for _, out, _ in results]
     assert [code for code, _, _ in results] == [0] * 4 and all(m == pytest.approx(metrics[0], rel=1e-5) for m in metrics)
-    assert set(metrics[0]) == {"loss", "top1", "top5"}
+    assert set(metrics[0]) == set(Classify.metrics)
     replicated = [*["train", path], "--out", str(tmp_path / "two"), "--parallel.strategy", "fsdp", "--parallel.replicas", "2"]
     assert run_ranks(command, 4, replicated)[0][0] == 0
     code, again, err = run_ranks(command, 1, ["eval", str(tmp_path / "two" / "step-00000002")])[0]

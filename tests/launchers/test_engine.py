@@ -12,6 +12,7 @@ import torch
 
 import bigvision
 from bigvision.models import Blueprint
+from bigvision.tasks import Classify
 from tests.distributed import run_ranks
 from tests.launchers.programs import small
 from tests.recipes import losses, run
@@ -78,7 +79,7 @@ def test_a_loop_of_ones_own_has_the_losses_of_a_run(tmp_path: Path, strategy: st
     found = run_ranks(own_loop, 2, plain | {"out": str(tmp_path / "own")}, floats)
     for got, metrics, _ in found:
         assert got == expected
-        assert set(metrics) == {"loss", "top1", "top5"}
+        assert set(metrics) == set(Classify.metrics)
     # A run goes on from its checkpoint.
     plain |= {"out": str(tmp_path / "more"), "checkpoint": {"resume": found[0][2]}}
     run_ranks(run, 1, plain | {"train": plain["train"] | {"steps": 5}})

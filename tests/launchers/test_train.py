@@ -15,6 +15,7 @@ import torch
 import bigvision
 from bigvision.api import configured
 from bigvision.runtime import RankFailure
+from bigvision.tasks import Classify
 from tests.distributed import run_ranks
 from tests.launchers.programs import small
 from tests.recipes import losses, run
@@ -54,7 +55,7 @@ def test_forked_ranks_have_the_callers_objects_and_give_the_losses_of_one_proces
     assert logged(result) == losses(tmp_path / "two")
     events = note.read_text().splitlines()
     line = "['grad_norm', 'images_per_second', 'loss', 'lr', 'peak_memory', 'samples', 'step']"
-    metrics = "['loss', 'top1', 'top5']"
+    metrics = str([*Classify.metrics])
     assert [text for text in events if " step " in text] == [f"0 step {step} {line} False" for step in (1, 2, 3, 4)]
     assert [text for text in events if " checkpoint " in text] == ["0 checkpoint 2 [] True", "0 checkpoint 4 [] True"]
     assert f"0 evaluation 4 {metrics} False" in events and events[-1] == f"0 end 4 {metrics} True" and len(events) == 8
