@@ -66,19 +66,36 @@ def _group(params: list[Tensor], names: list[str], lr_scale: float = 1.0, weight
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The rate of step *step* (from 0) of *steps*: a linear warm-up from 0 to ``lr``, then constant, linear or cosine to 0.
+    """The rate of step *step* (from 0) of *steps*, both counted in applied updates: a linear warm-up from 0, then a schedule.
 
-    Cosine without restarts is that of SGDR (Loshchilov and Hutter 2017).
+    With lr at the peak, p the share of the steps after the warm-up that is behind, and m = ``min_lr``:
+
+    - constant: lr.
+    - cosine: m + (lr - m) (1 + cos(pi p)) / 2 (SGDR without restarts, Loshchilov and Hutter 2017).
+    - linear: m + (lr - m) (1 - p).
+    - poly: m + (lr - m) (1 - p)**power (DeepLab, Chen et al. 2017).
+    - wsd: lr, and over the last ``cooldown`` steps linear in their share, as linear is (MiniCPM, Hu et al. 2024; Hägele et
+      al. 2024). A cooldown that would reach into the warm-up begins at its end.
+    - step: lr * gamma**k, with k the number of milestones at or before this step (torch's MultiStepLR; He et al. 2016).
     """
-    warmup = config.warmup if config.warmup >= 1 else config.warmup * steps
+    warmup = _steps(config.warmup, steps)
     if step + 1 < warmup:
         return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
         return config.lr
-    progress = min(1.0, max(0.0, step - warmup) / max(1.0, steps - warmup))
-    if config.schedule == "linear":
-        return config.lr * (1.0 - progress)
-    return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if config.schedule == "step":
+        return config.lr * config.gamma ** sum(round(_steps(place, steps)) <= step for place in config.milestones)
+    begin = max(warmup, steps - _steps(config.cooldown, steps)) if config.schedule == "wsd" else warmup
+    progress = min(1.0, max(0.0, step - begin) / max(1.0, steps - begin))
+    span = config.lr - config.min_lr
+    if config.schedule == "cosine":
+        return config.min_lr + span * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.min_lr + span * (1.0 - progress) ** (config.power if config.schedule == "poly" else 1.0)
+
+
+def _steps(value: float, steps: int) -> float:
+    """A share of *steps* (below 1) or a number of steps (1 and above), as a number of steps."""
+    return value if value >= 1 else value * steps
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, on_cpu: bool = False) -> Optimizer:

@@ -44,6 +44,8 @@ NO_DATES = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+LISTS: dict[Any, str] = {float: "numbers"}
+"""What lists of any length hold, for people."""
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -138,8 +140,11 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             if (number := _number(value, option)) is not None:
                 return number
         elif typing.get_origin(option) is tuple:
-            if isinstance(value, (list, tuple)) and len(value) == len(typing.get_args(option)):
-                return tuple(coerce(item, part, key, where) for item, part in zip(value, typing.get_args(option)))
+            parts = typing.get_args(option)
+            if isinstance(value, (list, tuple)) and parts[-1] is Ellipsis:
+                return tuple(coerce(item, parts[0], key, where) for item in value)
+            if isinstance(value, (list, tuple)) and len(value) == len(parts):
+                return tuple(coerce(item, part, key, where) for item, part in zip(value, parts))
         elif isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
             return dict(value)
     if str in (kind, *typing.get_args(kind)) and isinstance(value, (bool, float)):
@@ -171,7 +176,8 @@ def kind_name(kind: Any) -> str:
     if typing.get_origin(kind) in (Union, types.UnionType):
         return " or ".join(kind_name(option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return f"a list of {len(typing.get_args(kind))} numbers"
+        parts = typing.get_args(kind)
+        return f"a list of {LISTS[parts[0]] if parts[-1] is Ellipsis else f'{len(parts)} numbers'}"
     if typing.get_origin(kind) is dict:
         return "a mapping of names to values"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}

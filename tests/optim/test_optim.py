@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from bigvision.config import OptimConfig
+from bigvision.config import OptimConfig, peak_rate
 from bigvision.errors import UserError
 from bigvision.optim import allocate_state, build_optimizer, learning_rate, parameter_groups, state_layout, step_counters
 from tests.models.zoo import ZOO, Entry
@@ -132,6 +133,39 @@ def test_the_rate_rises_and_falls_as_the_schedule_says() -> None:
     constant = OptimConfig(lr=2.0, warmup=0, schedule="constant")
     assert {learning_rate(constant, step, 10) for step in range(10)} == {2.0}
     assert all(math.isfinite(learning_rate(config, step, 1)) for step in range(3))
+
+
+def test_schedules_are_their_formulas() -> None:
+    """Each against its formula, or torch's scheduler, over 100 steps with a warm-up of ten."""
+
+    def rates(**keys: Any) -> list[float]:
+        return [learning_rate(OptimConfig(lr=2.0, warmup=10, **keys), step, 100) for step in range(100)]
+
+    left = [1 - (step - 10) / 90 for step in range(10, 100)]
+    for keys, expected in (
+        ({"schedule": "cosine", "min_lr": 0.5}, [0.5 + 1.5 * (1 - math.cos(math.pi * one)) / 2 for one in left]),
+        ({"schedule": "linear", "min_lr": 0.5}, [0.5 + 1.5 * one for one in left]),
+        ({"schedule": "poly", "power": 2.0, "min_lr": 0.5}, [0.5 + 1.5 * one**2 for one in left]),
+        ({"schedule": "wsd", "cooldown": 0.25, "min_lr": 0.5}, [2.0] * 65 + [2.0 - 1.5 * s / 25 for s in range(25)]),
+        ({"schedule": "wsd", "cooldown": 500}, [2.0 * one for one in left]),
+        ({"schedule": "step", "milestones": (0.3, 0.7)}, [2.0] * 20 + [0.2] * 40 + [0.02] * 30),
+    ):  # fmt: skip
+        found = rates(**keys)
+        assert found[10:] == pytest.approx(expected, rel=1e-12), keys
+        assert found[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)], rel=1e-12)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [7, 30, 81], gamma=0.5)
+    config = OptimConfig(lr=2.0, warmup=0, schedule="step", milestones=(0.07, 0.3, 0.81), gamma=0.5)
+    for step in range(100):
+        assert learning_rate(config, step, 100) == pytest.approx(optimizer.param_groups[0]["lr"]), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_peak_scales_with_the_batch() -> None:
+    assert peak_rate(OptimConfig(lr=0.1), 4096) == 0.1
+    assert peak_rate(OptimConfig(lr=0.1, lr_base_size=256), 1024) == pytest.approx(0.4)
+    assert peak_rate(OptimConfig(lr=0.1, lr_base_size=256, lr_base_scale="sqrt"), 1024) == pytest.approx(0.2)
 
 
 # Of two matrices and two biases: each, none, each group, or what muon leaves to NAdamW (a 20 x 3 matrix is too narrow for it).
