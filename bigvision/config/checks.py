@@ -164,6 +164,14 @@ def check(config: Config) -> None:
         if value is not None and not fits(value):
             raise UserError(f"{key}: {spell(value) if isinstance(value, tuple) else value} must be {text}")
     _check_rate(config.optim, config.train.global_batch)
+    for place, group in enumerate(config.optim.groups):
+        if not 0 < group.lr_scale < math.inf:
+            raise UserError(
+                f"optim.groups[{place}].lr_scale: {group.lr_scale} must be a number above 0; to leave "
+                "parameters as they are, use model.trainable"
+            )
+        if group.weight_decay is not None and not 0 <= group.weight_decay < math.inf:
+            raise UserError(f"optim.groups[{place}].weight_decay: {group.weight_decay} must be a finite number from 0 on")
     parallel = config.parallel
     what, fits = WHOLE.get(config.optim.name, ("", (parallel.strategy,)))
     if parallel.strategy not in fits:

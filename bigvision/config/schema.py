@@ -86,6 +86,15 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class GroupConfig:
+    """One entry of `optim.groups`."""
+
+    match: str
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "sgd", "lion", "lamb", "adafactor", "muon"] = "adamw"
     """adamw, sgd, lion: every strategy. lamb needs whole tensors: ddp, fsdp, pipeline. adafactor, muon need whole
@@ -102,6 +111,10 @@ class OptimConfig:
     other tensors with fewer than two dimensions and what the timm model excludes."""
     layer_decay: float | None = None
     """Each layer's rate is that of the layer above times this factor, e.g. 0.75, and the head's is lr; null: one rate."""
+    groups: tuple[GroupConfig, ...] = ()
+    """Rates and decay by name, e.g. [{match: head, lr_scale: 10}, {match: '*.norm?', weight_decay: 0}]. match: a parameter or
+    module of timm's, * and ? as in file names. lr_scale multiplies the rate, after layer_decay; weight_decay takes the place of
+    the one above, also for norms and biases. Of several that match a parameter the last one holds."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the moments of adamw, lion (often 0.9, 0.99), lamb, adafactor (the second: its limit) and of muon's
     NAdamW, which steps what is not a matrix."""

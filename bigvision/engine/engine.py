@@ -20,7 +20,7 @@ from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepRes
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint
-from bigvision.optim import learning_rate
+from bigvision.optim import group_table, learning_rate
 from bigvision.runtime import Runtime
 from bigvision.samples import seed_from
 from bigvision.tasks import Task
@@ -81,6 +81,8 @@ class Engine:
                 f"peak learning rate: {self.rate.lr:g}, which is optim.lr: {config.optim.lr:g} times {root}"
                 f"train.global_batch: {config.train.global_batch} / optim.lr_base_size: {config.optim.lr_base_size}"
             )
+        if config.optim.groups and trains:
+            self.notes += group_table(self.module, config.optim)
         self.parts = [self.module]
         if config.model.sync_batchnorm:
             self.notes += synchronize_norms(self.module, runtime)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -11,9 +12,19 @@ import timm
 import torch
 from torch import nn
 
-from bigvision.config import OptimConfig, peak_rate
+from bigvision.config import GroupConfig, OptimConfig, peak_rate
 from bigvision.errors import UserError
-from bigvision.optim import allocate_state, build_optimizer, learning_rate, parameter_groups, state_layout, step_counters
+from bigvision.optim import (
+    Setting,
+    allocate_state,
+    build_optimizer,
+    group_table,
+    learning_rate,
+    parameter_groups,
+    settings,
+    state_layout,
+    step_counters,
+)
 from tests.models.zoo import ZOO, Entry
 
 
@@ -92,6 +103,75 @@ def test_layer_decay_of_frozen_and_tied_parameters() -> None:
     found = scales(model, 0.5)
     assert found["cls_token"] == 0.125 and "patch_embed.proj.weight" not in found
     assert found["blocks.0.mlp.fc1.weight"] == 0.25 and "blocks.1.mlp.fc1.weight" not in found
+
+
+def small_vit() -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=24, num_heads=2)
+
+
+def test_the_last_rule_that_matches_holds_after_layer_decay() -> None:
+    rules = [
+        GroupConfig("*", weight_decay=0.3), GroupConfig("blocks.[01]", 2.0), GroupConfig("*.attn.*.bias", weight_decay=0.2),
+        GroupConfig("head", 10.0), GroupConfig("pos_embed", 0.5, 0.1),
+    ]  # fmt: skip
+    model = small_vit()
+    found = settings(model, 0.05, 0.5, rules)
+    assert {name: (one.lr_scale, one.weight_decay) for name, one in found.items() if one.rule != 0} == {
+        **{name: (0.5**3 * 2, one) for name, one in of_block(0, "mlp", "norm", "weight").items()},
+        **{name: (0.5**2 * 2, one) for name, one in of_block(1, "mlp", "norm", "weight").items()},
+        **{f"blocks.{n}.attn.{kind}.bias": (0.5 ** (3 - n), 0.2) for n in range(3) for kind in ("qkv", "proj")},
+        "head.weight": (10.0, 0.05), "head.bias": (10.0, 0.0), "pos_embed": (0.5**4 * 0.5, 0.1),
+    }  # fmt: skip
+    assert found["norm.bias"] == Setting(0.5, 0.3, 0), "a decay by name holds for norms and biases too"
+    groups = parameter_groups(model, 0.05, 0.5, rules=rules)
+    assert {name: (g["lr_scale"], g["weight_decay"]) for g in groups for name in g["names"]} == {
+        name: (one.lr_scale, one.weight_decay) for name, one in found.items()
+    }
+
+
+def of_block(number: int, *words: str) -> dict[str, float]:
+    """The parameters of a block with one of *words* in their names, and their decay."""
+    names = [name for name, _ in small_vit().named_parameters() if name.startswith(f"blocks.{number}.")]
+    return {n: 0.0 if "norm" in n or n.endswith("bias") else 0.05 for n in names if any(word in n for word in words)}
+
+
+def test_a_tied_parameter_goes_by_each_of_its_names() -> None:
+    model = small_vit()
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight  # pyright: ignore
+    assert settings(model, 0.1, None, [GroupConfig("blocks.1.mlp.fc1", 3.0)])["blocks.0.mlp.fc1.weight"].lr_scale == 3.0
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (["blokcs.*"], ["optim.groups[0].match: 'blokcs.*'", "blocks.*"]),
+        (["head", "blocks.*.attn.qvk"], ["optim.groups[1].match", "blocks.*.attn.qkv"]),
+        (["head", "*"], ["optim.groups[0].match: 'head'", "behind"]),
+        (["patch_embed.proj"], ["optim.groups[0].match", "frozen"]),
+    ],
+)
+def test_a_rule_without_effect_is_refused(rules: list[str], words: list[str]) -> None:
+    model = small_vit()
+    model.patch_embed.requires_grad_(False)  # pyright: ignore
+    with pytest.raises(UserError) as caught:
+        settings(model, 0.1, None, [GroupConfig(pattern, 2.0) for pattern in rules])
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
+
+
+def test_the_table_counts_each_parameter_once() -> None:
+    model = small_vit()
+    model.patch_embed.requires_grad_(False)  # pyright: ignore
+    _, head, *rows = group_table(model, OptimConfig(layer_decay=0.5, groups=(GroupConfig("blocks.*", 2.0),)))
+    assert head.split() == ["match", "rate", "x", "decay", "tensors", "parameters", "names"]
+    assert [row.split()[:2] for row in rows] == [
+        ["blocks.*", "0.25-1"], ["blocks.*", "0.25-1"], ["(the", "rest)"], ["(the", "rest)"], ["(frozen)", "2"],
+    ]  # fmt: skip
+    cells = [re.findall(r" (\d+) +([\d,]+)  [a-z]", row)[0] for row in rows]
+    counts = [[int(cell.replace(",", "")) for cell in pair] for pair in cells]
+    whole = list(model.parameters())
+    assert [sum(column) for column in zip(*counts)] == [len(whole), sum(parameter.numel() for parameter in whole)]
+    assert counts[-1] == [2, 16 * 16 * 3 * 24 + 24] and rows[-1].endswith("patch_embed.proj.weight, patch_embed.proj.bias")
 
 
 def test_layer_decay_is_refused_without_layers() -> None:
