@@ -1,4 +1,4 @@
-"""Optimizers by name, parameter groups, and the learning rate as a pure function of the step.
+"""Optimizers by name, what is trained, parameter groups, and the learning rate as a pure function of the step.
 
 In come a model's parameters by name and the section ``optim``; out come parameter groups, an optimizer of torch's, timm's or
 DeepSpeed's over them, and the learning rate of a step. Clipping and stepping are the engine's.
@@ -23,6 +23,37 @@ from bigvision.config import GroupConfig, OptimConfig
 from bigvision.errors import UserError
 
 
+def freeze(module: nn.Module, trainable: str | Sequence[str]) -> None:
+    """Freeze all parameters but those that ``model.trainable`` names; one that is frozen already stays so.
+
+    Raises `UserError` where that leaves nothing to train, or means nothing for this model.
+    """
+    asked = f"model.trainable: {trainable if isinstance(trainable, str) else list(trainable)}"
+    parameters = dict(module.named_parameters())
+    if trainable == "all":
+        return
+    if trainable == "head":
+        if not hasattr(module, "get_classifier"):
+            raise UserError(f"{asked} needs timm's get_classifier, which {type(module).__name__} lacks: use a list of names")
+        heads = module.get_classifier()  # type: ignore[operator]
+        within = {p for head in (heads if isinstance(heads, (tuple, list)) else (heads,)) for p in head.parameters()}
+        kept = {name for name, parameter in parameters.items() if parameter in within}
+    elif isinstance(trainable, str):
+        count = int(trainable.removeprefix("last:"))
+        layers = _layers(module, asked, "use a list of names")
+        top = max(layers.values())
+        if count > top:
+            raise UserError(f"{asked}, but the model has {top} layers below its head: use at most last:{top}, or all")
+        kept = {name for name, layer in layers.items() if layer >= top - count}
+    else:
+        kept = set[str]().union(*(matching(module, name, "model.trainable") for name in trainable))
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in kept and parameter.requires_grad)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        why = "all that it names is frozen by the model" if kept else "the model has no classifier"
+        raise UserError(f"{asked} leaves nothing to train: {why}: name other parameters, or use all")
+
+
 @dataclass(frozen=True)
 class Setting:
     """How one parameter is stepped."""
@@ -42,7 +73,8 @@ def parameter_groups(
     takes one kind. The groups with the smallest rates come first, which with *layer_decay* are the stem's. *held* are the
     parameters that are stepped here, where they are others than the module's own (a pipeline stage's). See `settings`.
     """
-    chosen, held = settings(module, weight_decay, layer_decay, rules), dict(module.named_parameters()) if held is None else held
+    chosen = settings(module, weight_decay, layer_decay, rules)
+    held = dict(module.named_parameters()) if held is None else held
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, setting in chosen.items():
         if name in held:
@@ -60,7 +92,8 @@ def settings(
 
     Norms, biases and what the timm model excludes by name are not decayed. The rate is multiplied with *layer_decay* for each
     layer, counted as timm does, from the head (Clark et al. 2020, Bao et al. 2022), then by the last of the *rules* that
-    matches. That rule's weight decay holds for all that it matches. Raises `UserError` for a rule without any effect.
+    matches. A rule's weight decay is used for all that it matches, norms and biases too. Raises `UserError` for a rule without
+    any effect.
     """
     from timm.optim import param_groups_weight_decay
 
@@ -89,7 +122,7 @@ def settings(
     for place, rule in enumerate(rules):
         if not any(setting.rule == place for setting in found.values()):
             frozen = not matched[place] & found.keys()
-            why = "all that it matches is frozen" if frozen else "later entries match the same, and the last match holds"
+            why = "all that it matches is frozen" if frozen else "later entries match the same, and the last match wins"
             fix = "drop it, or change model.trainable" if frozen else "put it behind them"
             raise UserError(f"optim.groups[{place}].match: {rule.match!r} has no effect: {why}: {fix}")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -191,6 +192,14 @@ def check(config: Config) -> None:
             raise UserError(f"parallel.{key}: {value} needs parallel.strategy {fits}")
     if parallel.strategy == "pipeline":
         _check_schedule(parallel)
+    trainable = config.model.trainable
+    if isinstance(trainable, str) and not re.fullmatch(r"all|head|last:0*[1-9][0-9]*", trainable):
+        raise UserError(
+            f"model.trainable: {trainable!r} must be all, head, last:N with N from 1 on, or a list of names: "
+            f"{spell([trainable])}"
+        )
+    if not trainable:
+        raise UserError("model.trainable: [] leaves nothing to train: name what is trained, or use all")
     if config.model.pretrained and config.model.weights:
         raise UserError("model.pretrained: true contradicts model.weights: choose one of the two")
     if config.faults.rollback and config.faults.spike is None:

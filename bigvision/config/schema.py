@@ -20,6 +20,9 @@ class ModelConfig:
     """Side of a square input in pixels, or [height, width]; null takes the model's own."""
     num_classes: int | None = None
     """Outputs of the classifier; null takes the number of classes in the data. Fewer than those is an error."""
+    trainable: str | tuple[str, ...] = "all"
+    """What is trained, the rest keeps its values: all, head (timm's classifier), last:N (the head and the last N layers, as
+    optim.layer_decay counts them), or a list of names as in optim.groups, such as [head, '*.norm?']."""
     drop_path: float = 0.0
     """Stochastic depth rate (Huang et al. 2016), from 0 to below 1."""
     sync_batchnorm: bool = False
@@ -114,7 +117,7 @@ class OptimConfig:
     groups: tuple[GroupConfig, ...] = ()
     """Rates and decay by name, e.g. [{match: head, lr_scale: 10}, {match: '*.norm?', weight_decay: 0}]. match: a parameter or
     module of timm's, * and ? as in file names. lr_scale multiplies the rate, after layer_decay; weight_decay takes the place of
-    the one above, also for norms and biases. Of several that match a parameter the last one holds."""
+    the one above, also for norms and biases. The last match wins."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the moments of adamw, lion (often 0.9, 0.99), lamb, adafactor (the second: its limit) and of muon's
     NAdamW, which steps what is not a matrix."""

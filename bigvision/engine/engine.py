@@ -56,7 +56,7 @@ class Engine:
         """
         self.config, self.task, self.runtime, self.steps = config, task, runtime, steps
         self.restoring, self.trains = restored, trains
-        self.rate = replace(config.optim, lr=peak_rate(config.optim, config.train.global_batch))
+        self.optim = replace(config.optim, lr=peak_rate(config.optim, config.train.global_batch))
         self.micro_batch = micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
         self.eval_batch = self.micro_batch
         self.checks: list[tuple[Tensor, Tensor]] = []
@@ -78,10 +78,10 @@ class Engine:
         if config.optim.lr_base_size is not None and trains:
             root = "the root of " if config.optim.lr_base_scale == "sqrt" else ""
             self.notes.append(
-                f"peak learning rate: {self.rate.lr:g}, which is optim.lr: {config.optim.lr:g} times {root}"
+                f"peak learning rate: {self.optim.lr:g}, which is optim.lr: {config.optim.lr:g} times {root}"
                 f"train.global_batch: {config.train.global_batch} / optim.lr_base_size: {config.optim.lr_base_size}"
             )
-        if config.optim.groups and trains:
+        if (config.optim.groups or config.model.trainable != "all") and trains:
             self.notes += group_table(self.module, config.optim)
         self.parts = [self.module]
         if config.model.sync_batchnorm:
@@ -154,7 +154,7 @@ class Engine:
 
     def _rate(self) -> float:
         """The learning rate; a skipped step leaves its own to the next one."""
-        return learning_rate(self.rate, self.step - self.skipped, self.steps)
+        return learning_rate(self.optim, self.step - self.skipped, self.steps)
 
     def _passes(self, batch: Batch | StepBatch, factor: float) -> Tensor:
         """Run all micro-batches of *batch*, with gradients times *factor*; return the sum of its losses, float64 and 0-D."""

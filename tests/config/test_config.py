@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bigvision.config import Config, describe, load_config, parse_size, resolve
+from bigvision.config import Config, GroupConfig, describe, load_config, parse_size, resolve
 from bigvision.errors import UserError
 
 
@@ -38,6 +38,10 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert load_config(path) == config
     made = load_config(Config().to_dict())
     assert made == replace(Config(), out=made.out)
+    part = load_config(None, ["--model.trainable", "[head, '*.norm?']", "--optim.groups", "[{match: head, lr_scale: 1e1}]"])
+    assert part.model.trainable == ("head", "*.norm?") and part.optim.groups == (GroupConfig("head", 10.0),)
+    assert load_config(part.to_dict()) == part
+    assert load_config(None, ["--model.trainable", "last:2"]).model.trainable == "last:2"
     step = load_config(None, ["--optim.schedule", "step", "--optim.milestones", "[0.3, 0.6, 0.9]"])
     assert step.optim.milestones == (0.3, 0.6, 0.9) and load_config(step.to_dict()).optim == step.optim
     pairs = load_config({"model": {"image_size": [64, 32]}}, ["--data.image_range", "[-160, 240]"])
@@ -104,6 +108,15 @@ def test_options_of_the_model_may_be_numbers_with_an_exponent(tmp_path: Path) ->
         ({"optim": {"min_lr": 0.002, "lr_base_size": 64}, "train": {"global_batch": 32}}, [], ["optim.min_lr", "0.0005"]),
         ({"optim": {"lr_base_scale": "sqrt"}}, [], ["optim.lr_base_scale: sqrt", "optim.lr_base_size"]),
         ({"optim": {"lr_base_size": 0}}, [], ["optim.lr_base_size: 0"]),
+        ({"optim": {"groups": [{"match": "head", "lr_scal": 2}]}}, [], ["optim.groups[0]", "'lr_scal'", "'lr_scale'"]),
+        ({"optim": {"groups": [{"match": "a"}, {"lr_scale": 2}]}}, [], ["optim.groups[1].match", "missing"]),
+        ({"optim": {"groups": {"match": "head"}}}, [], ["optim.groups", "a list of mappings"]),
+        ({"optim": {"groups": [{"match": "head", "lr_scale": 0}]}}, [], ["optim.groups[0].lr_scale: 0.0", "above 0"]),
+        ({}, ["--optim.groups", "[{match: a, weight_decay: -1}]"], ["optim.groups[0].weight_decay: -1.0"]),
+        ({"model": {"trainable": "heads"}}, [], ["model.trainable: 'heads'", "last:N", "[heads]"]),
+        ({}, ["--model.trainable", "last:0"], ["model.trainable: 'last:0'", "from 1 on"]),
+        ({"model": {"trainable": []}}, [], ["model.trainable: []", "nothing to train"]),
+        ({"model": {"trainable": [3.5]}}, [], ["model.trainable[0]: 3.5"]),
         ({"train": {"epochs": 0}}, [], ["train.epochs"]),
         ({"task": {"label_smoothing": 1.0}}, [], ["task.label_smoothing"]),
         ({"parallel": {"strategy": "ddp", "replicas": 2}}, [], ["parallel.replicas: 2", "fsdp"]),

@@ -18,6 +18,7 @@ from bigvision.optim import (
     Setting,
     allocate_state,
     build_optimizer,
+    freeze,
     group_table,
     learning_rate,
     parameter_groups,
@@ -110,7 +111,7 @@ def small_vit() -> nn.Module:
         return timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=24, num_heads=2)
 
 
-def test_the_last_rule_that_matches_holds_after_layer_decay() -> None:
+def test_the_last_rule_that_matches_wins_after_layer_decay() -> None:
     rules = [
         GroupConfig("*", weight_decay=0.3), GroupConfig("blocks.[01]", 2.0), GroupConfig("*.attn.*.bias", weight_decay=0.2),
         GroupConfig("head", 10.0), GroupConfig("pos_embed", 0.5, 0.1),
@@ -123,7 +124,7 @@ def test_the_last_rule_that_matches_holds_after_layer_decay() -> None:
         **{f"blocks.{n}.attn.{kind}.bias": (0.5 ** (3 - n), 0.2) for n in range(3) for kind in ("qkv", "proj")},
         "head.weight": (10.0, 0.05), "head.bias": (10.0, 0.0), "pos_embed": (0.5**4 * 0.5, 0.1),
     }  # fmt: skip
-    assert found["norm.bias"] == Setting(0.5, 0.3, 0), "a decay by name holds for norms and biases too"
+    assert found["norm.bias"] == Setting(0.5, 0.3, 0), "a decay by name is used for norms and biases too"
     groups = parameter_groups(model, 0.05, 0.5, rules=rules)
     assert {name: (g["lr_scale"], g["weight_decay"]) for g in groups for name in g["names"]} == {
         name: (one.lr_scale, one.weight_decay) for name, one in found.items()
@@ -140,6 +141,46 @@ def test_a_tied_parameter_goes_by_each_of_its_names() -> None:
     model = small_vit()
     model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight  # pyright: ignore
     assert settings(model, 0.1, None, [GroupConfig("blocks.1.mlp.fc1", 3.0)])["blocks.0.mlp.fc1.weight"].lr_scale == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable", "trained"),
+    [
+        ("vit_tiny_patch16_224", "all", [""]),
+        ("vit_tiny_patch16_224", "head", ["head."]),
+        ("vit_tiny_patch16_224", "last:2", ["blocks.10.", "blocks.11.", "norm.", "head."]),
+        ("vit_tiny_patch16_224", ["blocks.3.mlp", "*.bias", "head"], ["blocks.3.mlp.", "head.", "bias"]),
+        ("deit_tiny_distilled_patch16_224", "head", ["head.", "head_dist."]),
+        ("convnext_atto", "head", ["head.fc."]),
+        ("convnext_atto", "last:1", ["stages.3.blocks.1.", "head."]),
+        ("test_resnet", "last:1", ["layer4.", "fc."]),
+    ],
+)
+def test_only_what_is_named_is_trained(name: str, trainable: Any, trained: list[str]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    freeze(model, trainable)
+    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ends = tuple(one for one in trained if not one.endswith(".") and one)
+    starts = tuple(one for one in trained if one not in ends)
+    assert found == {n for n, _ in model.named_parameters() if n.startswith(starts) or (ends and n.endswith(ends))} and found
+
+
+@pytest.mark.parametrize(
+    ("model", "trainable", "words"),
+    [
+        (lambda: timm.create_model("pit_xs_224"), "last:1", ["last:1", "pit_xs_224", "list of names"]),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "head", ["get_classifier", "Sequential"]),
+        (lambda: timm.create_model("test_resnet", num_classes=0), "head", ["nothing to train", "no classifier"]),
+        (lambda: timm.create_model("test_resnet").requires_grad_(False), ["fc"], ["nothing to train", "frozen"]),
+        (lambda: timm.create_model("test_resnet"), "last:99", ["last:99", "at most last:"]),
+        (lambda: timm.create_model("test_resnet"), ["fc", "layer5.*"], ["'layer5.*'", "layer"]),
+    ],
+)
+def test_what_cannot_be_trained_alone_is_refused(model: Any, trainable: Any, words: list[str]) -> None:
+    with torch.device("meta"), pytest.raises(UserError, match=r"^model\.trainable") as caught:
+        freeze(model(), trainable)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
 
 
 @pytest.mark.parametrize(
