@@ -45,7 +45,7 @@ def made(out: Path, case: str, **parallel: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("strategy", "ranks", "more"), LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["groups", "last", *(pytest.param(case, marks=LONG) for case in ("head", "names"))])
 def test_losses_and_groups_are_those_of_one_process(
     tmp_path: Path, case: str, strategy: str, ranks: int, more: dict[str, Any]
 ) -> None:
