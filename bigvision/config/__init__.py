@@ -8,7 +8,7 @@ single values, ``checks.py`` those that exclude each other. ``ds_file.py`` reads
 ``ds_keys.py``.
 """
 
-from bigvision.config.checks import WHOLE, check_batches, micro_batch
+from bigvision.config.checks import WHOLE, check_batches, micro_batch, peak_rate
 from bigvision.config.ds_file import deepspeed_settings, read_ds_file
 from bigvision.config.resolve import describe, load_config, resolve
 from bigvision.config.schema import (
@@ -18,6 +18,7 @@ from bigvision.config.schema import (
     Config,
     DataConfig,
     FaultsConfig,
+    GroupConfig,
     LimitsConfig,
     ModelConfig,
     MonitorConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "FaultsConfig",
+    "GroupConfig",
     "LimitsConfig",
     "ModelConfig",
     "MonitorConfig",
@@ -50,6 +52,7 @@ __all__ = [
     "load_config",
     "micro_batch",
     "parse_size",
+    "peak_rate",
     "read_ds_file",
     "resolve",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 from bigvision.config.ds_file import read_ds_file
-from bigvision.config.schema import ONE_STAGE, SPLIT_BACKWARD, Config, ParallelConfig
+from bigvision.config.schema import ONE_STAGE, SCHEDULE_KEYS, SPLIT_BACKWARD, Config, OptimConfig, ParallelConfig
 from bigvision.config.values import get, parse_size, spell
 from bigvision.errors import UserError, either
 
@@ -21,7 +23,8 @@ LOWEST = {
     "seed": 0, "data.workers": 0, "parallel.replicas": 1, "parallel.stages": 2, "parallel.stages_per_rank": 1,
     "parallel.microbatches": 1, "train.global_batch": 1, "train.micro_batch": 1, "train.steps": 0, "train.eval_every": 1,
     "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 1, "monitor.every": 1, "model.num_classes": 1,
-    "data.max_pixels": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0, "task.label_smoothing": 0,
+    "data.max_pixels": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.min_lr": 0,
+    "optim.lr_base_size": 1, "task.label_smoothing": 0,
     "task.mixup": 0, "task.cutmix": 0, "model.drop_path": 0, "data.jitter": 0, "data.erase": 0, "data.repeats": 1,
     "data.shuffle_block": 1, "data.shuffle_window": 1, "data.bad_budget": 0, "faults.nonfinite": 0,
     "faults.digest_every": 1, "faults.same_crash": 1, "faults.restarts": 0,
@@ -29,7 +32,7 @@ LOWEST = {
 """The least value of keys that are finite numbers."""
 ABOVE_ZERO = (
     "train.epochs", "checkpoint.minutes", "checkpoint.timeout", "faults.spike",
-    "limits.start", "limits.step", "limits.evaluate", "limits.save", "limits.grace",
+    "limits.start", "limits.step", "limits.evaluate", "limits.save", "limits.grace", "optim.cooldown", "optim.power",
 )  # fmt: skip
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda value: value < 2**63, "below 2**63"),
@@ -45,6 +48,18 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.crop_scale": (lambda ends: 0 < ends[0] <= ends[1] <= 1, "two shares above 0, the smaller first"),
     "data.erase": (lambda value: value <= 1, "a share, at most 1"),
     "optim.clip": (lambda value: value > 0, "above 0; null does not clip"),
+    "optim.gamma": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "optim.milestones": (
+        lambda places: (
+            (
+                all(0 < one < other < math.inf for one, other in itertools.pairwise((*places, places[-1] + 1)))
+                and (places[0] >= 1 or places[-1] < 1)
+            )
+            if places
+            else True
+        ),
+        "numbers above 0 that rise, all shares (below 1) or all steps (1 and above)",
+    ),
     "optim.layer_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1; null: one rate for all"),
 }
 """What other keys must be where they are not null."""
@@ -149,6 +164,15 @@ def check(config: Config) -> None:
         value = get(config, key)
         if value is not None and not fits(value):
             raise UserError(f"{key}: {spell(value) if isinstance(value, tuple) else value} must be {text}")
+    _check_rate(config.optim, config.train.global_batch)
+    for place, group in enumerate(config.optim.groups):
+        if not 0 < group.lr_scale < math.inf:
+            raise UserError(
+                f"optim.groups[{place}].lr_scale: {group.lr_scale} must be a number above 0; to leave "
+                "parameters as they are, use model.trainable"
+            )
+        if group.weight_decay is not None and not 0 <= group.weight_decay < math.inf:
+            raise UserError(f"optim.groups[{place}].weight_decay: {group.weight_decay} must be a finite number from 0 on")
     parallel = config.parallel
     what, fits = WHOLE.get(config.optim.name, ("", (parallel.strategy,)))
     if parallel.strategy not in fits:
@@ -168,6 +192,14 @@ def check(config: Config) -> None:
             raise UserError(f"parallel.{key}: {value} needs parallel.strategy {fits}")
     if parallel.strategy == "pipeline":
         _check_schedule(parallel)
+    trainable = config.model.trainable
+    if isinstance(trainable, str) and not re.fullmatch(r"all|head|last:0*[1-9][0-9]*", trainable):
+        raise UserError(
+            f"model.trainable: {trainable!r} must be all, head, last:N with N from 1 on, or a list of names: "
+            f"{spell([trainable])}"
+        )
+    if not trainable:
+        raise UserError("model.trainable: [] leaves nothing to train: name what is trained, or use all")
     if config.model.pretrained and config.model.weights:
         raise UserError("model.pretrained: true contradicts model.weights: choose one of the two")
     if config.faults.rollback and config.faults.spike is None:
@@ -176,6 +208,38 @@ def check(config: Config) -> None:
     allow = config.checkpoint.allow
     if allow is not None and not {name.strip() for name in allow.split(",")} <= {"data", "classes"}:
         raise UserError(f"checkpoint.allow: {allow!r} must be data, classes, or both: data,classes")
+
+
+def peak_rate(optim: OptimConfig, global_batch: int) -> float:
+    """The learning rate after the warm-up: ``optim.lr``, scaled with the batch where ``optim.lr_base_size`` is given."""
+    if optim.lr_base_size is None:
+        return optim.lr
+    ratio = global_batch / optim.lr_base_size
+    return optim.lr * (math.sqrt(ratio) if optim.lr_base_scale == "sqrt" else ratio)
+
+
+def _check_rate(optim: OptimConfig, global_batch: int) -> None:
+    """Settings of the learning rate that contradict each other."""
+    for key, schedules in SCHEDULE_KEYS.items():
+        if (value := getattr(optim, key)) != getattr(OptimConfig, key) and optim.schedule not in schedules:
+            raise UserError(
+                f"optim.{key}: {spell(value)} has no meaning for optim.schedule: {optim.schedule}: use {either(schedules)}, "
+                "or drop the key"
+            )
+    if optim.schedule == "step" and not optim.milestones:
+        raise UserError("optim.schedule: step needs optim.milestones: say where the rate falls, such as [0.3, 0.6, 0.9]")
+    if optim.schedule == "wsd" and optim.warmup < 1 and optim.cooldown < 1 < optim.warmup + optim.cooldown:
+        raise UserError(
+            f"optim.cooldown: {optim.cooldown} and optim.warmup: {optim.warmup} are more than all steps together: lower one"
+        )
+    if optim.lr_base_scale != "linear" and optim.lr_base_size is None:
+        raise UserError(
+            f"optim.lr_base_scale: {optim.lr_base_scale} needs optim.lr_base_size: the batch that lr is for, or drop it"
+        )
+    if optim.min_lr > (peak := peak_rate(optim, global_batch)):
+        raise UserError(
+            f"optim.min_lr: {optim.min_lr:g} is above the peak learning rate, {peak:g}: lower it, or raise optim.lr"
+        )
 
 
 def _check_schedule(parallel: ParallelConfig) -> None:

@@ -106,6 +106,7 @@ class DsFile:
                 if value != "auto" and not _is_off(value, rule.switch):
                     self.neutral.setdefault(rule.why, []).append(key)
             elif isinstance(rule, Only):
+                self.written[key] = _unquoted(value, "number")
                 if value not in (None, "auto") and not any(_same(value, right) for right in rule.values):
                     raise self.error(f"{key}: {_json(value)} is refused: {rule.why}")
             elif isinstance(rule, Choice):
@@ -244,6 +245,9 @@ class DsFile:
 
     def scheduler(self) -> None:
         schedule, given = self._chosen("scheduler", "optim.schedule", "WarmupLR, WarmupDecayLR, WarmupCosineLR")
+        last = "scheduler.type" if schedule == "linear" else "scheduler.params.cos_min_ratio"
+        if schedule == "linear" or (schedule == "cosine" and self.written.get(last) == 0):
+            self.ask("optim.min_lr", 0.0, last)
         missing = {name: default for name, default in ds_keys.NEEDED.get(schedule, {}).items() if name not in given}
         if missing and self.written.get("scheduler.params.warmup_num_steps") == "auto":
             left = ", ".join(f"{name} ({default} in DeepSpeed)" for name, default in missing.items())

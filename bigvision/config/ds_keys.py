@@ -118,7 +118,7 @@ SCHEDULER = {
         "total_num_steps": Ours("int", "train.steps", 1),
         "warmup_type": Only(("linear",), 'the warm-up is linear; write "linear"'),
         "warmup_min_lr warmup_min_ratio": Only((0,), "the warm-up rises from 0; write 0"),
-        "cos_min_ratio": Only((0,), "the cosine falls to 0; write 0"),
+        "cos_min_ratio": Only((0,), 'the cosine falls to optim.min_lr; write 0, or "auto" for that'),
         "last_batch_iteration": Only((-1,), "checkpoint.resume continues a run; drop the key"),
     },
 }

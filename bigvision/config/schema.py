@@ -20,6 +20,9 @@ class ModelConfig:
     """Side of a square input in pixels, or [height, width]; null takes the model's own."""
     num_classes: int | None = None
     """Outputs of the classifier; null takes the number of classes in the data. Fewer than those is an error."""
+    trainable: str | tuple[str, ...] = "all"
+    """What is trained, the rest keeps its values: all, head (timm's classifier), last:N (the head and the last N layers, as
+    optim.layer_decay counts them), or a list of names as in optim.groups, such as [head, '*.norm?']."""
     drop_path: float = 0.0
     """Stochastic depth rate (Huang et al. 2016), from 0 to below 1."""
     sync_batchnorm: bool = False
@@ -86,17 +89,35 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class GroupConfig:
+    """One entry of `optim.groups`."""
+
+    match: str
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "sgd", "lion", "lamb", "adafactor", "muon"] = "adamw"
     """adamw, sgd, lion: every strategy. lamb needs whole tensors: ddp, fsdp, pipeline. adafactor, muon need whole
     matrices: ddp."""
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate, of a global batch of lr_base_size samples where that is given."""
+    lr_base_size: int | None = None
+    """Scale the rate with the batch: lr x train.global_batch / lr_base_size (Goyal et al. 2017), often 256; null: lr as it
+    is."""
+    lr_base_scale: Literal["linear", "sqrt"] = "linear"
+    """sqrt: scale with the root of that quotient, as is usual for Adam and LAMB (You et al. 2020)."""
     weight_decay: float = 0.05
     """Decoupled, but in the gradient for sgd and in the scaled step for lamb; never applied to norms, biases,
     other tensors with fewer than two dimensions and what the timm model excludes."""
     layer_decay: float | None = None
     """Each layer's rate is that of the layer above times this factor, e.g. 0.75, and the head's is lr; null: one rate."""
+    groups: tuple[GroupConfig, ...] = ()
+    """Rates and decay by name, e.g. [{match: head, lr_scale: 10}, {match: '*.norm?', weight_decay: 0}]. match: a parameter or
+    module of timm's, * and ? as in file names. lr_scale multiplies the rate, after layer_decay; weight_decay takes the place of
+    the one above, also for norms and biases. The last match wins."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the moments of adamw, lion (often 0.9, 0.99), lamb, adafactor (the second: its limit) and of muon's
     NAdamW, which steps what is not a matrix."""
@@ -104,11 +125,32 @@ class OptimConfig:
     """Nesterov's, of sgd and muon (often 0.95)."""
     clip: float | None = 1.0
     """Largest norm of the whole model's gradient; null does not clip."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """The learning rate after the warm-up; cosine and linear go towards 0 at the last step."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "step", "poly"] = "cosine"
+    """The learning rate after the warm-up. cosine, linear and poly fall towards min_lr at the last step, wsd stays at lr until
+    its cooldown, step falls at its milestones."""
     warmup: float = 0.05
     """Share of all steps (below 1) or number of steps (1 and above) over which the rate rises linearly from 0."""
+    min_lr: float = 0.0
+    """cosine, linear, poly, wsd: the rate at the end. It does not scale with the batch."""
+    cooldown: float = 0.2
+    """wsd: share of all steps (below 1) or number of steps (1 and above) over which the rate falls linearly at the end."""
+    milestones: tuple[float, ...] = ()
+    """step: shares of all steps (below 1) or numbers of steps (1 and above) from which on the rate is multiplied with gamma
+    once more, e.g. [0.3, 0.6, 0.9]."""
+    gamma: float = 0.1
+    """step: the factor."""
+    power: float = 0.9
+    """poly: the power of the share of steps that is left; 1 is linear."""
 
+
+SCHEDULE_KEYS = {
+    "min_lr": ("cosine", "linear", "poly", "wsd"),
+    "cooldown": ("wsd",),
+    "milestones": ("step",),
+    "gamma": ("step",),
+    "power": ("poly",),
+}
+"""Keys of `optim` that only some schedules have a use for."""
 
 ONE_STAGE = ("gpipe", "1f1b")
 """The pipeline schedules with one stage on each rank; the others have two or more."""

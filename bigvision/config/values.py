@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 
 import yaml
 
-from bigvision.config.schema import Config
+from bigvision.config.schema import Config, GroupConfig
 from bigvision.errors import UserError, nearest
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?=/|[^/])")
@@ -44,6 +44,12 @@ NO_DATES = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+LISTS: dict[Any, str] = {
+    float: "numbers",
+    str: "texts",
+    GroupConfig: "mappings {match: NAME, lr_scale: 1.0, weight_decay: null}",
+}
+"""What lists of any length hold, for people."""
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -138,8 +144,16 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             if (number := _number(value, option)) is not None:
                 return number
         elif typing.get_origin(option) is tuple:
-            if isinstance(value, (list, tuple)) and len(value) == len(typing.get_args(option)):
-                return tuple(coerce(item, part, key, where) for item, part in zip(value, typing.get_args(option)))
+            parts = typing.get_args(option)
+            if isinstance(value, (list, tuple)) and parts[-1] is Ellipsis:
+                return tuple(coerce(item, parts[0], f"{key}[{place}]", where) for place, item in enumerate(value))
+            if isinstance(value, (list, tuple)) and len(value) == len(parts):
+                return tuple(coerce(item, part, key, where) for item, part in zip(value, parts))
+        elif dataclasses.is_dataclass(option):
+            if isinstance(value, Mapping):
+                return _made(value, typing.cast(type, option), key, where)
+            if isinstance(value, typing.cast(type, option)):
+                return value
         elif isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
             return dict(value)
     if str in (kind, *typing.get_args(kind)) and isinstance(value, (bool, float)):
@@ -149,6 +163,17 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
     choices = [choice for choice in typing.get_args(kind) if isinstance(choice, str)]
     hint = nearest(str(value), choices) if choices else ""
     raise UserError(f"{key}: {spell(value)} ({where}) is not {kind_name(kind)}{hint}")
+
+
+def _made(value: Mapping[Any, Any], kind: type, key: str, where: str) -> Any:
+    """A dataclass *kind* with the fields of *value*."""
+    kinds = typing.get_type_hints(kind)
+    if strange := [name for name in value if name not in kinds]:
+        raise UserError(f"{key}: unknown key {str(strange[0])!r} ({where}){nearest(str(strange[0]), kinds)}")
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name not in value:
+            raise UserError(f"{key}.{field.name} ({where}) is missing: write {kind_name(kinds[field.name])}")
+    return kind(**{name: coerce(item, kinds[name], f"{key}.{name}", where) for name, item in value.items()})
 
 
 def _number(value: Any, kind: type[int] | type[float]) -> float | None:
@@ -171,16 +196,20 @@ def kind_name(kind: Any) -> str:
     if typing.get_origin(kind) in (Union, types.UnionType):
         return " or ".join(kind_name(option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return f"a list of {len(typing.get_args(kind))} numbers"
+        parts = typing.get_args(kind)
+        return f"a list of {LISTS[parts[0]] if parts[-1] is Ellipsis else f'{len(parts)} numbers'}"
     if typing.get_origin(kind) is dict:
         return "a mapping of names to values"
+    if dataclasses.is_dataclass(kind):
+        return LISTS[kind].replace("mappings", "a mapping")
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
     return names.get(kind, "a value")
 
 
 def spell(value: Any) -> str:
     """*value* on one line as YAML spells it."""
-    value = list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        value = [dataclasses.asdict(item) if isinstance(item, GroupConfig) else item for item in value]
     style = {"default_flow_style": True, "width": 10**6, "sort_keys": False}
     text = yaml.safe_dump(value, **style).removesuffix("...\n").strip()
     # Texts with line breaks, and bytes: escaped.

@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bigvision.config import Config, micro_batch
+from bigvision.config import Config, micro_batch, peak_rate
 from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.parallelize import choose_computing, overlap, replicate, shard, synchronize_norms, wrap_blocks
 from bigvision.engine.state import RUNNING, average, make_contiguous
@@ -19,7 +20,7 @@ from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepRes
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint
-from bigvision.optim import learning_rate
+from bigvision.optim import group_table, learning_rate
 from bigvision.runtime import Runtime
 from bigvision.samples import seed_from
 from bigvision.tasks import Task
@@ -55,6 +56,7 @@ class Engine:
         """
         self.config, self.task, self.runtime, self.steps = config, task, runtime, steps
         self.restoring, self.trains = restored, trains
+        self.optim = replace(config.optim, lr=peak_rate(config.optim, config.train.global_batch))
         self.micro_batch = micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
         self.eval_batch = self.micro_batch
         self.checks: list[tuple[Tensor, Tensor]] = []
@@ -73,6 +75,14 @@ class Engine:
         channels_last = make_contiguous(self.module)
         self.computing = choose_computing(config, blueprint, blocks, runtime.device, channels_last)
         self.notes = [self.computing.note] if self.computing.note else []
+        if config.optim.lr_base_size is not None and trains:
+            root = "the root of " if config.optim.lr_base_scale == "sqrt" else ""
+            self.notes.append(
+                f"peak learning rate: {self.optim.lr:g}, which is optim.lr: {config.optim.lr:g} times {root}"
+                f"train.global_batch: {config.train.global_batch} / optim.lr_base_size: {config.optim.lr_base_size}"
+            )
+        if (config.optim.groups or config.model.trainable != "all") and trains:
+            self.notes += group_table(self.module, config.optim)
         self.parts = [self.module]
         if config.model.sync_batchnorm:
             self.notes += synchronize_norms(self.module, runtime)
@@ -144,7 +154,7 @@ class Engine:
 
     def _rate(self) -> float:
         """The learning rate; a skipped step leaves its own to the next one."""
-        return learning_rate(self.config.optim, self.step - self.skipped, self.steps)
+        return learning_rate(self.optim, self.step - self.skipped, self.steps)
 
     def _passes(self, batch: Batch | StepBatch, factor: float) -> Tensor:
         """Run all micro-batches of *batch*, with gradients times *factor*; return the sum of its losses, float64 and 0-D."""

@@ -154,7 +154,7 @@ class NativeStep:
         stepped = {name: p if whole or local_tensor(p) is p else local_tensor(p).detach() for name, p in held.items()}
         self.local = [(tensor, held[name]) for name, tensor in stepped.items() if tensor is not held[name]]
         optim = config.optim
-        groups = parameter_groups(spread.module, optim.weight_decay, optim.layer_decay, stepped)
+        groups = parameter_groups(spread.module, optim.weight_decay, optim.layer_decay, stepped, optim.groups)
         self.optimizer: Optimizer = build_optimizer(groups, optim)
         self.fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # decides on the device whether to step
         allocate_state(self.optimizer)

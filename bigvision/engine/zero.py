@@ -62,7 +62,7 @@ class ZeroStep:
         total = sum(p.numel() for p in module.parameters())
         settings = deepspeed_settings(config, runtime.world_size, runtime.device.type, total, largest)
         # Now, while every parameter has its shape.
-        groups = parameter_groups(module, config.optim.weight_decay, config.optim.layer_decay)
+        groups = parameter_groups(module, config.optim.weight_decay, config.optim.layer_decay, rules=config.optim.groups)
         if self.weights_sharded:
             # Each parameter is sharded as soon as it is allocated, so that no rank ever holds two whole ones.
             initializer = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)

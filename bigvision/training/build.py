@@ -32,6 +32,7 @@ from bigvision.models import (
     given_name,
     model_card,
 )
+from bigvision.optim import freeze
 from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
 from bigvision.tasks import build_task
 from bigvision.training.data import BAD_SAMPLES, Data, Given, open_data
@@ -172,6 +173,7 @@ def build_model(
 
     def plan_model() -> tuple[Blueprint, Blocks, dict[str, Any]]:
         plan = blueprint(config.model, outputs, model)
+        freeze(plan.module, config.model.trainable)
         blocks = find_blocks(plan.module, plan.image_size)
         for note in (plan.note, blocks.reason and f"{config.model.name}: blocks taken from its containers: {blocks.reason}"):
             if note:

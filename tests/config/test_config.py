@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bigvision.config import Config, describe, load_config, parse_size, resolve
+from bigvision.config import Config, GroupConfig, describe, load_config, parse_size, resolve
 from bigvision.errors import UserError
 
 
@@ -38,6 +38,12 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert load_config(path) == config
     made = load_config(Config().to_dict())
     assert made == replace(Config(), out=made.out)
+    part = load_config(None, ["--model.trainable", "[head, '*.norm?']", "--optim.groups", "[{match: head, lr_scale: 1e1}]"])
+    assert part.model.trainable == ("head", "*.norm?") and part.optim.groups == (GroupConfig("head", 10.0),)
+    assert load_config(part.to_dict()) == part
+    assert load_config(None, ["--model.trainable", "last:2"]).model.trainable == "last:2"
+    step = load_config(None, ["--optim.schedule", "step", "--optim.milestones", "[0.3, 0.6, 0.9]"])
+    assert step.optim.milestones == (0.3, 0.6, 0.9) and load_config(step.to_dict()).optim == step.optim
     pairs = load_config({"model": {"image_size": [64, 32]}}, ["--data.image_range", "[-160, 240]"])
     assert pairs.model.image_size == (64, 32) and pairs.data.image_range == (-160.0, 240.0)
     path.write_text(yaml.safe_dump(pairs.to_dict()))
@@ -91,6 +97,26 @@ def test_options_of_the_model_may_be_numbers_with_an_exponent(tmp_path: Path) ->
         ({"data": {"max_pixels": 0}}, [], ["data.max_pixels: 0"]),
         ({"optim": {"clip": 0}}, [], ["optim.clip"]),
         ({"optim": {"lr": 10**400}}, [], ["optim.lr", "a number"]),
+        ({"optim": {"power": 2}}, [], ["optim.power: 2.0", "optim.schedule: cosine", "use poly"]),
+        ({"optim": {"schedule": "constant", "min_lr": 1e-5}}, [], ["optim.min_lr: 1.0e-05", "constant", "poly or wsd"]),
+        ({"optim": {"schedule": "wsd", "cooldown": 0.7, "warmup": 0.4}}, [], ["optim.cooldown: 0.7", "optim.warmup: 0.4"]),
+        ({"optim": {"schedule": "step"}}, [], ["optim.milestones"]),
+        ({"optim": {"schedule": "step", "milestones": [9, 3]}}, [], ["optim.milestones: [9.0, 3.0]", "rise"]),
+        ({"optim": {"schedule": "step", "milestones": [0.5, 30]}}, [], ["optim.milestones: [0.5, 30.0]", "all shares"]),
+        ({"optim": {"schedule": "step", "milestones": 0.5}}, [], ["optim.milestones: 0.5", "a list of numbers"]),
+        ({"optim": {"min_lr": 0.01}}, [], ["optim.min_lr: 0.01", "0.001"]),
+        ({"optim": {"min_lr": 0.002, "lr_base_size": 64}, "train": {"global_batch": 32}}, [], ["optim.min_lr", "0.0005"]),
+        ({"optim": {"lr_base_scale": "sqrt"}}, [], ["optim.lr_base_scale: sqrt", "optim.lr_base_size"]),
+        ({"optim": {"lr_base_size": 0}}, [], ["optim.lr_base_size: 0"]),
+        ({"optim": {"groups": [{"match": "head", "lr_scal": 2}]}}, [], ["optim.groups[0]", "'lr_scal'", "'lr_scale'"]),
+        ({"optim": {"groups": [{"match": "a"}, {"lr_scale": 2}]}}, [], ["optim.groups[1].match", "missing"]),
+        ({"optim": {"groups": {"match": "head"}}}, [], ["optim.groups", "a list of mappings"]),
+        ({"optim": {"groups": [{"match": "head", "lr_scale": 0}]}}, [], ["optim.groups[0].lr_scale: 0.0", "above 0"]),
+        ({}, ["--optim.groups", "[{match: a, weight_decay: -1}]"], ["optim.groups[0].weight_decay: -1.0"]),
+        ({"model": {"trainable": "heads"}}, [], ["model.trainable: 'heads'", "last:N", "[heads]"]),
+        ({}, ["--model.trainable", "last:0"], ["model.trainable: 'last:0'", "from 1 on"]),
+        ({"model": {"trainable": []}}, [], ["model.trainable: []", "nothing to train"]),
+        ({"model": {"trainable": [3.5]}}, [], ["model.trainable[0]: 3.5"]),
         ({"train": {"epochs": 0}}, [], ["train.epochs"]),
         ({"task": {"label_smoothing": 1.0}}, [], ["task.label_smoothing"]),
         ({"parallel": {"strategy": "ddp", "replicas": 2}}, [], ["parallel.replicas: 2", "fsdp"]),

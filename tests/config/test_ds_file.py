@@ -109,13 +109,13 @@ def test_the_shipped_files(path: str) -> None:
             {"scheduler": {"type": "WarmupCosineLR", "params": {
                 "warmup_type": "auto", "warmup_num_steps": "auto", "cos_min_ratio": 0, "total_num_steps": 90}}},
             2,
-            {"optim.schedule": "cosine", "train.steps": 90},
+            {"optim.schedule": "cosine", "optim.min_lr": 0.0, "train.steps": 90},
         ),
         (
             {"scheduler": {"type": "WarmupDecayLR", "params": {
                 "warmup_type": "linear", "warmup_num_steps": 9, "warmup_max_lr": "auto", "total_num_steps": 90}}},
             2,
-            {"optim.schedule": "linear", "optim.warmup": 9, "train.steps": 90},
+            {"optim.schedule": "linear", "optim.min_lr": 0.0, "optim.warmup": 9, "train.steps": 90},
         ),
     ],
 )  # fmt: skip
@@ -436,6 +436,12 @@ def test_the_file_takes_the_place_of_defaults_and_of_the_recipes_strategy(tmp_pa
                 "warmup_type": "linear", "warmup_num_steps": 10, "total_num_steps": 90, "cos_min_ratio": 0}}},
             ["--train.epochs", "3"],
             ["total_num_steps: 90", "train.epochs: 3.0 (flag)"],
+        ),
+        (
+            {"scheduler": {"type": "WarmupDecayLR", "params": {
+                "warmup_type": "linear", "warmup_num_steps": 10, "total_num_steps": 90}}},
+            ["--optim.schedule", "linear", "--optim.min_lr", "1e-5"],
+            ['scheduler.type: "WarmupDecayLR"', "optim.min_lr: 1.0e-05 (flag)"],
         ),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "linear", "warmup_num_steps": 10}}},

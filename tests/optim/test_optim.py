@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from bigvision.config import OptimConfig
+from bigvision.config import GroupConfig, OptimConfig, peak_rate
 from bigvision.errors import UserError
-from bigvision.optim import allocate_state, build_optimizer, learning_rate, parameter_groups, state_layout, step_counters
+from bigvision.optim import (
+    Setting,
+    allocate_state,
+    build_optimizer,
+    freeze,
+    group_table,
+    learning_rate,
+    parameter_groups,
+    settings,
+    state_layout,
+    step_counters,
+)
 from tests.models.zoo import ZOO, Entry
 
 
@@ -93,6 +106,115 @@ def test_layer_decay_of_frozen_and_tied_parameters() -> None:
     assert found["blocks.0.mlp.fc1.weight"] == 0.25 and "blocks.1.mlp.fc1.weight" not in found
 
 
+def small_vit() -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=24, num_heads=2)
+
+
+def test_the_last_rule_that_matches_wins_after_layer_decay() -> None:
+    rules = [
+        GroupConfig("*", weight_decay=0.3), GroupConfig("blocks.[01]", 2.0), GroupConfig("*.attn.*.bias", weight_decay=0.2),
+        GroupConfig("head", 10.0), GroupConfig("pos_embed", 0.5, 0.1),
+    ]  # fmt: skip
+    model = small_vit()
+    found = settings(model, 0.05, 0.5, rules)
+    assert {name: (one.lr_scale, one.weight_decay) for name, one in found.items() if one.rule != 0} == {
+        **{name: (0.5**3 * 2, one) for name, one in of_block(0, "mlp", "norm", "weight").items()},
+        **{name: (0.5**2 * 2, one) for name, one in of_block(1, "mlp", "norm", "weight").items()},
+        **{f"blocks.{n}.attn.{kind}.bias": (0.5 ** (3 - n), 0.2) for n in range(3) for kind in ("qkv", "proj")},
+        "head.weight": (10.0, 0.05), "head.bias": (10.0, 0.0), "pos_embed": (0.5**4 * 0.5, 0.1),
+    }  # fmt: skip
+    assert found["norm.bias"] == Setting(0.5, 0.3, 0), "a decay by name is used for norms and biases too"
+    groups = parameter_groups(model, 0.05, 0.5, rules=rules)
+    assert {name: (g["lr_scale"], g["weight_decay"]) for g in groups for name in g["names"]} == {
+        name: (one.lr_scale, one.weight_decay) for name, one in found.items()
+    }
+
+
+def of_block(number: int, *words: str) -> dict[str, float]:
+    """The parameters of a block with one of *words* in their names, and their decay."""
+    names = [name for name, _ in small_vit().named_parameters() if name.startswith(f"blocks.{number}.")]
+    return {n: 0.0 if "norm" in n or n.endswith("bias") else 0.05 for n in names if any(word in n for word in words)}
+
+
+def test_a_tied_parameter_goes_by_each_of_its_names() -> None:
+    model = small_vit()
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight  # pyright: ignore
+    assert settings(model, 0.1, None, [GroupConfig("blocks.1.mlp.fc1", 3.0)])["blocks.0.mlp.fc1.weight"].lr_scale == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable", "trained"),
+    [
+        ("vit_tiny_patch16_224", "all", [""]),
+        ("vit_tiny_patch16_224", "head", ["head."]),
+        ("vit_tiny_patch16_224", "last:2", ["blocks.10.", "blocks.11.", "norm.", "head."]),
+        ("vit_tiny_patch16_224", ["blocks.3.mlp", "*.bias", "head"], ["blocks.3.mlp.", "head.", "bias"]),
+        ("deit_tiny_distilled_patch16_224", "head", ["head.", "head_dist."]),
+        ("convnext_atto", "head", ["head.fc."]),
+        ("convnext_atto", "last:1", ["stages.3.blocks.1.", "head."]),
+        ("test_resnet", "last:1", ["layer4.", "fc."]),
+    ],
+)
+def test_only_what_is_named_is_trained(name: str, trainable: Any, trained: list[str]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    freeze(model, trainable)
+    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ends = tuple(one for one in trained if not one.endswith(".") and one)
+    starts = tuple(one for one in trained if one not in ends)
+    assert found == {n for n, _ in model.named_parameters() if n.startswith(starts) or (ends and n.endswith(ends))} and found
+
+
+@pytest.mark.parametrize(
+    ("model", "trainable", "words"),
+    [
+        (lambda: timm.create_model("pit_xs_224"), "last:1", ["last:1", "pit_xs_224", "list of names"]),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "head", ["get_classifier", "Sequential"]),
+        (lambda: timm.create_model("test_resnet", num_classes=0), "head", ["nothing to train", "no classifier"]),
+        (lambda: timm.create_model("test_resnet").requires_grad_(False), ["fc"], ["nothing to train", "frozen"]),
+        (lambda: timm.create_model("test_resnet"), "last:99", ["last:99", "at most last:"]),
+        (lambda: timm.create_model("test_resnet"), ["fc", "layer5.*"], ["'layer5.*'", "layer"]),
+    ],
+)
+def test_what_cannot_be_trained_alone_is_refused(model: Any, trainable: Any, words: list[str]) -> None:
+    with torch.device("meta"), pytest.raises(UserError, match=r"^model\.trainable") as caught:
+        freeze(model(), trainable)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (["blokcs.*"], ["optim.groups[0].match: 'blokcs.*'", "blocks.*"]),
+        (["head", "blocks.*.attn.qvk"], ["optim.groups[1].match", "blocks.*.attn.qkv"]),
+        (["head", "*"], ["optim.groups[0].match: 'head'", "behind"]),
+        (["patch_embed.proj"], ["optim.groups[0].match", "frozen"]),
+    ],
+)
+def test_a_rule_without_effect_is_refused(rules: list[str], words: list[str]) -> None:
+    model = small_vit()
+    model.patch_embed.requires_grad_(False)  # pyright: ignore
+    with pytest.raises(UserError) as caught:
+        settings(model, 0.1, None, [GroupConfig(pattern, 2.0) for pattern in rules])
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
+
+
+def test_the_table_counts_each_parameter_once() -> None:
+    model = small_vit()
+    model.patch_embed.requires_grad_(False)  # pyright: ignore
+    _, head, *rows = group_table(model, OptimConfig(layer_decay=0.5, groups=(GroupConfig("blocks.*", 2.0),)))
+    assert head.split() == ["match", "rate", "x", "decay", "tensors", "parameters", "names"]
+    assert [row.split()[:2] for row in rows] == [
+        ["blocks.*", "0.25-1"], ["blocks.*", "0.25-1"], ["(the", "rest)"], ["(the", "rest)"], ["(frozen)", "2"],
+    ]  # fmt: skip
+    cells = [re.findall(r" (\d+) +([\d,]+)  [a-z]", row)[0] for row in rows]
+    counts = [[int(cell.replace(",", "")) for cell in pair] for pair in cells]
+    whole = list(model.parameters())
+    assert [sum(column) for column in zip(*counts)] == [len(whole), sum(parameter.numel() for parameter in whole)]
+    assert counts[-1] == [2, 16 * 16 * 3 * 24 + 24] and rows[-1].endswith("patch_embed.proj.weight, patch_embed.proj.bias")
+
+
 def test_layer_decay_is_refused_without_layers() -> None:
     with torch.device("meta"):
         model = timm.create_model("pit_xs_224")
@@ -132,6 +254,39 @@ def test_the_rate_rises_and_falls_as_the_schedule_says() -> None:
     constant = OptimConfig(lr=2.0, warmup=0, schedule="constant")
     assert {learning_rate(constant, step, 10) for step in range(10)} == {2.0}
     assert all(math.isfinite(learning_rate(config, step, 1)) for step in range(3))
+
+
+def test_schedules_are_their_formulas() -> None:
+    """Each against its formula, or torch's scheduler, over 100 steps with a warm-up of ten."""
+
+    def rates(**keys: Any) -> list[float]:
+        return [learning_rate(OptimConfig(lr=2.0, warmup=10, **keys), step, 100) for step in range(100)]
+
+    left = [1 - (step - 10) / 90 for step in range(10, 100)]
+    for keys, expected in (
+        ({"schedule": "cosine", "min_lr": 0.5}, [0.5 + 1.5 * (1 - math.cos(math.pi * one)) / 2 for one in left]),
+        ({"schedule": "linear", "min_lr": 0.5}, [0.5 + 1.5 * one for one in left]),
+        ({"schedule": "poly", "power": 2.0, "min_lr": 0.5}, [0.5 + 1.5 * one**2 for one in left]),
+        ({"schedule": "wsd", "cooldown": 0.25, "min_lr": 0.5}, [2.0] * 65 + [2.0 - 1.5 * s / 25 for s in range(25)]),
+        ({"schedule": "wsd", "cooldown": 500}, [2.0 * one for one in left]),
+        ({"schedule": "step", "milestones": (0.3, 0.7)}, [2.0] * 20 + [0.2] * 40 + [0.02] * 30),
+    ):  # fmt: skip
+        found = rates(**keys)
+        assert found[10:] == pytest.approx(expected, rel=1e-12), keys
+        assert found[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)], rel=1e-12)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [7, 30, 81], gamma=0.5)
+    config = OptimConfig(lr=2.0, warmup=0, schedule="step", milestones=(0.07, 0.3, 0.81), gamma=0.5)
+    for step in range(100):
+        assert learning_rate(config, step, 100) == pytest.approx(optimizer.param_groups[0]["lr"]), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_peak_scales_with_the_batch() -> None:
+    assert peak_rate(OptimConfig(lr=0.1), 4096) == 0.1
+    assert peak_rate(OptimConfig(lr=0.1, lr_base_size=256), 1024) == pytest.approx(0.4)
+    assert peak_rate(OptimConfig(lr=0.1, lr_base_size=256, lr_base_scale="sqrt"), 1024) == pytest.approx(0.2)
 
 
 # Of two matrices and two biases: each, none, each group, or what muon leaves to NAdamW (a 20 x 3 matrix is too narrow for it).

@@ -1,0 +1,61 @@
+"""What is trained, at which rate and with which decay: the same under every strategy."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.distributed import run_ranks
+from tests.recipes import lines, recipe, run
+
+LONG = pytest.mark.long
+LAYOUTS = [
+    ("fsdp", 2, {}), *(pytest.param(*layout, marks=LONG) for layout in (
+        ("fsdp", 3, {}), ("fsdp", 4, {"replicas": 2}), ("zero2", 2, {}), ("zero3", 2, {}), ("pipeline", 2, {}),
+    )),
+]  # fmt: skip
+GROUPS = [{"match": "*.mlp", "weight_decay": 0.3}, {"match": "blocks.1", "lr_scale": 0.5}, {"match": "head", "lr_scale": 3}]
+RATES = {"schedule": "wsd", "cooldown": 4, "min_lr": 1e-4, "lr_base_size": 12, "lr": 5e-4, "warmup": 3}
+CASES: dict[str, dict[str, Any]] = {
+    "groups": {"optim": RATES | {"layer_decay": 0.7, "groups": GROUPS}},
+    "last": {"optim": RATES | {"groups": GROUPS[2:]}, "model": {"trainable": "last:2"}},
+    "head": {"optim": RATES | {"groups": GROUPS[2:]}, "model": {"trainable": "head"}},
+    "names": {"optim": RATES | {"groups": GROUPS[2:]}, "model": {"trainable": ["*.bias", "head", "pos_embed"]}},
+}
+
+
+def run_and_read(plain: dict[str, Any]) -> tuple[list[float], list[str]]:
+    """Train on this rank; return the loss of every step and the table of the groups as it was printed."""
+    with redirect_stdout(io.StringIO()) as text:
+        found = run(plain)
+    printed = text.getvalue().splitlines()
+    begin = next((number for number, line in enumerate(printed) if line.endswith("parameter groups:")), len(printed))
+    return found, list(takewhile(lambda line: line.startswith("  "), printed[begin + 1 :]))
+
+
+def made(out: Path, case: str, **parallel: Any) -> dict[str, Any]:
+    plain = recipe(out, parallel=parallel, train={"steps": 10})
+    return plain | {key: plain[key] | keys for key, keys in CASES[case].items()}
+
+
+@pytest.mark.parametrize(("strategy", "ranks", "more"), LAYOUTS)
+@pytest.mark.parametrize("case", ["groups", "last", *(pytest.param(case, marks=LONG) for case in ("head", "names"))])
+def test_losses_and_groups_are_those_of_one_process(
+    tmp_path: Path, case: str, strategy: str, ranks: int, more: dict[str, Any]
+) -> None:
+    reference, table = run_ranks(run_and_read, 1, made(tmp_path / "ddp", case, strategy="ddp"))[0]
+    found, other_table = run_ranks(run_and_read, ranks, made(tmp_path / "other", case, strategy=strategy, **more))[0]
+    assert found == pytest.approx(reference, rel=1e-5) and len(set(reference)) == 10
+    assert table == other_table and len(table) >= 4
+    one, other = (tmp_path / name / "step-00000010" for name in ("ddp", "other"))
+    state = load_file(one / "optimizer.safetensors").keys()
+    assert state == load_file(other / "optimizer.safetensors").keys() and "head.weight/exp_avg" in state
+    assert ("blocks.0.mlp.fc1.weight/exp_avg" in state) == (case == "groups"), "what is frozen needs no state"
+    rates = [line["lr"] for line in lines(tmp_path / "other") if "loss" in line]
+    assert rates == pytest.approx([1e-3 * n / 3 for n in (1, 2, 3)] + [1e-3] * 4 + [1e-3 - 9e-4 * n / 4 for n in (1, 2, 3)])
