@@ -75,9 +75,7 @@ def test_the_best_is_kept(tmp_path: Path) -> None:
     values = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
     best = min(values, key=lambda step: (values[step], step))
     assert checkpoint.steps_in(tmp_path) == sorted({6, best}, reverse=True) and best != 6
-    refused(
-        ["train", write_recipe(tmp_path), "--checkpoint.keep_best", "mAP"], "checkpoint.keep_best: mAP", "loss, top1"
-    )
+    refused(["train", write_recipe(tmp_path), "--checkpoint.keep_best", "mAP"], "checkpoint.keep_best: mAP", "loss, top1")
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
