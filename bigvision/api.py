@@ -29,7 +29,7 @@ from bigvision.data.sources.base import Source
 from bigvision.data.sources.custom import MapDataset
 from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError, either, nearest
-from bigvision.launchers.ranks import Devices, place
+from bigvision.launchers.ranks import Devices, check_parent, forked_ranks, fresh_ranks, place
 from bigvision.models import GivenModel, check_model, given_name
 from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
 from bigvision.training import Callback, Result
@@ -67,14 +67,9 @@ def configured(
 ) -> tuple[Config, Objects]:  # fmt: skip
     """The configuration that is asked for, keywords before the recipe, and the objects.
 
-    Args:
-        caller: for messages.
-        model, data, val: names, sections as mappings, or objects.
-        keys: sections as mappings, and dotted keys.
-
-    Raises:
-        UserError: unknown keywords, with the nearest right one; what cannot be together; and all that a configuration can
-            have wrong.
+    *caller* is for messages. *model*, *data* and *val* are names, sections as mappings, or objects; *keys* are sections as
+    mappings, and dotted keys. `UserError` for unknown keywords, with the nearest right one, for what cannot be together, and
+    for all that a configuration can have wrong.
     """
     kinds = dict(leaves(Config))
     for name in keys:
@@ -419,11 +414,7 @@ def train(
     if dist.is_initialized():
         raise UserError("devices: this process is in a process group already: leave devices out to train on its ranks")
     if objects.none and not callbacks:
-        from bigvision.launchers.ranks import fresh_ranks
-
         return fresh_ranks(made.to_dict(), placement.ranks, placement.environment, max_restarts)
     # Objects reach other processes only by a fork: they may be closures, open files, classes of a notebook.
-    from bigvision.launchers.ranks import check_parent, forked_ranks
-
     check_parent(placement.cuda)
     return forked_ranks(work, placement.ranks, placement.cuda, placement.environment, max_restarts, made.out)

@@ -37,15 +37,13 @@ def write_new(path: Path, data: bytes, size: int = 0) -> None:
 
     Its name is not on the disk yet: see :func:`sync_folder`.
     """
-    descriptor = open_new(path)
-    try:
+    with os.fdopen(open_new(path), "wb") as file:
+        descriptor = file.fileno()
         if size > len(data):
             os.ftruncate(descriptor, size)
             _reserve(descriptor, size)
         write_at(descriptor, memoryview(data), 0)
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -104,17 +102,26 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def read_into(descriptor: int, data: memoryview, offset: int) -> None:
-    """Fill *data* with the file's bytes from *offset*: the system may give less at a time.
-
-    Raises:
-        EOFError: the file ends before.
-        OSError: it cannot be read.
-    """
+    """Fill *data* with the file's bytes from *offset*: the system may give less at a time. `EOFError` where it ends before."""
     while data:
         count = os.preadv(descriptor, [data], offset)
         if count == 0:
             raise EOFError("the file ends early")
         data, offset = data[count:], offset + count
+
+
+def open_to_read(path: str | os.PathLike[str]) -> int:
+    """A descriptor of the file, which no program that is started inherits."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    """*size* bytes of a file from *offset* on, fewer where it ends."""
+    content = os.pread(descriptor, size, offset)
+    # The system may give less at a time.
+    while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
+        content += more
+    return content
 
 
 def sync_folder(folder: Path) -> None:

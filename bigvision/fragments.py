@@ -87,8 +87,7 @@ class Place:
 def read_header(path: Path) -> dict[str, Place]:
     """Return the places of the tensors in a file, by name, in the order of its header.
 
-    Raises:
-        ValueError: the file is missing, cut, or not as safetensors allows; one line.
+    A file that is missing, cut, or not as safetensors allows is a `ValueError` of one line.
     """
     try:
         # The library checks that the tensors follow each other up to the end of the file.
@@ -104,8 +103,7 @@ def read_header(path: Path) -> dict[str, Place]:
 def parse_header(file: str, header: bytes, size: int) -> dict[str, Place]:
     """Return the places of the tensors in a safetensors file of *size* bytes that begins with *header* and goes on with data.
 
-    Raises:
-        ValueError: it is no such header, or a tensor lies outside the file or has another size than its type and shape.
+    `ValueError` where it is no such header, or a tensor lies outside the file or has another size than its type and shape.
     """
     places = {}
     try:
@@ -153,11 +151,7 @@ def copy_into(target: Tensor, source: Tensor) -> None:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json's hook for those in which a name may occur only once.
-
-    Raises:
-        ValueError: a name is there twice.
-    """
+    """A JSON object; json's hook for those in which a name may occur only once: twice is a `ValueError`."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:

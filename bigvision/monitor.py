@@ -63,9 +63,7 @@ class Monitor:
     def after_step(self, result: StepResult, bad: int, waited: float | None) -> dict[str, Any] | None:
         """Log an optimizer step; each ``monitor.every`` steps, and at the last, write it down and return the line.
 
-        Args:
-            bad: training samples that could not be read so far.
-            waited: seconds that this rank waited for each batch of the steps since the last line.
+        *bad* training samples could not be read so far; this rank *waited* so many seconds for each batch since the last line.
         """
         self.seen, self.taken = self.seen + result.samples, self.taken + 1
         loss, grad_norm = result.numbers
@@ -206,15 +204,9 @@ class Stragglers:
         self.known: set[int] = set()
 
     def take(self, ranks: list[Own], steps: int, seconds: float) -> tuple[dict[int, float], list[str]]:
-        """Take note of a window.
+        """Take note of each rank's mean over a window of *steps* that took *seconds* each.
 
-        Args:
-            ranks: each rank's mean.
-            steps: in the window.
-            seconds: of a step.
-
-        Returns:
-            The ranks that are slow, with the seconds by which each is in a step, and what is new about it, in words.
+        Returns the ranks that are slow, with the seconds by which each is in a step, and what is new about it, in words.
         """
         compared = {rank: own.data + own.work for rank, own in enumerate(ranks) if own.data is not None}
         if len(compared) < 2:
@@ -239,8 +231,7 @@ class Stragglers:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in *path*, without lines that are cut, damaged or no object; none where there is no file.
 
-    Raises:
-        OSError: the file is there and cannot be read.
+    An `OSError` where the file is there and cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")

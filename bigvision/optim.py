@@ -112,7 +112,9 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, on_cpu: b
         return AdafactorBigVision(
             groups, lr=config.lr, momentum=momentum or None, momentum_dtype=torch.float32, beta2_cap=cap
         )  # fmt: skip
-    return Muon(groups, lr=config.lr, momentum=config.momentum, nesterov=True, betas=config.betas)
+    if config.name == "muon":
+        return Muon(groups, lr=config.lr, momentum=config.momentum, nesterov=True, betas=config.betas)
+    raise ValueError(f"optim.name: {config.name} has no branch in build_optimizer")
 
 
 def allocate_state(optimizer: Optimizer) -> None:
@@ -130,11 +132,23 @@ def allocate_state(optimizer: Optimizer) -> None:
         counter.zero_()
 
 
+def sample_state(config: OptimConfig) -> dict[str, Any]:
+    """What ``optim.name`` keeps of one parameter, a 1 x 1 matrix; "step" is its counter, where it has one for each.
+
+    A tensor of another shape is a `TypeError`: a checkpoint could not tell whose share of the parameter it is.
+    """
+    parameter = torch.zeros(1, 1)
+    optimizer = build_optimizer([_group([parameter], ["one"])], config)
+    allocate_state(optimizer)
+    for key, value in optimizer.state[parameter].items():
+        if isinstance(value, Tensor) and key != "step" and value.shape != parameter.shape:
+            raise TypeError(f"{type(optimizer).__name__}: {key!r} does not have the parameter's shape and cannot be saved")
+    return optimizer.state[parameter]
+
+
 def state_layout(config: OptimConfig) -> dict[str, torch.dtype]:
     """The tensors that ``optim.name`` keeps of each parameter, for one of the parameter's shape: names and types."""
-    optimizer = build_optimizer([_group([torch.zeros(1, 1)], ["one"])], config)
-    allocate_state(optimizer)
-    (state,) = optimizer.state.values() or ({},)
+    state = sample_state(config)
     return {key: value.dtype for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
 
 

@@ -60,8 +60,7 @@ def concatenate(targets: Sequence[Targets]) -> Targets:
 def to_bytes(targets: Targets) -> Tensor:
     """*targets* as uint8 (N,), from which `from_bytes` makes them again in another process, bit for bit; on the CPU.
 
-    Raises:
-        TypeError: a part is neither a tensor, a dict with texts as keys, a plain list or tuple, nor what JSON has.
+    A part that is neither a tensor, a dict with texts as keys, a plain list or tuple, nor what JSON has is a `TypeError`.
     """
     contents: list[Tensor] = []
 

@@ -44,11 +44,7 @@ _TEMPORARY = re.compile(r"\.(latest|run\.yaml|lineage\.json|metrics\.jsonl|probe
 
 
 def prepare_folder(out: Path) -> None:
-    """Make *out* ready for a run: it exists, can be written, and holds nothing that a killed run left half done.
-
-    Raises:
-        UserError: it cannot be made or written.
-    """
+    """Make *out* exist, without anything that a killed run left half done; `UserError` where it cannot be made or written."""
     try:
         disk.make_folder(out)
         for folder in out.absolute().parents:
@@ -72,11 +68,7 @@ def prepare_folder(out: Path) -> None:
 
 
 def check_shared(out: Path) -> None:
-    """Look for a file that rank 0 has just made in *out*. Called on every rank.
-
-    Raises:
-        UserError: a rank does not see it: its host has another folder of that name.
-    """
+    """Raise `UserError` on every rank where one does not see a file that rank 0 made: its host has another folder *out*."""
     if dist.get_world_size() == 1:
         return
     main = dist.get_rank() == 0
@@ -106,11 +98,8 @@ def commit(
 ) -> Path:  # fmt: skip
     """Write *content* as the checkpoint of *step*, from all ranks, and return its folder; then prune.
 
-    Args:
-        group: all ranks, where another thread speaks at the same time.
-
-    Raises:
-        RankFailure: on every rank, when writing or reading back failed on any; the earlier checkpoints are as they were.
+    *group* has all ranks, where another thread speaks at the same time. When writing or reading back fails on any rank, all
+    raise `RankFailure`, and the earlier checkpoints are as they were.
     """
     main = dist.get_rank() == 0
     final = out / folder_name(step)
@@ -183,12 +172,9 @@ def _read_back(folder: Path, ranges: list[ByteRange]) -> None:
     """Raises: RuntimeError: *ranges* that were just written cannot be read, or are not what was written."""
     try:
         for name in {part.file for part in ranges}:
-            descriptor = disk.open_existing(folder / name, os.O_RDONLY)
-            try:
+            with os.fdopen(disk.open_existing(folder / name, os.O_RDONLY), "rb") as file:
                 # From the disk or the server, not from the memory that they were written through.
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         manifest.verify(folder, ranges)
     except (Damaged, OSError) as error:
         raise RuntimeError(f"what was just written cannot be read back: {error}") from error
@@ -205,12 +191,10 @@ class Saver:
         writer: Literal["auto"] | Writer = "auto", verify: Verify = "sample", timeout: float = 600.0,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
-        """Args:
-        background: False writes before training goes on, and holds no copy.
-        writer: "auto" takes what suits the file system of *out*.
-        verify: how much of what was written is read back before older checkpoints are pruned.
-        timeout: seconds that a rank waits for the others' answers while a checkpoint is written.
-        say: called with one line: which file system *out* is on, where that matters; that there is no memory for the copy.
+        """Not in the *background*, it writes before training goes on, and holds no copy. *writer* "auto" takes what suits the
+        file system of *out*. *verify* is how much of what was written is read back before older checkpoints are pruned.
+        *timeout* is the seconds that a rank waits for the others' answers while a checkpoint is written. *say* gets a line:
+        which file system *out* is on, where that matters; that there is no memory for the copy.
         """
         self.out, self.shard_size, self.retention, self.say = out, shard_size, retention, say
         self.writer: Writer = self._suitable() if writer == "auto" else writer
@@ -226,8 +210,7 @@ class Saver:
     def save(self, step: int, fragments: Iterable[Fragment], documents: dict[str, Any]) -> None:
         """Begin to save; *fragments* may change as soon as this returns. The save before is waited for.
 
-        Raises:
-            RankFailure: the save before failed, or this one if it is not in the background.
+        `RankFailure` where the save before failed, or this one if it is not in the background.
         """
         self.wait()
         content = plan(list(fragments), self.shard_size)
@@ -264,10 +247,9 @@ class Saver:
             saving.result()
 
     def raise_failure(self) -> None:
-        """Raise what any rank's save in the background failed with. Called by all ranks, once any of them has `failed`.
+        """Raise the `RankFailure` of a save in the background: it names the first rank that failed and its error.
 
-        Raises:
-            RankFailure: names the first rank that failed and its error; the same on every rank.
+        Called by all ranks, once any of them has `failed`; the same error on every rank.
         """
         saving, self.saving = self.saving, None
         # A rank whose save is still under way comes to the same end.

@@ -66,11 +66,7 @@ class Difference:
 
 
 def compare(a: Path, b: Path) -> Difference:
-    """Compare two step folders, a part of a tensor at a time.
-
-    Raises:
-        UserError: one of them is not a checkpoint, or damaged.
-    """
+    """Compare two step folders, a part of a tensor at a time; `UserError` where one is not a checkpoint, or damaged."""
     sides, documents = [], []
     for folder in (a, b):
         check_step_folder(folder)

@@ -84,9 +84,8 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
     def __post_init__(self) -> None:
         """Take the lock, and make the folder where it is missing.
 
-        Raises:
-            UserError: another run of this host holds it, it cannot be written, or it is a checkpoint, which would be pruned.
-            InUse: a run on another host holds it. That may have died a moment ago, so a later start may succeed.
+        `UserError` where another run of this host holds it, it cannot be written, or it is a checkpoint, which would be pruned.
+        `InUse` where a run on another host holds it: that may have died a moment ago, so a later start may succeed.
         """
         if is_step_folder(self.out):
             raise UserError(f"out: {self.out} is a step folder: name the folder of a run, with --out")

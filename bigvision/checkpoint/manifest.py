@@ -89,9 +89,7 @@ def build(sizes: dict[str, int], ranges: list[ByteRange]) -> bytes:
 def read(folder: Path) -> dict[str, list[ByteRange]]:
     """Return the byte ranges of each file of the checkpoint *folder*, after checking the manifest and the files' sizes.
 
-    Raises:
-        Damaged: the manifest or a file is missing, cut or not as the manifest lists it.
-        ReadError: the system cannot read one of them.
+    `Damaged` where one is missing, cut or not as the manifest lists it; `ReadError` where the system cannot read one.
     """
     if (size := _size(folder / NAME)) > LARGEST:
         raise Damaged(f"{NAME} is larger than {LARGEST} bytes")
@@ -126,12 +124,7 @@ def verify(folder: Path, ranges: list[ByteRange]) -> None:
 
 
 def read_range(folder: Path, part: ByteRange) -> bytearray:
-    """Return the bytes of *part*, verified.
-
-    Raises:
-        Damaged: they are not what was written.
-        ReadError: the system cannot read them.
-    """
+    """Return the bytes of *part*; `Damaged` where they are not what was written, `ReadError` where the system cannot read."""
     fill(folder / part.file, memoryview(data := bytearray(part.length)), part.offset)
     part.check(data)
     return data
@@ -140,11 +133,8 @@ def read_range(folder: Path, part: ByteRange) -> bytearray:
 def retry_reading(path: Path, read: Callable[[], T]) -> T:
     """Return what *read* reads of the file *path*. Where the system cannot read, it is tried again, after :data:`PAUSES`.
 
-    *read* opens the file by itself: the handle of a file that a server has moved stays stale.
-
-    Raises:
-        Damaged: there is no file, or it ends early.
-        ReadError: no try has succeeded.
+    *read* opens the file by itself: the handle of a file that a server has moved stays stale. `Damaged` where there is no file,
+    or it ends early; `ReadError` where no try has succeeded.
     """
     for pause in (*PAUSES, None):
         try:
@@ -166,11 +156,8 @@ def fill(path: Path, data: memoryview, offset: int) -> None:
     """Fill *data* with the bytes of a file from *offset* on; raises as :func:`retry_reading`."""
 
     def read() -> None:
-        descriptor = open_existing(path, os.O_RDONLY)
-        try:
-            read_into(descriptor, data, offset)
-        finally:
-            os.close(descriptor)
+        with os.fdopen(open_existing(path, os.O_RDONLY), "rb") as file:
+            read_into(file.fileno(), data, offset)
 
     retry_reading(path, read)
 

@@ -35,11 +35,9 @@ class Tensors:
     """The tensors of a checkpoint folder. Opening it reads the manifest, the files' sizes and the headers, and no tensor."""
 
     def __init__(self, folder: Path, groups: tuple[str, ...] | None = None) -> None:
-        """Args: *groups* are those whose files are looked into ("model", "optimizer", ...); None is all.
+        """*groups* are those whose files are looked into ("model", "optimizer", ...); None is all.
 
-        Raises:
-            Damaged: the manifest, a file's size or a header is wrong.
-            ReadError: the system cannot read one of them.
+        `Damaged` where the manifest, a file's size or a header is wrong; `ReadError` where the system cannot read one of them.
         """
         self.folder = folder
         self.ranges = manifest.read(folder)
@@ -52,12 +50,7 @@ class Tensors:
         self._last: tuple[ByteRange, bytearray] | None = None
 
     def parts(self, place: Place) -> Iterator[Tensor]:
-        """Yield the values of a tensor, flat and in order, at most :data:`PART` bytes at a time, compared with their checksums.
-
-        Raises:
-            Damaged: the bytes are not those that were written.
-            ReadError: the system cannot read them.
-        """
+        """Yield the values of a tensor, flat and in order, at most :data:`PART` bytes at a time; verified by `read_range`."""
         for offset in range(place.offset, place.offset + place.nbytes, PART):
             end = min(offset + PART, place.offset + place.nbytes)
             data = bytearray()
@@ -69,14 +62,9 @@ class Tensors:
             yield torch.frombuffer(data, dtype=TYPES[place.dtype])
 
     def restore(self, fragments: list[Fragment], full: bool) -> None:
-        """Fill *fragments*, each rank its own.
+        """Fill *fragments*, each rank its own; *full* compares the checksums of all byte ranges of which something is read.
 
-        Args:
-            full: compare the checksums of all byte ranges of which something is read.
-
-        Raises:
-            Damaged: names the file, and the bytes that differ from their checksum.
-            ReadError: the system cannot read a file.
+        `Damaged` names the file, and the bytes that differ from their checksum; `ReadError` a file that cannot be read.
         """
         wanted: dict[str, list[_Target]] = {}
         for fragment in fragments:
@@ -179,11 +167,7 @@ def _unchecked(file: str, targets: list[_Target]) -> Iterator[ByteRange]:
 def check_same_tensors(folder: Path, places: dict[str, dict[str, Place]], fragments: Iterable[Fragment], what: str) -> None:
     """Compare the names, shapes and types of the checkpoint *folder* with those of *fragments*.
 
-    Args:
-        what: the key that errors name.
-
-    Raises:
-        UserError: the checkpoint is of another model or optimizer; names the first tensor that differs.
+    A checkpoint of another model or optimizer is a `UserError` of the key *what*, which names the first tensor that differs.
     """
     wanted: dict[str, dict[str, Fragment]] = {}
     for fragment in fragments:

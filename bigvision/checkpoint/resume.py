@@ -42,9 +42,7 @@ class Checkpoint:
     def restore(self, fragments: list[Fragment], groups: tuple[str, ...] | None = None) -> None:
         """Fill *fragments*, on every rank; only those of *groups*, or all groups of the checkpoint.
 
-        Raises:
-            UserError: the checkpoint is of another model, or damaged.
-            RankFailure: a rank cannot read it.
+        `UserError` where the checkpoint is of another model, or damaged; `RankFailure` where a rank cannot read it.
         """
         if problem := self._fill(fragments, groups):
             raise _invalid(self.folder, problem, self._key)
@@ -54,15 +52,9 @@ class Checkpoint:
     ) -> Checkpoint:  # fmt: skip
         """Fill *fragments* from this checkpoint, on every rank, or from the newest older one that is whole; return it.
 
-        Averaged weights are left out where the run or the checkpoint has none.
-
-        Args:
-            say: called with a line for each damaged checkpoint, and where averaged weights are left out.
-            accept: called with an older one before it is read; raises where the run must not go on from that.
-
-        Raises:
-            UserError: as :meth:`restore`, for one that was named; or none is whole.
-            RankFailure: a rank cannot read one.
+        Averaged weights are left out where the run or the checkpoint has none. *say* gets a line for that, and for each damaged
+        checkpoint. *accept* gets an older one before it is read, and raises where the run must not go on from that. Raises as
+        :meth:`restore` for one that was named, and a `UserError` where none is whole.
         """
         found = self
         while problem := found._fill(fragments, found._groups(fragments)):
@@ -102,13 +94,9 @@ class Checkpoint:
 def find(resume: str, out: Path, full: bool, say: Say) -> Checkpoint | None:
     """The checkpoint that ``checkpoint.resume`` means; None starts afresh. Called on every rank.
 
-    Args:
-        resume: "auto", "never", a step of *out*, or the path of a step folder.
-        full: compare every checksum when tensors are read.
-        say: called with a line for each damaged checkpoint.
-
-    Raises:
-        UserError: checkpoints are there and none is valid, or there are some and "never" would mix with them.
+    *resume* is "auto", "never", a step of *out*, or the path of a step folder; *full* compares every checksum when tensors are
+    read; *say* gets a line for each damaged checkpoint. Where no checkpoint is valid, or "never" would mix with those that are
+    there, it is a `UserError`.
     """
     steps = _steps(out)
     if resume == "never":
@@ -145,11 +133,7 @@ def _check_named(resume: str) -> None:
 
 
 def open_checkpoint(folder: Path, full: bool, what: str) -> Checkpoint:
-    """Open one step folder, on every rank.
-
-    Raises:
-        UserError: not there or damaged; *what* is the key that asked for it.
-    """
+    """Open one step folder, on every rank; where it is missing or damaged, a `UserError` of *what*, the key that asked."""
     found, problem = _try_open(folder, full, what)
     if found is None:
         raise _invalid(folder, problem, what)
@@ -214,10 +198,8 @@ def _agreed(folder: Path, read: Callable[[], T]) -> tuple[T | None, str]:
     """Return what *read* returns, or None and what is damaged, the same on every rank.
 
     A checkpoint is damaged where all ranks find it so: a run that falls back past a checkpoint will replace it, and must not
-    do so because one host has lost its disk or reads other bytes than the others.
-
-    Raises:
-        RankFailure: a rank cannot read, or not all ranks find the damage that one has found.
+    do so because one host has lost its disk or reads other bytes than the others. Where a rank cannot read, or not all ranks
+    find the damage that one has found, it is a `RankFailure`.
     """
 
     def attempt() -> tuple[T | None, Damaged | None]:

@@ -222,9 +222,7 @@ class Arena:
     def copy(self, chunks: list[Chunk]) -> list[Chunk]:
         """Copy *chunks* and return them as they are in the copy. Waits for the device.
 
-        Raises:
-            MemoryError, RuntimeError: the host has no memory for the copy (see `bigvision.errors.lacks_memory`), or the
-                device has failed.
+        MemoryError or RuntimeError where the host has no memory for it (`bigvision.errors.lacks_memory`), or the device failed.
         """
         cuda = on_cuda(chunks)
         copies = []

@@ -56,12 +56,7 @@ SHARDED_KEYS = ("replicas", "reshard", "scatter")
 
 
 def micro_batch(config: Config, ranks: int, stages: int) -> int:
-    """Samples in one forward and backward pass.
-
-    Args:
-        ranks: data-parallel parts of the global batch.
-        stages: ranks of a pipeline.
-    """
+    """Samples in one forward and backward pass, with *ranks* data-parallel parts of the batch and *stages* of a pipeline."""
     total = config.train.global_batch
     if total % ranks:
         below, above = total - total % ranks, total - total % ranks + ranks

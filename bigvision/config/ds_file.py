@@ -400,10 +400,7 @@ def _contradiction(file: DsFile, json_key: str, key: str, config: Config, origin
 def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int, largest: int) -> dict[str, Any]:
     """The configuration for ``deepspeed.initialize``; what the file leaves open, or calls "auto", is decided here.
 
-    Args:
-        device: "cuda" or "cpu".
-        parameters: of the whole model.
-        largest: parameters of the largest block.
+    *device* is "cuda" or "cpu"; *parameters* counts those of the whole model, *largest* those of the largest block.
     """
     parallel = config.parallel
     share = config.train.global_batch // ranks

@@ -43,11 +43,9 @@ def resolve(
 ) -> tuple[Config, dict[str, str]]:
     """As :func:`load_config`, and with it where each dotted key's value came from.
 
-    Args:
-        overrides: what a launcher asks for; a flag must not contradict it.
-        keywords: what a caller in Python asks for, before the recipe.
-        say: called, when all is right, with a line for each value that a launcher or a file changes and nobody has written
-            down, and for each setting of a DeepSpeed file that has no meaning here.
+    *overrides* is what a launcher asks for, which a flag must not contradict; *keywords* what a caller in Python asks for,
+    before the recipe. When all is right, *say* gets a line for each value that a launcher or a file changes and nobody has
+    written down, and for each setting of a DeepSpeed file that has no meaning here.
     """
     kinds = dict(leaves(Config))
     given: dict[str, tuple[Any, str]] = {}

@@ -18,24 +18,7 @@ from bigvision.data.sources.custom import MapStyle
 from bigvision.data.transforms import Transform, transform
 
 __all__ = [
-    "DATASETS",
-    "BadSample",
-    "Batch",
-    "Batches",
-    "MapStyle",
-    "Mixer",
-    "Sample",
-    "Source",
-    "StepBatch",
-    "Stream",
-    "Style",
-    "Transform",
-    "UnreadableSample",
-    "check_source",
-    "eval_batches",
-    "normalize",
-    "open_both",
-    "open_source",
-    "train_batches",
+    "DATASETS", "BadSample", "Batch", "Batches", "MapStyle", "Mixer", "Sample", "Source", "StepBatch", "Stream", "Style",
+    "Transform", "UnreadableSample", "check_source", "eval_batches", "normalize", "open_both", "open_source", "train_batches",
     "transform",
-]
+]  # fmt: skip

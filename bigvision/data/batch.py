@@ -108,11 +108,7 @@ class StepBatch:
     """
 
     def __init__(self, parts: Iterator[Batch], samples: int, micro_batch: int) -> None:
-        """Takes the first micro-batch.
-
-        Args:
-            parts: the loader's; as many as make up *samples*, of *micro_batch* each, are taken.
-        """
+        """Takes the first of *parts*, the loader's, of which as many are taken as make up *samples*, of *micro_batch* each."""
         self.waited = 0.0
         """Seconds that were spent waiting for micro-batches, so far."""
         self._parts, self._samples, self._micro_batch = parts, samples, micro_batch

@@ -71,8 +71,7 @@ class Picture(Protocol):
 def open_picture(image: bytes | Tensor | Image.Image, decoding: Decoding = AS_USUAL) -> Picture:
     """Look into *image*, which may still be encoded; of a JPEG only the header is read.
 
-    Raises:
-        UnreadableSample: it is no image, too large, or of values whose black and white are not known.
+    Raises `UnreadableSample`: it is no image, too large, or of values whose black and white are not known.
     """
     if isinstance(image, bytes):
         return _Jpeg.of(image, decoding) or Pixels(_from_file(image, decoding))
@@ -162,11 +161,8 @@ def _pillow_limit(pixels: int) -> Iterator[None]:
 
 
 def _from_pillow(image: Image.Image, decoding: Decoding, data: bytes = b"") -> np.ndarray:
-    """The pixels of *image*, upright: uint8 (H, W, 3). Of several frames or pages the first is taken.
-
-    Args:
-        data: the file that *image* is opened from.
-    """
+    """The pixels of *image*, opened from the file *data*, upright: uint8 (H, W, 3). Of several frames or pages the first is
+    taken."""
     check_size(*image.size, decoding)
     tags = getattr(image, "tag_v2", {})
     # A TIFF is decoded tile by tile, and a tile may be larger than the image.
@@ -269,8 +265,15 @@ class _Depth:
 
     def bytes(self, image_range: tuple[float, float] | None) -> np.ndarray:
         """The values as uint8."""
-        if self.halved:
-            return self._checked_halves(image_range)
+        if self.halved:  # which is enough where the lower 8 bits are not needed
+            if (image_range or self.stated or (0, 65535)) != (0, 65535):
+                raise UnreadableSample(
+                    "of its 16-bit colours only the upper 8 bits can be read, which is too little for data.image_range: write "
+                    "it as an RGB PNG"
+                )
+            if image_range is None and self.stated is None:
+                _check_16_bits(int(self.values.max()) * 256)
+            return self.values
         values, (low, high) = self.values, image_range or self.stated or (0.0, 0.0)
         if image_range is None and (self.stated is None or not low <= values.min() <= values.max() <= high):
             low, high = _range(values)
@@ -278,17 +281,6 @@ class _Depth:
         for first in range(0, values.size, BLOCK):
             found[first : first + BLOCK] = _scaled(flat[first : first + BLOCK], low, high)
         return (255 - found if self.inverted else found).reshape(values.shape)
-
-    def _checked_halves(self, image_range: tuple[float, float] | None) -> np.ndarray:
-        """The upper 8 bits, where the lower 8 are not needed."""
-        if (image_range or self.stated or (0, 65535)) != (0, 65535):
-            raise UnreadableSample(
-                "of its 16-bit colours only the upper 8 bits can be read, which is too little for data.image_range: write it "
-                "as an RGB PNG"
-            )
-        if image_range is None and self.stated is None:
-            _check_16_bits(int(self.values.max()) * 256)
-        return self.values
 
 
 def _lower_bytes(data: bytes) -> np.ndarray:
@@ -319,9 +311,7 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     least, most = float(values.min()), float(values.max())
     if values.dtype.kind == "f":
         if not math.isfinite(least) or not math.isfinite(most):
-            raise UnreadableSample(
-                "some of its values are infinite or not numbers: data.image_range says which values are black and white"
-            )
+            raise UnreadableSample("some values are infinite or not numbers: data.image_range says which are black and white")
         if np.rint(least * 255) >= 0 and np.rint(most * 255) <= 255:
             return 0.0, 1.0
         raise UnreadableSample(

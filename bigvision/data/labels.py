@@ -118,10 +118,21 @@ def whole(value: Any) -> Any:
 
 
 def label_samples(
-    column: Coded, known: Sequence[str] | None, folders: Sequence[Path] = (), *, key: str, where: str, at: Callable[[int], str]
-) -> Labels:
-    """As :func:`label_by`, of each sample instead of each different value. *at* is what messages call a sample."""
+    column: Coded, known: Sequence[str] | None, folders: Sequence[Path] = (), *, key: str, where: str,
+    at: Callable[[int], str], places: bool = False,
+) -> Labels:  # fmt: skip
+    """As :func:`label_by`, of each sample instead of each different value.
+
+    Args:
+        at: what messages call a sample.
+        places: numbers are places in *known*, also where its names are numbers.
+    """
     check_all_labelled(column, where, at, key)
+    if known is not None and places:
+        distinct = [whole(value) for value in column.distinct]
+        numbers = all(isinstance(value, int) for value in distinct)
+        values = (by_place if numbers else by_name)(distinct, known, key=key, where=where)
+        return Labels(list(known), values[column.codes], from_one(distinct, known) if numbers else ())
     found = label_by(column.distinct, known, folders, key=key, where=where)
     return Labels(found.classes, found.values[column.codes], found.notes)
 

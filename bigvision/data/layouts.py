@@ -360,11 +360,10 @@ class Finder:
         val: Role = "val" if any("val" in roles for roles in found.values()) else "test"
         inner = {}
         for name, roles in found.items():
-            chosen = self._one(os.path.join(folder, name), roles.get(val if self.split == "val" else "train", []))
+            path = os.path.join(folder, name)
+            chosen = self._one(path, roles.get(val if self.split == "val" else "train", []))
             if chosen is None:
-                raise UserError(
-                    f"{self.key}: {os.path.join(folder, name)!r} has no folder {val}/ as the other classes have; add one"
-                )
+                raise UserError(f"{self.key}: {path!r} has no folder {val}/ as the other classes have; add one")
             inner[name] = chosen
         return inner
 

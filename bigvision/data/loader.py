@@ -65,9 +65,7 @@ def train_batches(
     if mixer is not None:
         pair = 2 * mixer.apart
         if share % pair or (size < share and size % pair):
-            raise ValueError(
-                f"{share} samples of a rank, in micro-batches of {size}, are not whole pairs of samples {mixer.apart} apart"
-            )
+            raise ValueError(f"{share} samples of a rank in micro-batches of {size} are not whole pairs, {mixer.apart} apart")
         # The same at every position of a run that goes on: a global batch holds whole pairs.
         mixer = replace(mixer, origin=position % pair)
     stream = stream or Stream(seed, source.parts)
@@ -125,9 +123,7 @@ class Batches(Iterator[Batch]):
         self, reader: Reader, requests: Callable[[int], Iterator[Request]], together: int, size: int, workers: int,
         device: torch.device | str, collate: Collate,
     ) -> None:  # fmt: skip
-        """Args:
-        requests: gives those from the n-th on, each for at most *together* samples, which are cut into batches of *size*.
-        """
+        """*requests* gives those from the n-th on, of at most *together* samples each, which are cut into batches of *size*."""
         self.bad: list[BadSample] = []
         """What could not be read so far, in the order of the batches; whoever takes note of it may empty it."""
         self.restarts = 0
@@ -216,8 +212,7 @@ class Batches(Iterator[Batch]):
 
     def _begin(self) -> None:
         """Start with the samples that are due."""
-        ours = self._reader
-        reader = Reader(ours.source, ours.transform, ours.seed, ours.stream, ours.mixer)
+        reader = self._reader
         parts = -(-self._together // UNIT) if self._workers else 1
         if self._workers and reader.shape is not None:
             # For what workers have in advance, what is asked for, and what came before it, which its user may still have.
@@ -227,7 +222,6 @@ class Batches(Iterator[Batch]):
             reader,
             batch_size=None,
             sampler=_cut(self._requests(self._taken), parts, reader.slots),
-            collate_fn=_as_read,
             num_workers=self._workers,
             worker_init_fn=settle,
             multiprocessing_context=worker_context(inherits) if self._workers else None,
@@ -262,7 +256,3 @@ def _cut(requests: Iterator[Request], parts: int, slots: Slots | None) -> Iterat
 def _processes(answers: Iterator[Any]) -> Sequence[Any]:
     """The worker processes, which DataLoader does not publish: only they tell a worker's death from an error."""
     return getattr(answers, "_workers", ())
-
-
-def _as_read(answer: Any) -> Any:
-    return answer

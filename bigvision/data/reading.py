@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from bigvision.data.batch import Mix, Mixer
 from bigvision.data.order import Place, Stream, generators_kept, seed_everything
-from bigvision.data.sources.base import Source, UnreadableSample
+from bigvision.data.sources.base import Source, UnreadableSample, described
 from bigvision.data.transforms import Begun, Steps, Transform
 from bigvision.errors import UserError, one_line
 from bigvision.samples import each_tensor, seed_from
@@ -96,24 +96,16 @@ class Reader(Dataset):
     """Samples that are read and begun before the first of them is decoded (see :meth:`Steps.begin`)."""
 
     def __init__(
-        self,
-        source: Source,
-        transform: Transform,
-        seed: int,
-        stream: Stream | None = None,
-        mixer: Mixer | None = None,
-        slots: Slots | None = None,
+        self, source: Source, transform: Transform, seed: int, stream: Stream | None = None, mixer: Mixer | None = None
     ) -> None:
         """Args: *stream* gives what stands in for an unreadable sample; None leaves its place black and not valid."""
         self.source, self.transform, self.seed, self.stream, self.mixer = source, transform, seed, stream, mixer
-        self.slots = slots
+        self.slots: Slots | None = None
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
         """Of an image, where that is known before there is one."""
-        if not isinstance(self.transform, Steps):
-            return None
-        return self.source.channels, *self.transform.size
+        return (self.source.channels, *self.transform.size) if isinstance(self.transform, Steps) else None
 
     def __getitem__(self, request: Request) -> Answer | UserError:
         try:
@@ -123,9 +115,7 @@ class Reader(Dataset):
 
     def _answer(self, request: Request) -> Answer:
         start, stop = request.start, request.start + request.valid
-        places = [Place(0, index) for index in range(start, stop)]
-        if self.stream is not None:
-            places = self.stream.places(start, stop)
+        places = self.stream.places(start, stop) if self.stream else [Place(0, index) for index in range(start, stop)]
         shape = self.shape
         images = None if shape is None else self._memory(request, shape)
         # What only makes pixels has to make the first of them before the shape is known.
@@ -164,7 +154,12 @@ class Reader(Dataset):
         """The sample *read*, which stands at *place*, with what is random of it drawn."""
         try:
             image, target = self.source.read(read.id)
-            self._check_image(image, read)
+            # Floats, for one, would become black bytes in silence.
+            if not isinstance(image, (bytes, Image.Image)) and not _is_pixels(image, self.source.channels):
+                raise UserError(
+                    f"{self.source.where(read.id)}: its image is {described(image)}; a source gives a file's bytes, an image "
+                    f"of Pillow's, or a uint8 tensor (C, H, W) with {self.source.channels} channels{_hint(image)}"
+                )
             # Of the place: a stand-in is not cropped as it was, or will be, in its own.
             seed = seed_from("augment", self.seed, place.epoch, place.id, place.repeat)
             if isinstance(self.transform, Steps):
@@ -175,24 +170,14 @@ class Reader(Dataset):
         except UnreadableSample as error:
             return error
 
-    def _check_image(self, image: Any, read: Place) -> None:
-        """Raise `UserError` for what a source may not give, such as floats, which would become black bytes in silence."""
-        if isinstance(image, (bytes, Image.Image)):
-            return
-        if not _is_pixels(image, self.source.channels):
-            raise UserError(
-                f"{self.source.where(read.id)}: its image is {_described(image)}; a source gives a file's bytes, an image of "
-                f"Pillow's, or a uint8 tensor (C, H, W) with {self.source.channels} channels{_hint(image)}"
-            )
-
     def _made(self, made: Any, read: Place) -> _Made:
         """What a transform of the user's made. Raises `UserError` for anything but bytes of as many channels as the source."""
         name = getattr(self.transform, "__name__", type(self.transform).__name__)
         if not isinstance(made, tuple) or len(made) != 2:
-            raise UserError(f"transform {name}: it returned {_described(made)}; return the pixels and the target")
+            raise UserError(f"transform {name}: it returned {described(made)}; return the pixels and the target")
         if not _is_pixels(made[0], self.source.channels):
             raise UserError(
-                f"transform {name}: it made {_described(made[0])} of {self.source.where(read.id)}; return a uint8 tensor "
+                f"transform {name}: it made {described(made[0])} of {self.source.where(read.id)}; return a uint8 tensor "
                 f"(C, H, W) with {self.source.channels} channels, which is normalised on the device{_hint(made[0])}"
             )
         return _Made(*made)
@@ -253,11 +238,9 @@ class _Made(NamedTuple):
     target: Any
 
     def fill(self, buffer: Tensor) -> None:
-        if self.pixels.shape != buffer.shape:  # copying would repeat a row or a column
-            raise UserError(
-                f"the transform made images of {tuple(self.pixels.shape)} and {tuple(buffer.shape)} (C, H, W); let it return "
-                "one size"
-            )
+        made, first = tuple(self.pixels.shape), tuple(buffer.shape)
+        if made != first:  # copying would repeat a row or a column
+            raise UserError(f"the transform made images of {made} and {first} (C, H, W); let it return one size")
         buffer.copy_(self.pixels)
 
     def finish(self, buffer: Tensor) -> Any:
@@ -273,14 +256,6 @@ class _Taken(NamedTuple):
 
 def _is_pixels(image: Any, channels: int) -> bool:
     return isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == channels
-
-
-def _described(value: Any) -> str:
-    """Type, and of arrays and tensors the kind of number and the shape."""
-    kind = type(value).__name__
-    if not isinstance(value, (np.ndarray, Tensor)):
-        return f"{kind} of {len(value)}" if isinstance(value, (tuple, list)) else kind
-    return f"{kind} of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
 def _hint(image: Any) -> str:

@@ -21,14 +21,10 @@ LOOKED_AT = 16
 
 
 def fingerprint(source: Source, python: bool = False) -> dict[str, Any]:
-    """Describe *source* as plain data.
+    """Describe *source* as plain data: ``samples`` and, as hashes, ``labels`` and, where it has them, ``names`` and ``sizes``.
 
-    Args:
-        python: the dataset was given as an object: only its length is known without reading it.
-
-    Returns:
-        ``samples`` and, as hashes, ``labels``, ``names`` and ``sizes``; without the last two where the source has none.
-        Labels are hashed by the names of their classes, so that another order of classes changes no label.
+    Labels are hashed by the names of their classes, so that another order of classes changes no label. Of a dataset that was
+    given as a Python object only the length is known without reading it.
     """
     count = len(source)
     found: dict[str, Any] = {"samples": count}

@@ -45,15 +45,10 @@ MOST_FILES = 1_000_000
 
 
 def part(hashes: np.ndarray, labels: np.ndarray, split: Split, otherwise: str) -> np.ndarray:
-    """The samples of *split* in a set that training and validation share: a fixed tenth of each class is held out.
+    """The samples of *split*, as ascending indices, in a set that training and validation share: a fixed tenth of each class is
+    held out, and at least one stays for training. *otherwise* is the error where each class has one sample.
 
-    Args:
-        hashes: (N,) of what each sample is called, so that samples added later hardly move others between the splits.
-        labels: (N,) whole numbers.
-        otherwise: the error where each class has one sample.
-
-    Returns:
-        Ascending indices, int64. At least one of each class stays for training.
+    Each sample's hash is of what it is called, so that samples added later hardly move others between the splits.
     """
     order = np.lexsort((hashes, labels))
     _, begin, which, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)

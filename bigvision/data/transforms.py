@@ -96,11 +96,12 @@ def transform(
     mode, size = InterpolationMode(interpolation), (image_size, image_size) if isinstance(image_size, int) else image_size
     if not (train and augment):
         share, crop_mode = (crop_pct, crop_mode) if style == "photo" else (1.0, "center")
-        return Steps(_WholeImage(size, mode, reduce, share, crop_mode, mean), [], decoding)
+        outside = [round(255 * value) for value in mean] if crop_mode == "border" else (0,)
+        return Steps(_WholeImage(size, mode, reduce, outside, share, crop_mode), [], decoding)
     check_channels(channels, policy, jitter)
     crop: _Crop = _WholeImage(size, mode, reduce)
     if style == "photo":
-        crop = _RandomCrop(size, mode, reduce, scale)
+        crop = _RandomCrop(size, mode, reduce, scale=scale)
         steps: list[v2.Transform] = []
     elif style == "tiny":
         padding = [max(1, side // 8) for side in reversed(size)]
@@ -146,8 +147,7 @@ class Steps:
         A loop that begins several images before it decodes the first is faster than one that does all of each: what decoding
         and resizing drive out of the processor's caches, Python and PyTorch need for the next draw.
 
-        Raises:
-            UnreadableSample: the image, its size, or a target of another size.
+        Raises `UnreadableSample`: the image, its size, or a target of another size.
         """
         picture = open_picture(image, self.decoding)
         rectangle = self.crop.choose(picture.height, picture.width)
@@ -155,11 +155,9 @@ class Steps:
         flipped = self.flip and torch.rand(1).item() < 0.5
         moving: list[Tensor] = []
         _each(target, lambda part: moving.append(part) or part)
+        if moving and any(isinstance(step, POLICIES) for step in self.steps):
+            raise UserError("data.policy: it turns and shifts images, but not their masks and boxes: use none or three-augment")
         if moving:
-            if any(isinstance(step, POLICIES) for step in self.steps):
-                raise UserError(
-                    "data.policy: it turns and shifts images, but not their masks and boxes: use none or three-augment"
-                )
             target = _each(target, lambda part: self._moved(part, (picture.height, picture.width), rectangle, flipped))
         return Begun(self, picture, target, rectangle, flipped, bool(moving), torch.get_rng_state() if self.steps else None)
 
@@ -231,23 +229,23 @@ class Rectangle(NamedTuple):
     def check(self, max_pixels: int) -> None:
         """Raise `UnreadableSample` where too many pixels would come out, or none."""
         height, width = self.resized
+        what = f"{self.width}x{self.height} pixels resized to {width}x{height}"
         # Rows are resized first, so that in between there are as many as before.
         if max(self.height, height) * width > max_pixels:
-            raise UnreadableSample(
-                f"{self.width}x{self.height} pixels resized to {width}x{height} are more than data.max_pixels: {max_pixels:,}"
-            )
+            raise UnreadableSample(f"{what} are more than data.max_pixels: {max_pixels:,}")
         if not height or not width:
-            raise UnreadableSample(f"nothing is left of {self.width}x{self.height} pixels resized to {width}x{height}")
+            raise UnreadableSample(f"nothing is left of {what}")
 
 
+@dataclass
 class _Crop(ABC):
     """A rectangle of a picture, resized: pixels outside of it are never resized, and inside may be decoded smaller."""
 
+    size: Size
+    mode: InterpolationMode
+    reduce: bool
     outside: Sequence[int] = (0,)
     """Per channel, of what the resized rectangle leaves of the result."""
-
-    def __init__(self, size: Size, mode: InterpolationMode, reduce: bool) -> None:
-        self.size, self.mode, self.reduce = size, mode, reduce
 
     @abstractmethod
     def choose(self, height: int, width: int) -> Rectangle: ...
@@ -268,21 +266,19 @@ class _Crop(ABC):
         _resize_into(buffer, part.unsqueeze(0).permute(0, 3, 1, 2), resized, self.mode, self.outside)
 
 
+@dataclass
 class _RandomCrop(_Crop):
     """Drawn as torchvision's v2.RandomResizedCrop does, whose own function takes three times as long."""
 
     RATIO = (3 / 4, 4 / 3)
-
-    def __init__(self, size: Size, mode: InterpolationMode, reduce: bool, scale: tuple[float, float]) -> None:
-        super().__init__(size, mode, reduce)
-        self.scale = scale
-        self.ratio = torch.log(torch.tensor(self.RATIO)).tolist()
+    LOG_RATIO = torch.log(torch.tensor(RATIO)).tolist()
+    scale: tuple[float, float] = (0.08, 1.0)
 
     def choose(self, height: int, width: int) -> Rectangle:
         drawn = torch.empty(1)
         for _ in range(10):
             area = height * width * drawn.uniform_(*self.scale).item()
-            ratio = drawn.uniform_(*self.ratio).exp_().item()
+            ratio = drawn.uniform_(*self.LOG_RATIO).exp_().item()
             right, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < right <= width and 0 < down <= height:
                 top, left = (int(drawn.random_(0, spare + 1).item()) for spare in (height - down, width - right))
@@ -293,23 +289,17 @@ class _RandomCrop(_Crop):
         return Rectangle((height - down) // 2, (width - right) // 2, down, right, self.size)
 
 
+@dataclass
 class _WholeImage(_Crop):
     """The whole is resized and its middle cut out, as timm's `transforms_imagenet_eval` does."""
 
-    def __init__(
-        self, size: Size, mode: InterpolationMode, reduce: bool, share: float = 1.0, crop_mode: CropMode = "center",
-        mean: Sequence[float] = (0.0,),
-    ) -> None:  # fmt: skip
-        super().__init__(size, mode, reduce)
-        self.crop_mode = crop_mode
-        self.scaled = (math.floor(size[0] / share), math.floor(size[1] / share))
-        if crop_mode == "border":
-            self.outside = [round(255 * value) for value in mean]
+    share: float = 1.0
+    crop_mode: CropMode = "center"
 
     def choose(self, height: int, width: int) -> Rectangle:
-        down, right = self.scaled
+        down, right = (math.floor(side / self.share) for side in self.size)
         if self.crop_mode == "squash":
-            resized = self.scaled
+            resized = down, right
         elif self.crop_mode == "center" and down == right:
             shorter = min(height, width)
             resized = int(down * height / shorter), int(down * width / shorter)

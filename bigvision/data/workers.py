@@ -160,9 +160,7 @@ def settle(worker: int) -> None:
 def each(function: Callable[[Item], Found], items: Sequence[Item], what: str, *, report: bool) -> list[Found]:
     """Return *function* of each of *items*, several at a time; raises the first error, in their order, of those that ended.
 
-    Args:
-        what: is done, with what, as in "data.train: shards indexed".
-        report: write to stderr every few seconds how many are done.
+    With *report* stderr gets every few seconds *what* is done, as in "data.train: shards indexed", and with how many.
     """
     with ThreadPoolExecutor(min(THREADS, len(items) or 1)) as pool:
         futures = [pool.submit(function, item) for item in items]

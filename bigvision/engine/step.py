@@ -159,7 +159,7 @@ class NativeStep:
         self.fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # decides on the device whether to step
         allocate_state(self.optimizer)
         self.shapes = {name: tuple(p.shape) for name, p in spread.module.named_parameters() if p.requires_grad}
-        self.absent = state_layout(optim) if self.shapes.keys() - held.keys() else {}
+        self.absent = state_layout(optim)
         fill(blueprint, config.seed, self.model_fragments(), spread.parts, runtime.device, restored)
         self.statistics = Statistics(spread.parts, runtime.device)
 

@@ -28,7 +28,7 @@ from bigvision.engine.step import reduce_with
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint, formats
-from bigvision.optim import build_optimizer, parameter_groups, state_layout
+from bigvision.optim import build_optimizer, parameter_groups, sample_state, state_layout
 from bigvision.runtime import Runtime
 
 
@@ -89,12 +89,12 @@ class ZeroStep:
         # DeepSpeed keeps fp32 values of what it trains only: of what is frozen, each rank keeps a share in host memory.
         self.frozen = {name: torch.empty(self._share(p)[1]) for name, p in named.items() if not p.requires_grad}
         self.cpu_adam = hasattr(self.inner, "ds_opt_adam")
-        self.state_keys = tuple(state_layout(config.optim))
+        self.state_keys, counts_steps = tuple(state_layout(config.optim)), "step" in sample_state(config.optim)
         # The state that the optimizer would create at its first step, so that it can be saved and restored before.
         for flat in self._flats():
             state = self.inner.state[flat]
             state.update({key: torch.zeros_like(flat, requires_grad=False) for key in self.state_keys})
-            if config.optim.name == "adamw":
+            if counts_steps:
                 state["step"] = 0 if self.cpu_adam else torch.zeros((), device=flat.device)
         if not self.weights_sharded:
             self.sharded._lazy_init_hp_params_optimizer_state()

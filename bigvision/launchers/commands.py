@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -21,7 +23,7 @@ from bigvision.models.arguments import check_name, current_name
 from bigvision.models.weights_file import MARK
 from bigvision.runtime import Watchdog, all_or_none, collective_timeout, start, warn_of_shared_memory
 from bigvision.training.build import build_model
-from bigvision.training.data import BadSamples, Data
+from bigvision.training.data import BadSamples, Data, open_on_all
 from bigvision.training.trainer import evaluate
 
 SUBJECT = ("--model.name", "--data.train", "--data.val")
@@ -121,8 +123,7 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
 def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, float]:
     """Return the metrics of the model that *config* names, with its first weights, on all of ``data.val``. Run on every rank.
 
-    Raises:
-        UserError: the model, its weights and the data do not fit together.
+    `UserError` where the model, its weights and the data do not fit together.
     """
     parallel = replace(config.parallel, strategy="ddp", replicas=1, offload="none", deepspeed=None)
     config = replace(config, parallel=parallel)
@@ -133,20 +134,16 @@ def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, fl
     ):
         warn_of_shared_memory(runtime, say)
         all_or_none(lambda: check_model(config.model))
-        # One rank downloads and indexes what the others find.
-        first = all_or_none(lambda: _open(config, True) if runtime.is_main else None)
-        val, outputs = all_or_none(lambda: first or _open(config, False))
+        val, outputs = open_on_all(partial(_open, config), runtime)
         total = -(-config.train.global_batch // runtime.world_size) * runtime.world_size
         model, train = replace(config.model, num_classes=outputs), replace(config.train, global_batch=total)
         config = replace(config, model=model, train=train)
         data = Data(val, val, BadSamples(config.data.bad_budget, {"train": len(val), "val": len(val)}))
         engine, plan, _ = build_model(config, len(val.classes), runtime, steps=1, say=say, channels=val.channels, trains=False)
-        try:
+        with closing(engine):
             metrics = evaluate(config, engine, data, plan, runtime, watch)
             assert metrics is not None
             return metrics
-        finally:
-            engine.close()
 
 
 def _open(config: Config, first: bool) -> tuple[Source, int]:

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bigvision.disk import replace
 from bigvision.errors import Exit, Stopped, UserError
@@ -27,10 +27,9 @@ JOB, RESULT = "job.json", "result.json"
 
 
 def serve(folder: Path, work: Callable[[], Result], parent: int) -> int:
-    """Do *work*, leave what came of it in *folder* for the process that started the ranks, and return the exit code.
+    """Do *work*, leave what came of it in *folder* for *parent*, which started the ranks, and return the exit code.
 
-    Args:
-        parent: that process; when it ends, however, so does this rank.
+    When that process ends, however it does, so does this rank.
     """
     rank, attempt = os.environ["RANK"], folder / os.environ["TORCHELASTIC_RESTART_COUNT"]
     attempt.mkdir(exist_ok=True)
@@ -45,10 +44,11 @@ def serve(folder: Path, work: Callable[[], Result], parent: int) -> int:
         }  # fmt: skip
         if isinstance(error, Stopped):
             report |= {"name": error.name, "step": error.step, "checkpoint": str(error.checkpoint)}
-        _leave(attempt / f"rank-{rank}.json", report)
+        replace(attempt / f"rank-{rank}.json", json.dumps(report).encode())
         return code
     if rank == "0":
-        _leave(attempt / RESULT, {"step": result.step, "checkpoint": str(result.checkpoint), "metrics": result.metrics})
+        left = {"step": result.step, "checkpoint": str(result.checkpoint), "metrics": result.metrics}
+        replace(attempt / RESULT, json.dumps(left).encode())
     return 0
 
 
@@ -73,10 +73,6 @@ def _describe(error: BaseException) -> tuple[int, str, str]:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None), "exit", str(error)
     return int(Exit.FAULT), "fault", str(error) if isinstance(error, RankFailure) else f"{type(error).__name__}: {error}"
-
-
-def _leave(path: Path, value: Any) -> None:
-    replace(path, json.dumps(value).encode())
 
 
 def main(folder: Path) -> int:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -68,8 +67,7 @@ class Placement:
 def place(devices: Devices, config: Config, here: Identity) -> tuple[Config, Placement | None]:
     """*config* with the device that *devices* means, and the ranks to start; None: this process is one already.
 
-    Raises:
-        UserError: *devices* is nothing of that kind, contradicts the launcher or ``parallel.device``, or there are not as many.
+    `UserError` where *devices* is nothing of that kind, contradicts the launcher or ``parallel.device``, or is too many.
     """
     if devices is None:
         return config, None
@@ -171,9 +169,7 @@ def forked_ranks(
 
 
 def check_parent(cuda: bool) -> None:
-    """Raise `UserError` where forks of this process could not train, or not on CUDA where they are to."""
-    if dist.is_initialized():
-        raise UserError("devices: this process is in a process group already: leave devices out to train on its ranks")
+    """Raise `UserError` where forks of this process are to train on CUDA and could not."""
     if cuda and torch.cuda.is_initialized():
         raise UserError(f"devices: CUDA is in use in this process, and its forks cannot use it: {FIX}")
 
@@ -344,11 +340,8 @@ def _signals(agent: _Agent) -> Iterator[list[int]]:
 def _outcome(attempt: Path, done: bool, codes: dict[int, int], interrupted: bool, received: list[int], out: str) -> Result:
     """Return what rank 0 returned, or raise what ended the ranks, of whose last start *attempt* is the folder.
 
-    Raises:
-        UserError: a mistake, in the rank's words.
-        Stopped: a signal, or Ctrl-C, has stopped them, and they have saved.
-        KeyboardInterrupt: Ctrl-C has ended them, and there was nothing to save yet, or no time.
-        RankFailure: a fault; names the rank and the cause.
+    `UserError` is a mistake, in the rank's words; `Stopped`: a signal, or Ctrl-C, has stopped them, and they have saved;
+    KeyboardInterrupt: there was nothing to save yet, or no time; `RankFailure` is a fault, and names the rank and the cause.
     """
     if done:
         result = json.loads((attempt / rank.RESULT).read_text(encoding="utf-8"))

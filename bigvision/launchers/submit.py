@@ -303,11 +303,8 @@ def _job(to: str, recipe: Path, flags: list[str], config: Config, given: dict[st
         "--nodes": "1", "--ranks-per-node": "1", "--restarts": str(RESTARTS), "--name": _name_of(recipe),
         "--cpus-per-task": str(1 + config.data.workers), **given,
     }  # fmt: skip
-    nodes, ranks, name = (
-        whole("--nodes", given["--nodes"]),
-        whole("--ranks-per-node", given["--ranks-per-node"]),
-        given["--name"],
-    )
+    nodes, ranks = (whole(option, given[option]) for option in ("--nodes", "--ranks-per-node"))
+    name = given["--name"]
     if to == "local" and nodes > 1:
         raise UserError(f"--nodes: {nodes} are more than this machine: use --to slurm or k8s, or --ranks-per-node")
     for option, (pattern, words) in FORMS.items():

@@ -99,11 +99,7 @@ def current_place(thread: int) -> Report:
 
 
 def diagnose(news: News, mine: Report) -> str:
-    """Return which ranks are slow or missing, in words.
-
-    Args:
-        mine: this rank's own report, with `current_place`.
-    """
+    """Return which ranks are slow or missing, in words. *mine* is this rank's own report, with `current_place`."""
     if lost := store_lost(news):
         return lost
     rank, size = news.identity.rank, news.identity.world_size

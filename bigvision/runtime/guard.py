@@ -44,8 +44,7 @@ def start_time(pid: int) -> str:
 def process_state(pid: int, born: str = "") -> str:
     """Return one of the words of `STATES` for a process of this host, or "" where nothing is wrong with it.
 
-    Args:
-        born: its `start_time`: another process may have got its number.
+    *born* is its `start_time`: another process may have got its number.
     """
     fields = _stat(pid)
     return STATES.get(fields[0], "") if fields and born in ("", fields[19]) else GONE
@@ -89,10 +88,8 @@ def needed() -> bool:
 def _end_at_hangup() -> int | None:
     """Make SIGHUP end this process with exit code 1 without a turn of the interpreter, where it has no handler.
 
-    The C function ``_exit`` takes an int, as a handler does: it exits with the signal's number, which is 1.
-
-    Returns:
-        The handler before, or None where SIGHUP has a handler already or is ignored (nohup): then it keeps that.
+    The C function ``_exit`` takes an int, as a handler does: it exits with the signal's number, which is 1. Returns the handler
+    before, or None where SIGHUP has a handler already or is ignored (nohup): then it keeps that.
     """
     if signal.SIGHUP != 1 or signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
         return None
@@ -108,9 +105,8 @@ def _set_handler(number: int, handler: int) -> int:
 def main(rank: int, end_signal: int, pulse: float, grace: float) -> None:
     """Watch the parent process, *rank*, until it ends. Each line of standard input is its latest report (see `Guard.report`).
 
-    Args:
-        pulse: seconds between two reports.
-        grace: seconds after a fault until a rank that no longer reports gets *end_signal*, and from that to SIGKILL.
+    *pulse* is the seconds between two reports; *grace* those after a fault until a rank that no longer reports gets
+    *end_signal*, and from that to SIGKILL.
     """
     rank_pid = os.getppid()
     report: dict[str, Any] = {"fault": "", "peers": []}

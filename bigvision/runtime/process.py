@@ -100,11 +100,9 @@ def start(
     Where this process has joined them already, the process group is shared, and the last one that leaves ends it. After a fault
     NCCL's communicators are aborted: to destroy them would be to wait for ranks that do not come.
 
-    Args:
-        device: "auto", "cpu" or "cuda".
-        replicas: full copies of the model; the mesh is (stages, replicas, ranks / stages / replicas).
-        stages: ranks in a pipeline; None is all of them.
-        timeout: how long a rank waits for the others in one collective, in all groups that have no timeout of their own.
+    *device* is "auto", "cpu" or "cuda"; *replicas* are full copies of the model, *stages* the ranks in a pipeline, None being
+    all of them. The mesh is (stages, replicas, ranks / stages / replicas). *timeout* is how long a rank waits for the
+    others in one collective, in all groups that have no timeout of their own.
     """
     global _joined
     joined, runtime = _join(device, replicas, stages, timeout)
@@ -259,8 +257,7 @@ def _abort_groups() -> None:
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return every rank's *value*, in the order of the ranks, on every rank.
 
-    Args:
-        group: all ranks, where several threads exchange values at a time and each needs a group of its own.
+    *group* has all ranks, where several threads exchange values at a time and each needs a group of its own.
     """
     if dist.get_world_size() == 1:
         return [json.loads(json.dumps(value))]
@@ -285,9 +282,7 @@ class RankFailure(RuntimeError):
 def all_or_none(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Do *work* on every rank; when it fails on any, raise the same error on all, so that none waits for another.
 
-    Raises:
-        UserError: in the words of the first failing rank, when what failed was a user's mistake.
-        RankFailure: names the first rank that failed and its error.
+    It is the first failing rank's `UserError`, in its words; any other error is a `RankFailure`, which names that rank too.
     """
     failure: Exception | None = None
     result: T | None = None
@@ -333,14 +328,10 @@ def deterministic(enabled: bool, device: str = "auto") -> Iterator[None]:
     """Make torch deterministic in this process; restore its settings at the end. Without *enabled* it changes nothing.
 
     Enter it before the process group is created and before CUDA is used: NCCL and cuBLAS read then what it sets. Several uses
-    may overlap; the last one to end restores the settings.
+    may overlap; the last one to end restores the settings. *device* is ``parallel.device``.
 
-    Args:
-        device: ``parallel.device``.
-
-    Raises:
-        UserError: cuBLAS was started, or is to be started, in a way that does not repeat; or an operation inside has no
-            deterministic form, on this rank or on another.
+    `UserError` where cuBLAS was started, or is to be started, in a way that does not repeat; or an operation inside has no
+    deterministic form, on this rank or on another.
     """
     global _users
     if not enabled:
@@ -363,10 +354,9 @@ def deterministic(enabled: bool, device: str = "auto") -> Iterator[None]:
 
 @contextmanager
 def operations_named() -> Iterator[None]:
-    """Turn torch's error about an operation without a deterministic form into one line that names the operation.
+    """Turn torch's error about an operation without a deterministic form into a `UserError` that names the operation.
 
-    Raises:
-        UserError: in the place of such an error, also where it is the cause of another error or another rank has reported it.
+    Also where it is the cause of another error, or another rank has reported it.
     """
     try:
         yield

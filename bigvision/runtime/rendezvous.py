@@ -99,10 +99,9 @@ def port(environ: Mapping[str, str], name: str) -> int:
 def meeting(identity: Identity, environ: Mapping[str, str], first: str, number_of_run: int, fix: str) -> Identity:
     """*identity* with the place where the ranks meet: MASTER_ADDR and MASTER_PORT where the user has set them.
 
-    Args:
-        first: the host of rank 0, as far as the launcher names it; not needed where all ranks are on this host.
-        number_of_run: the same for all ranks of a run and another for the next run; makes the port.
-        fix: what to do where nothing names the host of rank 0.
+    *first* is the host of rank 0, as far as the launcher names it; not needed where all ranks are on this host. *fix* says what
+    to do where nothing names it. *number_of_run*, which makes the port, is the same for all ranks of a run and another for the
+    next run.
     """
     here = LOOPBACK if identity.local_world_size == identity.world_size else first
     address = host(environ, "MASTER_ADDR") if environ.get("MASTER_ADDR") else here

@@ -185,9 +185,10 @@ class Board:
         """Seconds since the last beat that count."""
         return time.monotonic() - self.since - self.suspended
 
-    def await_rounds(self, patience: float) -> None:
-        """Have a whole exchange with the store now, and wait for its end, for *patience* seconds at most."""
+    def await_rounds(self, patience: float, asking: bool = False) -> None:
+        """Have a whole exchange with the store, *asking* from now on, and wait for its end, for *patience* seconds at most."""
         with self.changed:
+            self.asking = self.asking or asking
             goal = self._want_rounds()
             self.changed.wait_for(lambda: self.rounds >= goal or self.state == "closed", patience)
 
@@ -260,12 +261,9 @@ class Watchdog:
 
     @contextmanager
     def naming(self) -> Iterator[None]:
-        """Make an error that came of another rank's end name that rank, and report this rank's own errors to the others.
+        """Make an error that came of another rank's end a `RankFailure` that names it; report this rank's own to the others.
 
         What needs the other ranks is in here: when it ends without an error, this rank has left.
-
-        Raises:
-            RankFailure: in the place of such an error.
         """
         try:
             yield
@@ -300,9 +298,7 @@ class Watchdog:
     def _find_cause(self) -> str:
         """Return whose end broke a collective, in words; empty where nothing is known."""
         deadline = time.monotonic() + self.board.news.patience + 2 * self.pulse
-        with self.board.changed:
-            self.board.asking = True
-        self.board.await_rounds(self.pulse)
+        self.board.await_rounds(self.pulse, asking=True)
         while time.monotonic() < deadline:
             board = self.board.copy()
             if board.fault is not None:
@@ -393,9 +389,7 @@ class Watchdog:
         if not diagnosis.ended_ranks(news):
             return
         # The last report of such a rank has not been read: it may have left in order.
-        with self.board.changed:
-            self.board.asking = True
-        self.board.await_rounds(min(news.patience, grace / 4))
+        self.board.await_rounds(min(news.patience, grace / 4), asking=True)
         board = self.board.copy()
         if board.fault is None and (found := diagnosis.ended_ranks(board.news)):
             self._report("; ".join(found), False, min(2 * self.pulse, grace / 8))

@@ -40,11 +40,9 @@ class Classify(Task):
         self.label_smoothing = label_smoothing
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of the samples' losses.
+        """Return the sum of the samples' losses. *outputs* are logits, (B, classes).
 
-        Args:
-            outputs: logits, (B, classes).
-            targets: int64, (B,); or for mixed samples (B, 3): the label, the other's, and the share of the first.
+        *targets* are int64, (B,); or for mixed samples (B, 3): the label, the other's, and the share of the first.
         """
         if targets.ndim == 2:
             own, other, share = targets.unbind(1)

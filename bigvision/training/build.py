@@ -76,10 +76,8 @@ def build(
 ) -> Build:  # fmt: skip
     """Check everything that can be checked without a model, then build, shard and restore it. Called on every rank.
 
-    Args:
-        stack: lets go of the output folder and the engine when the run ends.
-        given: datasets that are not opened by name.
-        model: the caller's own, or a function that builds it.
+    *stack* lets go of the output folder and the engine when the run ends. *given* are datasets that are not opened by name,
+    *model* is the caller's own, or a function that builds it.
     """
     out = Path(config.out)
 
@@ -165,10 +163,8 @@ def build_model(
 ) -> tuple[Engine, Blueprint, dict[str, Any]]:  # fmt: skip
     """Build the sharded model with its first values; returns the engine, the blueprint and the model card.
 
-    Args:
-        model: the caller's own, or a function that builds it, in the place of timm's.
-        restored: the caller restores a checkpoint right afterwards: only what no checkpoint contains gets first values.
-        trains: whether the caller takes steps, or only evaluates.
+    *model* is the caller's own, or a function that builds it, in the place of timm's. *restored*: the caller restores a
+    checkpoint right afterwards, so only what no checkpoint contains gets first values. *trains*: the caller takes steps.
     """
     outputs = config.model.num_classes or num_classes
     if outputs < num_classes:

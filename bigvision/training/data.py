@@ -92,7 +92,7 @@ def open_data(config: Config, runtime: Runtime, given: Given | None = None, say:
             check_channels(train.channels, config.data.policy, config.data.jitter)
         return train, val
 
-    train, val = _opened(open_all, runtime)
+    train, val = open_on_all(open_all, runtime)
     if say is not None and runtime.is_main:
         for line in describe(train, val):
             say(line)
@@ -105,14 +105,14 @@ def open_validation(config: Config, runtime: Runtime, classes: list[str]) -> Dat
     def open_it(first: bool) -> Source:
         return sources.open_validation(config.data.train, config.data.val, classes=classes, root=config.data.root, first=first)
 
-    val = _opened(open_it, runtime)
+    val = open_on_all(open_it, runtime)
     return Data(val, val, BadSamples(config.data.bad_budget, {"train": 0, "val": len(val)}))
 
 
-def _opened(open_it: Callable[[bool], T], runtime: Runtime) -> T:
+def open_on_all(open_it: Callable[[bool], T], runtime: Runtime) -> T:
     """What *open_it* opens, on every rank: rank 0 downloads and indexes, the others find what it left on a shared disk."""
-    opened = all_or_none(lambda: open_it(True) if runtime.is_main else None)
-    return all_or_none(lambda: opened or open_it(False))
+    first = all_or_none(lambda: open_it(True) if runtime.is_main else None)
+    return all_or_none(lambda: first or open_it(False))
 
 
 class Feed(Iterator[StepBatch]):
@@ -122,12 +122,8 @@ class Feed(Iterator[StepBatch]):
         self, config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, *, step: int, steps: int, position: int,
         say: Callable[[str], None] = lambda text: None, waits: Callable[[bool], None] = lambda waits: None,
     ) -> None:  # fmt: skip
-        """Args:
-        step, position: optimizer steps taken and samples consumed so far.
-        steps: of the whole run.
-        say: told when workers had to be started again.
-        waits: called with True before, and False after, each micro-batch is waited for.
-        """
+        """After *step* of the run's *steps*, *position* samples were consumed. *say* reports workers that were started again;
+        *waits* is called with True before, and False after, each micro-batch is waited for."""
         self.say, self.waits, self.restarts = say, waits, 0
         self.seconds, self.given = 0.0, 0
         self.batch: StepBatch | None = None
@@ -296,9 +292,7 @@ def _transform(config: Config, source: Source, blueprint: Blueprint, train: bool
 class BadSamples:
     """Unreadable samples, counted. Every rank has one and calls all of its methods.
 
-    Args:
-        budget: share (below 1) or number of each split's samples that may be unreadable.
-        lengths: samples of each split.
+    *budget* is the share (below 1) or number of each split's samples that may be unreadable, *lengths* the splits' samples.
     """
 
     def __init__(self, budget: float, lengths: dict[str, int]) -> None:

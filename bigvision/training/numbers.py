@@ -145,9 +145,8 @@ class Spike:
 class Spikes:
     """Looks at each step's loss, which is the same on every rank, and so is the verdict.
 
-    Args:
-        threshold: standard deviations above the mean.
-        losses: of earlier steps, from :attr:`losses`: a run that goes on judges as one that was never interrupted.
+    *threshold* is in standard deviations above the mean. *losses* are those of earlier steps, from :attr:`losses`: a run that
+    goes on judges as one that was never interrupted.
     """
 
     def __init__(self, threshold: float, losses: Sequence[float] = ()) -> None:

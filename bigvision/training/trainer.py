@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -231,9 +231,8 @@ def evaluate(
 ) -> dict[str, float] | None:  # fmt: skip
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
 
-    Args:
-        saving: exchanges requests with each batch; where any rank was asked to stop, the evaluation is broken off, and None
-            is returned.
+    *saving* exchanges requests with each batch; where any rank was asked to stop, the evaluation is broken off, and None
+    is returned.
     """
     watch.beat("evaluate", engine.step)
     engine.synchronize()
@@ -268,13 +267,9 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:  # fmt: skip
     """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank.
 
-    Args:
-        say: told where /dev/shm is small for NCCL.
-        ema: evaluate the averaged weights; what has no average comes from the model.
-
-    Raises:
-        UserError: the folder is not a valid checkpoint, is of another model or has no averaged weights; or
-            ``train.deterministic`` and an operation without a deterministic form.
+    `UserError` where the folder is not a valid checkpoint, is of another model or, with *ema*, has no averaged weights, or
+    ``train.deterministic`` meets an operation without a deterministic form. *say* is told where /dev/shm is small for NCCL.
+    *ema* evaluates the averaged weights; what has no average comes from the model.
     """
     config = _for_ranks(without_weights(config), identify(os.environ).world_size)
     parallel, timeout = config.parallel, collective_timeout(config.limits)
@@ -295,7 +290,7 @@ def evaluate_checkpoint(
             config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True,
             trains=False,
         )  # fmt: skip
-        try:
+        with closing(engine):
             fragments = list(engine.fragments())
             found.restore(fragments, groups=("model",))
             if ema:
@@ -306,8 +301,6 @@ def evaluate_checkpoint(
             metrics = evaluate(config, engine, data, blueprint, runtime, watch)
             assert metrics is not None
             return metrics
-        finally:
-            engine.close()
 
 
 def _for_ranks(config: Config, ranks: int) -> Config:

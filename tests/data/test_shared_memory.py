@@ -77,7 +77,9 @@ def test_batches_lie_where_earlier_ones_did_but_never_where_one_still_is():
             if number in (3, 4, 11):
                 kept[number] = batch.images[number % 6, 1:]
         assert all(torch.equal(part, wanted[number][number % 6, 1:]) for number, part in kept.items())
-        assert len(places) <= 2 * 2 + 2 + len(kept)
+        # A batch that found no slot, since the kept ones lie in three, is where the allocator has put it.
+        begin = torch.frombuffer(loader._slots._memory, dtype=torch.uint8).data_ptr()
+        assert 0 < len([place for place in places if begin <= place < begin + loader._slots.nbytes]) <= 2 * 2 + 2
 
 
 def test_more_are_kept_than_there_are_slots():

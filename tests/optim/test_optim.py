@@ -12,7 +12,7 @@ from torch import nn
 
 from bigvision.config import OptimConfig
 from bigvision.errors import UserError
-from bigvision.optim import allocate_state, build_optimizer, learning_rate, parameter_groups, step_counters
+from bigvision.optim import allocate_state, build_optimizer, learning_rate, parameter_groups, state_layout, step_counters
 from tests.models.zoo import ZOO, Entry
 
 
@@ -160,3 +160,15 @@ def test_state_made_beforehand_changes_nothing(name: str) -> None:
         assert [int(counter) for counter in step_counters(optimizer)] == [3] * COUNTERS[name]
         models.append(model)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+
+
+def test_an_optimizer_that_cannot_be_saved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's NAdam keeps a number for each parameter, which is no share of one."""
+    monkeypatch.setattr("bigvision.optim.build_optimizer", lambda groups, config: torch.optim.NAdam(groups))
+    with pytest.raises(TypeError, match="NAdam: 'mu_product'"):
+        state_layout(OptimConfig())
+
+
+def test_a_name_without_a_branch_is_no_muon() -> None:
+    with pytest.raises(ValueError, match="nadam has no branch"):
+        state_layout(OptimConfig(name="nadam"))  # type: ignore[arg-type]

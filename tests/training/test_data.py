@@ -125,8 +125,8 @@ def seen_by_the_watchdog(plain: dict[str, Any]) -> tuple[set[bool], set[bool]]:
 
     def noted(found: set[bool], inner: Any) -> Any:
         def call(*args: Any) -> Any:
-            if watches[-1].at.phase == "step":
-                found.add(watches[-1].at.data)
+            if watches[-1].board.at.phase == "step":
+                found.add(watches[-1].board.at.data)
             return inner(*args)
 
         return call

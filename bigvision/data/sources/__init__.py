@@ -151,11 +151,8 @@ def open_both(
 def open_validation(
     train: str, val: str, *, classes: Sequence[str], root: str | None = None, first: bool = False
 ) -> Source:  # fmt: skip
-    """Open the validation data that :func:`open_both` opens, without the training data, which may be gone.
-
-    Args:
-        classes: of the training data, which labels follow.
-    """
+    """Open the validation data that :func:`open_both` opens, without the training data, which may be gone: labels follow its
+    *classes*."""
     parts, train_ids = _named(val, "data.val"), _identities(_named(train, "data.train"), "data.train")
     shared = [one in train_ids for one in _identities(parts, "data.val")]
     return _mixed(parts, _open_parts(parts, Opening("val", "data.val", True, list(classes), root, first), shared))
@@ -237,7 +234,5 @@ def _parsed(spec: str, key: str) -> tuple[str, str]:
 def _synthetic(argument: str, key: str) -> Synthetic:
     match = re.fullmatch(r"(?:([1-9]\d*)(?:x([1-9]\d*))?)?", argument)
     if not match:
-        raise UserError(
-            f"{key}: 'synthetic:{argument}' is not synthetic:SAMPLES or synthetic:SAMPLESxSIZE, as synthetic:1024x224"
-        )
+        raise UserError(f"{key}: 'synthetic:{argument}' is not synthetic:SAMPLES[xSIZE], as synthetic:1024x224")
     return Synthetic(*(int(number) for number in match.groups() if number))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import zipfile
 import zlib
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,14 @@ from bigvision.data.sources.base import Column, Labelled, Opening, Sample, Sourc
 from bigvision.data.splits import hold_out, named_parts, part_for
 from bigvision.errors import UserError, one_line
 from bigvision.samples import seed_from
+
+DIGITS_VAL = (
+    "AAAEiDUkEEAABkEAk0IFABoACAEAJAAoBiwSABAAlAoAkBkSBCD4oAKBEKAACAqIIEQVJElCQKAKAAAAQATYAACBgCAASAXEABBA"
+    "CKAQAAVASAAwEAACDsQJAAIkhACDqAE8IKaYCgAAAAsIQAgEoBhIAgJAQcEAgARARoQ3aoECFgBEgABAQqCkGApQAIQLhWHGCBCA"
+    "CABMgMAgBAaOAAEIggCBADgIA8AIGQAAEA4BAIQQoCEAMygpBMBEwIBoDgECgwCCAIgipkAsJAQhCKhggJCBoAwCggJCEgE4pBUA"
+)
+"""A bit for each of the digits, set for validation: what scikit-learn's ``train_test_split(range(1797), test_size=0.2,
+random_state=0, stratify=labels)`` gives."""
 
 
 class ArraySource(Labelled):
@@ -91,17 +101,15 @@ class Synthetic(Source):
 
 
 def open_digits(split: Split) -> ArraySource:
-    """Open scikit-learn's digits: 1797 images of 8x8, four fifths for training, a fixed fifth for validation."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    pixels, target = load_digits(return_X_y=True)
-    rows = range(len(target))
-    train, val = train_test_split(rows, test_size=0.2, random_state=0, stratify=target)
-    chosen = torch.tensor(sorted(train if split == "train" else val))
-    images = torch.from_numpy(pixels).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
-    labels = torch.from_numpy(target).to(torch.int64)
-    return ArraySource("digits", "digit", [str(label) for label in range(10)], images[chosen], labels[chosen])
+    """Open scikit-learn's digits: 1797 images of 8x8, four fifths for training, a fixed, stratified fifth for validation."""
+    # Its file alone: importing scikit-learn takes each rank a second of processor time.
+    package = find_spec("sklearn")
+    assert package is not None and package.origin is not None, "scikit-learn is among bigvision's requirements"
+    rows = torch.from_numpy(np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=","))
+    held_out = np.unpackbits(np.frombuffer(base64.b64decode(DIGITS_VAL), np.uint8), count=len(rows)) == 1
+    rows = rows[torch.from_numpy(held_out if split == "val" else ~held_out)]
+    images = rows[:, :-1].mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    return ArraySource("digits", "digit", [str(label) for label in range(10)], images, rows[:, -1].to(torch.int64))
 
 
 def open_arrays(argument: str, opening: Opening) -> Source:
@@ -114,45 +122,33 @@ def open_arrays(argument: str, opening: Opening) -> Source:
     whole numbers or names, (N,) or (N, 1), or one-hot (N, number of classes). A ``classes.txt`` beside them has a name on
     each line, by which labels follow the training data's.
     """
-    key = opening.key
-    path = Path(argument).expanduser()
+    key, where, path = opening.key, repr(argument), Path(argument).expanduser()
     try:
         images, labels, part, hold = (_open_folder if path.is_dir() else _open_npz)(path, opening)
     except FileNotFoundError as error:
-        raise UserError(
-            f"{key}: no {error.filename!r}; give a folder with images.npy and labels.npy, or a .npz file"
-        ) from error
+        raise UserError(f"{key}: no {error.filename!r}; give a folder with images.npy and labels.npy or a .npz file") from error
     except KeyError as error:
-        raise UserError(f"{key}: {argument!r}: {error.args[0]}; it must have images and labels") from error
+        raise UserError(f"{key}: {where}: {error.args[0]}; it must have images and labels") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{key}: {argument!r} cannot be read ({one_line(error)}); give .npy or .npz files of numbers"
-        ) from error
+        raise UserError(f"{key}: {where} cannot be read ({one_line(error)}); give .npy or .npz files of numbers") from error
 
     if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and {images.shape[1], images.shape[3]} & {1, 3})):
-        raise UserError(
-            f"{key}: the images of {argument!r} are {images.dtype} {images.shape}; "
-            "they must be uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3"
-        )
-    column, listed = _label_column(labels, key, repr(argument))
+        shapes = "(N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3"
+        raise UserError(f"{key}: the images of {where} are {images.dtype} {images.shape}; they must be uint8 {shapes}")
+    column, listed = _label_column(labels, key, where)
     if len(images) != len(labels) or not len(labels):
-        raise UserError(f"{key}: {argument!r} has {len(images)} images and {len(labels)} labels; it must have as many of both")
+        raise UserError(f"{key}: {where} has {len(images)} images and {len(labels)} labels; it must have as many of both")
 
-    folders = [path / part, path] if path.is_dir() else [path.parent]
-    found = label_samples(
-        column, opening.classes or (None if class_file(folders) else listed), folders, key=key, where=repr(argument),
-        at=lambda index: f"sample {index} of {argument!r}",
-    )  # fmt: skip
-    pixels = MappedFile(path / part / "images.npy") if path.is_dir() else channels_first(torch.from_numpy(images))
+    is_folder = path.is_dir()
+    folders = [path / part, path] if is_folder else [path.parent]
+    known = opening.classes or (None if class_file(folders) else listed)
+    found = label_samples(column, known, folders, key=key, where=where, at=lambda index: f"sample {index} of {where}")
+    file = path / part / "images.npy" if is_folder else path / f"{part}_images".lstrip("_")
+    pixels = MappedFile(file) if is_folder else channels_first(torch.from_numpy(images))
     style: Style = "photo" if min(pixels.shape[2:]) >= 64 else "tiny"
     source = ArraySource(f"arrays:{argument}", style, found.classes, pixels, torch.from_numpy(found.values))
-    if path.is_dir():
-        source.file = str(path / part / "images.npy")
-        source.linked = os.path.islink(source.file)
-    else:
-        source.file = str(path / f"{part}_images".lstrip("_"))
-    source.location, source.notes = str(path / part if path.is_dir() else path), found.notes
-    otherwise = f"{key}: {argument!r} has one image, none can be held out; add images or a validation part"
+    source.file, source.linked, source.location, source.notes = str(file), file.is_symlink(), str(file.parent), found.notes
+    otherwise = f"{key}: {where} has one image, none can be held out; add images or a validation part"
     return hold_out(source, opening.split, otherwise) if hold else source
 
 
@@ -164,9 +160,8 @@ def _label_column(labels: np.ndarray, key: str, where: str) -> tuple[Coded, list
         if np.isin(labels, (0, 1)).all() and (labels.sum(1, dtype=np.int64) == 1).all():
             return coded(labels.argmax(1)), [str(label) for label in range(labels.shape[1])]
         raise other_task("labels", f"{labels.dtype} {labels.shape}, not one-hot", key=key, where=where)
-    raise UserError(
-        f"{key}: the labels of {where} are {labels.dtype} {labels.shape}; they must be whole numbers or names, (N,) or (N, 1)"
-    )
+    has = f"{labels.dtype} {labels.shape}"
+    raise UserError(f"{key}: the labels of {where} are {has}; they must be whole numbers or names, (N,) or (N, 1)")
 
 
 def _open_folder(path: Path, opening: Opening) -> tuple[np.ndarray, np.ndarray, str, bool]:

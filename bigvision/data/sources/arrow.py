@@ -17,18 +17,7 @@ import numpy as np
 import torch
 
 from bigvision.data.labels import Coded, Labels, by_name, by_place, check_all_labelled, joined, label_by, other_task
-from bigvision.data.sources.base import (
-    Column,
-    Labelled,
-    OpenFiles,
-    Opening,
-    Sample,
-    Source,
-    Subset,
-    UnreadableSample,
-    location_of,
-    stamp,
-)
+from bigvision.data.sources.base import Column, Opening, Packed, Sample, Source, Subset, UnreadableSample, stamp
 from bigvision.data.splits import choose_files, named_parts, part, part_for, xxh3_hashes
 from bigvision.data.workers import each
 from bigvision.errors import UserError, how_to_install, nearest, one_line
@@ -206,7 +195,7 @@ class ArrowStream:
 Format = type[Parquet] | type[ArrowStream]
 
 
-class Rows(Labelled):
+class Rows(Packed):
     """The rows of files in the order given.
 
     A chunk is read as a whole, and the last ones are kept: up to `CACHE` bytes, at least one. So an order that jumps about
@@ -214,10 +203,8 @@ class Rows(Labelled):
     """
 
     def __init__(self, name: str, form: Format, files: Sequence[RowFile], labels: Labels) -> None:
+        super().__init__([file.path for file in files], [file.stamp for file in files], form.most, form, form.close)
         self.name, self.classes, self.notes, self.column = name, labels.classes, labels.notes, files[0].columns.image
-        self.files = [str(file.path) for file in files]
-        self.location, self.linked = location_of(self.files)
-        self._opened = OpenFiles(self.files, [file.stamp for file in files], form.most, form, form.close)
         chunks = [(number, chunk, rows) for number, file in enumerate(files) for chunk, rows in enumerate(file.chunks)]
         self._chunks = torch.tensor([(number, chunk) for number, chunk, _ in chunks])
         # The first row of each chunk, and then how many rows there are in all.
@@ -233,9 +220,6 @@ class Rows(Labelled):
     def key(self, index: int) -> bytes:
         number = int(self._chunks[self._chunk(index), 0])
         return os.fsencode(f"{os.path.basename(self.files[number])}/{index - self._firsts[number]}")
-
-    def origins(self) -> Sequence[str]:
-        return self.files
 
     def read(self, index: int) -> Sample:
         chunk = self._chunk(index)
@@ -260,7 +244,7 @@ class Rows(Labelled):
 
         number, within = self._chunks[chunk].tolist()
         try:
-            column = self._opened[number].chunk(self.column, within)
+            column = self.opened(number).chunk(self.column, within)
         except OSError as error:
             raise UnreadableSample(one_line(error)) from error
         except (pa.ArrowException, IndexError) as error:
@@ -272,8 +256,8 @@ class Rows(Labelled):
             self._kept.popitem(last=False)
         return column
 
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_kept": OrderedDict()}
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_kept": OrderedDict()}
 
 
 def _beside(file: str, path: str) -> bytes:
@@ -360,9 +344,7 @@ def _row_file(form: Format, path: Path, asked: dict[str, str], key: str) -> RowF
             kind = file.schema.field(columns.image).type
             content = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
             if not (pa.types.is_binary(content) or pa.types.is_large_binary(content) or pa.types.is_binary_view(content)):
-                raise UserError(
-                    f"{key}: {where}: its images are {kind}; they must be encoded, as binary or in a struct's 'bytes'"
-                )
+                raise UserError(f"{key}: {where}: its images are {kind}; encode them, as binary or in a struct's 'bytes'")
             labels = arrow_labels(file.column(columns.label), key=key, where=where)
             return RowFile(path, now, columns, class_names(file.schema, columns.label), file.chunks(), labels)
     except (pa.ArrowException, OSError) as error:

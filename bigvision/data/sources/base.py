@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -43,8 +44,9 @@ class Opening(NamedTuple):
     """Whether to download what is missing, write indexes beside files, and report on stderr what takes long."""
 
 
-class _Shared:
-    """A tensor, read by NumPy: its own indexing takes ten times as long."""
+class Column:
+    """Whole numbers in a tensor that are read one at a time. A million of Python's own would be copied and pickled for each
+    worker, and a tensor's own indexing takes ten times as long as NumPy's."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -63,10 +65,6 @@ class _Shared:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.values,)
 
-
-class Column(_Shared):
-    """Whole numbers that are read one at a time. A million of Python's own would be copied and pickled for each worker."""
-
     def __getitem__(self, index: int) -> int:
         return self.array.item(index)
 
@@ -76,7 +74,7 @@ class Texts:
 
     def __init__(self, values: Tensor, ends: Tensor) -> None:
         """Args: *values* uint8 (bytes of all), *ends* int64 (N,), where each one ends."""
-        self._values, self._ends = _Shared(values), Column(ends)
+        self._values, self._ends = Column(values), Column(ends)
 
     @classmethod
     def of(cls, texts: Sequence[bytes]) -> Texts:
@@ -276,27 +274,29 @@ class Mixture(View):
 # Files
 
 
-class OpenFiles:
-    """The files of a source, as each process opens them for itself: the ones used last stay open."""
+class Packed(Labelled):
+    """Samples that lie many to a file. Each process opens the files for itself, and the ones used last stay open."""
 
     def __init__(
-        self, paths: Sequence[str], stamps: Sequence[tuple[int, int]], most: int, open: Callable[[str], Any],
+        self, files: Sequence[Path], stamps: Sequence[tuple[int, int]], most: int, open: Callable[[str], Any],
         close: Callable[[Any], object],
     ) -> None:  # fmt: skip
-        """Args:
-        stamps: of each file when the source was opened.
-        most: files that are open at a time.
-        """
-        self.paths, self._stamps, self._most = paths, torch.tensor(stamps), most
-        self._open, self._close = open, close
+        """Args: *stamps*: of each file when the source was opened. *most*: how many files are open at a time."""
+        self.files = [str(file) for file in files]
+        self.location = os.path.commonpath(list(map(os.path.abspath, self.files)))
+        self.linked = any(map(os.path.islink, self.files)) or len(set(map(os.path.dirname, self.files))) > 1
+        self._stamps, self._most, self._open, self._close = torch.tensor(stamps), most, open, close
         self._opened: OrderedDict[int, Any] = OrderedDict()
 
-    def __getitem__(self, number: int) -> Any:
+    def origins(self) -> Sequence[str]:
+        return self.files
+
+    def opened(self, number: int) -> Any:
         """What was opened of the file *number*. Raises `UnreadableSample` if it has changed, or what opening it raises."""
         if number not in self._opened:
-            if list(stamp(os.stat(self.paths[number]))) != self._stamps[number].tolist():
+            if list(stamp(os.stat(self.files[number]))) != self._stamps[number].tolist():
                 raise UnreadableSample("its file has changed since the run began")
-            self._opened[number] = self._open(self.paths[number])
+            self._opened[number] = self._open(self.files[number])
             if len(self._opened) > self._most:
                 self._close(self._opened.popitem(last=False)[1])
         self._opened.move_to_end(number)
@@ -315,26 +315,6 @@ def stamp(file: os.stat_result) -> tuple[int, int]:
     return file.st_size, file.st_mtime_ns
 
 
-def open_to_read(path: str | os.PathLike[str]) -> int:
-    """A descriptor of the file, which no program that is started inherits."""
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-
-def read_at(descriptor: int, offset: int, size: int) -> bytes:
-    """*size* bytes of a file from *offset* on, fewer where it ends."""
-    content = os.pread(descriptor, size, offset)
-    # The system may give less at a time.
-    while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
-        content += more
-    return content
-
-
-def location_of(files: Sequence[str]) -> tuple[str, bool]:
-    """The folder of *files*, or the only one of them; and whether one may lie elsewhere, as `Source.linked` has it."""
-    folders = {os.path.dirname(file) for file in files}
-    return os.path.commonpath(list(map(os.path.abspath, files))), any(map(os.path.islink, files)) or len(folders) > 1
-
-
 def size_in_header(path: str, offset: int = 0) -> tuple[int, int] | None:
     """Height and width of the image in the file *path* from the byte *offset* on; None where its first bytes do not tell."""
     try:
@@ -349,3 +329,11 @@ def size_in_header(path: str, offset: int = 0) -> tuple[int, int] | None:
 
 class UnreadableSample(RuntimeError):
     """A sample that cannot be read; one line."""
+
+
+def described(value: Any) -> str:
+    """Type, and of arrays and tensors the kind of number and the shape, for messages."""
+    kind = type(value).__name__
+    if not isinstance(value, (np.ndarray, Tensor)):
+        return f"{kind} of {len(value)}" if isinstance(value, (tuple, list)) else kind
+    return f"{kind} of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

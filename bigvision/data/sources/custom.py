@@ -17,24 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
-from bigvision.data.labels import (
-    OTHER_TASKS,
-    Coded,
-    by_name,
-    by_place,
-    check_all_labelled,
-    coded,
-    from_one,
-    is_missing,
-    joined,
-    label_samples,
-    numbered,
-    other_task,
-    whole,
-)
+from bigvision.data.labels import OTHER_TASKS, Coded, coded, is_missing, joined, label_samples, numbered, other_task, whole
 from bigvision.data.order import generators_kept
 from bigvision.data.sources.arrow import ASKED, Columns, arrow_labels, fitting, the_only
-from bigvision.data.sources.base import Opening, Sample, Source, Split, Style, UnreadableSample
+from bigvision.data.sources.base import Opening, Sample, Source, Split, Style, UnreadableSample, described
 from bigvision.data.splits import named_parts
 from bigvision.errors import UserError, one_line
 
@@ -91,27 +77,20 @@ class MapStyle(Source):
         found = describe(dataset, self.name, Columns(*columns) if columns is not None else None)
         self.dataset, self.columns = found.dataset, found.columns
         classes = classes if classes is not None else found.classes
-        labels, where, at = found.labels, "the dataset", lambda index: f"sample {index}"
-        values: np.ndarray | None = None
-        if classes is not None:
-            self.classes = [str(one) for one in classes]
-            if labels is not None:
-                check_all_labelled(labels, where, at, self.name)
-                distinct = [whole(value) for value in labels.distinct]
-                numbers = all(isinstance(value, int) for value in distinct)
-                place = by_place if numbers else by_name
-                values = place(distinct, self.classes, key=self.name, where=where)[labels.codes]
-                self.notes = from_one(distinct, self.classes) if numbers else ()
-        elif labels is not None:
-            mapped = label_samples(labels, follow, key=self.name, where=where, at=at)
-            self.classes, values, self.notes = mapped.classes, mapped.values, mapped.notes
-        elif follow is not None:
-            self.classes = list(follow)
+        known = follow if classes is None else [str(one) for one in classes]
+        self._labels: Tensor | None = None
+        if found.labels is not None:
+            mapped = label_samples(
+                found.labels, known, key=self.name, where="the dataset", at=lambda index: f"sample {index}",
+                places=classes is not None,
+            )  # fmt: skip
+            self.classes, self._labels, self.notes = mapped.classes, torch.from_numpy(mapped.values), mapped.notes
+        elif known is not None:
+            self.classes = list(known)
         else:
             raise UserError(f"{self.name}: it has neither classes nor targets; give MapStyle its classes")
         self._place_of = {one: place for place, one in enumerate(self.classes)}
         self._numbers_are_names = classes is None and numbered(self.classes)
-        self._labels = None if values is None else torch.from_numpy(values)
 
     def __len__(self) -> int:
         return self._length
@@ -155,20 +134,16 @@ class MapStyle(Source):
             if isinstance(item, Mapping):
                 if self.columns is None:
                     # By their names, or else by what they hold.
-                    fits = {
-                        what: fitting(what, list(item), {}) or [name for name, value in item.items() if _may_be(what, value)]
-                        for what in ASKED
-                    }
+                    held = {what: [name for name, value in item.items() if _may_be(what, value)] for what in ASKED}
+                    fits = {what: fitting(what, list(item), {}) or held[what] for what in ASKED}
                     self.columns = _chosen(fits, list(item), self.name)
                 missing = next((column for column in self.columns if column not in item), None)
                 if missing is not None:
                     raise _WrongSample(f"{self.name}: sample {index} has no column {missing!r} but {', '.join(item)}")
                 item = item[self.columns.image], item[self.columns.label]
             if not isinstance(item, (tuple, list)) or len(item) != 2:
-                several = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
-                raise _WrongSample(
-                    f"{self.name}: sample {index} is {type(item).__name__}{several}; it must be (image, label) or a dict"
-                )
+                what = described(item) if isinstance(item, (tuple, list)) else type(item).__name__
+                raise _WrongSample(f"{self.name}: sample {index} is {what}; it must be (image, label) or a dict")
             image, label = item
             if isinstance(image, dict) and {"bytes", "path"} & set(image):
                 image = image["bytes"] if image.get("bytes") is not None else image.get("path")
@@ -194,14 +169,12 @@ class MapStyle(Source):
             found = torch.from_numpy(np.array(image if image.ndim == 3 else image[..., None])).permute(2, 0, 1)
         if isinstance(found, Tensor) and found.dtype == torch.uint8 and found.ndim == 3 and found.shape[0] in (1, 3):
             return found.expand(3, -1, -1)
-        what, hint = type(image).__name__, ""
-        if isinstance(image, (np.ndarray, Tensor)):
-            what = f"{what} of {str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
-            if "float" in what:
-                hint = "; take ToTensor and Normalize out of the dataset: images are scaled and normalised on the device"
+        hint = ""
+        if isinstance(image, (np.ndarray, Tensor)) and "float" in str(image.dtype):
+            hint = "; take ToTensor and Normalize out of the dataset: images are scaled and normalised on the device"
         raise _WrongSample(
-            f"{self.name}: the image of sample {index} is {what}; give Pillow's, a uint8 tensor (C, H, W), a uint8 array "
-            f"(H, W) or (H, W, C) with C 1 or 3, a file's bytes or its path{hint}"
+            f"{self.name}: the image of sample {index} is {described(image)}; give Pillow's, a uint8 tensor (C, H, W), a uint8 "
+            f"array (H, W) or (H, W, C) with C 1 or 3, a file's bytes or its path{hint}"
         )
 
     def _checked(self, label: Any, index: int) -> int:
@@ -248,11 +221,9 @@ def as_source(dataset: Any, opening: Opening) -> Source:
 
 def check_classes(source: Source, opening: Opening) -> None:
     """Raise `UserError` where the classes of *source* are not those that labels must follow."""
-    known = opening.classes
-    if known is not None and list(known) != source.classes:
-        raise UserError(
-            f"{opening.key}: the {len(source.classes)} classes of {source.name} are not the {len(known)} of the training data"
-        )
+    known, own = opening.classes, source.classes
+    if known is not None and list(known) != own:
+        raise UserError(f"{opening.key}: the {len(own)} classes of {source.name} are not the {len(known)} of the training data")
 
 
 @dataclass
@@ -304,10 +275,8 @@ def choose_part(dataset: Any, split: Split, key: str) -> Any:
     if isinstance(dataset, DataLoader):
         raise UserError(f"{key}: a DataLoader makes batches, which is done here; give its dataset")
     if isinstance(dataset, streams):
-        raise UserError(
-            f"{key}: {kind} can only be iterated over, and a run resumes at any sample; give a dataset with __len__ and "
-            "__getitem__, or write tar shards (webdataset:PATH)"
-        )
+        give = "give a dataset with __len__ and __getitem__, or write tar shards (webdataset:PATH)"
+        raise UserError(f"{key}: {kind} can only be iterated over, and a run resumes at any sample; {give}")
     if not isinstance(dataset, Mapping) or not all(isinstance(name, str) for name in dataset):
         return dataset
     train, val = named_parts(list(dataset), key=key, where=kind)
@@ -353,12 +322,8 @@ def _concatenated(dataset: Any, parts: Sequence[Described], name: str) -> Descri
             f"{other[0]!r} on); give both the same classes"
         )
     labels = [part.labels for part in parts if part.labels is not None]
-    return Described(
-        dataset,
-        named[0] if named else None,
-        joined(labels) if len(labels) == len(parts) else None,
-        next((part.columns for part in parts if part.columns is not None), None),
-    )
+    columns = next((part.columns for part in parts if part.columns is not None), None)
+    return Described(dataset, named[0] if named else None, joined(labels) if len(labels) == len(parts) else None, columns)
 
 
 def _tensor_labels(labels: Tensor, name: str) -> Coded:

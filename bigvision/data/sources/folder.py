@@ -12,19 +12,9 @@ import torch
 
 from bigvision.data.labels import lookalikes
 from bigvision.data.layouts import IMAGES, Finder, Kind, Layout, Tree
-from bigvision.data.sources.base import (
-    Column,
-    Labelled,
-    Opening,
-    PassedOver,
-    Sample,
-    Texts,
-    UnreadableSample,
-    open_to_read,
-    read_at,
-    size_in_header,
-)
+from bigvision.data.sources.base import Column, Labelled, Opening, PassedOver, Sample, Texts, UnreadableSample, size_in_header
 from bigvision.data.splits import blake2_hashes, near_path, part
+from bigvision.disk import open_to_read, read_at
 from bigvision.errors import UserError, nearest
 
 
@@ -75,10 +65,8 @@ class ImageFolder(Labelled):
 def open_image_folder(argument: str, opening: Opening, kind: Kind = IMAGES) -> ImageFolder:
     """Open the folder *argument* in one of the layouts of :class:`~bigvision.data.layouts.Finder`.
 
-    A folder without splits that training and validation share is divided, by hashes of the file names.
-
-    Args:
-        kind: of the files, which may be others than images.
+    A folder without splits that training and validation share is divided, by hashes of the file names. The *kind* of
+    files may be others than images.
     """
     root, key = os.path.expanduser(argument), opening.key
     if not os.path.exists(root):
@@ -93,9 +81,7 @@ def open_image_folder(argument: str, opening: Opening, kind: Kind = IMAGES) -> I
     except OSError as error:
         raise UserError(f"{key}: cannot list {error.filename!r}: {error.strerror}; make it readable") from error
     if layout.hold_out:
-        otherwise = (
-            f"{key}: {layout.folder!r} has one {kind.noun} per class, none can be held out; add {kind.noun}s or a val/ folder"
-        )
+        otherwise = f"{key}: {layout.folder!r} has one {kind.noun} per class, none can be held out; add some or a val/ folder"
         hashes, labels = blake2_hashes(name for name, _ in files), np.array([label for _, label in files])
         files = [files[index] for index in part(hashes, labels, opening.split, otherwise)]
     source = ImageFolder(f"{kind.dataset}:{layout.folder}", layout.folder, layout.known, files)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -22,24 +22,21 @@ from bigvision.data.labels import Coded, is_missing, joined, label_by, not_a_lab
 from bigvision.data.sources.arrow import LABELS
 from bigvision.data.sources.base import (
     Column,
-    Labelled,
-    OpenFiles,
     Opening,
+    Packed,
     PassedOver,
     Sample,
     Source,
     Subset,
     Texts,
     UnreadableSample,
-    location_of,
-    open_to_read,
-    read_at,
     size_in_header,
     stamp,
     strung,
 )
 from bigvision.data.splits import choose_files, part, xxh3_hashes
 from bigvision.data.workers import each
+from bigvision.disk import open_to_read, read_at
 from bigvision.errors import UserError
 
 BLOCK = 512
@@ -55,16 +52,15 @@ OPEN_FILES = 128
 """In each process; 1024 is a common limit of all that it opens."""
 
 
-class Shards(Labelled):
+class Shards(Packed):
     """The images of tar files; files in the order given, samples in the order of the file."""
 
     def __init__(
         self, name: str, classes: Sequence[str], files: Sequence[Path], indexes: Sequence[Index], labels: Tensor
     ) -> None:
         """Args: *labels* int64 (N,), of all samples."""
+        super().__init__(files, [index.stamp for index in indexes], OPEN_FILES, open_to_read, os.close)
         self.name, self.classes = name, list(classes)
-        self.files = [str(file) for file in files]
-        self.location, self.linked = location_of(self.files)
         shard = torch.arange(len(files)).repeat_interleave(torch.tensor([len(index.offsets) for index in indexes]))
         self._files = Column(shard)
         self._offsets = Column(torch.cat([index.offsets for index in indexes]))
@@ -73,7 +69,6 @@ class Shards(Labelled):
         ends = torch.cat([index.key_ends for index in indexes]) + begin[shard]
         self._keys = Texts(torch.cat([index.keys for index in indexes]), ends)
         self._labels = Column(labels)
-        self._opened = OpenFiles(self.files, [index.stamp for index in indexes], OPEN_FILES, open_to_read, os.close)
 
     def where(self, index: int) -> str:
         return f"{self.files[self._files[index]]}: {os.fsdecode(self.key(index))}"
@@ -84,16 +79,13 @@ class Shards(Labelled):
     def image_size(self, index: int) -> tuple[int, int] | None:
         return size_in_header(self.files[self._files[index]], self._offsets[index])
 
-    def origins(self) -> Iterable[str]:
-        return self.files
-
     def size(self, index: int) -> int:
         return self._sizes[index]
 
     def read(self, index: int) -> Sample:
         size = self._sizes[index]
         try:
-            content = read_at(self._opened[self._files[index]], self._offsets[index], size)
+            content = read_at(self.opened(self._files[index]), self._offsets[index], size)
         except OSError as error:
             raise UnreadableSample(error.strerror or type(error).__name__) from error
         if len(content) < size:
@@ -243,12 +235,8 @@ class Place(NamedTuple):
 def samples(descriptor: int, passed_over: PassedOver) -> Iterator[Place]:
     """Find the samples, in order: consecutive files whose names agree up to the first dot, one of which is an image.
 
-    Args:
-        passed_over: counts what is no part of a sample: hidden files, links, files without an image, and of other kinds.
-
-    Raises:
-        ValueError: the file is no tar, damaged or cut, or a sample has no label or several images; one line.
-        OSError: it cannot be read.
+    What is no part of a sample is *passed_over*: hidden files, links, files without an image, and of other kinds. Raises
+    `ValueError` (the file is no tar, damaged or cut, or a sample has no label or several images; one line) or `OSError`.
     """
     file = _Window(descriptor)
     for key, members in groupby(_named(file, passed_over), itemgetter(0)):

@@ -62,10 +62,8 @@ def open_table(name: str, argument: str, opening: Opening) -> ImageFolder:
 
     A row has the path of an image and its label; columns are named in a header, or found by what they hold, or asked for:
     ``PATH?path=COLUMN&label=COLUMN``, a number where there is no header. Where a column says which split a row is in, rows of
-    the other splits are left out. What is held out is so by a hash of the path.
-
-    Args:
-        name: "csv", or "tsv" for files whose columns are separated by tabs alone.
+    the other splits are left out. What is held out is so by a hash of the path. *name* is "csv", or "tsv" for files whose
+    columns are separated by tabs alone.
     """
     key, split = opening.key, opening.split
     path, asked = parse_asked(argument, key, ASKED)
@@ -214,9 +212,7 @@ def _listed(
     if divided is not None:
         rows = _of_split(rows, divided, split, key, where)
     elif header and (fold := next((name for name in names if _plain(name) in FOLDS), None)):
-        notes.append(
-            f"the column {fold!r} of {file.name} is not used: write train and val in a column, and name it ?split=COLUMN"
-        )
+        notes.append(f"the column {fold!r} of {file.name} is not used: write train and val in one, and name it ?split=COLUMN")
     if not rows:
         return [], divided is not None
     bases = [asked["root"]] if "root" in asked else [str(file.parent), str(file.parent.parent), "."]
@@ -281,9 +277,7 @@ def _of_split(rows: list[Row], column: int, split: Split, key: str, where: str) 
     roles = {cell: split_name(cell) for cell in {row[column] for _, row in rows}}
     unknown = sorted(cell for cell, role in roles.items() if role is None or role.rest)
     if unknown:
-        raise UserError(
-            f"{key}: {where} has {unknown[0]!r} in its column for the split; write train, val or test, or rename the column"
-        )
+        raise UserError(f"{key}: {where} has {unknown[0]!r} in its column for the split; use train, val or test, or rename it")
     found = {cell: role.role for cell, role in roles.items() if role is not None}
     wanted = "train" if split == "train" else "val" if "val" in found.values() else "test"
     return [(line, row) for line, row in rows if found[row[column]] == wanted]

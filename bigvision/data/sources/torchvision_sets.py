@@ -66,6 +66,7 @@ def open_torchvision(name: str, _: str, opening: Opening) -> Source:
     check_local(opening.root or "", "data.root")
     base = Path(opening.root or DEFAULT_ROOT).expanduser()
     folder = base / found.folder
+    where = repr(str(folder))
     options = found.train if split == "train" else found.val
     opener = getattr(datasets, found.opener)
     try:
@@ -75,18 +76,14 @@ def open_torchvision(name: str, _: str, opening: Opening) -> Source:
     except RuntimeError as missing:
         # torchvision says "not found" and "corrupted" alike, and fixes both by downloading.
         if not opening.first:
-            raise UserError(f"{key}: {name} is not complete in {str(folder)!r}; put its files there") from missing
+            raise UserError(f"{key}: {name} is not complete in {where}; put its files there") from missing
         try:
             with _timeout(30):
                 dataset = opener(base, **options, download=True)
         except Exception as error:
-            raise UserError(
-                f"{key}: {name} could not be downloaded ({one_line(error)}); put its files in {str(folder)!r}"
-            ) from error
+            raise UserError(f"{key}: {name} could not be downloaded ({one_line(error)}); put its files in {where}") from error
     except Exception as error:
-        raise UserError(
-            f"{key}: the files of {name} in {str(folder)!r} are damaged ({one_line(error)}); delete and fetch them again"
-        ) from error
+        raise UserError(f"{key}: files of {name} in {where} are damaged: {one_line(error)}; delete and refetch them") from error
     # Some classes are tuples of names, some are in another attribute, STL10's in a file that may be missing.
     named = getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or range(10)
     classes = [label[0] if isinstance(label, tuple) else str(label) for label in named]
@@ -97,14 +94,14 @@ def open_torchvision(name: str, _: str, opening: Opening) -> Source:
         return source
     files = [(os.path.relpath(file, folder), label) for file, label in _listed(dataset)]
     if outside := [file for file, _ in files if file.startswith(os.pardir + os.sep)]:
-        raise UserError(f"{key}: {name} lists {outside[0]!r}, which is not in {str(folder)!r}; fetch its files again")
+        raise UserError(f"{key}: {name} lists {outside[0]!r}, which is not in {where}; fetch its files again")
     source = ImageFolder(name, str(folder), classes, files)
     if found.decodes:
         source = _Decoded(name, str(folder), classes, files)
         source.decoded = MapStyle(dataset, classes, found.style, name)
     if found.train != found.val:
         return source
-    return hold_out(source, split, f"{key}: {name} has one image in {str(folder)!r}; fetch its files again")
+    return hold_out(source, split, f"{key}: {name} has one image in {where}; fetch its files again")
 
 
 class _Decoded(ImageFolder):
