@@ -31,9 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "hybrid": (4, {"strategy": "fsdp", "replicas": 2}),
     "zero2": (2, {"strategy": "zero2"}),
     "zero3": (3, {"strategy": "zero3", "recompute": "blocks"}),
-    "offload": (2, {"strategy": "zero2", "offload": "optimizer"}),
     "pipeline": (2, {"strategy": "pipeline"}),
-    "stages": (4, {"strategy": "pipeline", "stages": 2}),
 }
 SHORT = ("ddp1", "fsdp2")
 SOME = [pytest.param(name, marks=() if name in SHORT else pytest.mark.long) for name in LAYOUTS]
