@@ -124,8 +124,8 @@ class Monitor:
         """Tell the user where the checkpoint is and what to do with it, and *note*."""
         if note:
             self.say(note)
-        if "top1" in metrics:
-            self.say(f"validation accuracy {metrics['top1']:.2%}")
+        if accuracy := _accuracy(metrics):
+            self.say(f"validation {accuracy}")
         self.say(f"checkpoint  {folder}")
         self.say("resume      run the same command again (more steps: --train.epochs or --train.steps)")
         self.say(f"evaluate    bigvision eval {folder}")
@@ -181,7 +181,8 @@ class ProgressBar:
 
 
 def _accuracy(metrics: dict[str, float]) -> str:
-    return f"accuracy {metrics['top1']:.2%}" if "top1" in metrics else ""
+    averaged = f" (EMA {metrics['ema_top1']:.2%})" if "ema_top1" in metrics else ""
+    return f"accuracy {metrics['top1']:.2%}{averaged}" if "top1" in metrics else ""
 
 
 @dataclass(frozen=True)

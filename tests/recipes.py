@@ -94,6 +94,6 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of the model and optimizer files of a checkpoint."""
-    files = [path for path in sorted(folder.iterdir()) if path.name.startswith(("model", "optimizer"))]
+    """sha256 of the model, optimizer and averaged files of a checkpoint."""
+    files = [path for path in sorted(folder.iterdir()) if path.name.startswith(("model", "optimizer", "ema"))]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

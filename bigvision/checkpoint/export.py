@@ -143,7 +143,7 @@ def _places(tensors: Tensors, ema: bool, source: Path) -> dict[str, Place]:
     if not model:
         raise Damaged("it has no model files")
     if ema and not averaged:
-        raise UserError(f"--ema: {source} has no averaged weights, its run had no optim.ema: leave --ema out")
+        raise UserError(f"--ema: {source} has no averaged weights, its run had no ema.decay: leave --ema out")
     for name, place in averaged.items():
         if name not in model or model[name].shape != place.shape:
             raise Damaged(f"{place.file} has {name} {list(place.shape)}, which is not the model's")

@@ -52,17 +52,28 @@ class Checkpoint:
     ) -> Checkpoint:  # fmt: skip
         """Fill *fragments* from this checkpoint, on every rank, or from the newest older one that is whole; return it.
 
-        *say* gets a line for each damaged checkpoint. *accept* gets an older one before it is read, and raises where the run
-        must not go on from that. Raises as :meth:`restore` for one that was named, and a `UserError` where none is whole.
+        Averaged weights are left out where the run or the checkpoint has none. *say* gets a line for that, and for each damaged
+        checkpoint. *accept* gets an older one before it is read, and raises where the run must not go on from that. Raises as
+        :meth:`restore` for one that was named, and a `UserError` where none is whole.
         """
         found = self
-        while problem := found._fill(fragments, None):
+        while problem := found._fill(fragments, found._groups(fragments)):
             if found.what != "auto":
                 raise _invalid(found.folder, problem, found._key)
             say(_falls_back(found.folder, problem))
             found = _newest(found.folder.parent, found.full, say, below=int(found.folder.name.partition("-")[2]))
             accept(found)
+        kept, wanted = "ema" in found.tensors.places, any(fragment.group == "ema" for fragment in fragments)
+        if wanted and not kept:
+            say(f"{found.folder} has no averaged weights: the average (ema.decay) begins at its weights")
+        if kept and not wanted:
+            say(f"{found.folder} has averaged weights, which this run does not go on with: ema.decay is null")
         return found
+
+    def _groups(self, fragments: list[Fragment]) -> tuple[str, ...]:
+        """All groups of *fragments* and of this checkpoint, but "ema" where only one of them has it."""
+        groups, theirs = {fragment.group for fragment in fragments}, self.tensors.places.keys()
+        return tuple(sorted((groups | theirs) - ({"ema"} - (groups & theirs))))
 
     def is_in(self, out: Path) -> bool:
         """Whether it is one of *out*."""

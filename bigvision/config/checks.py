@@ -27,7 +27,7 @@ LOWEST = {
     "optim.lr_base_size": 1, "task.label_smoothing": 0,
     "task.mixup": 0, "task.cutmix": 0, "model.drop_path": 0, "data.jitter": 0, "data.erase": 0, "data.repeats": 1,
     "data.shuffle_block": 1, "data.shuffle_window": 1, "data.bad_budget": 0, "faults.nonfinite": 0,
-    "faults.digest_every": 1, "faults.same_crash": 1, "faults.restarts": 0,
+    "faults.digest_every": 1, "ema.every": 1, "faults.same_crash": 1, "faults.restarts": 0,
 }  # fmt: skip
 """The least value of keys that are finite numbers."""
 ABOVE_ZERO = (
@@ -39,6 +39,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("task.label_smoothing", "model.drop_path"), (lambda value: value < 1, "below 1")),
     **dict.fromkeys(ABOVE_ZERO, (lambda value: 0 < value < math.inf, "a number above 0")),
     "optim.betas": (lambda pair: all(0 <= value < 1 for value in pair), "from 0 to below 1"),
+    "ema.decay": (lambda value: 0 <= value < 1, "from 0 to below 1; null keeps no average"),
     "optim.momentum": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "model.image_size": (
         lambda size: min(size if isinstance(size, tuple) else (size,)) >= 1,

@@ -152,6 +152,19 @@ SCHEDULE_KEYS = {
 }
 """Keys of `optim` that only some schedules have a use for."""
 
+
+@dataclass(frozen=True)
+class EmaConfig:
+    decay: float | None = None
+    """Keep an exponential moving average of the weights: its share of itself in each update, e.g. 0.9999; null keeps none."""
+    warmup: bool = True
+    """Use min(decay, (1 + n) / (10 + n)) after n updates of the average, so that it soon forgets the first weights."""
+    every: int = 1
+    """Steps between updates of the average."""
+    evaluate: bool = True
+    """Evaluate the average beside the weights: ema_loss, ema_top1, ..., each evaluation taking twice as long."""
+
+
 ONE_STAGE = ("gpipe", "1f1b")
 """The pipeline schedules with one stage on each rank; the others have two or more."""
 SPLIT_BACKWARD = ("zbv", "dualpipev")
@@ -232,7 +245,8 @@ class CheckpointConfig:
     keep: int = 3
     """Newest valid checkpoints kept in the output folder."""
     keep_best: str | None = None
-    """A metric (loss, top1, top5): a step whose evaluation is the best so far is saved, and the best one is kept too."""
+    """A metric (loss, top1, top5, ema_top1, ...): a step whose evaluation is the best so far is saved, and the best one is kept
+    too."""
     keep_every: int | None = None
     """Checkpoints of steps that this divides are kept too."""
     resume: str = "auto"
@@ -310,6 +324,7 @@ class Config:
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

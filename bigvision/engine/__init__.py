@@ -4,7 +4,7 @@ In come a model on meta (`Blueprint`), its blocks and batches; out come step res
 
 Read ``engine.py`` first (the step from above), then ``step.py`` (the update and what it returns) and ``parallelize.py`` (how a
 model is spread over the ranks). ``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage,
-first values, running statistics and fragments.
+first values, running statistics and fragments, ``ema.py`` the average of the weights.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from bigvision.config import Config, micro_batch, peak_rate
 from bigvision.data.batch import Batch, StepBatch
+from bigvision.engine.ema import Ema
 from bigvision.engine.parallelize import choose_computing, overlap, replicate, shard, synchronize_norms, wrap_blocks
-from bigvision.engine.state import RUNNING, average, make_contiguous
+from bigvision.engine.state import RUNNING, average, is_frozen, make_contiguous
 from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepResult, reduce_with
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
@@ -36,6 +37,7 @@ class Engine:
     parts: list[nn.Module]  # what this rank runs of it: the module itself, or stages
     forward: Any  # what is called in a step: the module, or what a strategy wrapped around it
     stepper: Any  # a `NativeStep`, or ZeRO's step with the same methods
+    ema: Ema | None = None  # the average of the weights, where the run keeps one
     step: int = 0  # batches taken, also those that were skipped or passed over
     samples: int = 0  # samples consumed: the whole state of the data
     statistics_differ: bool = False  # whether running statistics are each rank's own, until :meth:`synchronize`
@@ -89,6 +91,11 @@ class Engine:
         self.module.train()
         self._build(blueprint, [block.module for block in blocks])
         self._set_mode(training=True)
+        if config.ema.decay is not None and trains:
+            frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+            still = [path for path, part in self.module.named_modules() if is_frozen(part)]
+            frozen |= {f"{path}.{name}" for path in still for name in RUNNING}
+            self.ema = Ema(config.ema, self.stepper.model_fragments(), frozen, runtime)
 
     def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
         """Spread the model, still on meta, over the ranks, make the optimizer and give both their first values."""
@@ -129,6 +136,8 @@ class Engine:
         lr = self._rate()
         numbers = self.stepper.update(loss_sum, samples, lr, self.requests)
         self.step, self.samples, self.statistics_differ = self.step + 1, self.samples + samples, True
+        if self.ema is not None:
+            self.ema.update(numbers[2], self.step)
         local, ids, waited = self._local, batch.ids, batch.waited - waited
         self._pending = StepResult(
             numbers[0], numbers[1], lr, samples, self.step, self.samples, Record(numbers),
@@ -230,6 +239,18 @@ class Engine:
         sums = self.task.measure(outputs, batch.targets, batch.valid)
         return torch.cat([sums, batch.valid.sum(dtype=torch.float64)[None]])
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Evaluate with the averaged weights; the weights are back afterwards. Called on every rank."""
+        assert self.ema is not None
+        self.synchronize()
+        self.ema.swap()
+        self.refresh()
+        yield
+        # Not after an error: `refresh` may communicate, and would wait for ranks that are gone.
+        self.ema.swap()
+        self.refresh()
+
     # The state.
 
     def synchronize(self) -> None:
@@ -237,12 +258,16 @@ class Engine:
         if self.statistics_differ:  # once only: the mean of equal numbers may differ from them in its last bit
             # Each rank's batches moved its own running statistics; their mean is what one rank would keep on average.
             average(self.stepper.statistics.running, self.runtime)
+            if self.ema is not None:
+                self.ema.synchronize()
             self.statistics_differ = False
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield live views of all that this rank holds; writing to them restores."""
         yield from self.stepper.model_fragments()
         yield from self.stepper.optimizer_fragments()
+        if self.ema is not None:
+            yield from self.ema.fragments()
 
     def copies(self) -> Iterator[Fragment]:
         """Yield what other ranks hold as well; running statistics only while they are the same on all."""
@@ -254,7 +279,8 @@ class Engine:
 
     def scalars(self) -> dict[str, Any]:
         """What of the state is not a tensor, as JSON. Waits for the last step."""
-        return {"step": self.step, "skipped": self.skipped, "samples": self.samples} | self.stepper.scalars()
+        averages = {"ema_updates": int(self.ema.updates)} if self.ema is not None else {}
+        return {"step": self.step, "skipped": self.skipped, "samples": self.samples} | self.stepper.scalars() | averages
 
     def restored(self, scalars: dict[str, Any]) -> None:
         """Take over *scalars* and :meth:`refresh`; called after all fragments were written."""
@@ -262,6 +288,8 @@ class Engine:
         self._skipped = scalars.get("skipped", 0)  # older checkpoints have none
         self.statistics_differ = False
         self.stepper.restored(scalars)
+        if self.ema is not None:
+            self.ema.restored(scalars.get("ema_updates"))
         self.refresh()
 
     def refresh(self) -> None:

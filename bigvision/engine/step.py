@@ -257,7 +257,11 @@ class NativeStep:
             counter.fill_(scalars["optimizer_steps"] or 0)
 
     def refresh(self) -> None:
-        """Nothing derives from the fragments: weights are cast where they are read."""
+        """Free weights that FSDP keeps gathered from an evaluation on: they would be read once more. Nothing else derives from
+        the fragments, since weights are cast where they are read."""
+        for module in (module for part in self.spread.parts for module in part.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def close(self) -> None:
         """Nothing outlives the step."""

@@ -28,7 +28,7 @@ from bigvision.training.trainer import evaluate
 
 SUBJECT = ("--model.name", "--data.train", "--data.val")
 """The flags that say what is trained: a run that has one of them is not that of the digits."""
-PROG = "bigvision eval STEP_FOLDER|MODEL"
+PROG = "bigvision eval STEP_FOLDER|MODEL [--ema]"
 Say = Callable[[str], None]
 
 
@@ -80,7 +80,10 @@ def whole(name: str, text: str, lowest: int = 1) -> int:
 
 
 def run(arguments: list[str], say: Say) -> dict[str, float]:
-    """``STEP_FOLDER [--section.key value ...]``, or a timm name, whose pretrained weights are evaluated on ``data.val``."""
+    """``STEP_FOLDER [--ema] [--section.key value ...]``, or a timm name, whose pretrained weights are evaluated.
+
+    ``--ema`` takes the averaged weights of a step folder.
+    """
     if not arguments or arguments[0].startswith("-"):
         if {"-h", "--help"} & set(arguments):
             resolve(None, ["--help"], prog=PROG)
@@ -88,11 +91,13 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
             "eval: name a step folder or a timm model: bigvision eval checkpoints/digits/step-00000100, "
             "or bigvision eval resnet18.a1_in1k --data.val imagefolder:PATH"
         )
-    subject, flags = arguments[0], arguments[1:]
+    subject, flags, ema = arguments[0], [flag for flag in arguments[1:] if flag != "--ema"], "--ema" in arguments
     folder = Path(subject).expanduser()
     hub = subject.startswith(("hf-hub:", "hf_hub:", "local-dir:"))  # `check_name` refuses those
     if not folder.is_dir() and (hub or timm.is_model(current_name(subject)[0].partition(".")[0])):
         check_name(current_name(subject)[0])
+        if ema:
+            raise UserError(f"--ema: {subject} is a timm model, and has no averaged weights of a run: leave --ema out")
         named = {flag.partition("=")[0] for flag in flags}
         if not {"--data.val", "-h", "--help"} & named:
             raise UserError(f"eval: {subject} on which images? Name them: --data.val imagefolder:PATH")
@@ -112,7 +117,7 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
         # The file may be gone, and what it decided is saved; it counts again where a flag names it.
         saved["parallel"]["deepspeed"] = None
     config, _ = resolve(saved, flags, overrides(os.environ, say), prog=PROG, say=say)
-    return training.evaluate_checkpoint(folder, config, say)
+    return training.evaluate_checkpoint(folder, config, say, ema)
 
 
 def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, float]:

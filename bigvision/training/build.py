@@ -88,8 +88,10 @@ def build(
                 check_source(spec, key=key)
         check_engine(config, runtime)
         metrics = build_task(config.task).metrics
+        if config.ema.decay is not None and config.ema.evaluate:
+            metrics += tuple(f"ema_{name}" for name in metrics)
         if (best := config.checkpoint.keep_best) is not None and best not in metrics:
-            raise UserError(f"checkpoint.keep_best: {best} is no metric of this task: use {either(metrics)}")
+            raise UserError(f"checkpoint.keep_best: {best} is no metric of this run: use {either(metrics)}")
 
     # Together, also where every rank would find the same by itself: one that left early would break the others' start.
     all_or_none(check)

@@ -190,6 +190,10 @@ class Loop:
         run, found = self.run, None
         if not self.saving.stopped_by:
             found = evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving)
+        if found is not None and self.engine.ema is not None and self.config.ema.evaluate:
+            with self.engine.averaged():
+                other = evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving)
+            found = None if other is None else found | {f"ema_{name}": value for name, value in other.items()}
         self.owed = found is None
         if found is not None:
             self.metrics = found
@@ -258,11 +262,14 @@ def evaluate(
     return total.means()
 
 
-def evaluate_checkpoint(folder: Path, config: Config, say: Callable[[str], None] = lambda text: None) -> dict[str, float]:
+def evaluate_checkpoint(
+    folder: Path, config: Config, say: Callable[[str], None] = lambda text: None, ema: bool = False
+) -> dict[str, float]:  # fmt: skip
     """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank.
 
-    `UserError` where the folder is not a valid checkpoint or is of another model, or ``train.deterministic`` meets an operation
-    without a deterministic form. *say* is told where /dev/shm is small for NCCL.
+    `UserError` where the folder is not a valid checkpoint, is of another model or, with *ema*, has no averaged weights, or
+    ``train.deterministic`` meets an operation without a deterministic form. *say* is told where /dev/shm is small for NCCL.
+    *ema* evaluates the averaged weights; what has no average comes from the model.
     """
     config = _for_ranks(without_weights(config), identify(os.environ).world_size)
     parallel, timeout = config.parallel, collective_timeout(config.limits)
@@ -274,6 +281,8 @@ def evaluate_checkpoint(folder: Path, config: Config, say: Callable[[str], None]
     ):
         warn_of_shared_memory(runtime, say)
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
+        if ema and "ema" not in found.tensors.places:
+            raise UserError(f"--ema: {folder} has no averaged weights, its run had no ema.decay: leave --ema out")
         classes = found.card.get("label_names")
         # Earlier versions saved no class names: theirs are those of the training data.
         data = open_validation(config, runtime, classes) if isinstance(classes, list) else open_data(config, runtime)
@@ -282,7 +291,12 @@ def evaluate_checkpoint(folder: Path, config: Config, say: Callable[[str], None]
             trains=False,
         )  # fmt: skip
         with closing(engine):
-            found.restore(list(engine.fragments()), groups=("model",))
+            fragments = list(engine.fragments())
+            found.restore(fragments, groups=("model",))
+            if ema:
+                averaged = found.tensors.places["ema"]
+                fragments = [replace(fragment, group="ema") for fragment in fragments if fragment.name in averaged]
+                found.restore(fragments, groups=("ema",))
             engine.refresh()
             metrics = evaluate(config, engine, data, blueprint, runtime, watch)
             assert metrics is not None

@@ -173,7 +173,7 @@ def test_averaged_weights(tmp_path: Path, resnet: Path) -> None:
     exported(folder, tmp_path / "model.safetensors")
     assert all(torch.equal(v, model.state_dict()[name]) for name, v in load_file(tmp_path / "model.safetensors").items())
     said = refused("export", resnet, tmp_path / "none.safetensors", "--ema")
-    assert f"--ema: {resnet} has no averaged weights" in said and "optim.ema" in said
+    assert f"--ema: {resnet} has no averaged weights" in said and "ema.decay" in said
     other = with_ema(tmp_path / "other", {"a": torch.ones(3)}, {"b": torch.ones(3)})
     assert "ema.safetensors has b [3]" in refused("export", other, tmp_path / "none.safetensors", "--ema")
     assert not (tmp_path / "none.safetensors").exists()

@@ -188,7 +188,7 @@ def test_an_evaluation_does_not_need_the_file_that_the_run_had(tmp_path: Path, m
     import bigvision.training
 
     configs = []
-    monkeypatch.setattr(bigvision.training, "evaluate_checkpoint", lambda folder, config, say: configs.append(config) or {})
+    monkeypatch.setattr(bigvision.training, "evaluate_checkpoint", lambda folder, config, *rest: configs.append(config) or {})
     saved = {"parallel": {"deepspeed": str(tmp_path / "gone.json"), "strategy": "zero2"}}
     (tmp_path / "progress.json").write_text(json.dumps({"config": saved}))
     assert command(["eval", str(tmp_path)])[0] == 0

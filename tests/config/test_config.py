@@ -96,6 +96,8 @@ def test_options_of_the_model_may_be_numbers_with_an_exponent(tmp_path: Path) ->
         ({"data": {"image_range": [0, float("inf")]}}, [], ["data.image_range", "finite"]),
         ({"data": {"max_pixels": 0}}, [], ["data.max_pixels: 0"]),
         ({"optim": {"clip": 0}}, [], ["optim.clip"]),
+        ({"ema": {"decay": 1.0}}, [], ["ema.decay", "below 1"]),
+        ({}, ["--ema.every", "0"], ["ema.every"]),
         ({"optim": {"lr": 10**400}}, [], ["optim.lr", "a number"]),
         ({"optim": {"power": 2}}, [], ["optim.power: 2.0", "optim.schedule: cosine", "use poly"]),
         ({"optim": {"schedule": "constant", "min_lr": 1e-5}}, [], ["optim.min_lr: 1.0e-05", "constant", "poly or wsd"]),

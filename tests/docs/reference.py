@@ -28,6 +28,7 @@ PAGES = {
     "task": "reading.md#mixing",
     "data": "data.md",
     "optim": "strategies.md#optimizers",
+    "ema": "evaluate.md#averaged-weights",
     "parallel": "strategies.md",
     "train": "recipes.md#steps-epochs-and-batches",
     "checkpoint": "resume.md",

@@ -120,7 +120,7 @@ TRAFFIC = {"allreduce_", "_allgather_base_", "_reduce_scatter_base_", "allgather
 def test_a_step_does_not_wait(tmp_path: Path, model: str, strategy: str, ranks: int, more: dict[str, Any]) -> None:
     train = {"steps": 9, "global_batch": 24, "micro_batch": 6}
     plain = recipe(
-        tmp_path, model, train=train, parallel={"strategy": strategy, **more},
+        tmp_path, model, train=train, parallel={"strategy": strategy, **more}, ema={"decay": 0.99},
         monitor={"progress": False, "every": 1000}, data={"augment": False},  # which draws on the CPU, in this process
     )  # fmt: skip
     for waits, sent, copies in run_ranks(watch_steps, ranks, plain, 2, 5):

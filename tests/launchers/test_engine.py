@@ -86,6 +86,28 @@ def test_a_loop_of_ones_own_has_the_losses_of_a_run(tmp_path: Path, strategy: st
     assert len(losses(tmp_path / "more")) == 1
 
 
+def losses_around_resume(plain: dict[str, Any]) -> list[float]:
+    """The evaluated loss of a checkpoint, after two more steps, and after taking the checkpoint over again."""
+    found = []
+    with bigvision.Engine(plain, num_classes=10, steps=4) as engine:
+        count = engine.config.train.global_batch // engine.world_size
+        generator = torch.Generator().manual_seed(3)
+        batch = torch.rand(count, 3, 32, 32, generator=generator), torch.randint(10, (count,), generator=generator)
+        folder = engine.save()
+        for change in (lambda: None, lambda: [engine.train_step(*batch) for _ in range(2)], lambda: engine.resume(folder)):
+            change()
+            found.append(engine.eval_step(*batch).means()["loss"])
+    return found
+
+
+@pytest.mark.parametrize("reshard", ["forward", "never"])
+def test_what_an_evaluation_gathered_is_not_used_after_resuming(tmp_path: Path, reshard: str) -> None:
+    for before, after, again in run_ranks(
+        losses_around_resume, 2, small(tmp_path, parallel={"strategy": "fsdp", "reshard": reshard})
+    ):
+        assert again == before != after
+
+
 def test_a_mistake_in_ones_own_loop_is_one_line_with_the_key(tmp_path: Path) -> None:
     plain = small(tmp_path)
     for keys, said in (
