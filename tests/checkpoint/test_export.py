@@ -99,7 +99,7 @@ def test_accelerate_opens_a_folder_of_several_files(tmp_path: Path, resnet: Path
     assert len(one) == sum(map(len, whole)) == len(model.state_dict())
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 def test_half_precision_leaves_counters_alone(tmp_path: Path, resnet: Path, dtype: str) -> None:
     target = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     before = reader.PART

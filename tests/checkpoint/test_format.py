@@ -83,7 +83,7 @@ def load_on_rank(out: Path, how: str) -> bool:
         return all(torch.equal(a.values, b.values) for a, b in zip(wanted, got))
 
 
-@pytest.mark.parametrize("shard_size", [10**9, 200])
+@pytest.mark.parametrize("shard_size", [pytest.param(10**9, marks=pytest.mark.long), 200])
 def test_bytes_do_not_depend_on_how_tensors_were_spread(tmp_path: Path, shard_size: int) -> None:
     seen = []
     for number, (how, ranks) in enumerate([("whole", 1), ("whole", 2), ("rows", 2), ("rows", 3), ("flat", 3), ("flat", 4)]):

@@ -112,7 +112,7 @@ TRAFFIC = {"allreduce_", "_allgather_base_", "_reduce_scatter_base_", "allgather
 @pytest.mark.parametrize(
     ("strategy", "ranks", "more"),
     [
-        ("ddp", 2, {}), ("fsdp", 3, {}), ("fsdp", 4, {"replicas": 2}), ("pipeline", 2, {}),
+        ("ddp", 2, {}), ("fsdp", 3, {}), ("pipeline", 2, {}), pytest.param("fsdp", 4, {"replicas": 2}, marks=LONG),
         pytest.param("pipeline", 4, {"stages": 2}, marks=LONG), pytest.param("fsdp", 2, {"precision": "fp16"}, marks=LONG),
     ],
 )  # fmt: skip

@@ -67,7 +67,7 @@ def made(out: Path, strategy: str, precision: str = "fp32", **more: Any) -> dict
 
 
 @pytest.mark.parametrize(("strategy", "ranks", "more"), LAYOUTS)
-@pytest.mark.parametrize("kind", ["head", "stem"])
+@pytest.mark.parametrize("kind", ["head", pytest.param("stem", marks=pytest.mark.long)])
 def test_losses_are_those_of_one_process(tmp_path: Path, kind: str, strategy: str, ranks: int, more: dict[str, Any]) -> None:
     reference = run_ranks(run_frozen, 1, made(tmp_path / "ddp", "ddp"), kind)[0]
     found = run_ranks(run_frozen, ranks, made(tmp_path / "other", strategy, **more), kind)[0]

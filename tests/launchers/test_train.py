@@ -215,7 +215,7 @@ class Plain(torch.nn.Module):
         return self.head(hidden.mean((2, 3)) * self.scale) + self.shift.to(images.device).repeat(9)[: self.head.out_features]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_a_plain_module_trains_alike_on_one_rank_and_three(tmp_path: Path, strategy: str) -> None:
     torch.manual_seed(3)
     module = Plain()
