@@ -35,7 +35,7 @@ from bigvision.runtime import all_or_none, deterministic, from_main, identify, o
 from bigvision.tasks import Task, build_task, task_name
 from bigvision.training import Callback, Result
 from bigvision.training.build import build_model, take_folder, with_model, with_task, without_weights
-from bigvision.training.data import name_of_data, open_data
+from bigvision.training.data import name_of_data, open_data, prepare_task
 from bigvision.training.run_folder import check_same_run, data_facts
 from bigvision.training.saving import new_saver, progress_of
 
@@ -201,8 +201,12 @@ class Engine:
         self._facts: dict[str, Any] | None = None
         """The fingerprints of the data, where they are known."""
         self._classes: list[str] = []
+        self._about: dict[str, Any] = {}
+        """What the task has to know of the training data."""
         if objects.data_named:
             self._take_data(objects)
+        if not self._classes and (outputs := self.config.model.num_classes) is not None:
+            all_or_none(lambda: self._task.prepare([str(label) for label in range(outputs)], {}))
         found = self._find(None if resume is True else resume) if resume else None
         config = self.config if found is None else without_weights(self.config)
         all_or_none(lambda: check_model(config.model, model))
@@ -213,6 +217,8 @@ class Engine:
         )  # fmt: skip
         if self._classes:
             self._card["label_names"] = self._classes
+        if self._about:
+            self._card["task"] = self._about
         self._stack.callback(self.engine.close)
         self._savers: dict[Path, checkpoint.Saver] = {}
         height, width = blueprint.image_size
@@ -317,6 +323,7 @@ class Engine:
                 raise
             self._say(f"checkpoints do not record the data: {error}")
             return
+        self._about = prepare_task(self.config, data, self.runtime, {})
         self._facts, self._classes = data_facts(self.config, data, self.runtime), list(data.train.classes)
 
     def _find(self, folder: str | Path | None) -> checkpoint.Checkpoint | None:
@@ -342,6 +349,9 @@ class Engine:
             # Nobody has said that they are others.
             self._facts = found.progress.get("data")
             self._card |= {name: names for name, names in found.card.items() if name == "label_names"}
+        if about := found.card.get("task"):
+            self._card["task"] = about
+            self._task.prepare(self._card.get("label_names", []), about)
 
     def close(self) -> None:
         """Release the model. The last engine of a process that closes leaves the other ranks."""

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import timm.data
@@ -16,12 +17,13 @@ import timm.data
 from bigvision import checkpoint, training
 from bigvision.config import Config, resolve
 from bigvision.data import Source, open_source
+from bigvision.data.labels import Target
 from bigvision.errors import UserError, nearest
 from bigvision.launchers.accelerate import overrides
 from bigvision.models import check_model
 from bigvision.models.arguments import check_name, current_name
 from bigvision.models.weights_file import MARK
-from bigvision.runtime import Watchdog, all_or_none, collective_timeout, start, warn_of_shared_memory
+from bigvision.runtime import Watchdog, all_or_none, collective_timeout, identify, start, warn_of_shared_memory
 from bigvision.tasks import build_task
 from bigvision.training.build import build_model
 from bigvision.training.data import BadSamples, Data, open_on_all
@@ -29,7 +31,7 @@ from bigvision.training.trainer import evaluate
 
 SUBJECT = ("--model.name", "--data.train", "--data.val")
 """The flags that say what is trained: a run that has one of them is not that of the digits."""
-PROG = "bigvision eval STEP_FOLDER|MODEL [--ema]"
+PROG = "bigvision eval STEP_FOLDER|MODEL [--ema] [--report FILE]"
 Say = Callable[[str], None]
 
 
@@ -81,10 +83,19 @@ def whole(name: str, text: str, lowest: int = 1) -> int:
 
 
 def run(arguments: list[str], say: Say) -> dict[str, float]:
-    """``STEP_FOLDER [--ema] [--section.key value ...]``, or a timm name, whose pretrained weights are evaluated.
+    """``STEP_FOLDER [--ema] [--report FILE] [--section.key value ...]``, or a timm name, whose pretrained weights are taken.
 
-    ``--ema`` takes the averaged weights of a step folder.
+    ``--ema`` takes the averaged weights of a step folder. ``--report`` writes what the task says beyond the metrics.
     """
+    files, arguments = take(arguments, ("--report",))
+    report: dict[str, Any] = {}
+    metrics = _measured(arguments, say, report)
+    if files and identify(os.environ).rank == 0:
+        training.write_report(Path(files[-1][1]).expanduser(), report)
+    return metrics
+
+
+def _measured(arguments: list[str], say: Say, report: dict[str, Any]) -> dict[str, float]:
     if not arguments or arguments[0].startswith("-"):
         if {"-h", "--help"} & set(arguments):
             resolve(None, ["--help"], prog=PROG)
@@ -105,7 +116,7 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
         # Its own weights and image size, unless flags name others.
         pretrained = not {"--model.weights", "--model.pretrained"} & named
         recipe = {"model": {"name": subject, "pretrained": pretrained}, "out": "unused"}
-        return evaluate_model(resolve(recipe, flags, overrides(os.environ, say), prog=PROG, say=say)[0], say)
+        return evaluate_model(resolve(recipe, flags, overrides(os.environ, say), prog=PROG, say=say)[0], say, report)
     try:
         saved = json.loads((folder / "progress.json").read_bytes())["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -118,11 +129,14 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
         # The file may be gone, and what it decided is saved; it counts again where a flag names it.
         saved["parallel"]["deepspeed"] = None
     config, _ = resolve(saved, flags, overrides(os.environ, say), prog=PROG, say=say)
-    return training.evaluate_checkpoint(folder, config, say, ema)
+    return training.evaluate_checkpoint(folder, config, say, ema, report)
 
 
-def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, float]:
+def evaluate_model(
+    config: Config, say: Say = lambda text: None, report: dict[str, Any] | None = None
+) -> dict[str, float]:  # fmt: skip
     """Return the metrics of the model that *config* names, with its first weights, on all of ``data.val``. Run on every rank.
+    *report* gets what the task says beyond them.
 
     `UserError` where the model, its weights and the data do not fit together.
     """
@@ -136,25 +150,28 @@ def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, fl
         warn_of_shared_memory(runtime, say)
         all_or_none(lambda: check_model(config.model))
         task = all_or_none(lambda: build_task(config.task))
-        val, outputs = open_on_all(partial(_open, config), runtime)
+        val, outputs = open_on_all(partial(_open, config, task.target), runtime)
         total = -(-config.train.global_batch // runtime.world_size) * runtime.world_size
         model, train = replace(config.model, num_classes=outputs), replace(config.train, global_batch=total)
         config = replace(config, model=model, train=train)
         data = Data(val, val, BadSamples(config.data.bad_budget, {"train": len(val), "val": len(val)}), task)
-        engine, plan, _ = build_model(config, len(val.classes), runtime, steps=1, say=say, channels=val.channels, trains=False)
+        all_or_none(lambda: task.prepare(val.classes, _saved_card(config.model.weights).get("task", {})))
+        engine, plan, _ = build_model(
+            config, len(val.classes), runtime, steps=1, say=say, channels=val.channels, trains=False, task=task
+        )  # fmt: skip
         with closing(engine):
-            metrics = evaluate(config, engine, data, plan, runtime, watch)
+            metrics = evaluate(config, engine, data, plan, runtime, watch, report=report)
             assert metrics is not None
             return metrics
 
 
-def _open(config: Config, first: bool) -> tuple[Source, int]:
+def _open(config: Config, target: Target, first: bool) -> tuple[Source, int]:
     """The images with labels in the order of the model's outputs, and how many of these there are."""
 
     def opened(classes: list[str] | None = None) -> Source:
         return open_source(
             config.data.val, "val", key="data.val", root=config.data.root, first=first, shared=False, classes=classes,
-            class_file=config.data.classes,
+            class_file=config.data.classes, target=target,
         )  # fmt: skip
 
     model = config.model
@@ -184,12 +201,18 @@ def _open(config: Config, first: bool) -> tuple[Source, int]:
 
 
 def _saved_classes(weights: str | None) -> list[str] | None:
-    """The classes in the config.json beside *weights*, where a run or an export wrote it."""
+    """The classes in the config.json beside *weights*."""
+    found = _saved_card(weights).get("label_names")
+    return found if isinstance(found, list) and found and all(isinstance(name, str) for name in found) else None
+
+
+def _saved_card(weights: str | None) -> dict[str, Any]:
+    """The config.json beside *weights*, where a run or an export wrote it."""
     if weights is None:
-        return None
+        return {}
     path = Path(weights.partition(MARK)[0]).expanduser()
     try:
-        found = json.loads((path if path.is_dir() else path.parent).joinpath("config.json").read_bytes())["label_names"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if isinstance(found, list) and found and all(isinstance(name, str) for name in found) else None
+        found = json.loads((path if path.is_dir() else path.parent).joinpath("config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,9 @@ from bigvision.samples import Targets, stack
 Kind = Literal["label", "labels", "numbers", "mask", "none", "any"]
 """What the samples of a task have: a label each, several labels, numbers, a mask of labels, nothing, or whatever a dataset
 of the user's gives."""
+TargetsOf = Callable[[int | None], np.ndarray]
+"""Targets of the training data, stacked: of all samples, or of so many of them, evenly spread, where the data does not list its
+targets. With None it is a `UserError` where it does not list them, since all images would have to be read."""
 Span = Literal["sample", "micro-batch", "global batch"]
 """The samples that a sample's loss depends on."""
 
@@ -30,7 +34,7 @@ class Task:
     target: ClassVar[Kind] = "any"
     """What the data must have; sources are opened for it."""
     metrics: tuple[str, ...] = ("loss",)
-    """Names of what :meth:`compute` returns. Where less is better, say so in the name (see `bigvision.checkpoint.sign`)."""
+    """Names of what :meth:`compute` returns. Where less is better, say so in the name: "loss", "error", "mae", "mse"."""
     span: Span = "sample"
     """The samples that :meth:`loss` has to see together. A loss over pairs says "micro-batch", or "global batch": then it gets
     the outputs and targets of all ranks, and a rank's samples must be one micro-batch."""
@@ -50,6 +54,20 @@ class Task:
         """A function that is called as ``timm.create_model(name, **arguments)`` and builds the model around that backbone;
         None: timm's alone. Its tensors are named as in a checkpoint."""
         return None
+
+    # The data.
+
+    def study(self, targets: TargetsOf, classes: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the task has to know of the training data, as JSON, such as the mean of its numbers.
+
+        It is called on rank 0 at each start, and what it returns is given to :meth:`prepare` and kept in config.json of every
+        checkpoint. *known* is what a checkpoint that the run goes on from has of it, {} at the first start.
+        """
+        return {}
+
+    def prepare(self, classes: Sequence[str], facts: Mapping[str, Any]) -> None:
+        """Take note of the *classes*, or names of numbers, and of what :meth:`study` returned: on every rank, before the model
+        is built; in an evaluation with the facts in config.json."""
 
     # Training.
 
@@ -93,7 +111,10 @@ class Task:
         raise NotImplementedError
 
     keeps_rows: ClassVar[bool] = False
-    """Whether the metrics need :meth:`rows`."""
+    """Whether metrics or report need :meth:`rows`."""
+    means_need_rows: ClassVar[bool] = True
+    """Where rows are kept: whether :meth:`compute` gets them, so that all ranks have to ask for means together; or only
+    :meth:`report`."""
 
     def rows(self, outputs: Any, targets: Targets) -> Tensor:
         """Return numbers of each sample, (B, columns), for metrics that no sums give.
@@ -109,7 +130,8 @@ class Task:
             sums: of :meth:`measure` over all samples, float64 on the CPU. As a default these are sums over the samples of
                 each metric.
             count: of the samples.
-            rows: of :meth:`rows`, float64 (samples, columns), in the order of the data; None without.
+            rows: of :meth:`rows`, float64 (samples, columns), in the order of the data; None without, and where only
+                :meth:`report` needs them.
         """
         return {name: value / (count or math.nan) for name, value in zip(self.metrics, sums.tolist(), strict=True)}
 

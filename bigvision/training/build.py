@@ -35,7 +35,7 @@ from bigvision.models import (
 from bigvision.optim import freeze
 from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
 from bigvision.tasks import Task, build_task, task_name
-from bigvision.training.data import BAD_SAMPLES, Data, Given, open_data
+from bigvision.training.data import BAD_SAMPLES, Data, Given, open_data, prepare_task
 from bigvision.training.run_folder import (
     Starts,
     applied_origin,
@@ -111,6 +111,7 @@ def build(
     fresh = config if found is None else without_weights(config)
     all_or_none(lambda: check_model(fresh.model, model))
     data = open_data(config, runtime, learned, given, say)
+    about = prepare_task(config, data, runtime, found.card.get("task", {}) if found else {})
     if (steps := config.train.steps) is None:
         # The last one may reach into the next epoch, so that every sample is seen.
         steps = math.ceil(config.train.epochs * len(data.train) / config.train.global_batch)
@@ -130,6 +131,8 @@ def build(
     )  # fmt: skip
     if classes:
         card["label_names"] = list(classes)  # timm's key
+    if about:
+        card["task"] = about
     stack.callback(engine.close)
     starts.engine = engine
     data.bad.keep_in(out / BAD_SAMPLES, runtime, resumes)
@@ -170,7 +173,8 @@ def build_model(
 
     *needed* are the outputs that the task needs of the model, None where it takes what there is. *model* is the caller's own,
     or a function that builds it, in the place of timm's; *task* is by default the one that *config* names. *restored*: the
-    caller restores a checkpoint right afterwards, so only what no checkpoint contains gets first values. *trains*: the caller takes steps.
+    caller restores a checkpoint right afterwards, so only what no checkpoint contains gets first values. *trains*: the caller
+    takes steps.
     """
     learned, outputs = build_task(config.task, task), needed
     if needed is not None and (outputs := config.model.num_classes or needed) < needed:

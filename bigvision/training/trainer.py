@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import time
 from collections import deque
@@ -36,6 +38,9 @@ from bigvision.training.data import Data, Feed, Validation, open_data, open_vali
 from bigvision.training.numbers import Numbers
 from bigvision.training.run_folder import explain_errors
 from bigvision.training.saving import Callback, Callbacks, Event, Saving, check_copies
+
+EVALUATION = "evaluation.json"
+"""In the output folder: what the task says of the last evaluation, such as each class's accuracy."""
 
 
 @dataclass(frozen=True)
@@ -190,19 +195,30 @@ class Loop:
 
     def measure(self) -> None:
         """Evaluate, unless a signal asks to stop."""
-        run, found = self.run, None
+        found, report = None, dict[str, Any]()
         if not self.saving.stopped_by:
-            found = evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving)
+            found = self._evaluated(report)
         if found is not None and self.engine.ema is not None and self.config.ema.evaluate:
             with self.engine.averaged():
-                other = evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving)
+                other = self._evaluated(averaged := {})
             found = None if other is None else found | {f"ema_{name}": value for name, value in other.items()}
+            report |= {"ema": averaged}
         self.owed = found is None
         if found is not None:
             self.metrics = found
+            if self.runtime.is_main:
+                about = {"step": self.engine.step, "samples": self.engine.samples}
+                try:
+                    write_report(Path(self.config.out) / EVALUATION, about | report)
+                except UserError as error:
+                    self.monitor.say(str(error))  # no reason to end a run
             self.saving.take(found)
             self.monitor.after_evaluation(self.engine.step, self.engine.samples, found)
             self.callbacks.notify(Event("evaluation", self.engine.step, found))
+
+    def _evaluated(self, report: dict[str, Any]) -> dict[str, float] | None:
+        run = self.run
+        return evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving, report)
 
     def save(self) -> None:
         """Begin to save the run as it stands."""
@@ -230,12 +246,12 @@ class Loop:
 
 def evaluate(
     config: Config, engine: Engine, data: Data, blueprint: Blueprint, runtime: Runtime, watch: Watchdog,
-    saving: Saving | None = None,
+    saving: Saving | None = None, report: dict[str, Any] | None = None,
 ) -> dict[str, float] | None:  # fmt: skip
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
 
-    *saving* exchanges requests with each batch; where any rank was asked to stop, the evaluation is broken off, and None
-    is returned.
+    What the task says beyond them is put into *report*. *saving* exchanges requests with each batch; where any rank was asked
+    to stop, the evaluation is broken off, and None is returned.
     """
     watch.beat("evaluate", engine.step)
     engine.synchronize()
@@ -262,17 +278,40 @@ def evaluate(
         raise RuntimeError(f"data.val: {counted} samples were measured and {unreadable} unreadable, of {len(data.val)}")
     if not total.count:
         raise UserError(f"data.val: none of its samples can be read, {data.bad.example}; check the path and the files")
-    return total.means()
+    means = total.means()
+    if report is not None:
+        report |= {"metrics": means} | total.report(data.val.classes)
+    return means
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write what an evaluation says as JSON; what is not finite is null."""
+    try:
+        checkpoint.replace(path, (json.dumps(_finite(report), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: the report cannot be written: {error.strerror}: choose a file in a folder that is there"
+        ) from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def evaluate_checkpoint(
-    folder: Path, config: Config, say: Callable[[str], None] = lambda text: None, ema: bool = False
+    folder: Path, config: Config, say: Callable[[str], None] = lambda text: None, ema: bool = False,
+    report: dict[str, Any] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank.
 
     `UserError` where the folder is not a valid checkpoint, is of another model or, with *ema*, has no averaged weights, or
     ``train.deterministic`` meets an operation without a deterministic form. *say* is told where /dev/shm is small for NCCL.
-    *ema* evaluates the averaged weights; what has no average comes from the model.
+    *ema* evaluates the averaged weights; what has no average comes from the model. *report* gets what the task says beyond the
+    metrics.
     """
     config = _for_ranks(without_weights(config), identify(os.environ).world_size)
     parallel, timeout = config.parallel, collective_timeout(config.limits)
@@ -293,6 +332,7 @@ def evaluate_checkpoint(
             data = open_validation(config, runtime, task, classes)
         else:
             data = open_data(config, runtime, task)
+        all_or_none(lambda: task.prepare(data.train.classes, found.card.get("task", {})))
         engine, blueprint, _ = build_model(
             config, data.outputs, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True,
             trains=False, task=task,
@@ -305,7 +345,7 @@ def evaluate_checkpoint(
                 fragments = [replace(fragment, group="ema") for fragment in fragments if fragment.name in averaged]
                 found.restore(fragments, groups=("ema",))
             engine.refresh()
-            metrics = evaluate(config, engine, data, blueprint, runtime, watch)
+            metrics = evaluate(config, engine, data, blueprint, runtime, watch, report=report)
             assert metrics is not None
             return metrics
 

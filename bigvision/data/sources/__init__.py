@@ -58,7 +58,8 @@ OPENERS: dict[str, Opener] = {
     "synthetic": lambda argument, opening: _synthetic(argument, opening.key),
 }
 DATASETS = tuple(OPENERS)
-TARGETS: dict[Target, tuple[str, ...]] = {"label": DATASETS}
+SEVERAL = ("csv", "tsv", "parquet", "hf", "arrays")
+TARGETS: dict[Target, tuple[str, ...]] = {"label": DATASETS, "labels": SEVERAL, "numbers": SEVERAL}
 """Of each kind of target the datasets that have it, beside those from Python."""
 
 
