@@ -150,7 +150,7 @@ def evaluate_model(
         warn_of_shared_memory(runtime, say)
         all_or_none(lambda: check_model(config.model))
         task = all_or_none(lambda: build_task(config.task))
-        val, outputs = open_on_all(partial(_open, config, task.target), runtime)
+        val, outputs = open_on_all(partial(_open, config, target=task.target), runtime)
         total = -(-config.train.global_batch // runtime.world_size) * runtime.world_size
         model, train = replace(config.model, num_classes=outputs), replace(config.train, global_batch=total)
         config = replace(config, model=model, train=train)
@@ -165,7 +165,7 @@ def evaluate_model(
             return metrics
 
 
-def _open(config: Config, target: Target, first: bool) -> tuple[Source, int]:
+def _open(config: Config, first: bool, target: Target = "label") -> tuple[Source, int]:
     """The images with labels in the order of the model's outputs, and how many of these there are."""
 
     def opened(classes: list[str] | None = None) -> Source:

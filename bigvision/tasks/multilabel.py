@@ -18,7 +18,8 @@ SEPARATOR = "|"
 
 
 class Multilabel(Task):
-    """Binary cross-entropy or the asymmetric loss (Ridnik et al. 2021), means over the classes; mean average precision, and F1
+    """Binary cross-entropy, the mean over the classes, or the asymmetric loss (Ridnik et al. 2021), the sum over them as in
+    timm. Mean average precision, in which a class that no sample has counts as 0 (as in torchmetrics and scikit-learn), and F1
     of the labels whose probability is above one half.
 
     Targets are 0 and 1, or shares between them, (B, classes). A share of one half and more counts as a label in the metrics.
@@ -29,7 +30,7 @@ class Multilabel(Task):
     keeps_rows = True
 
     def __init__(self, loss: str | None = None) -> None:
-        """Args: *loss*: "bce", the default, or "asymmetric": positives weigh 1, and negatives by the 4th power of their
+        """Args: *loss*: "bce", the default, or "asymmetric": positives weigh 1, and negatives the 4th power of their
         probability less 0.05, as in the paper."""
         self.asymmetric = loss == "asymmetric"
         self.classes: int | None = None
@@ -52,7 +53,7 @@ class Multilabel(Task):
             return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
         shifted = (outputs.sigmoid() - MARGIN).clamp(min=0)
         negative = shifted**FOCUS * torch.log1p(-shifted.clamp(max=1 - 1e-6))
-        return -(targets * F.logsigmoid(outputs) + (1 - targets) * negative).mean(1)
+        return -(targets * F.logsigmoid(outputs) + (1 - targets) * negative).sum(1)
 
     @property
     def sums(self) -> int:
@@ -70,7 +71,7 @@ class Multilabel(Task):
         precision, f1, (right, wrong) = self._by_class(rows)
         return {
             "loss": float(sums[0]) / count if count else float("nan"),
-            "map": precision[~precision.isnan()].mean().item(),
+            "map": precision.nan_to_num(0.0).mean().item(),
             "f1": f1.mean().item(),
             "f1_micro": (2 * right.sum() / (2 * right + wrong).sum().clamp(min=1)).item(),
         }

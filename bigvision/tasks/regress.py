@@ -35,7 +35,7 @@ class Regress(Task):
 
     def study(self, targets: TargetsOf, classes: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
         """Return mean and standard deviation of each number; a run keeps those that it began with."""
-        if not self.standardize or len(known.get("mean", ())) == len(known.get("std", ())) == len(classes):
+        if len(known.get("mean", ())) == len(known.get("std", ())) == len(classes):
             return dict(known)
         values = torch.as_tensor(targets(ENOUGH)).double().reshape(-1, len(classes))
         std = values.std(0, correction=0)
@@ -45,32 +45,32 @@ class Regress(Task):
 
     def prepare(self, classes: Sequence[str], facts: Mapping[str, Any]) -> None:
         self.numbers = len(classes)
-        known = self.standardize and "mean" in facts
-        self.mean = torch.tensor(facts["mean"] if known else [0.0] * self.numbers, dtype=torch.float64)
-        self.std = torch.tensor(facts["std"] if known else [1.0] * self.numbers, dtype=torch.float64)
+        self.mean = torch.tensor(facts.get("mean", [0.0] * self.numbers), dtype=torch.float64)
+        self.std = torch.tensor(facts.get("std", [1.0] * self.numbers), dtype=torch.float64)
 
     def _standard(self, targets: Tensor) -> Tensor:
-        """What the model is to give, float64 (B, numbers)."""
+        """Standardised *targets*, float64 (B, numbers)."""
         self.mean, self.std = self.mean.to(targets.device), self.std.to(targets.device)
         return (targets.double().reshape(len(targets), -1) - self.mean) / self.std
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self._losses(outputs, self._standard(targets)).sum()
+        return self._losses(outputs, targets).sum()
 
-    def _losses(self, outputs: Tensor, standard: Tensor) -> Tensor:
-        return self.criterion(outputs[:, : standard.shape[1]].float(), standard.float(), reduction="none").mean(1)
+    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        learned = self._standard(targets) if self.standardize else targets.reshape(len(targets), -1)
+        return self.criterion(outputs[:, : self.numbers].float(), learned.float(), reduction="none").mean(1)
 
     @property
     def sums(self) -> int:
         return 1 + 4 * self.numbers
 
     def measure(self, outputs: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        """Return sums of the losses; and of each number of its absolute errors, in the data's units, of the squared errors, and
-        of the standardised targets and their squares."""
+        """Return sums of the losses; and of each number of its absolute errors, in the data's units, of the squares of the
+        standardised errors, and of the standardised targets and their squares."""
         standard = self._standard(targets)
-        errors = outputs[:, : self.numbers].double() - standard
-        parts = torch.cat([(errors * self.std).abs(), errors.square(), standard, standard.square()], dim=1)
-        return torch.stack([as_sum(part, valid) for part in (self._losses(outputs, standard), *parts.unbind(1))])
+        errors = self.scores(outputs) - targets.reshape(len(targets), -1)
+        parts = torch.cat([errors.abs(), (errors / self.std).square(), standard, standard.square()], dim=1)
+        return torch.stack([as_sum(part, valid) for part in (self._losses(outputs, targets), *parts.unbind(1))])
 
     def _by_number(self, sums: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
         """Of each number mean absolute error, root of the mean squared error, and R², which is NaN where it never varies."""
@@ -96,7 +96,8 @@ class Regress(Task):
 
     def scores(self, outputs: Tensor) -> Tensor:
         """Return the numbers in the data's units, float64."""
-        return outputs[:, : self.numbers].double() * self.std.to(outputs.device) + self.mean.to(outputs.device)
+        values = outputs[:, : self.numbers].double()
+        return values * self.std.to(values.device) + self.mean.to(values.device) if self.standardize else values
 
     def predict(self, scores: Tensor, classes: Sequence[str], top: int = 1) -> list[dict[str, Any]]:
         """Return the number; of several, ``prediction`` has all of them, parted by spaces, and each its own column too."""

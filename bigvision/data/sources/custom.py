@@ -96,6 +96,7 @@ class MapStyle(Source):
             found = describe(dataset, self.name, chosen)
         self.dataset, self.columns = found.dataset, found.columns
         self.lists_targets = found.labels is not None
+        self.unit = "number" if target == "numbers" else "class"
         classes = classes if classes is not None else found.classes
         known = follow if classes is None else [str(one) for one in classes]
         self._labels: Tensor | None = None
@@ -312,7 +313,8 @@ def check_classes(source: Source, opening: Opening) -> None:
     """Raise `UserError` where the classes of *source* are not those that labels must follow."""
     known, own = opening.classes, source.classes
     if known is not None and list(known) != own:
-        raise UserError(f"{opening.key}: the {len(own)} classes of {source.name} are not the {len(known)} of the training data")
+        what = "numbers" if opening.target == "numbers" else "classes"
+        raise UserError(f"{opening.key}: the {len(own)} {what} of {source.name} are not the {len(known)} of the training data")
 
 
 @dataclass

@@ -331,6 +331,8 @@ def _columns(
     labels = [place for place in known["label"] if place in others]
     if target == "labels":
         labels = [place for place in others if plain[place] in ("tags", "labels")] or labels
+    if target == "numbers" and "x" in plain:
+        labels = [place for place in labels if plain[place] != "y"]  # two numbers, not a label
     if "label" not in asked and not labels and len(others) > 1:
         cells = {row[place].casefold() for row in seen for place in others} - set(MISSING)
         if cells and all(cell in TRUTH and cell not in ("yes", "no") for cell in cells):
