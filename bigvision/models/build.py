@@ -62,7 +62,7 @@ class Blueprint:
     def __init__(
         self, config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None
     ) -> None:
-        loading: Loading = {}
+        loading = Loading()
         if isinstance(model, nn.Module):
             self.arguments = {}
             self.module, self._first = _given(model)
@@ -93,11 +93,14 @@ class Blueprint:
             if self.outputs is not None and self.outputs < num_classes:
                 raise UserError(f"model: {config.name} has {self.outputs} outputs, but there are {num_classes} classes")
             return
+        if around is not None:
+            arguments.check_runs(config, self.module, self.input_shape)
+            return
         if config.image_size is not None:
             # A model made for this size is judged by it; another one also by whether meta can run it at all.
             usual = None if "img_size" in self.arguments else tuple(data["input_size"][1:])
             arguments.check_size(config, self.module, self.input_shape, usual)
-        if num_classes is not None and around is None:
+        if num_classes is not None:
             arguments.check_outputs(config, num_classes, self.module, self.input_shape)
 
     @property
@@ -183,7 +186,7 @@ def _construct(
             made = create(config.name, **taken) if function is None else function(**taken)
         if not isinstance(made, nn.Module):
             raise UserError(f"model: {config.name} returned {type(made).__name__}, not a module")
-        loading.update(caught)
+        loading.take(caught, made)
         return made
 
     def choose(build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
