@@ -170,7 +170,8 @@ def build_model(
 
     *needed* are the outputs that the task needs of the model, None where it takes what there is. *model* is the caller's own,
     or a function that builds it, in the place of timm's; *task* is by default the one that *config* names. *restored*: the
-    caller restores a checkpoint right afterwards, so only what no checkpoint contains gets first values. *trains*: the caller takes steps.
+    caller restores a checkpoint right afterwards, so only what no checkpoint contains gets first values. *trains*: the caller
+    takes steps.
     """
     learned, outputs = build_task(config.task, task), needed
     if needed is not None and (outputs := config.model.num_classes or needed) < needed:

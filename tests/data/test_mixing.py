@@ -19,7 +19,7 @@ def test_mixup_is_the_papers() -> None:
     for sample, partner in ((0, 1), (1, 0), (2, 3), (3, 2)):
         wanted = share[sample] * images[sample] + (1 - share[sample]) * images[partner]
         assert torch.allclose(mixed[sample], wanted)
-    assert mix.targets(torch.tensor([5, 6, 7, 8])).tolist() == [
+    assert Classify().mixed(torch.tensor([5, 6, 7, 8]), mix.partners, mix.share).tolist() == [
         [5, 6, pytest.approx(0.3)], [6, 5, pytest.approx(0.3)], [7, 8, pytest.approx(0.9)], [8, 7, pytest.approx(0.9)],
     ]  # fmt: skip
 

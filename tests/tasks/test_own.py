@@ -168,7 +168,7 @@ def test_targets_of_any_kind_from_python(tmp_path: Path) -> None:
     plain = recipe(tmp_path, "small", **keys)
     result = bigvision.train(plain, data=Levels(48), val=Levels(20), task=Brightness())
     assert set(result.metrics) == {"error"} and result.metrics["error"] < 0.2
-    with pytest.raises(UserError, match="task.name: the task of this run was given from Python"):
+    with pytest.raises(UserError, match=r"task\.name: the task of this run was given from Python"):
         bigvision.train(yaml_of(result.checkpoint), data=Levels(48), val=Levels(20))
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from bigvision.data import BadSample
 from bigvision.engine import Metrics
-from bigvision.training.data import BadSamples
 from bigvision.tasks import Task
+from bigvision.training.data import BadSamples
 from tests.cli.test_mistakes import refused
 from tests.data.test_image_modes import jpeg
 from tests.distributed import run_ranks
