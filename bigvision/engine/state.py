@@ -154,7 +154,9 @@ def _flattened(modules: list[nn.Module], names: tuple[str, ...]) -> list[Tensor]
     for found in kinds.values():
         flats.append(torch.cat([buffer.reshape(-1) for *_, buffer in found]))
         for (module, name, buffer), values in zip(found, flats[-1].split([buffer.numel() for *_, buffer in found])):
-            module._buffers[name] = values.view(buffer.shape)
+            # `data` has a version counter of its own. Views share one, and autograd would take the update of one norm for a
+            # change of what another one's compiled block keeps for its backward pass.
+            module._buffers[name] = values.view(buffer.shape).data
     return flats
 
 

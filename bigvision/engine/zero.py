@@ -129,7 +129,7 @@ class ZeroStep:
         self.deepspeed.step()
         totals = reduce_with(requests, torch.stack([loss_sum, (~self.finite).double()]))
         self.finite = torch.ones_like(self.finite)
-        norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float64, device=loss_sum.device)
+        norm = self.deepspeed.get_global_grad_norm()
         skipped, overflowed = not self.deepspeed.was_step_applied(), False
         if skipped:
             self.statistics.restore(torch.ones_like(self.finite))
@@ -137,8 +137,11 @@ class ZeroStep:
             overflowed = may_fall and not nonfinite
             if nonfinite and scaler is not None:  # no overflow: the loss does not depend on the scale, which stays as it was
                 vars(scaler).update(before)
-        flags = torch.tensor([skipped, overflowed], dtype=torch.float64, device=loss_sum.device)
-        return torch.cat([(totals[0] / weight)[None], norm[None], flags, totals[2:]])
+        # Filled on the device: a copy from the host would wait for the optimizer's kernels.
+        known = [
+            value if isinstance(value, Tensor) else torch.full_like(loss_sum, value) for value in (norm, skipped, overflowed)
+        ]
+        return torch.cat([torch.stack([totals[0] / weight, *(value.to(loss_sum) for value in known)]), totals[2:]])
 
     # The state.
 
@@ -276,7 +279,9 @@ def _pack(tensor: Tensor) -> Any:
     """
     whole = tensor._base
     if whole is None or not hasattr(whole, "ds_id"):
-        return tensor
+        # Detached: an operation that keeps its own result would keep itself alive until a backward pass, which never comes
+        # where the forward pass runs out of memory.
+        return tensor.detach()
     return whole, tensor.shape, tensor.stride(), tensor.storage_offset() - whole.storage_offset()
 
 

@@ -101,22 +101,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def variant(folder: Path, name: str, strategy: str) -> list[float]:
-    made = plain(folder / "out", **sections(strategy=strategy, precision="fp32", **VARIANTS[name]))
+def variant(folder: Path, name: str, strategy: str, model: str) -> list[float]:
+    made = plain(folder / "out", model, **sections(strategy=strategy, precision="fp32", **VARIANTS[name]))
     made["model"] = made["model"] | {"drop_path": 0.0}
     return run(made)
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy"),
+    "case",
     [
-        pytest.param(name, s, marks=[job(variant, name, s, seconds=60), *([compiler()] if on_cpu() else []), *marks_of(s)])
-        for name, s in (("recompute", "ddp"), ("recompute", "zero3"), ("compile", "ddp"), ("recompute and compile", "fsdp"))
+        pytest.param(case, marks=[job(variant, *case, seconds=60), *([compiler()] if on_cpu() else []), *marks_of(case[1])])
+        for case in (
+            ("recompute", "ddp", "vit"), ("recompute", "zero3", "vit"), ("compile", "ddp", "vit"), ("compile", "ddp", "resnet"),
+            ("recompute and compile", "fsdp", "vit"),
+        )
     ],
-)
+)  # fmt: skip
 @job(reference, seconds=60)
-def test_recompute_and_compile_change_no_number(results: Callable[..., Any], name: str, strategy: str) -> None:
-    assert difference(results(variant, name, strategy), results(reference)["vit"]) < near("fp32", "vit")
+def test_recompute_and_compile_change_no_number(results: Callable[..., Any], case: tuple[str, str, str]) -> None:
+    assert difference(results(variant, *case), results(reference)[case[2]]) < near("fp32", case[2])
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
