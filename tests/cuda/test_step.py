@@ -49,7 +49,7 @@ def steps_behind_a_busy_device(folder: Path, strategy: str, precision: str) -> d
 
     with bigvision.Engine(
         plain(folder / "out", parallel={"strategy": strategy, "precision": precision}), num_classes=10, steps=20,
-        global_batch=8, train={"micro_batch": 4}, optim={"warmup": 0},
+        global_batch=8, train={"micro_batch": 4}, optim={"warmup": 0}, ema={"decay": 0.9},
     ) as engine:  # fmt: skip
         images, labels = batch()
         for _ in range(4):  # the first ones allocate, choose algorithms and may find a loss scale

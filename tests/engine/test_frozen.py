@@ -18,7 +18,7 @@ from bigvision.checkpoint.commands import run_export
 from bigvision.errors import UserError
 from tests.cli.test_mistakes import refused
 from tests.distributed import run_ranks
-from tests.recipes import digests, losses, recipe, run, write
+from tests.recipes import losses, recipe, run, write
 
 LONG = pytest.mark.long
 LAYOUTS = [
@@ -177,28 +177,6 @@ def test_what_is_frozen_has_no_state_and_no_traffic(tmp_path: Path, layout: str)
         assert not any(name == "send" for name, _ in found[1]["calls"]), "no gradient goes back to what is frozen"
     held = {group: sum(one["held"].get(group, 0.0) for one in found) for group in ("model", "optimizer")}
     assert held == {"model": 4 * HEAD + 2 * REST, "optimizer": 2 * 4 * HEAD}
-
-
-@pytest.mark.parametrize("layout", [n if n in ("fsdp2", "zero3") else pytest.param(n, marks=LONG) for n in RANKS])
-def test_frozen_weights_in_bf16_train_as_in_one_process(tmp_path: Path, layout: str) -> None:
-    """Losses, checkpoints' bytes in both directions, and going on bit for bit; biases are trained beside frozen weights."""
-    ranks, parallel = RANKS[layout]
-    trainable, last = ["head", "*.bias"], "step-00000008"
-
-    def plain(name: str, resume: str = "auto", **parallel: Any) -> dict[str, Any]:
-        made = parts(tmp_path / name, trainable, steps=8, **parallel)
-        return made | {"checkpoint": made["checkpoint"] | {"resume": resume}}
-
-    reference = run_ranks(run, 1, plain("one", strategy="ddp"))[0]
-    found = run_ranks(run, ranks, plain("whole", **parallel))[0]
-    assert found == pytest.approx(reference, rel=1e-5) and len(set(reference)) == 8
-    written = digests(tmp_path / "whole" / last)
-    run_ranks(run, ranks, plain("on", str(tmp_path / "whole" / "step-00000004"), **parallel))
-    assert losses(tmp_path / "on") == found[4:] and digests(tmp_path / "on" / last) == written
-    run_ranks(run, 1, plain("other", str(tmp_path / "whole" / last), strategy="ddp"))
-    assert digests(tmp_path / "other" / last) == written
-    run_ranks(run, ranks, plain("back", str(tmp_path / "one" / last), **parallel))
-    assert digests(tmp_path / "back" / last) == digests(tmp_path / "one" / last)
 
 
 def run_given(plain: dict[str, Any], rounded: bool) -> list[float]:
