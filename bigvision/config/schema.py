@@ -23,6 +23,8 @@ class ModelConfig:
     trainable: str | tuple[str, ...] = "all"
     """What is trained, the rest keeps its values: all, head (timm's classifier), last:N (the head and the last N layers, as
     optim.layer_decay counts them), or a list of names as in optim.groups, such as [head, '*.norm?']."""
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The format in which what is not trained is held and saved. bf16 halves it; weights of BatchNorm and LSTMs stay fp32."""
     drop_path: float = 0.0
     """Stochastic depth rate (Huang et al. 2016), from 0 to below 1."""
     sync_batchnorm: bool = False

@@ -23,6 +23,7 @@ from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepRes
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint
+from bigvision.models.formats import hold_frozen
 from bigvision.optim import group_table, learning_rate
 from bigvision.runtime import Runtime
 from bigvision.samples import Targets, each_tensor, seed_from
@@ -91,6 +92,8 @@ class Engine:
         self.parts = [self.module]
         if config.model.sync_batchnorm:
             self.notes += synchronize_norms(self.module, runtime)
+        if config.model.frozen_dtype == "bf16":
+            self.notes.append(hold_frozen(self.module, self.input_shape))
         self.module.train()
         self._build(blueprint, [block.module for block in blocks])
         self._set_mode(training=True)

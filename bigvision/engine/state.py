@@ -27,12 +27,11 @@ Located = tuple[Tensor, int, tuple[int, int]]  # a 1-D view of local values, the
 
 
 def allocate(
-    module: nn.Module, device: torch.device, dtype: torch.dtype | None = None,
-    place: Callable[[nn.Parameter], None] = lambda parameter: None,
+    module: nn.Module, device: torch.device, place: Callable[[nn.Parameter], None] = lambda parameter: None
 ) -> None:  # fmt: skip
     """Give every parameter and buffer contiguous storage on *device*, without values; tied parameters stay tied.
 
-    *dtype* is for the parameters; None keeps their own. *place* is called with each parameter as soon as it has storage.
+    *place* is called with each parameter as soon as it has storage.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
@@ -40,7 +39,7 @@ def allocate(
             if old is None:
                 continue
             if old not in made:
-                empty = torch.empty_like(old, device=device, dtype=dtype, memory_format=torch.contiguous_format)
+                empty = torch.empty_like(old, device=device, memory_format=torch.contiguous_format)
                 made[old] = nn.Parameter(empty, old.requires_grad)
                 vars(made[old]).update(vars(old))
                 place(made[old])

@@ -63,6 +63,11 @@ class ZeroStep:
         settings = deepspeed_settings(config, runtime.world_size, runtime.device.type, total, largest)
         # Now, while every parameter has its shape.
         groups = parameter_groups(module, config.optim.weight_decay, config.optim.layer_decay, rules=config.optim.groups)
+        saved_as = {name: parameter.dtype for name, parameter in module.named_parameters()}
+        for parameter in module.parameters():
+            # What is frozen and held in bf16 stays so where fp32 is computed in: the model's modules read it as fp32.
+            if parameter.requires_grad or dtype.itemsize <= parameter.dtype.itemsize:
+                parameter.data = parameter.data.to(dtype)
         if self.weights_sharded:
             # Each parameter is sharded as soon as it is allocated, so that no rank ever holds two whole ones.
             initializer = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
@@ -71,9 +76,9 @@ class ZeroStep:
                 initializer._convert_to_deepspeed_param(parameter)
                 parameter.partition()  # type: ignore[attr-defined]
 
-            allocate(module, runtime.device, dtype, shard)
+            allocate(module, runtime.device, shard)
         else:
-            allocate(module, runtime.device, dtype)
+            allocate(module, runtime.device)
         named = dict(module.named_parameters())
         for group in groups:
             group["params"] = [named[name] for name in group["names"]]
@@ -86,8 +91,13 @@ class ZeroStep:
             # How often a step may be skipped at the least scale is decided as in every other format.
             scaler.raise_error_at_min_scale = False
         self.names = {id(p): name for name, p in module.named_parameters()}
-        # DeepSpeed keeps fp32 values of what it trains only: of what is frozen, each rank keeps a share in host memory.
-        self.frozen = {name: torch.empty(self._share(p)[1]) for name, p in named.items() if not p.requires_grad}
+        # DeepSpeed keeps fp32 values of what it trains only: of what is frozen and saved in another format than it computes in,
+        # each rank keeps a share in host memory.
+        self.frozen = {
+            name: torch.empty(self._share(p)[1], dtype=saved_as[name])
+            for name, p in named.items()
+            if not p.requires_grad and p.dtype != saved_as[name]
+        }
         self.cpu_adam = hasattr(self.inner, "ds_opt_adam")
         self.state_keys, counts_steps = tuple(state_layout(config.optim)), "step" in sample_state(config.optim)
         # The state that the optimizer would create at its first step, so that it can be saved and restored before.
@@ -177,10 +187,14 @@ class ZeroStep:
         return start, min(size, numel - start)
 
     def _run(self, parameter: nn.Parameter, key: str | None) -> tuple[Tensor, int]:
-        """This rank's fp32 values of a parameter (*key* None) or of its optimizer state, and their start in the whole."""
+        """This rank's values of a parameter (*key* None) or of its optimizer state, and their start in the whole.
+
+        They are fp32, but of a frozen parameter as it is saved.
+        """
         start, length = self._share(parameter)
         if not parameter.requires_grad:
-            return self.frozen[self.names[id(parameter)]], start
+            share = self.frozen.get(self.names[id(parameter)])
+            return self._computing_share(parameter) if share is None else share, start
         if self.weights_sharded:
             # The last ranks' pieces are padded to the size of the others'.
             group, offset, _ = self.sharded.grad_position[self.sharded.get_param_id(parameter)]
@@ -192,6 +206,13 @@ class ZeroStep:
             return torch.empty(0, device=self.runtime.device), 0
         return mapping.get_hp_fragment(key).detach(), mapping.lp_fragment_address.start
 
+    def _computing_share(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's share of the values that the model computes with."""
+        start, length = self._share(parameter)
+        if self.weights_sharded:
+            return parameter.ds_tensor.data.view(-1)[:length]  # type: ignore[attr-defined]
+        return parameter.data.view(-1)[start : start + length]
+
     def _flats(self) -> list[Tensor]:
         """The fp32 tensors that the optimizer steps: this rank's pieces of many parameters, one behind the other."""
         if self.weights_sharded:
@@ -199,12 +220,11 @@ class ZeroStep:
         return [flat for group in self.inner.param_groups for flat in group["params"]]
 
     def refresh(self) -> None:
-        """Bring the parameters that the model computes with up to date with the fp32 ones."""
+        """Bring the parameters that the model computes with up to date with what is saved."""
         for parameter in (p for p in self.module.parameters() if not p.requires_grad):
-            share = self.frozen[self.names[id(parameter)]]
+            share, _ = self._run(parameter, None)
             if self.weights_sharded:
-                held: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-                held.data.view(-1)[: share.numel()].copy_(share)
+                self._computing_share(parameter).copy_(share)
                 continue
             numel, ranks = parameter.numel(), self.runtime.world_size
             mine = parameter.new_zeros(-(-numel // ranks))

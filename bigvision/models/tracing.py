@@ -91,6 +91,13 @@ class _CoarseTracer(fx.Tracer):
                     return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def create_arg(self, a: Any) -> Any:
+        """Refuse a tensor of no name (in a list or dict, or made by forward): whoever runs the graph could not find it."""
+        named = (*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs)
+        if isinstance(a, Tensor) and not any(a is one for one in named):
+            raise TraceFailed("it computes with a tensor that has no name: register it as a buffer")
+        return super().create_arg(a)
+
 
 def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()) -> fx.GraphModule:
     """Trace `module` in its present mode (training or evaluation), computing nothing and leaving it as it is.

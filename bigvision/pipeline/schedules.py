@@ -97,6 +97,7 @@ class StageMemory:
     compute: torch.dtype  # the type of activations and of the weights that are multiplied
     recompute: bool
     capacity: float | None = None  # bytes of a device that a run may use; None is no limit
+    frozen: int = MASTER  # bytes in which a frozen parameter is held
 
     @classmethod
     def of(cls, config: Config, runtime: Runtime, placement: Placement, micro_batch: int) -> StageMemory:
@@ -112,12 +113,14 @@ class StageMemory:
         return cls(
             placement, micro_batches_kept(parallel.schedule, placement, count), count, micro_batch,
             runtime.mesh["shard"].size(), moments, compute, parallel.recompute != "none", capacity,
+            2 if config.model.frozen_dtype == "bf16" else MASTER,
         )  # fmt: skip
 
     def needed(self, stage: int, cost: Cost) -> float:
         """The bytes that a stage of *cost* occupies when it occupies the most."""
         kept, weight = self.kept[stage], self.compute.itemsize
-        state = (MASTER * cost.parameters + (MASTER + self.moments) * cost.trained) / self.shards
+        frozen = cost.parameters - cost.trained
+        state = (self.frozen * frozen + (2 * MASTER + self.moments) * cost.trained) / self.shards
         if self.shards > 1:
             # torch gathers a stage's weights once in a step and scatters its gradients after the last micro-batch.
             state += weight * cost.parameters + MASTER * cost.trained

@@ -43,13 +43,19 @@ class Stage(nn.Module):
         # In the order of the calls, and so the same on all ranks: FSDP gathers in the order of the modules.
         calls = (str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "call_module")
         called = dict.fromkeys(calls)
-        for path in (*sorted(called, key=lambda path: path.count(".")), *owned):
+        read = (str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "get_attr")
+        plain = [
+            path
+            for path in dict.fromkeys(read)
+            if path.rpartition(".")[2] in vars(model.get_submodule(path.rpartition(".")[0]))
+        ]
+        for path in (*sorted(called, key=lambda path: path.count(".")), *owned, *plain):
             self._adopt(path, model)
         self.train(model.training)
         self._runs = {mode: Runner(self, graph=graph) for mode, graph in graphs.items()}
 
     def _adopt(self, path: str, model: nn.Module) -> None:
-        """Hold the module, parameter or buffer at *path* too, as *model* does."""
+        """Hold the module, parameter, buffer or plain tensor at *path* too, as *model* does."""
         *owners, name = path.split(".")
         source, holder = model, self
         for owner in owners:

@@ -43,6 +43,7 @@ from bigvision.training.run_folder import (
     data_facts,
     record,
     refusal,
+    why_other_tensors,
     with_micro_batch,
 )
 
@@ -134,7 +135,7 @@ def build(
     starts.engine = engine
     data.bad.keep_in(out / BAD_SAMPLES, runtime, resumes)
     if found:
-        found = found.restore_or_older(list(engine.fragments()), say, accept)
+        found = found.restore_or_older(list(engine.fragments()), say, accept, partial(why_other_tensors, config=config))
         engine.restored(found.progress["scalars"])
         say(f"resuming from {found.folder}, step {engine.step} of {steps}")
 
