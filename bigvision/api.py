@@ -35,7 +35,7 @@ from bigvision.runtime import all_or_none, deterministic, from_main, identify, o
 from bigvision.training import Callback, Result
 from bigvision.training.build import build_model, take_folder, with_model, without_weights
 from bigvision.training.data import name_of_data, open_data
-from bigvision.training.run_folder import check_same_run, data_facts
+from bigvision.training.run_folder import check_same_run, check_same_scale, data_facts
 from bigvision.training.saving import new_saver, progress_of
 
 Recipe = str | Path | Mapping[str, Any] | Config | None
@@ -325,6 +325,7 @@ class Engine:
             check_same_run(found, self._facts, self._classes, self.config.checkpoint.allow, self._say)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
+        check_same_scale(found, self.config)
         found = found.restore_or_older(list(self.engine.fragments()), self._say, self._accept)
         self.engine.restored(found.progress["scalars"])
         if self._facts is None:

@@ -265,6 +265,17 @@ def check_same_run(found: Checkpoint, facts: dict[str, Any], classes: list[str],
     )
 
 
+def check_same_scale(found: Checkpoint, config: Config) -> None:
+    """Raise `UserError` where the adapters of *found* would count more or less in this run than they did in theirs."""
+    saved, lora = found.progress.get("config"), config.model.lora
+    before = (saved if isinstance(saved, dict) else {}).get("model", {}).get("lora")
+    if lora is not None and isinstance(before, dict) and before.get("alpha") != lora.alpha:
+        raise UserError(
+            f"model.lora.alpha: {lora.alpha:g}, but the adapters of {found.folder} were trained with {before.get('alpha')}: "
+            "use that, or another out folder"
+        )
+
+
 def record(
     config: Config, facts: dict[str, Any], classes: list[str], found: Checkpoint | None, resume: str, say: Say
 ) -> None:  # fmt: skip
