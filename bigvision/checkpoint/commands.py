@@ -209,8 +209,7 @@ def _loading(target: Path, done: Exported) -> str:
     path = json.dumps(str(target), ensure_ascii=False)
     arguments = "".join(f", {name}={value!r}" for name, value in done.model_args.items())
     if done.files == ["adapter_model.safetensors"]:
-        classes = "" if done.num_classes is None else f", num_classes={done.num_classes}"
-        model = f"timm.create_model({json.dumps(done.architecture)}{classes}{arguments})"
+        model = f"timm.create_model({json.dumps(done.architecture)}{arguments})"
         return f"peft.PeftModel.from_pretrained({model}, {path}), with the weights that the run began with"
     if target.is_file():
         return f"timm.create_model({json.dumps(done.architecture)}, checkpoint_path={path}{arguments})"

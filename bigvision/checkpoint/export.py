@@ -41,7 +41,6 @@ class Exported:
     """timm's name of the model."""
     model_args: dict[str, Any]
     """With which timm makes it."""
-    num_classes: int | None
 
 
 def export(
@@ -154,8 +153,7 @@ def _is_exported(entry: Path) -> bool:
 def _card(text: bytes) -> dict[str, Any]:
     try:
         card = json.loads(text)
-        known = {"architecture": str(card["architecture"]), "model_args": dict(card.get("model_args", {}))}
-        return known | {"num_classes": card.get("num_classes")}
+        return {"architecture": str(card["architecture"]), "model_args": dict(card.get("model_args", {}))}
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"config.json is no model card of timm's: {error}") from None
 
