@@ -37,7 +37,7 @@ from bigvision.tasks import Task, build_task, task_name
 from bigvision.training import Callback, Result
 from bigvision.training.build import build_model, take_folder, with_model, with_task, without_weights
 from bigvision.training.data import name_of_data, open_data
-from bigvision.training.run_folder import check_same_run, data_facts, why_other_tensors
+from bigvision.training.run_folder import check_same_run, check_same_scale, data_facts, why_other_tensors
 from bigvision.training.saving import new_saver, progress_of
 
 Recipe = str | Path | Mapping[str, Any] | Config | None
@@ -363,6 +363,7 @@ class Engine:
             check_same_run(found, self._facts, self._classes, self.config.checkpoint.allow, self._say)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
+        check_same_scale(found, self.config)
         why = partial(why_other_tensors, config=self.config)
         found = found.restore_or_older(list(self.engine.fragments()), self._say, self._accept, why)
         self.engine.restored(found.progress["scalars"])

@@ -6,10 +6,9 @@ DeepSpeed's over them, and the learning rate of a step. Clipping and stepping ar
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -20,14 +19,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from bigvision.config import GroupConfig, OptimConfig
-from bigvision.errors import UserError
+from bigvision.errors import UserError, nearest_paths
 
 
-def freeze(module: nn.Module, trainable: str | Sequence[str]) -> None:
+def freeze(module: nn.Module, trainable: str | Sequence[str], adapters: Collection[str] = ()) -> None:
     """Freeze all parameters but those that ``model.trainable`` names; one that is frozen already stays so.
+
+    Where there are *adapters* (``model.lora``) these are always trained, and "all" means beside them the head.
 
     Raises `UserError` where that leaves nothing to train, or means nothing for this model.
     """
+    trainable = "head" if adapters and trainable == "all" else trainable
     asked = f"model.trainable: {trainable if isinstance(trainable, str) else list(trainable)}"
     parameters = dict(module.named_parameters())
     if trainable == "all":
@@ -47,6 +49,7 @@ def freeze(module: nn.Module, trainable: str | Sequence[str]) -> None:
         kept = {name for name, layer in layers.items() if layer >= top - count}
     else:
         kept = set[str]().union(*(matching(module, name, "model.trainable") for name in trainable))
+    kept.update(adapters)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in kept and parameter.requires_grad)
     if not any(parameter.requires_grad for parameter in parameters.values()):
@@ -149,8 +152,8 @@ def matching(module: nn.Module, pattern: str, key: str) -> set[str]:
     if found := {first[p] for name, p in every if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}:
         return found
     paths = [".".join(parts[:depth]) for parts in (name.split(".") for name, _ in every) for depth in range(1, len(parts) + 1)]
-    near = difflib.get_close_matches(pattern, dict.fromkeys(map(_numberless, paths)), n=3, cutoff=0)
-    raise UserError(f"{key}: {pattern!r} matches no parameter of the model; the nearest names are {', '.join(near)}")
+    near = nearest_paths(pattern, paths)
+    raise UserError(f"{key}: {pattern!r} matches no parameter of the model; the nearest names are {near}")
 
 
 def _numberless(name: str) -> str:

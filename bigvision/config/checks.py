@@ -10,7 +10,16 @@ from dataclasses import fields
 from typing import Any
 
 from bigvision.config.ds_file import read_ds_file
-from bigvision.config.schema import ONE_STAGE, SCHEDULE_KEYS, SPLIT_BACKWARD, Config, OptimConfig, ParallelConfig, TaskConfig
+from bigvision.config.schema import (
+    ONE_STAGE,
+    SCHEDULE_KEYS,
+    SPLIT_BACKWARD,
+    Config,
+    LoraConfig,
+    OptimConfig,
+    ParallelConfig,
+    TaskConfig,
+)
 from bigvision.config.values import get, parse_size, spell
 from bigvision.errors import UserError, either, nearest
 
@@ -206,7 +215,9 @@ def check(config: Config) -> None:
             f"model.trainable: {trainable!r} must be all, head, last:N with N from 1 on, or a list of names: "
             f"{spell([trainable])}"
         )
-    if not trainable:
+    if (lora := config.model.lora) is not None:
+        _check_lora(lora)
+    elif not trainable:
         raise UserError("model.trainable: [] leaves nothing to train: name what is trained, or use all")
     if config.model.pretrained and config.model.weights:
         raise UserError("model.pretrained: true contradicts model.weights: choose one of the two")
@@ -216,6 +227,15 @@ def check(config: Config) -> None:
     allow = config.checkpoint.allow
     if allow is not None and not {name.strip() for name in allow.split(",")} <= {"data", "classes"}:
         raise UserError(f"checkpoint.allow: {allow!r} must be data, classes, or both: data,classes")
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    if lora.rank < 1:
+        raise UserError(f"model.lora.rank: {lora.rank} must be at least 1; to train without adapters, set model.lora to null")
+    if not 0 < lora.alpha < math.inf:
+        raise UserError(f"model.lora.alpha: {lora.alpha:g} must be a number above 0, often rank or twice as much")
+    if lora.targets == ():
+        raise UserError("model.lora.targets: [] gives no layer an adapter: name some, or use null")
 
 
 def peak_rate(optim: OptimConfig, global_batch: int) -> float:

@@ -8,6 +8,15 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """`model.lora`."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     name: str = "vit_tiny_patch16_224"
     """A timm model name, with or without a weights tag."""
@@ -25,6 +34,10 @@ class ModelConfig:
     optim.layer_decay counts them), or a list of names as in optim.groups, such as [head, '*.norm?']."""
     frozen_dtype: Literal["fp32", "bf16"] = "fp32"
     """The format in which what is not trained is held and saved. bf16 halves it; weights of BatchNorm and LSTMs stay fp32."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters (Hu et al. 2021) beside linear layers, e.g. {rank: 8, alpha: 16, targets: ['*.qkv', '*.mlp']}. All else
+    is frozen but the head, or what trainable names ([]: only adapters). targets: layers or modules with some, patterns as in
+    optim.groups; null: the projections of attention and MLP in the blocks. What an adapter adds is scaled with alpha / rank."""
     drop_path: float = 0.0
     """Stochastic depth rate (Huang et al. 2016), from 0 to below 1."""
     sync_batchnorm: bool = False

@@ -87,7 +87,7 @@ class Engine:
                 f"peak learning rate: {self.optim.lr:g}, which is optim.lr: {config.optim.lr:g} times {root}"
                 f"train.global_batch: {config.train.global_batch} / optim.lr_base_size: {config.optim.lr_base_size}"
             )
-        if (config.optim.groups or config.model.trainable != "all") and trains:
+        if (config.optim.groups or config.model.trainable != "all" or config.model.lora) and trains:
             self.notes += group_table(self.module, config.optim)
         self.parts = [self.module]
         if config.model.sync_batchnorm:

@@ -16,9 +16,9 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from bigvision.config import ModelConfig
+from bigvision.config import LoraConfig, ModelConfig
 from bigvision.errors import UserError, one_line
-from bigvision.models import arguments, weights
+from bigvision.models import arguments, lora, weights
 from bigvision.models.arguments import GivenModel
 from bigvision.models.exact_init import FirstValues, NotRecordable, construct, given
 from bigvision.models.tracing import named_tensors
@@ -70,6 +70,7 @@ class Blueprint:
             create = around or timm.create_model
             self.module, self.arguments, self._first = _construct(config, num_classes or 0, model, create, loading)
         self._names = {name for name, _ in named_tensors(self.module)}
+        self.adapters: dict[str, lora.Parameter] = {}  # of LoRA, by each of their names
         self.recorded, self.notes = self._first.trace is not None, self._first.notes
         self._given: Adapted | None = None
         if config.weights is not None or config.pretrained:
@@ -100,6 +101,12 @@ class Blueprint:
         if num_classes is not None and around is None:
             arguments.check_outputs(config, num_classes, self.module, self.input_shape)
 
+    def add_adapters(self, config: LoraConfig) -> None:
+        """Give the layers that *config* names adapters; a `UserError` where it fits none."""
+        self.notes += lora.add_adapters(self.module, config, self.input_shape)
+        self.adapters = lora.adapters(self.module)
+        self._names |= self.adapters.keys()
+
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
@@ -125,12 +132,16 @@ class Blueprint:
     def tensors(self, seed: int, names: Set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(name, value)`` once for every parameter and buffer, persistent or not, in no particular order.
 
-        Values are, bit for bit, those that ``torch.manual_seed(seed); timm.create_model(...)`` gives on the CPU. Only *names*,
-        where given, are read, drawn and computed. Tied names share memory, unless they come from a weights file. Drop each
-        value before asking for the next: one is held at a time. The caller's random state is not touched. Raises `UserError`
-        when the weights file cannot be read.
+        Values are, bit for bit, those that ``torch.manual_seed(seed); timm.create_model(...)`` gives on the CPU; those of
+        adapters are functions of *seed* and their names. Only *names*, where given, are read, drawn and computed. Tied names
+        share memory, unless they come from a weights file. Drop each value before asking for the next: one is held at a time.
+        The caller's random state is not touched. Raises `UserError` when the weights file cannot be read.
         """
         left = self._names if names is None else self._names & names
+        drawn = left & self.adapters.keys()
+        for name in sorted(drawn):
+            yield name, self.adapters[name].first_value(seed)
+        left = left - drawn
         if self._given is not None:
             for name, value in self._given.tensors(seed, left):
                 left = left - {name}
@@ -155,10 +166,13 @@ def blueprint(
     """
     arguments.check_model(config, model)
     if model is not None:
-        return Blueprint(config, num_classes, model)
-    name, note = arguments.current_name(config.name)
-    plan = Blueprint(replace(config, name=name), num_classes, around=around)
-    plan.notes[:0] = [note] if note else []
+        plan = Blueprint(config, num_classes, model)
+    else:
+        name, note = arguments.current_name(config.name)
+        plan = Blueprint(replace(config, name=name), num_classes, around=around)
+        plan.notes[:0] = [note] if note else []
+    if config.lora is not None:
+        plan.add_adapters(config.lora)
     return plan
 
 

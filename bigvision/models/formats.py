@@ -58,7 +58,9 @@ def compute_in(
     for module in [module for part in parts for module in part.modules()]:
         names = tuple(name for name, weight in module._parameters.items() if weight is not None)
         norm = isinstance(module, BatchNorm)
-        innermost = bool(names) and not any(True for child in module.children() for _ in child.parameters())
+        # A linear layer is innermost also where an adapter lies in it.
+        lone = isinstance(module, nn.Linear) or not any(True for child in module.children() for _ in child.parameters())
+        innermost = bool(names) and lone
         normed = any(isinstance(part, BatchNorm) for part in module.modules())
         weights = torch.float32 if norm and (norms or dtype) else dtype if cast_weights else None
         if dtype is None and any(module._parameters[name].dtype == torch.bfloat16 for name in names):  # type: ignore[union-attr]

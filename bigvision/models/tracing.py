@@ -181,13 +181,17 @@ def size(module: nn.Module) -> int:
 
 def has_parts(module: nn.Module) -> bool:
     """Whether `module` can be looked into: it has submodules, and is no primitive of torch's."""
-    primitive = type(module).__module__.startswith("torch.nn.") and not isinstance(module, CONTAINERS)
+    # A linear layer with an adapter is as whole as one without.
+    torchs = type(module).__module__.startswith("torch.nn.") and not isinstance(module, CONTAINERS)
+    primitive = torchs or isinstance(module, nn.Linear)
     return not primitive and bool(module._modules)
 
 
 def is_piece(module: nn.Module) -> bool:
     """Whether `module` multiplies by at least two weights, as a block of any kind does and a lone layer does not."""
-    weights = {id(p) for m in module.modules() for p in m._parameters.values() if p is not None and p.dim() > 1}
+    adapters = {child for m in module.modules() if isinstance(m, nn.Linear) for child in m.children()}
+    layers = [m for m in module.modules() if m not in adapters]
+    weights = {id(p) for m in layers for p in m._parameters.values() if p is not None and p.dim() > 1}
     return len(weights) > 1
 
 

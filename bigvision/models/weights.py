@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError
+from bigvision.fragments import DOWN, UP
 from bigvision.models.exact_init import FirstValues, computed
 from bigvision.models.tracing import first_line, named_tensors
 from bigvision.models.weights_file import WeightsFile, shards_of
@@ -246,7 +247,10 @@ def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Ad
         values.left_out, unexpected = other, []
     for names, what in ((missing, "lacks"), (unexpected, "has, unknown to the model,")):
         if names:
-            raise file.mistake(f"{what} {names[0]} ({len(names)} such)", "check model.name and model.options")
+            fix = "check model.name and model.options"
+            if names[0].endswith((DOWN, UP)):
+                fix = "merge the adapters of that run into its weights first (bigvision export STEP_FOLDER FILE_OR_FOLDER)"
+            raise file.mistake(f"{what} {names[0]} ({len(names)} such)", fix)
     if shaped := [name for name, source in sources.items() if shapes[source] != tensors[name].shape]:
         theirs, ours = tuple(shapes[sources[shaped[0]]]), tuple(tensors[shaped[0]].shape)
         raise UserError(

@@ -40,6 +40,7 @@ from bigvision.training.run_folder import (
     Starts,
     applied_origin,
     check_same_run,
+    check_same_scale,
     data_facts,
     record,
     refusal,
@@ -125,6 +126,7 @@ def build(
     accept = partial(check_same_run, facts=facts, classes=classes, allow=config.checkpoint.allow, say=say)
     if found:
         accept(found)
+        check_same_scale(found, config)
     resumes = found is not None
     engine, plan, card = build_model(
         fresh, data.outputs, runtime, steps, say, data.train.channels, model, resumes, task=learned
@@ -183,7 +185,10 @@ def build_model(
 
     def plan_model() -> tuple[Blueprint, Blocks, dict[str, Any]]:
         plan = blueprint(config.model, outputs, model, around)
-        freeze(plan.module, config.model.trainable)
+        freeze(plan.module, config.model.trainable, plan.adapters)
+        drawn = not (config.model.pretrained or config.model.weights or model is not None or restored)
+        if plan.adapters and drawn and trains:
+            say("warning: model.lora adapts random weights, which stay as they are: set model.pretrained or model.weights")
         blocks = find_blocks(plan.module, plan.image_size)
         for note in (plan.note, blocks.reason and f"{config.model.name}: blocks taken from its containers: {blocks.reason}"):
             if note:

@@ -42,7 +42,7 @@ SHOWN = 6
 """Changed keys that a line names; lineage.json has all."""
 DECISIVE = (
     "model.name", "model.options", "model.image_size", "model.num_classes", "model.trainable", "model.frozen_dtype",
-    "optim.name", "optim.momentum", "optim.betas",
+    "model.lora", "optim.name", "optim.momentum", "optim.betas",
 )  # fmt: skip
 """Keys that decide which tensors a checkpoint has, of which shapes and types."""
 UNCOMPARED = ("out", "checkpoint.resume", "checkpoint.allow")
@@ -282,10 +282,24 @@ def why_other_tensors(found: Checkpoint, config: Config) -> str:
     if not changed:
         return ""
     theirs, ours = (", ".join(f"{key}: {spell(pair[side])}" for key, pair in changed.items()) for side in (0, 1))
+    weights = f"--model.weights {found.folder}"
+    if before.get("model", {}).get("lora"):
+        weights = f"those of bigvision export {found.folder} FOLDER (--model.weights FOLDER)"
     return (
         f"its run had {theirs}, this one has {ours}: use the former to go on with it, or begin a new run at its weights with "
-        f"--model.weights {found.folder} and another --out"
+        f"{weights} and another --out"
     )
+
+
+def check_same_scale(found: Checkpoint, config: Config) -> None:
+    """Raise `UserError` where the adapters of *found* would count more or less in this run than they did in theirs."""
+    saved, lora = found.progress.get("config"), config.model.lora
+    before = (saved if isinstance(saved, dict) else {}).get("model", {}).get("lora")
+    if lora is not None and isinstance(before, dict) and before.get("alpha") != lora.alpha:
+        raise UserError(
+            f"model.lora.alpha: {lora.alpha:g}, but the adapters of {found.folder} were trained with {before.get('alpha')}: "
+            "use that, or another out folder"
+        )
 
 
 def record(

@@ -40,6 +40,7 @@ PAGES = {
 SEE = {
     "out": "recipes.md#paths",
     "model.weights": "models.md#weights",
+    "model.lora": "models.md#lora",
     "model.sync_batchnorm": "strategies.md#batchnorm",
     "data.classes": "data.md#classes",
     "data.shuffle_block": "reading.md#order",

@@ -27,6 +27,10 @@ GROUPS = [{"match": "*.mlp", "weight_decay": 0.3}, {"match": "blocks.1", "lr_sca
 RATES = {"schedule": "wsd", "cooldown": 4, "min_lr": 1e-4, "lr_base_size": 12, "lr": 5e-4, "warmup": 3}
 CASES: dict[str, dict[str, Any]] = {
     "groups": {"optim": RATES | {"layer_decay": 0.7, "groups": GROUPS}},
+    "lora": {
+        "optim": RATES | {"layer_decay": 0.7, "groups": [*GROUPS, {"match": "*.lora_B", "lr_scale": 2}]},
+        "model": {"lora": {"rank": 4, "alpha": 8}},
+    },
     "last": {"optim": RATES | {"groups": GROUPS[2:]}, "model": {"trainable": "last:2"}},
     "head": {"optim": RATES | {"groups": GROUPS[2:]}, "model": {"trainable": "head"}},
     "bf16": {"optim": RATES, "model": {"trainable": ["*.bias", "head"], "frozen_dtype": "bf16"}},
@@ -49,7 +53,9 @@ def made(out: Path, case: str, **parallel: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("strategy", "ranks", "more"), LAYOUTS)
-@pytest.mark.parametrize("case", ["groups", "last", *(pytest.param(case, marks=LONG) for case in ("head", "names", "bf16"))])
+@pytest.mark.parametrize(
+    "case", ["groups", "last", "lora", *(pytest.param(case, marks=LONG) for case in ("head", "names", "bf16"))]
+)
 def test_losses_and_groups_are_those_of_one_process(
     tmp_path: Path, case: str, strategy: str, ranks: int, more: dict[str, Any]
 ) -> None:
