@@ -25,6 +25,9 @@ from bigvision.models.exact_init import FirstValues, NotRecordable, construct, g
 from bigvision.models.tracing import named_tensors
 from bigvision.models.weights import Adapted, Loading, capture
 
+Around = Callable[..., nn.Module]
+"""What is called as `timm.create_model` is."""
+
 
 def model_card(
     module: nn.Module, image_size: Size, mean: Sequence[float], std: Sequence[float], val_size: Size | None = None
@@ -63,7 +66,7 @@ class Blueprint:
     outputs: int | None = None  # of the caller's own model; None where that cannot be known before it runs, and of timm's
 
     def __init__(
-        self, config: ModelConfig, num_classes: int, model: GivenModel | None = None,
+        self, config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None,
         sizes: Mapping[str, Size] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         loading: Loading = {}
@@ -71,7 +74,8 @@ class Blueprint:
             self.arguments = {}
             self.module, self._first = _given(model)
         else:
-            self.module, self.arguments, self._first = _construct(config, num_classes, model, loading, bool(sizes))
+            create, flexible = around or timm.create_model, bool(sizes)
+            self.module, self.arguments, self._first = _construct(config, num_classes or 0, model, create, loading, flexible)
         self._names = {name for name, _ in named_tensors(self.module)}
         self.recorded, self.notes = self._first.trace is not None, self._first.notes
         self._given: Adapted | None = None
@@ -90,6 +94,8 @@ class Blueprint:
         if model is not None:
             if config.image_size is None and not hasattr(self.module, "pretrained_cfg"):
                 raise UserError(f"model.image_size: {config.name} does not say which it takes: give the side of the images")
+            if num_classes is None:
+                return
             self.outputs = arguments.outputs_of(config, self.module, self.input_shape)
             if self.outputs is not None and self.outputs < num_classes:
                 raise UserError(f"model: {config.name} has {self.outputs} outputs, but there are {num_classes} classes")
@@ -99,7 +105,8 @@ class Blueprint:
             # A model made for this size is judged by it; another one also by whether meta can run it at all.
             usual = None if "img_size" in self.arguments else tuple(data["input_size"][1:])
             arguments.check_size(config, self.module, self.input_shape, usual)
-        arguments.check_outputs(config, num_classes, self.module, self.input_shape)
+        if num_classes is not None and around is None:
+            arguments.check_outputs(config, num_classes, self.module, self.input_shape)
         arguments.check_other_sizes(config, self.module, self.input_shape, sizes)
 
     @property
@@ -146,18 +153,22 @@ class Blueprint:
 
 
 def blueprint(
-    config: ModelConfig, num_classes: int, model: GivenModel | None = None, sizes: Mapping[str, Size] = MappingProxyType({})
+    config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None,
+    sizes: Mapping[str, Size] = MappingProxyType({}),
 ) -> Blueprint:  # fmt: skip
     """Describe the model of `config` with `num_classes` outputs, or the given one, without giving it memory.
 
-    `sizes` are those of images that it gets beside its own, by the keys that ask for them. Raises `UserError` for names,
-    options, sizes and weight files that do not fit each other.
+    With None the model may return anything, and timm's returns features. `around` is called in the place of
+    ``timm.create_model``, with the same arguments. `sizes` are those of images that the model gets beside its own, by the keys
+    that ask for them.
+
+    Raises `UserError` for names, options, sizes and weight files that do not fit each other.
     """
     arguments.check_model(config, model)
     if model is not None:
-        return Blueprint(config, num_classes, model, sizes)
+        return Blueprint(config, num_classes, model, sizes=sizes)
     name, note = arguments.current_name(config.name)
-    plan = Blueprint(replace(config, name=name), num_classes, sizes=sizes)
+    plan = Blueprint(replace(config, name=name), num_classes, around=around, sizes=sizes)
     plan.notes[:0] = [note] if note else []
     return plan
 
@@ -174,8 +185,9 @@ def _given(module: nn.Module) -> tuple[nn.Module, FirstValues]:
 
 
 def _construct(
-    config: ModelConfig, num_classes: int, function: Callable[..., nn.Module] | None, loading: Loading, flexible: bool
-) -> tuple[nn.Module, dict[str, Any], FirstValues]:
+    config: ModelConfig, num_classes: int, function: Callable[..., nn.Module] | None, create: Around, loading: Loading,
+    flexible: bool,
+) -> tuple[nn.Module, dict[str, Any], FirstValues]:  # fmt: skip
     """The module on meta, the arguments it was made with, and its first values; *loading* gets what timm would load.
 
     *flexible*: it gets images of several sizes.
@@ -183,7 +195,7 @@ def _construct(
 
     def build(taken: dict[str, Any]) -> nn.Module:
         with capture() as caught:
-            made = timm.create_model(config.name, **taken) if function is None else function(**taken)
+            made = create(config.name, **taken) if function is None else function(**taken)
         if not isinstance(made, nn.Module):
             raise UserError(f"model: {config.name} returned {type(made).__name__}, not a module")
         loading.update(caught)
