@@ -61,6 +61,14 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class ResizeConfig:
+    """One entry of `data.resize_schedule`."""
+
+    until: float
+    image_size: int | tuple[int, int]
+
+
+@dataclass(frozen=True)
 class DataConfig:
     train: str = "digits"
     """digits, imagefolder:PATH, webdataset:PATH, parquet:PATH, arrays:PATH, volumes:PATH, mnist, cifar10, ...,
@@ -75,6 +83,12 @@ class DataConfig:
     """Folder of the datasets that torchvision downloads."""
     augment: bool = True
     """Random crops, shifts and flips that fit the dataset; false feeds the training images as the evaluation ones."""
+    resize_schedule: tuple[ResizeConfig, ...] = ()
+    """Progressive resizing: smaller or larger training images in the first steps, e.g. [{until: 0.4, image_size: 128}, {until:
+    0.8, image_size: 160}]. until: share of all steps (below 1) or number of steps (1 and above); then model.image_size."""
+    val_size: int | tuple[int, int] | None = None
+    """Size of the images in evaluations, such as 224 for a model that trains at 176 (Touvron et al. 2019, FixRes); null:
+    model.image_size."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Least and largest share of a photo's area that a random crop takes."""
     policy: Literal["none", "randaugment", "autoaugment", "trivialaugment", "three-augment"] = "none"

@@ -183,7 +183,7 @@ def test_what_a_forward_may_do_with_its_values(case: str, samples: int) -> None:
     assert torch.equal(outputs[-1], model(images))
     backward(inputs, outputs, total(outputs[-1]))
     assert all(torch.allclose(dict(model.named_parameters())[name].grad, grad, rtol=1e-5) for name, grad in expected.items())  # type: ignore[arg-type]
-    for spec, received in zip(plan.sends[True][0], inputs[1]):
+    for spec, received in zip(plan.sends[True, (6, 8)][0], inputs[1]):
         assert spec.sizes(samples) == received.shape and spec.requires_grad == received.requires_grad
 
 
@@ -213,7 +213,7 @@ def test_modules_are_in_the_order_of_their_calls() -> None:
         model = timm.create_model("vit_tiny_patch16_224")
     plan = cut(model, find_blocks(model), (3, 224, 224), 2)
     for number in range(2):
-        calls = [str(node.target) for node in plan.graphs[True][number].nodes if node.op == "call_module"]
+        calls = [str(node.target) for node in plan.graphs[True, (224, 224)][number].nodes if node.op == "call_module"]
         stage = plan.build(model, number)
         held = [path for path, _ in stage.named_modules() if path in calls]
         assert len(held) > 5
