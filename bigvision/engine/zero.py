@@ -28,7 +28,7 @@ from bigvision.engine.step import reduce_with
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint, formats
-from bigvision.optim import build_optimizer, parameter_groups, sample_state, state_layout
+from bigvision.optim import build_optimizer, parameter_groups, state_layout
 from bigvision.runtime import Runtime
 
 
@@ -89,7 +89,8 @@ class ZeroStep:
         # DeepSpeed keeps fp32 values of what it trains only: of what is frozen, each rank keeps a share in host memory.
         self.frozen = {name: torch.empty(self._share(p)[1]) for name, p in named.items() if not p.requires_grad}
         self.cpu_adam = hasattr(self.inner, "ds_opt_adam")
-        self.state_keys, counts_steps = tuple(state_layout(config.optim)), "step" in sample_state(config.optim)
+        self.state_keys = tuple(state_layout(config.optim, (1, 1)))
+        counts_steps = config.optim.name == "adamw"  # sgd and lion do not
         # The state that the optimizer would create at its first step, so that it can be saved and restored before.
         for flat in self._flats():
             state = self.inner.state[flat]
