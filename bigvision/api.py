@@ -32,8 +32,9 @@ from bigvision.errors import UserError, either, nearest
 from bigvision.launchers.ranks import Devices, check_parent, forked_ranks, fresh_ranks, place
 from bigvision.models import GivenModel, check_model, given_name
 from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
+from bigvision.tasks import Task, build_task, task_name
 from bigvision.training import Callback, Result
-from bigvision.training.build import build_model, take_folder, with_model, without_weights
+from bigvision.training.build import build_model, take_folder, with_model, with_task, without_weights
 from bigvision.training.data import name_of_data, open_data
 from bigvision.training.run_folder import check_same_run, data_facts
 from bigvision.training.saving import new_saver, progress_of
@@ -41,7 +42,7 @@ from bigvision.training.saving import new_saver, progress_of
 Recipe = str | Path | Mapping[str, Any] | Config | None
 """The path of a YAML file, a mapping like one, a configuration, or None for the defaults."""
 SECTIONS = tuple(field.name for field in fields(Config))
-ARGUMENTS = ("model", "data", "val", "devices", "image_size", "callbacks", "max_restarts")
+ARGUMENTS = ("model", "data", "val", "task", "devices", "image_size", "callbacks", "max_restarts")
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,23 @@ class Objects:
     data: Any = None
     val: Any = None
     """Datasets; both or none."""
+    task: Any = None
     data_named: bool = False
     """Whether the caller or the recipe has said what is trained on."""
 
     @property
     def none(self) -> bool:
-        return self.model is None and self.data is None and self.val is None
+        return all(given is None for given in (self.model, self.data, self.val, self.task))
 
 
 def configured(
-    caller: str, recipe: Recipe, model: Any, data: Any, val: Any, image_size: int | tuple[int, int] | None,
-    keys: Mapping[str, Any],
+    caller: str, recipe: Recipe, model: Any, data: Any, val: Any, task: Any,
+    image_size: int | tuple[int, int] | None, keys: Mapping[str, Any],
 ) -> tuple[Config, Objects]:  # fmt: skip
     """The configuration that is asked for, keywords before the recipe, and the objects.
 
-    *caller* is for messages. *model*, *data* and *val* are names, sections as mappings, or objects; *keys* are sections as
-    mappings, and dotted keys. `UserError` for unknown keywords, with the nearest right one, for what cannot be together, and
+    *caller* is for messages. *model*, *data*, *val* and *task* are names, sections as mappings, or objects; *keys* are sections
+    as mappings, and dotted keys. `UserError` for unknown keywords, with the nearest right one, for what cannot be together, and
     for all that a configuration can have wrong.
     """
     kinds = dict(leaves(Config))
@@ -80,7 +82,8 @@ def configured(
             raise UserError(f"{caller}: unknown keyword {name!r}{hint}")
     given = flatten(keys, kinds, caller)
     objects = {}
-    for name, value, key in (("model", model, "model.name"), ("data", data, "data.train"), ("val", val, "data.val")):
+    names = {"model": "model.name", "data": "data.train", "val": "data.val", "task": "task.name"}
+    for (name, key), value in zip(names.items(), (model, data, val, task)):
         if isinstance(value, Mapping) and name in SECTIONS:
             given |= flatten({name: value}, kinds, caller)
         elif isinstance(value, str):
@@ -102,6 +105,10 @@ def configured(
             given[key] = name_of_data(objects[name])
     if "model" in objects:
         given["model.name"] = given_name(objects["model"])
+    if "task" in objects:
+        if not isinstance(objects["task"], Task):
+            raise UserError(f"task: {type(objects['task']).__name__} is no task: give a name, or a bigvision.tasks.Task")
+        given["task.name"] = task_name(objects["task"])
     if isinstance(recipe, Config):
         if not given and recipe.out != AUTO:
             return recipe, Objects(data_named=recipe.data.train != DataConfig.train)
@@ -142,6 +149,7 @@ class Engine:
         image_size: int | tuple[int, int] | None = None,
         data: str | Source | MapDataset | None = None,
         val: str | Source | MapDataset | None = None,
+        task: str | Mapping[str, Any] | Task | None = None,
         resume: bool | str | Path = False,
         **keys: Any,
     ) -> None:
@@ -156,6 +164,7 @@ class Engine:
             image_size: ``model.image_size``, the side of a square, or height and width.
             data, val: what the loop trains and validates on, as in `bigvision.train`. It is not fed to the loop: checkpoints
                 record it, with its class names, and :meth:`resume` compares it. So it is where the recipe names data.
+            task: as in `bigvision.train`.
             resume: True, or a folder: take over a checkpoint as :meth:`resume` does, without computing first values or
                 reading pretrained weights before.
             keys: sections and dotted keys, as in `bigvision.train`.
@@ -165,12 +174,12 @@ class Engine:
         """
         ours = {"model.num_classes": num_classes, "train.steps": steps, "train.global_batch": global_batch}
         keys |= {key: value for key, value in ours.items() if value is not None}
-        made, objects = configured("bigvision.Engine", config, model, data, val, image_size, keys)
+        made, objects = configured("bigvision.Engine", config, model, data, val, task, image_size, keys)
         if made.train.steps is None:
             raise UserError("train.steps: bigvision.Engine needs the number of steps for the learning rate: give steps=...")
         if made.model.num_classes is None and not isinstance(objects.model, torch.nn.Module):
             raise UserError("model.num_classes: bigvision.Engine does not see the data: give num_classes=...")
-        self.config = with_model(made, objects.model)
+        self.config = with_task(with_model(made, objects.model), objects.task)
         self._out = Path(self.config.out)
         self._stack = ExitStack()
         try:
@@ -186,7 +195,8 @@ class Engine:
         self.rank, self.world_size, self.device = self.runtime.rank, self.runtime.world_size, self.runtime.device
         self.is_main = self.runtime.is_main
         """Whether this is rank 0, which prints and writes."""
-        all_or_none(lambda: check_engine(self.config, self.runtime))
+        self._task: Task = all_or_none(lambda: build_task(self.config.task, objects.task))
+        all_or_none(lambda: check_engine(self.config, self.runtime, self._task))
         warn_of_shared_memory(self.runtime, self._say)
         self._facts: dict[str, Any] | None = None
         """The fingerprints of the data, where they are known."""
@@ -198,8 +208,9 @@ class Engine:
         all_or_none(lambda: check_model(config.model, model))
         channels = self.config.model.options.get("in_chans", getattr(model, "in_chans", 3))
         self.engine, blueprint, self._card = build_model(
-            config, config.model.num_classes or 1, self.runtime, steps, self._say, channels, model, found is not None
-        )
+            config, config.model.num_classes or 1, self.runtime, steps, self._say, channels, model, found is not None,
+            task=self._task,
+        )  # fmt: skip
         if self._classes:
             self._card["label_names"] = self._classes
         self._stack.callback(self.engine.close)
@@ -297,10 +308,10 @@ class Engine:
         """Record the data that the caller or the recipe names. What the recipe names need not be there: nothing reads it."""
         given = None if objects.data is None else (objects.data, objects.val)
         try:
-            data = open_data(self.config, self.runtime, given)
-            outputs = self.config.model.num_classes
-            if outputs is not None and outputs < data.num_classes:
-                raise UserError(f"model.num_classes: {outputs}, but data.train has {data.num_classes} classes")
+            data = open_data(self.config, self.runtime, self._task, given)
+            outputs, needed = self.config.model.num_classes, data.outputs
+            if outputs is not None and needed is not None and outputs < needed:
+                raise UserError(f"model.num_classes: {outputs}, but data.train has {needed} classes")
         except UserError as error:
             if given is not None:
                 raise
@@ -364,6 +375,7 @@ def train(
     val: str | Source | MapDataset | None = None,
     *,
     model: str | GivenModel | None = None,
+    task: str | Task | None = None,
     devices: Devices = None,
     image_size: int | tuple[int, int] | None = None,
     callbacks: Sequence[Callback] = (),
@@ -380,7 +392,9 @@ def train(
             ``data.train``. A mapping is the section ``data``.
         val: the same for ``data.val``; by default it is *data*'s name. A dataset in *data* needs a *val*.
         model: a timm name, a module of your own, whose values are the first ones and which is left as it is, or a function
-            that builds one. Your own returns class scores (B, classes). A mapping is the section ``model``.
+            that builds one. Your own returns what the task takes, class scores (B, classes) by default. A mapping is the
+            section ``model``.
+        task: a task's name, or your own `bigvision.tasks.Task`. A mapping is the section ``task``.
         devices: how many ranks to start on this host, one on each CUDA device where there are any; ``[0, 1]``: these CUDA
             devices; ``"cpu"``: one rank on the CPU; ``"auto"``: all CUDA devices, or one rank on the CPU. By default, and
             under a launcher, none are started: this process joins the launcher's ranks, or is the only one.
@@ -399,7 +413,7 @@ def train(
         RankFailure: a rank that was started here has failed (a `RuntimeError`); names it and its error.
         Stopped: a signal has stopped the run, and it is saved; names the checkpoint.
     """
-    made, objects = configured("bigvision.train", config, model, data, val, image_size, keys)
+    made, objects = configured("bigvision.train", config, model, data, val, task, image_size, keys)
     made, placement = place(devices, made, identify(os.environ))
     if max_restarts < 0 or (max_restarts and placement is None):
         raise UserError(
@@ -407,7 +421,9 @@ def train(
         )
 
     def work() -> Result:
-        return training.train_on_rank(made, objects.data, objects.val, model=objects.model, callbacks=callbacks)
+        return training.train_on_rank(
+            made, objects.data, objects.val, model=objects.model, task=objects.task, callbacks=callbacks
+        )
 
     if placement is None:
         return work()

@@ -75,11 +75,11 @@ def write_recipe(folder: Path, **sections: dict[str, Any]) -> str:
     return write(folder, recipe(folder / "out", **sections))
 
 
-def run(plain: dict[str, Any]) -> list[float]:
-    """Train on this rank as *plain* says and return the loss of every step."""
+def run(plain: dict[str, Any], **objects: Any) -> list[float]:
+    """Train on this rank as *plain* says, with *objects* of the caller's, and return the loss of every step."""
     from bigvision import load_config, train
 
-    train(load_config(plain))
+    train(load_config(plain), **objects)
     return losses(Path(plain["out"]))
 
 

@@ -6,12 +6,13 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from bigvision.config.ds_file import read_ds_file
-from bigvision.config.schema import ONE_STAGE, SCHEDULE_KEYS, SPLIT_BACKWARD, Config, OptimConfig, ParallelConfig
+from bigvision.config.schema import ONE_STAGE, SCHEDULE_KEYS, SPLIT_BACKWARD, Config, OptimConfig, ParallelConfig, TaskConfig
 from bigvision.config.values import get, parse_size, spell
-from bigvision.errors import UserError, either
+from bigvision.errors import UserError, either, nearest
 
 WHOLE = {
     "lamb": ("scales each step by norms of whole tensors", ("ddp", "fsdp", "pipeline")),
@@ -64,6 +65,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.layer_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1; null: one rate for all"),
 }
 """What other keys must be where they are not null."""
+MIXING = ("mixup", "cutmix", "mix_each")
+TASK_KEYS: dict[str, tuple[str, ...]] = {
+    "classify": ("label_smoothing", *MIXING),
+}
+"""The tasks, and the keys of `task` that each has a use for."""
 PIPELINE_KEYS = ("stages", "stages_per_rank", "microbatches", "schedule")
 """Keys of `parallel` that only a pipeline has a use for."""
 SHARDED_KEYS = ("replicas", "reshard", "scatter")
@@ -170,6 +176,7 @@ def check(config: Config) -> None:
         value = get(config, key)
         if value is not None and not fits(value):
             raise UserError(f"{key}: {spell(value) if isinstance(value, tuple) else value} must be {text}")
+    _check_task(config.task)
     _check_rate(config.optim, config.train.global_batch)
     for place, group in enumerate(config.optim.groups):
         if not 0 < group.lr_scale < math.inf:
@@ -263,3 +270,19 @@ def _check_schedule(parallel: ParallelConfig) -> None:
             f"parallel.compile: true, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
             "which compiled code does not allow: use auto or false, or the schedule interleaved"
         )
+
+
+def _check_task(task: TaskConfig) -> None:
+    """Raise `UserError` for an unknown task, and for keys of other tasks."""
+    own = task.name.startswith("python:")
+    if task.name not in TASK_KEYS and not own:
+        hint = nearest(task.name, TASK_KEYS) or f"; known are {', '.join(TASK_KEYS)}"
+        raise UserError(f"task.name: unknown task {task.name!r}{hint}; a task of your own is given from Python")
+    taken = MIXING if own else TASK_KEYS[task.name]
+    for field in fields(TaskConfig):
+        if field.name not in ("name", *taken) and getattr(task, field.name) != field.default:
+            users = [name for name, keys in TASK_KEYS.items() if field.name in keys]
+            raise UserError(
+                f"task.{field.name}: {getattr(task, field.name)}, but task.name: {task.name} has no use for it, only "
+                f"{' and '.join(users)}: leave it out"
+            )

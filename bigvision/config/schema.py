@@ -33,8 +33,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    name: Literal["classify"] = "classify"
-    """What is learned: classification is the only task so far."""
+    name: str = "classify"
+    """What is learned: classify (one class for each image). A task of your own is given from Python."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the target (Szegedy et al. 2016), in training only."""
     mixup: float = 0.0

@@ -91,10 +91,6 @@ class Batch:
         self._map(lambda tensor: found.append(tensor) or tensor)
         return found
 
-    def loss_targets(self) -> Targets:
-        """What the task's loss gets: the targets, or of mixed samples what :meth:`Mix.targets` says."""
-        return self.targets if self.mix is None else self.mix.targets(self.targets)
-
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         mix = self.mix.map(change) if self.mix is not None else None
         targets = each_tensor(change, self.targets)
@@ -202,10 +198,6 @@ class Mix:
         weight = self.weight.view(-1, 1, 1, 1).to(images.dtype)
         other = self.partners(images)
         return torch.where(inside, other, images * weight + other * (1 - weight))
-
-    def targets(self, labels: Tensor) -> Tensor:
-        """float64 (B, 3): each sample's label, its partner's, and the share of its own."""
-        return torch.stack([labels.double(), self.partners(labels).double(), self.share.double()], dim=1)
 
     def partners(self, values: Tensor) -> Tensor:
         """Each sample's partner in its place."""

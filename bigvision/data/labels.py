@@ -29,9 +29,10 @@ WHOLE = re.compile(r"-?[0-9]{1,40}")
 SHOWN = 5
 """Examples in a message."""
 
-Target = Literal["label", "labels", "numbers", "none"]
-"""What the samples of a source have: a label each, several labels, numbers that are no classes, or nothing."""
-OTHER_TASKS: dict[Target, tuple[str, str, str]] = {
+Target = Literal["label", "labels", "numbers", "mask", "none", "any"]
+"""What the samples of a source have: a label each, several labels, numbers that are no classes, a mask of labels, nothing; or,
+of a dataset from Python, whatever it gives."""
+OTHER_TASKS: dict[str, tuple[str, str, str]] = {
     "labels": ("several labels for an image", "multilabel", "keep one of them"),
     "numbers": ("numbers that are no classes", "regress", "use whole numbers or names"),
     "none": ("no labels", "dino", "add labels, or name the column that has them"),

@@ -9,7 +9,7 @@ first values, running statistics and fragments, ``ema.py`` the average of the we
 
 from __future__ import annotations
 
-from bigvision.config import Config, check_batches
+from bigvision.config import Config, check_batches, micro_batch
 from bigvision.engine import parallelize
 from bigvision.engine.engine import Engine
 from bigvision.engine.pipeline import PipelineEngine
@@ -24,9 +24,18 @@ ZERO = dict.fromkeys(("zero1", "zero2", "zero3"), ZeroEngine)
 STRATEGIES = {"ddp": Engine, "fsdp": Engine, **ZERO, "pipeline": PipelineEngine}
 
 
-def check_engine(config: Config, runtime: Runtime) -> None:
+def check_engine(config: Config, runtime: Runtime, task: Task) -> None:
     """Raise `UserError`, before a model is built, for what would fail later: batch sizes, a compiler that is missing."""
     check_batches(config, runtime.data_ranks, runtime.pipeline_ranks)
+    if config.parallel.strategy == "pipeline" and (not task.cuttable or task.span == "global batch"):
+        why = "whose model cannot be cut into stages" if not task.cuttable else "whose loss spans the global batch"
+        raise UserError(f"parallel.strategy: pipeline cannot run task.name: {config.task.name}, {why}: use fsdp")
+    share = config.train.global_batch // runtime.data_ranks
+    if task.span == "global batch" and (size := micro_batch(config, runtime.data_ranks, 1)) < share:
+        raise UserError(
+            f"train.micro_batch: {size}, but the loss of task.name: {config.task.name} spans the global batch, and a rank has "
+            f"{share} samples of it: use null"
+        )
     if config.parallel.compile is True and (missing := parallelize.lacks_for_compile(runtime.device)):
         raise UserError(f"parallel.compile: true needs {missing}: install it, or use auto or false")
     if config.model.sync_batchnorm and runtime.device.type not in parallelize.SYNCHRONIZED:

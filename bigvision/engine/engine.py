@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigvision.config import Config, micro_batch, peak_rate
@@ -23,7 +25,7 @@ from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint
 from bigvision.optim import group_table, learning_rate
 from bigvision.runtime import Runtime
-from bigvision.samples import seed_from
+from bigvision.samples import Targets, each_tensor, seed_from
 from bigvision.tasks import Task
 
 
@@ -68,6 +70,7 @@ class Engine:
         self._buffer: Tensor | None = None
         self._copying = torch.cuda.Stream(runtime.device) if runtime.device.type == "cuda" else None
         self._skipped, self._pending = 0, None
+        self._rows: list[Tensor] = []  # of the batch that is being measured
         if config.parallel.precision == "fp32":
             # Convolutions would else round their inputs to 10 bits on CUDA, and the strategies differ in the third digit.
             torch.backends.cudnn.allow_tf32 = False
@@ -129,12 +132,13 @@ class Engine:
         self._local: Any = None
         began, waited = self._moment(), batch.waited
         samples = len(batch) * self.runtime.data_ranks
-        # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their number.
         with no_autocast(self.runtime.device):
-            loss_sum = self._passes(batch, self.runtime.data_ranks / samples)
+            batch, weight = self._weighed(batch)
+            # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their weight.
+            loss_sum = self._passes(batch, self.runtime.data_ranks / weight)
         # The rate follows the count of applied steps. The record of the step before arrived while this one was launched.
         lr = self._rate()
-        numbers = self.stepper.update(loss_sum, samples, lr, self.requests)
+        numbers = self.stepper.update(loss_sum, weight, lr, self.requests)
         self.step, self.samples, self.statistics_differ = self.step + 1, self.samples + samples, True
         if self.ema is not None:
             self.ema.update(numbers[2], self.step)
@@ -165,7 +169,22 @@ class Engine:
         """The learning rate; a skipped step leaves its own to the next one."""
         return learning_rate(self.optim, self.step - self.skipped, self.steps)
 
-    def _passes(self, batch: Batch | StepBatch, factor: float) -> Tensor:
+    def _weighed(self, batch: Batch | StepBatch) -> tuple[Batch | StepBatch, Tensor | int]:
+        """*batch* and what the losses of the global batch are divided by: its samples, or the sum of the task's weights."""
+        if type(self.task).weight is Task.weight:
+            return batch, len(batch) * self.runtime.data_ranks
+        # The first backward pass needs the sum: all of a rank's samples are waited for.
+        batch = self._on_device(batch.whole())
+        weight = self.task.weight(self._loss_targets(batch))
+        if weight is None:
+            return batch, len(batch) * self.runtime.data_ranks
+        weight = weight.detach().double().clone()
+        if self.runtime.data_ranks > 1:
+            dist.all_reduce(weight, group=self.runtime.data_group)
+        # Without anything to learn the losses are 0.
+        return batch, torch.where(weight > 0, weight, 1.0)
+
+    def _passes(self, batch: Batch | StepBatch, factor: Tensor | float) -> Tensor:
         """Run all micro-batches of *batch*, with gradients times *factor*; return the sum of its losses, float64 and 0-D."""
         count = -(-len(batch) // self.micro_batch)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
@@ -175,15 +194,25 @@ class Engine:
                 outputs = self.forward(self._inputs(part))
                 if self.local_first:
                     self._local = self._moment()  # the last backward pass is the first to exchange anything
-                loss = self._checked_loss(outputs, part.loss_targets())
+                loss = self._checked_loss(outputs, self._loss_targets(part))
                 self.stepper.backward(loss, factor)
             loss_sum += loss.detach()
         return loss_sum
 
-    def _checked_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _loss_targets(self, batch: Batch) -> Targets:
+        """What the task's loss gets."""
+        return batch.targets if batch.mix is None else self.task.mixed(batch.targets, batch.mix.partners, batch.mix.share)
+
+    def _checked_loss(self, outputs: Any, targets: Targets) -> Tensor:
         """The sum of the task's losses; which outputs are finite is kept, in case that it is not."""
-        loss = self.task.loss(outputs, targets)
-        self.checks.append((loss.detach(), torch.isfinite(outputs.detach()).flatten(1).all(1)))
+        finite = finite_samples(outputs)
+        if self.task.span == "global batch" and (ranks := self.runtime.data_ranks) > 1:
+            everyone = partial(_AllSamples.apply, self.runtime.data_group, self.runtime.data_rank, ranks)
+            # Each rank computes the sum of all samples.
+            loss = self.task.loss(each_tensor(everyone, outputs), each_tensor(everyone, targets)) / ranks
+        else:
+            loss = self.task.loss(outputs, targets)
+        self.checks.append((loss.detach(), finite))
         return loss
 
     def _on_device(self, batch: Batch) -> Batch:
@@ -228,15 +257,18 @@ class Engine:
         self._set_mode(training=False)
         with torch.no_grad(), no_autocast(self.runtime.device):
             totals = reduce_with(self.requests, self._measure(self._on_device(batch)))
-        count = len(self.task.metrics)
-        return Metrics(self.task.metrics, totals[:count], totals[count], Record(totals[count + 1 :]))
+        count, rows, self._rows = self.task.sums, tuple(self._rows), []
+        return Metrics(self.task, totals[:count], totals[count], Record(totals[count + 1 :]), rows)
 
     def _measure(self, batch: Batch) -> Tensor:
-        """The sums of the task's metrics over this rank's samples and their number, float64 (metrics + 1,)."""
+        """The sums that the task measures over this rank's samples, and their number, float64 (sums + 1,)."""
         return self._measured(self.forward(self._inputs(batch)), batch)
 
-    def _measured(self, outputs: Tensor, batch: Batch) -> Tensor:
+    def _measured(self, outputs: Any, batch: Batch) -> Tensor:
         sums = self.task.measure(outputs, batch.targets, batch.valid)
+        if self.task.keeps_rows:
+            ids = torch.where(batch.valid, batch.ids.double(), math.nan)
+            self._rows.append(torch.cat([ids[:, None], self.task.rows(outputs, batch.targets).double()], dim=1))
         return torch.cat([sums, batch.valid.sum(dtype=torch.float64)[None]])
 
     @contextmanager
@@ -309,6 +341,32 @@ def offenders(checks: list[tuple[Tensor, Tensor]], ids: Tensor) -> list[int]:
         if not torch.isfinite(loss):
             found += part[~finite.to(part.device)].tolist() or part.tolist()
     return found
+
+
+def finite_samples(outputs: Any) -> Tensor:
+    """Of which samples all *outputs* are finite, bool (B,)."""
+    found: list[Tensor] = []
+    each_tensor(lambda tensor: found.append(torch.isfinite(tensor.detach()).flatten(1).all(1)), outputs)
+    return torch.stack(found).all(0)
+
+
+class _AllSamples(torch.autograd.Function):
+    """The samples of all data-parallel ranks, in their order; the gradient is that of this rank's, as each rank has all of it.
+
+    Times the number of ranks, since each computes the loss of all samples and counts its own share of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup | None, rank: int, ranks: int, mine: Tensor) -> Tensor:
+        ctx.rank, ctx.ranks, ctx.count = rank, ranks, len(mine)
+        everyone = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(ranks)]
+        dist.all_gather(everyone, mine.contiguous(), group)
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, Tensor]:
+        (gradient,) = gradients
+        return None, None, None, gradient[ctx.rank * ctx.count :][: ctx.count] * ctx.ranks
 
 
 def _seconds(began: Any, local: Any) -> float:

@@ -80,13 +80,13 @@ class PipelineEngine(Engine):
 
     # The passes.
 
-    def _passes(self, batch: Batch | StepBatch, factor: float) -> Tensor:
+    def _passes(self, batch: Batch | StepBatch, factor: Tensor | float) -> Tensor:
         batch = self._on_device(batch.whole())  # a schedule of torch's takes all micro-batches at once
         self.passes = dict.fromkeys(self.stages, 0)
         self.loss_factor = factor * self.stepper.scale.factor
         parameters = list(self.stepper.held.values())
         images = self._inputs(batch) if 0 in self.stages else None
-        self.targets, begin = batch.loss_targets(), 0
+        self.targets, begin = self._loss_targets(batch), 0
         whole, rest = divmod(len(batch), self.micro_batch)
         for count, size in ((whole, self.micro_batch), (1, rest)):
             if not count or not size:
@@ -142,7 +142,7 @@ class PipelineEngine(Engine):
         with several stages each would wait for each other.
         """
         last, device = self.placement.stages - 1, self.runtime.device
-        totals = torch.zeros(len(self.task.metrics) + 1, dtype=torch.float64, device=device)
+        totals = torch.zeros(self.task.sums + 1, dtype=torch.float64, device=device)
         arrived: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         parts = batch.split(self.micro_batch)
         for turn in range(len(parts) + last):

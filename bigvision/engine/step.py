@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
 from bigvision.muon import Muon
 from bigvision.optim import allocate_state, build_optimizer, parameter_groups, state_layout, step_counters
-from bigvision.runtime import Runtime
+from bigvision.runtime import Runtime, gather_rows
+from bigvision.tasks import Task
 
 REQUESTS = ("stop", "save", "failure")
 """What a rank can ask all others for. Requests travel in the tensor that a step or an evaluation reduces anyway."""
@@ -116,20 +117,34 @@ def asked(counts: Sequence[float]) -> set[str]:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Sums over samples, already reduced over ranks."""
+    """What an evaluation has measured so far: sums over samples, reduced over ranks, and rows, which each rank keeps."""
 
-    names: tuple[str, ...]
-    sums: Tensor  # float64, (names,)
+    task: Task
+    sums: Tensor  # float64, (task.sums,)
     count: Tensor  # float64, 0-D: samples in the sums
     record: Record | None = None  # of one batch: what ranks asked for with it
+    rows: tuple[Tensor, ...] = ()  # of each batch of this rank: float64 (samples, 1 + columns), the sample's id first
 
     def __add__(self, other: Metrics) -> Metrics:
-        return Metrics(self.names, self.sums + other.sums, self.count + other.count)
+        return Metrics(self.task, self.sums + other.sums, self.count + other.count, rows=self.rows + other.rows)
 
     def means(self) -> dict[str, float]:
-        """NaN where there is no sample."""
-        count = self.count.item() or math.nan
-        return {name: value / count for name, value in zip(self.names, self.sums.tolist())}
+        """The task's metrics; NaN where there is no sample. Where it keeps rows, every rank calls this together."""
+        return self.task.compute(*self._all)
+
+    def report(self, classes: Sequence[str]) -> dict[str, Any]:
+        """What the task says beyond :meth:`means`; called likewise."""
+        return self.task.report(*self._all, classes)
+
+    @cached_property
+    def _all(self) -> tuple[Tensor, float, Tensor | None]:
+        rows = None
+        if self.task.keeps_rows:
+            # Of a sample that is not valid the id is not a number.
+            mine = torch.cat(self.rows).cpu() if self.rows else torch.empty(0, 0, dtype=torch.float64)
+            rows = gather_rows(mine[~mine[:, :1].isnan().any(1)])
+            rows = rows[rows[:, 0].argsort(), 1:]
+        return self.sums.cpu(), self.count.item(), rows
 
     @property
     def requests(self) -> set[str]:
@@ -171,16 +186,16 @@ class NativeStep:
         """Surrounds the passes of one micro-batch."""
         return self.spread.around(last)
 
-    def backward(self, loss: Tensor, factor: float) -> None:
+    def backward(self, loss: Tensor, factor: Tensor | float) -> None:
         """Add the gradient of *loss* times *factor*."""
         (loss * (self.scale.factor * factor)).backward()
 
     @torch.no_grad()
-    def update(self, loss_sum: Tensor, samples: int, lr: float, requests: frozenset[str]) -> Tensor:
+    def update(self, loss_sum: Tensor, weight: Tensor | int, lr: float, requests: frozenset[str]) -> Tensor:
         """Take the optimizer's step, unless a loss, a gradient or a running statistic is not finite on some rank.
 
-        *loss_sum*, float64 and 0-D, is of this rank's samples; *samples* counts those of the global batch; *requests* is what
-        this rank asks the others for. Returns the numbers of a `Record`, on the device.
+        *loss_sum*, float64 and 0-D, is of this rank's samples; *weight* is that of the global batch's; *requests* is what this
+        rank asks the others for. Returns the numbers of a `Record`, on the device.
         """
         unreduced = (self.held[name].grad for name in self.spread.unreduced)
         average([gradient for gradient in unreduced if gradient is not None], self.runtime)
@@ -199,7 +214,7 @@ class NativeStep:
             parameter.grad = None
         self.statistics.restore(skipped)
         overflowed = self.scale.update(skipped, torch.isfinite(totals[0] + totals[2]))
-        numbers = torch.stack([totals[0] / samples, norm, skipped.double(), overflowed.double()])
+        numbers = torch.stack([totals[0] / weight, norm, skipped.double(), overflowed.double()])
         return torch.cat([numbers, totals[3:]])
 
     def _step(self, skipped: Tensor, norm: Tensor) -> None:

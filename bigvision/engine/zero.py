@@ -115,13 +115,13 @@ class ZeroStep:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
-    def backward(self, loss: Tensor, factor: float) -> None:
+    def backward(self, loss: Tensor, factor: Tensor | float) -> None:
         # DeepSpeed skips a step by its gradients alone; with this factor whatever is not finite makes them so too.
         whole = torch.isfinite(loss.detach()) & torch.isfinite(self.statistics.largest())
         self.finite = self.finite & whole
         self.deepspeed.backward(loss * torch.where(whole, factor, math.nan), scale_wrt_gas=False)
 
-    def update(self, loss_sum: Tensor, samples: int, lr: float, requests: frozenset[str]) -> Tensor:
+    def update(self, loss_sum: Tensor, weight: Tensor | int, lr: float, requests: frozenset[str]) -> Tensor:
         for group in self.inner.param_groups:
             group["lr"] = lr * group["lr_scale"]
         scaler = self._scaler()
@@ -139,7 +139,7 @@ class ZeroStep:
             if nonfinite and scaler is not None:  # no overflow: the loss does not depend on the scale, which stays as it was
                 vars(scaler).update(before)
         flags = torch.tensor([skipped, overflowed], dtype=torch.float64, device=loss_sum.device)
-        return torch.cat([(totals[0] / samples)[None], norm[None], flags, totals[2:]])
+        return torch.cat([(totals[0] / weight)[None], norm[None], flags, totals[2:]])
 
     # The state.
 

@@ -22,6 +22,7 @@ from bigvision.models import check_model
 from bigvision.models.arguments import check_name, current_name
 from bigvision.models.weights_file import MARK
 from bigvision.runtime import Watchdog, all_or_none, collective_timeout, start, warn_of_shared_memory
+from bigvision.tasks import build_task
 from bigvision.training.build import build_model
 from bigvision.training.data import BadSamples, Data, open_on_all
 from bigvision.training.trainer import evaluate
@@ -134,11 +135,12 @@ def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, fl
     ):
         warn_of_shared_memory(runtime, say)
         all_or_none(lambda: check_model(config.model))
+        task = all_or_none(lambda: build_task(config.task))
         val, outputs = open_on_all(partial(_open, config), runtime)
         total = -(-config.train.global_batch // runtime.world_size) * runtime.world_size
         model, train = replace(config.model, num_classes=outputs), replace(config.train, global_batch=total)
         config = replace(config, model=model, train=train)
-        data = Data(val, val, BadSamples(config.data.bad_budget, {"train": len(val), "val": len(val)}))
+        data = Data(val, val, BadSamples(config.data.bad_budget, {"train": len(val), "val": len(val)}), task)
         engine, plan, _ = build_model(config, len(val.classes), runtime, steps=1, say=say, channels=val.channels, trains=False)
         with closing(engine):
             metrics = evaluate(config, engine, data, plan, runtime, watch)

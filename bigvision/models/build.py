@@ -24,6 +24,9 @@ from bigvision.models.exact_init import FirstValues, NotRecordable, construct, g
 from bigvision.models.tracing import named_tensors
 from bigvision.models.weights import Adapted, Loading, capture
 
+Around = Callable[..., nn.Module]
+"""What is called as `timm.create_model` is."""
+
 
 def model_card(module: nn.Module, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """The content of ``config.json`` with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes this model.
@@ -56,13 +59,16 @@ class Blueprint:
     arguments: dict[str, Any]  # the keyword arguments that ``timm.create_model`` took
     outputs: int | None = None  # of the caller's own model; None where that cannot be known before it runs, and of timm's
 
-    def __init__(self, config: ModelConfig, num_classes: int, model: GivenModel | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None
+    ) -> None:
         loading: Loading = {}
         if isinstance(model, nn.Module):
             self.arguments = {}
             self.module, self._first = _given(model)
         else:
-            self.module, self.arguments, self._first = _construct(config, num_classes, model, loading)
+            create = around or timm.create_model
+            self.module, self.arguments, self._first = _construct(config, num_classes or 0, model, create, loading)
         self._names = {name for name, _ in named_tensors(self.module)}
         self.recorded, self.notes = self._first.trace is not None, self._first.notes
         self._given: Adapted | None = None
@@ -81,6 +87,8 @@ class Blueprint:
         if model is not None:
             if config.image_size is None and not hasattr(self.module, "pretrained_cfg"):
                 raise UserError(f"model.image_size: {config.name} does not say which it takes: give the side of the images")
+            if num_classes is None:
+                return
             self.outputs = arguments.outputs_of(config, self.module, self.input_shape)
             if self.outputs is not None and self.outputs < num_classes:
                 raise UserError(f"model: {config.name} has {self.outputs} outputs, but there are {num_classes} classes")
@@ -89,7 +97,8 @@ class Blueprint:
             # A model made for this size is judged by it; another one also by whether meta can run it at all.
             usual = None if "img_size" in self.arguments else tuple(data["input_size"][1:])
             arguments.check_size(config, self.module, self.input_shape, usual)
-        arguments.check_outputs(config, num_classes, self.module, self.input_shape)
+        if num_classes is not None and around is None:
+            arguments.check_outputs(config, num_classes, self.module, self.input_shape)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -134,8 +143,13 @@ class Blueprint:
         self._first.set_attributes(module, device)
 
 
-def blueprint(config: ModelConfig, num_classes: int, model: GivenModel | None = None) -> Blueprint:
+def blueprint(
+    config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None
+) -> Blueprint:
     """Describe the model of `config` with `num_classes` outputs, or the given one, without giving it memory.
+
+    With None the model may return anything, and timm's returns features. `around` is called in the place of
+    ``timm.create_model``, with the same arguments.
 
     Raises `UserError` for names, options, sizes and weight files that do not fit each other.
     """
@@ -143,7 +157,7 @@ def blueprint(config: ModelConfig, num_classes: int, model: GivenModel | None = 
     if model is not None:
         return Blueprint(config, num_classes, model)
     name, note = arguments.current_name(config.name)
-    plan = Blueprint(replace(config, name=name), num_classes)
+    plan = Blueprint(replace(config, name=name), num_classes, around=around)
     plan.notes[:0] = [note] if note else []
     return plan
 
@@ -160,13 +174,13 @@ def _given(module: nn.Module) -> tuple[nn.Module, FirstValues]:
 
 
 def _construct(
-    config: ModelConfig, num_classes: int, function: Callable[..., nn.Module] | None, loading: Loading
+    config: ModelConfig, num_classes: int, function: Callable[..., nn.Module] | None, create: Around, loading: Loading
 ) -> tuple[nn.Module, dict[str, Any], FirstValues]:
     """The module on meta, the arguments it was made with, and its first values; *loading* gets what timm would load."""
 
     def build(taken: dict[str, Any]) -> nn.Module:
         with capture() as caught:
-            made = timm.create_model(config.name, **taken) if function is None else function(**taken)
+            made = create(config.name, **taken) if function is None else function(**taken)
         if not isinstance(made, nn.Module):
             raise UserError(f"model: {config.name} returned {type(made).__name__}, not a module")
         loading.update(caught)

@@ -1,7 +1,7 @@
 """This process among the ranks: launcher environments, process groups, device and mesh, and the end of runs that hang.
 
 In come the environment that a launcher set and the sections ``parallel`` and ``limits``; out come a `Runtime`, and functions by
-which ranks agree (`all_or_none`, `from_main`, `gather_json`).
+which ranks agree (`all_or_none`, `from_main`, `gather_json`, `gather_rows`).
 
 Read ``process.py`` first, then ``rendezvous.py`` (rank and meeting point from each launcher's variables). ``watchdog.py`` ends
 a run that hangs, ``diagnosis.py`` explains it, ``guard.py`` ends a rank whose native code holds the interpreter.
@@ -14,6 +14,7 @@ from bigvision.runtime.process import (
     deterministic,
     from_main,
     gather_json,
+    gather_rows,
     operations_named,
     start,
     warn_of_shared_memory,
@@ -31,6 +32,7 @@ __all__ = [
     "deterministic",
     "from_main",
     "gather_json",
+    "gather_rows",
     "identify",
     "operations_named",
     "start",

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -35,6 +36,8 @@ SHARED_PER_RANK = 64 << 20
 """Bytes of /dev/shm that NCCL may take for a rank: some segments of 10 MB. Its manual asks for 1 GB in a container."""
 
 T = TypeVar("T")
+GATHERED = 64 << 20
+"""Bytes of rows that each rank sends at a time."""
 _users = 0
 _restore = ExitStack()
 ABORTING = 5.0
@@ -268,6 +271,28 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
     dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - text.numel())), group)
     return [json.loads(bytes(text[: int(size)].numpy()).decode()) for text, size in zip(texts, sizes)]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all ranks one behind the other, on every rank. *rows*, (N, columns), are float64 on the CPU.
+
+    Ranks may have different numbers of rows, also none and then no columns.
+    """
+    if dist.get_world_size() == 1:
+        return rows
+    shapes = gather_json(list(rows.shape))
+    columns, longest = max(shape[1] for shape in shapes), max(shape[0] for shape in shapes)
+    mine = rows.new_zeros(longest, columns)
+    mine[: len(rows), : rows.shape[1]] = rows
+    found: list[list[Tensor]] = [[] for _ in shapes]
+    step = max(1, GATHERED // (8 * max(1, columns)))
+    for begin in range(0, longest, step):
+        part = mine[begin : begin + step]
+        parts = [torch.empty_like(part) for _ in shapes]
+        dist.all_gather(parts, part)
+        for of_rank, received, (count, _) in zip(found, parts, shapes):
+            of_rank.append(received[: max(0, count - begin)])
+    return torch.cat([part for of_rank in found for part in of_rank]) if longest else mine
 
 
 def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:

@@ -1,18 +1,40 @@
-"""What is learned: targets, losses and metrics.
+"""What is learned: targets, losses, metrics and predictions.
 
-In come a model's outputs and a batch's targets; out come the sum of the losses and sums of metrics, which add up over ranks.
-All of it is in ``classify.py``: `Task`, which engine and loader call, and single-label classification.
+In come the section ``task`` of a configuration, or a task of the user's; out comes a `Task`, which engine, trainer and data ask
+for all of that. Read ``base.py`` first, the protocol, then ``classify.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bigvision.config import TaskConfig
-from bigvision.tasks.classify import Classify, Task
+from bigvision.errors import UserError
+from bigvision.tasks.base import Kind, Span, Task, as_sum
+from bigvision.tasks.classify import Classify
+
+PREFIX = "python:"  # before the name of a task of the user's in a configuration
+TASKS: dict[str, Callable[[TaskConfig], Task]] = {
+    "classify": lambda config: Classify(label_smoothing=config.label_smoothing),
+}
+"""Of each ``task.name`` what makes the task; which keys it has a use for is in `bigvision.config.checks`."""
 
 
-def build_task(config: TaskConfig) -> Task:
-    """The task that *config* names."""
-    return Classify(label_smoothing=config.label_smoothing)
+def task_name(task: Task) -> str:
+    """What a configuration calls a *task* of the user's: ``python:Pairs``."""
+    return PREFIX + type(task).__name__
 
 
-__all__ = ["Classify", "Task", "build_task"]
+def build_task(config: TaskConfig, given: Task | None = None) -> Task:
+    """The task that *config* names, or the *given* one."""
+    if given is not None:
+        return given
+    if config.name.startswith(PREFIX):
+        raise UserError(
+            f"task.name: the task of this run was given from Python ({config.name.removeprefix(PREFIX)}): give it again, with "
+            "bigvision.train(..., task=...); no command can make it"
+        )
+    return TASKS[config.name](config)
+
+
+__all__ = ["Classify", "Kind", "Span", "Task", "as_sum", "build_task", "task_name"]

@@ -1,43 +1,29 @@
-"""What a task offers to engine and loader, and single-label classification."""
+"""Single-label classification."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigvision.samples import Targets, stack
-
-
-class Task(Protocol):
-    """Turns a model's output into a loss and metrics. Sums, never means: the engine alone knows the global batch."""
-
-    metrics: tuple[str, ...]
-    """Names of what :meth:`measure` sums."""
-
-    def collate(self, targets: Sequence[Any]) -> Targets:
-        """Return the targets of a micro-batch, made of those of its samples; with the samples as their first dimension."""
-        return stack(targets)
-
-    def loss(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """Return the 0-D sum of the samples' losses."""
-        ...
-
-    def measure(self, outputs: Tensor, targets: Targets, valid: Tensor) -> Tensor:
-        """Return the sum of each of :attr:`metrics` over the samples that are *valid*, float64 of shape (metrics,)."""
-        ...
+from bigvision.tasks.base import Task, as_sum
 
 
 class Classify(Task):
     """Cross-entropy with label smoothing (Szegedy et al. 2016); top-1 and top-5 accuracy."""
 
+    target = "label"
     metrics = ("loss", "top1", "top5")
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
+
+    def mixed(self, targets: Tensor, partners: Callable[[Tensor], Tensor], share: Tensor) -> Tensor:
+        """Return float64 (B, 3): each sample's label, its partner's, and the share of its own."""
+        return torch.stack([targets.double(), partners(targets).double(), share.double()], dim=1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of the samples' losses. *outputs* are logits, (B, classes).
@@ -67,4 +53,20 @@ class Classify(Task):
         alike = (outputs == own).sum(dim=1).clamp(min=1)
         known = torch.isfinite(own[:, 0])
         top1, top5 = (((k - ahead) / alike).clamp(0, 1) * known for k in (1, 5))
-        return torch.stack([(value.double() * valid).sum() for value in (loss, top1, top5)])
+        return torch.stack([as_sum(value, valid) for value in (loss, top1, top5)])
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """Return probabilities, fp32."""
+        return outputs.float().softmax(1)
+
+    def predict(self, scores: Tensor, classes: Sequence[str], top: int = 1) -> list[dict[str, Any]]:
+        """Return the most probable class of each sample, its probability, and those of the next *top* - 1."""
+        values, places = scores.topk(min(top, scores.shape[1]), dim=1)
+        rows = []
+        for probabilities, labels in zip(values.tolist(), places.tolist()):
+            names = [classes[label] if label < len(classes) else str(label) for label in labels]
+            row: dict[str, Any] = {"prediction": names[0], "probability": probabilities[0]}
+            for number, (name, probability) in enumerate(zip(names[1:], probabilities[1:]), start=2):
+                row |= {f"prediction{number}": name, f"probability{number}": probability}
+            rows.append(row)
+        return rows

@@ -34,7 +34,7 @@ from bigvision.models import (
 )
 from bigvision.optim import freeze
 from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
-from bigvision.tasks import build_task
+from bigvision.tasks import Task, build_task, task_name
 from bigvision.training.data import BAD_SAMPLES, Data, Given, open_data
 from bigvision.training.run_folder import (
     Starts,
@@ -73,21 +73,23 @@ class Build:
 
 def build(
     config: Config, runtime: Runtime, say: Callable[[str], None], stack: ExitStack, given: Given | None = None,
-    model: GivenModel | None = None,
+    model: GivenModel | None = None, task: Task | None = None,
 ) -> Build:  # fmt: skip
     """Check everything that can be checked without a model, then build, shard and restore it. Called on every rank.
 
     *stack* lets go of the output folder and the engine when the run ends. *given* are datasets that are not opened by name,
-    *model* is the caller's own, or a function that builds it.
+    *model* is the caller's own, or a function that builds it, and *task* the caller's.
     """
     out = Path(config.out)
+
+    learned = all_or_none(lambda: build_task(config.task, task))
 
     def check() -> None:
         for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
             if given is None or not spec.startswith("python:"):
                 check_source(spec, key=key)
-        check_engine(config, runtime)
-        metrics = build_task(config.task).metrics
+        check_engine(config, runtime, learned)
+        metrics = learned.metrics
         if config.ema.decay is not None and config.ema.evaluate:
             metrics += tuple(f"ema_{name}" for name in metrics)
         if (best := config.checkpoint.keep_best) is not None and best not in metrics:
@@ -108,7 +110,7 @@ def build(
         config = with_micro_batch(config, smaller)
     fresh = config if found is None else without_weights(config)
     all_or_none(lambda: check_model(fresh.model, model))
-    data = open_data(config, runtime, given, say)
+    data = open_data(config, runtime, learned, given, say)
     if (steps := config.train.steps) is None:
         # The last one may reach into the next epoch, so that every sample is seen.
         steps = math.ceil(config.train.epochs * len(data.train) / config.train.global_batch)
@@ -123,7 +125,9 @@ def build(
     if found:
         accept(found)
     resumes = found is not None
-    engine, plan, card = build_model(fresh, data.num_classes, runtime, steps, say, data.train.channels, model, resumes)
+    engine, plan, card = build_model(
+        fresh, data.outputs, runtime, steps, say, data.train.channels, model, resumes, task=learned
+    )  # fmt: skip
     if classes:
         card["label_names"] = list(classes)  # timm's key
     stack.callback(engine.close)
@@ -159,22 +163,25 @@ def take_folder(out: Path, runtime: Runtime, stack: ExitStack, say: Callable[[st
 
 
 def build_model(
-    config: Config, num_classes: int, runtime: Runtime, steps: int, say: Callable[[str], None], channels: int = 3,
-    model: GivenModel | None = None, restored: bool = False, trains: bool = True,
+    config: Config, needed: int | None, runtime: Runtime, steps: int, say: Callable[[str], None], channels: int = 3,
+    model: GivenModel | None = None, restored: bool = False, trains: bool = True, task: Task | None = None,
 ) -> tuple[Engine, Blueprint, dict[str, Any]]:  # fmt: skip
     """Build the sharded model with its first values; returns the engine, the blueprint and the model card.
 
-    *model* is the caller's own, or a function that builds it, in the place of timm's. *restored*: the caller restores a
-    checkpoint right afterwards, so only what no checkpoint contains gets first values. *trains*: the caller takes steps.
+    *needed* are the outputs that the task needs of the model, None where it takes what there is. *model* is the caller's own,
+    or a function that builds it, in the place of timm's; *task* is by default the one that *config* names. *restored*: the
+    caller restores a checkpoint right afterwards, so only what no checkpoint contains gets first values. *trains*: the caller
+    takes steps.
     """
-    outputs = config.model.num_classes or num_classes
-    if outputs < num_classes:
-        raise UserError(
-            f"model.num_classes: {outputs}, but the data has {num_classes} classes: use null or at least {num_classes}"
-        )
+    learned, outputs = build_task(config.task, task), needed
+    if needed is not None and (outputs := config.model.num_classes or needed) < needed:
+        raise UserError(f"model.num_classes: {outputs}, but the data has {needed} classes: use null or at least {needed}")
+    around = learned.model(config)
+    if around is not None and model is not None:
+        raise UserError(f"model: {config.model.name}, but task.name: {config.task.name} builds its own: name a timm model")
 
     def plan_model() -> tuple[Blueprint, Blocks, dict[str, Any]]:
-        plan = blueprint(config.model, outputs, model)
+        plan = blueprint(config.model, outputs, model, around)
         freeze(plan.module, config.model.trainable)
         blocks = find_blocks(plan.module, plan.image_size)
         for note in (plan.note, blocks.reason and f"{config.model.name}: blocks taken from its containers: {blocks.reason}"):
@@ -197,7 +204,7 @@ def build_model(
         return plan, blocks, card
 
     plan, blocks, card = all_or_none(plan_model)
-    engine = build_engine(config, plan, blocks, build_task(config.task), runtime, steps, restored, trains)
+    engine = build_engine(config, plan, blocks, learned, runtime, steps, restored, trains)
     for note in engine.notes:
         say(note)
     return engine, plan, card
@@ -211,6 +218,11 @@ def without_weights(config: Config) -> Config:
 def with_model(config: Config, model: GivenModel | None) -> Config:
     """*config* that says of which class the given model is."""
     return config if model is None else replace(config, model=replace(config.model, name=given_name(model)))
+
+
+def with_task(config: Config, task: Task | None) -> Config:
+    """*config* that says of which class the given task is."""
+    return config if task is None else replace(config, task=replace(config.task, name=task_name(task)))
 
 
 def check_one_sample(config: Config, blueprint: Blueprint, runtime: Runtime) -> None:

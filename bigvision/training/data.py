@@ -39,7 +39,7 @@ from bigvision.models import Blueprint
 from bigvision.monitor import append_line, read_lines
 from bigvision.runtime import Runtime, all_or_none, from_main, gather_json
 from bigvision.samples import from_bytes, to_bytes
-from bigvision.tasks import build_task
+from bigvision.tasks import Task
 
 T = TypeVar("T")
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -56,10 +56,12 @@ class Data:
     train: Source
     val: Source
     bad: BadSamples
+    task: Task
 
     @property
-    def num_classes(self) -> int:
-        return len(self.train.classes)
+    def outputs(self) -> int | None:
+        """How many outputs the model needs."""
+        return self.task.outputs(self.train.classes)
 
 
 def with_data(config: Config, data: Any, val: Any) -> tuple[Config, Given | None]:
@@ -76,16 +78,19 @@ def name_of_data(data: Any) -> str:
     return data if isinstance(data, str) else f"python:{type(data).__name__}"
 
 
-def open_data(config: Config, runtime: Runtime, given: Given | None = None, say: Callable[[str], None] | None = None) -> Data:
-    """Open both sources on every rank, and log with *say* on rank 0 what was found.
+def open_data(
+    config: Config, runtime: Runtime, task: Task, given: Given | None = None, say: Callable[[str], None] | None = None
+) -> Data:  # fmt: skip
+    """Open both sources for *task* on every rank, and log with *say* on rank 0 what was found.
 
     A source that is unknown, missing, empty or does not fit the other is the same `UserError` on every rank.
     """
 
     def open_all(first: bool) -> tuple[Source, Source]:
         train, val = open_both(
-            *(given or (config.data.train, config.data.val)), root=config.data.root, first=first, class_file=config.data.classes
-        )
+            *(given or (config.data.train, config.data.val)), root=config.data.root, first=first,
+            class_file=config.data.classes, target=task.target,
+        )  # fmt: skip
         if train.channels != val.channels:
             raise UserError(f"data.val: images of {val.channels} channels, but those of data.train have {train.channels}")
         if config.data.augment:
@@ -96,17 +101,20 @@ def open_data(config: Config, runtime: Runtime, given: Given | None = None, say:
     if say is not None and runtime.is_main:
         for line in describe(train, val):
             say(line)
-    return Data(train, val, BadSamples(config.data.bad_budget, {"train": len(train), "val": len(val)}))
+    return Data(train, val, BadSamples(config.data.bad_budget, {"train": len(train), "val": len(val)}), task)
 
 
-def open_validation(config: Config, runtime: Runtime, classes: list[str]) -> Data:
+def open_validation(config: Config, runtime: Runtime, task: Task, classes: list[str]) -> Data:
     """Open the validation data alone, whose labels follow the *classes* of a checkpoint; it stands for both."""
 
     def open_it(first: bool) -> Source:
-        return sources.open_validation(config.data.train, config.data.val, classes=classes, root=config.data.root, first=first)
+        settings = config.data
+        return sources.open_validation(
+            settings.train, settings.val, classes=classes, root=settings.root, first=first, target=task.target
+        )  # fmt: skip
 
     val = open_on_all(open_it, runtime)
-    return Data(val, val, BadSamples(config.data.bad_budget, {"train": 0, "val": len(val)}))
+    return Data(val, val, BadSamples(config.data.bad_budget, {"train": 0, "val": len(val)}), task)
 
 
 def open_on_all(open_it: Callable[[bool], T], runtime: Runtime) -> T:
@@ -128,7 +136,7 @@ class Feed(Iterator[StepBatch]):
         self.seconds, self.given = 0.0, 0
         self.batch: StepBatch | None = None
         self.data, self.runtime, self.step, self.steps, self.every = data, runtime, step, steps, config.monitor.every
-        settings, collate = config.data, build_task(config.task).collate
+        settings, collate = config.data, data.task.collate
         apart, total = settings.repeats, config.train.global_batch
         mixer = None
         if config.task.mixup or config.task.cutmix:
@@ -216,7 +224,7 @@ class Validation(Iterator[Batch]):
             self.batches = eval_batches(
                 data.val, _transform(config, data.val, blueprint, train=False), batch=batch, rank=runtime.data_rank,
                 ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device,
-                collate=build_task(config.task).collate,
+                collate=data.task.collate,
             )  # fmt: skip
         number = -(-len(data.val) // (batch * runtime.data_ranks))
         self.relayed = _relayed(self.batches, runtime, number)

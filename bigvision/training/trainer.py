@@ -21,6 +21,7 @@ from bigvision.monitor import Monitor, read_lines
 from bigvision.runtime import (
     Runtime,
     Watchdog,
+    all_or_none,
     collective_timeout,
     deterministic,
     from_main,
@@ -29,7 +30,8 @@ from bigvision.runtime import (
     warn_of_shared_memory,
 )
 from bigvision.signals import listening, until_ranks_meet
-from bigvision.training.build import Build, build, build_model, with_model, without_weights
+from bigvision.tasks import Task, build_task
+from bigvision.training.build import Build, build, build_model, with_model, with_task, without_weights
 from bigvision.training.data import Data, Feed, Validation, open_data, open_validation, with_data
 from bigvision.training.numbers import Numbers
 from bigvision.training.run_folder import explain_errors
@@ -51,7 +53,7 @@ class Result:
 
 def train_on_rank(
     config: Config, data: Any = None, val: Any = None, *, model: GivenModel | None = None,
-    callbacks: Sequence[Callback] = (), began: float | None = None,
+    task: Task | None = None, callbacks: Sequence[Callback] = (), began: float | None = None,
 ) -> Result:  # fmt: skip
     """Train, evaluate and save as *config* says, from the newest checkpoint or from the start. Run on every rank.
 
@@ -61,6 +63,7 @@ def train_on_rank(
         data, val: map-style datasets of your own (see `bigvision.data.MapStyle`) in the place of what ``data.train`` and
             ``data.val`` name; both or none.
         model: your own module, or a function that builds one, in the place of what ``model.name`` names.
+        task: your own, in the place of what ``task.name`` names.
         callbacks: called on rank 0 with an `Event`.
         began: the `time.monotonic()` from which the seconds to the first step are counted; by default now.
 
@@ -70,7 +73,7 @@ def train_on_rank(
     """
     began = time.monotonic() if began is None else began
     config, given = with_data(config, data, val)
-    config = with_model(config, model)
+    config = with_task(with_model(config, model), task)
     parallel = config.parallel
     with ExitStack() as stack:
         stack.enter_context(listening())
@@ -84,7 +87,7 @@ def train_on_rank(
         stack.callback(monitor.close)
         notified = Callbacks(callbacks, runtime)
         with watch.naming():
-            run = build(config, runtime, monitor.say, stack, given, model)
+            run = build(config, runtime, monitor.say, stack, given, model, task)
             with explain_errors(run.config, run.engine, run.blueprint, runtime, run.starts):
                 loop = Loop(run, runtime, monitor, watch, notified, stack)
                 loop.run_steps()
@@ -285,10 +288,14 @@ def evaluate_checkpoint(
             raise UserError(f"--ema: {folder} has no averaged weights, its run had no ema.decay: leave --ema out")
         classes = found.card.get("label_names")
         # Earlier versions saved no class names: theirs are those of the training data.
-        data = open_validation(config, runtime, classes) if isinstance(classes, list) else open_data(config, runtime)
+        task = all_or_none(lambda: build_task(config.task))
+        if isinstance(classes, list):
+            data = open_validation(config, runtime, task, classes)
+        else:
+            data = open_data(config, runtime, task)
         engine, blueprint, _ = build_model(
-            config, data.num_classes, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True,
-            trains=False,
+            config, data.outputs, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True,
+            trains=False, task=task,
         )  # fmt: skip
         with closing(engine):
             fragments = list(engine.fragments())

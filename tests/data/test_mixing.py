@@ -19,7 +19,7 @@ def test_mixup_is_the_papers() -> None:
     for sample, partner in ((0, 1), (1, 0), (2, 3), (3, 2)):
         wanted = share[sample] * images[sample] + (1 - share[sample]) * images[partner]
         assert torch.allclose(mixed[sample], wanted)
-    assert mix.targets(torch.tensor([5, 6, 7, 8])).tolist() == [
+    assert Classify().mixed(torch.tensor([5, 6, 7, 8]), mix.partners, mix.share).tolist() == [
         [5, 6, pytest.approx(0.3)], [6, 5, pytest.approx(0.3)], [7, 8, pytest.approx(0.9)], [8, 7, pytest.approx(0.9)],
     ]  # fmt: skip
 
@@ -69,7 +69,12 @@ def test_the_loss_is_that_of_soft_targets() -> None:
     one_hot = F.one_hot(labels, 10).float()
     soft = one_hot * mix.share[:, None] + mix.partners(one_hot) * (1 - mix.share[:, None])
     wanted = F.cross_entropy(outputs, soft, label_smoothing=0.1, reduction="sum")
-    assert torch.allclose(Classify(0.1).loss(outputs, mix.targets(labels)), wanted)
+    assert torch.allclose(Classify(0.1).loss(outputs, Classify().mixed(labels, mix.partners, mix.share)), wanted)
+
+
+def loss_targets(batch: Batch) -> torch.Tensor:
+    assert batch.mix is not None
+    return Classify().mixed(batch.targets, batch.mix.partners, batch.mix.share)
 
 
 def test_batches_carry_it_and_split_with_it() -> None:
@@ -79,10 +84,10 @@ def test_batches_carry_it_and_split_with_it() -> None:
     with train_batches(source, change, rank=0, ranks=1, **options) as loader:
         batch: Batch = next(loader)
     mean, std = (0.5,) * 3, (0.25,) * 3
-    whole, targets = batch.inputs(mean, std), batch.loss_targets()
+    whole, targets = batch.inputs(mean, std), loss_targets(batch)
     parts = batch.split(4)
     assert torch.equal(torch.cat([part.inputs(mean, std) for part in parts]), whole)
-    assert torch.equal(torch.cat([part.loss_targets() for part in parts]), targets)
+    assert torch.equal(torch.cat([loss_targets(part) for part in parts]), targets)
     for cut in ({"ranks": 4}, {"ranks": 1, "micro_batch": 3}):
         with pytest.raises(ValueError, match="whole pairs"):
             train_batches(source, change, rank=0, **options | cut)

@@ -17,6 +17,7 @@ from bigvision.config import load_config
 from bigvision.data import Source, check_source, open_both, open_source
 from bigvision.data.report import describe
 from bigvision.errors import UserError
+from bigvision.tasks import Classify
 from bigvision.training.data import open_data
 
 
@@ -245,5 +246,5 @@ def test_rank_0_reports_once(pets: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     said: list[str] = []
     for main in (True, False):
         runtime: Any = SimpleNamespace(is_main=main, rank=0 if main else 1)
-        open_data(config, runtime, say=said.append)
+        open_data(config, runtime, Classify(), say=said.append)
     assert [line.partition(":")[0] for line in said] == ["train", "classes"]

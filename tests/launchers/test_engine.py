@@ -28,7 +28,7 @@ def own_loop(plain: dict[str, Any], floats: bool = False) -> tuple[list[float], 
     keys = {"num_classes": 10, "steps": config.train.steps}
 
     with bigvision.Engine(plain, **keys) as engine:
-        data = open_data(config, engine.runtime)
+        data = open_data(config, engine.runtime, Classify())
         for _ in range(2):
             if engine.step == 0:
                 batches = feed(Feed, config, data, engine)

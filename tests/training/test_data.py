@@ -60,7 +60,7 @@ def soft(plain: dict[str, Any]) -> tuple[list[float], list[str]]:
     import torch.nn.functional as F
 
     from bigvision.tasks import Classify
-    from bigvision.training import build, data
+    from bigvision.training import data
 
     class Soft(Classify):
         def collate(self, targets: Any) -> Any:
@@ -77,14 +77,12 @@ def soft(plain: dict[str, Any]) -> tuple[list[float], list[str]]:
             return super().measure(outputs, targets["shares"].argmax(1), valid)
 
     kinds: set[str] = set()
-    before, data.MESSAGE = (build.build_task, data.MESSAGE), 100  # longer targets need a second message
-    build.build_task = data.build_task = lambda config: Soft()  # type: ignore[assignment]
+    before, data.MESSAGE = data.MESSAGE, 100  # longer targets need a second message
     try:
-        found = run(plain)
+        found = run(plain, task=Soft())
         return found, sorted(kinds)
     finally:
-        build.build_task = data.build_task = before[0]
-        data.MESSAGE = before[1]
+        data.MESSAGE = before
 
 
 def test_targets_of_any_kind_reach_the_last_stage(tmp_path: Path) -> None:

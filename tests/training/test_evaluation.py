@@ -14,6 +14,7 @@ from PIL import Image
 
 from bigvision.data import BadSample
 from bigvision.engine import Metrics
+from bigvision.tasks import Task
 from bigvision.training.data import BadSamples
 from tests.cli.test_mistakes import refused
 from tests.data.test_image_modes import jpeg
@@ -106,7 +107,7 @@ def test_batchnorm_evaluates_single_samples(tmp_path: Path) -> None:
 
 
 def test_metrics_of_nothing() -> None:
-    nothing = Metrics(("loss",), torch.zeros(1, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+    nothing = Metrics(Task(), torch.zeros(1, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
     assert math.isnan(nothing.means()["loss"])
-    some = Metrics(("loss",), torch.ones(1, dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64))
+    some = Metrics(Task(), torch.ones(1, dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64))
     assert (nothing + some).means() == {"loss": 0.25}

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from bigvision.data.labels import read_classes
+from bigvision.data.labels import Target, read_classes
 from bigvision.data.sources.arrays import Synthetic, open_arrays, open_digits
 from bigvision.data.sources.arrow import open_parquet, open_saved
 from bigvision.data.sources.base import Mixture, Opening, Source, Split
@@ -27,7 +27,7 @@ from bigvision.data.sources.shards import open_shards
 from bigvision.data.sources.table import open_table
 from bigvision.data.sources.torchvision_sets import TORCHVISION, open_torchvision
 from bigvision.data.splits import check_apart, check_local, from_the_hub, hold_out, matching
-from bigvision.errors import UserError, nearest
+from bigvision.errors import UserError, either, nearest
 
 Opener = Callable[[str, Opening], Source]
 """Opens what the text after a dataset's name says."""
@@ -58,6 +58,8 @@ OPENERS: dict[str, Opener] = {
     "synthetic": lambda argument, opening: _synthetic(argument, opening.key),
 }
 DATASETS = tuple(OPENERS)
+TARGETS: dict[Target, tuple[str, ...]] = {"label": DATASETS}
+"""Of each kind of target the datasets that have it, beside those from Python."""
 
 
 class Named(NamedTuple):
@@ -87,6 +89,7 @@ def open_source(
     shared: bool = True,
     classes: Sequence[str] | None = None,
     class_file: str | None = None,
+    target: Target = "label",
 ) -> Source:
     """Open the dataset *spec*.
 
@@ -101,11 +104,12 @@ def open_source(
         shared: whether training and validation both name this dataset. Files without a validation part are split only then.
         classes: of the training data, when opening the validation data: labels will follow them.
         class_file: has the classes, instead of the data's own order (see :func:`~bigvision.data.labels.read_classes`).
+        target: what the task needs of each sample.
 
     Raises:
         UserError: unknown, missing or malformed data, or classes that do not agree; one line that names *key*.
     """
-    opening = Opening(split, key or f"data.{split}", shared, classes, root, first)
+    opening = Opening(split, key or f"data.{split}", shared, classes, target, root, first)
     if classes is None:
         opening = opening._replace(classes=_classes_in(class_file))
     if not isinstance(spec, str):
@@ -116,7 +120,7 @@ def open_source(
 
 def open_both(
     train: str | Source | MapDataset, val: str | Source | MapDataset, *, root: str | None = None, first: bool = False,
-    class_file: str | None = None,
+    class_file: str | None = None, target: Target = "label",
 ) -> tuple[Source, Source]:  # fmt: skip
     """Open the training and the validation data of a run; the arguments are those of :func:`open_source`.
 
@@ -128,8 +132,8 @@ def open_both(
     """
     keys = ("data.train", "data.val")
     if not isinstance(train, str) or not isinstance(val, str):
-        first_source = open_source(train, "train", root=root, first=first, class_file=class_file, shared=False)
-        second = open_source(val, "val", root=root, first=first, classes=first_source.classes, shared=False)
+        first_source = open_source(train, "train", root=root, first=first, class_file=class_file, shared=False, target=target)
+        second = open_source(val, "val", root=root, first=first, classes=first_source.classes, shared=False, target=target)
         if choose_part(train, "train", keys[0]) is not choose_part(val, "val", keys[1]):
             check_apart(first_source, second)
             return first_source, second
@@ -137,9 +141,9 @@ def open_both(
         return hold_out(first_source, "train", otherwise), hold_out(first_source, "val", otherwise)
     ours, theirs = _named(train, keys[0]), _named(val, keys[1])
     ids, val_ids = _identities(ours, keys[0]), _identities(theirs, keys[1])
-    opening = Opening("train", keys[0], True, _classes_in(class_file), root, first)
+    opening = Opening("train", keys[0], True, _classes_in(class_file), target, root, first)
     opened = _open_parts(ours, opening, [one in val_ids for one in ids])
-    opening = Opening("val", keys[1], True, opened[0].classes, root, first)
+    opening = Opening("val", keys[1], True, opened[0].classes, target, root, first)
     held = _open_parts(theirs, opening, [one in ids for one in val_ids])
     for one, source in zip(ids, opened):
         for other, checked in zip(val_ids, held):
@@ -149,13 +153,14 @@ def open_both(
 
 
 def open_validation(
-    train: str, val: str, *, classes: Sequence[str], root: str | None = None, first: bool = False
+    train: str, val: str, *, classes: Sequence[str], root: str | None = None, first: bool = False, target: Target = "label"
 ) -> Source:  # fmt: skip
     """Open the validation data that :func:`open_both` opens, without the training data, which may be gone: labels follow its
     *classes*."""
     parts, train_ids = _named(val, "data.val"), _identities(_named(train, "data.train"), "data.train")
     shared = [one in train_ids for one in _identities(parts, "data.val")]
-    return _mixed(parts, _open_parts(parts, Opening("val", "data.val", True, list(classes), root, first), shared))
+    opening = Opening("val", "data.val", True, list(classes), target, root, first)
+    return _mixed(parts, _open_parts(parts, opening, shared))
 
 
 def _classes_in(file: str | None) -> list[str] | None:
@@ -187,6 +192,10 @@ def _mixed(parts: Sequence[Named], sources: list[Source]) -> Source:
 def _open_parts(parts: Sequence[Named], opening: Opening, shared: Sequence[bool]) -> list[Source]:
     sources: list[Source] = []
     for (spec, name, argument, _), both in zip(parts, shared):
+        if name not in (having := TARGETS.get(opening.target, ())):
+            needed = {"label": "a label", "labels": "several labels", "numbers": "numbers", "mask": "a mask"}
+            fix = f"use {either(having)}" if having else "give a dataset from Python"
+            raise UserError(f"{opening.key}: {name} does not give {needed.get(opening.target, 'what')} the task needs: {fix}")
         source = OPENERS[name](argument, opening._replace(shared=both))
         check_classes(source, opening)
         sources.append(source)

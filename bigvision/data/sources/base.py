@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bigvision.data.labels import Target
 from bigvision.data.order import Part, shares
 
 Split = Literal["train", "val"]
@@ -38,6 +39,8 @@ class Opening(NamedTuple):
     """Whether training and validation both name this dataset: only then what has no validation part is divided."""
     classes: Sequence[str] | None = None
     """that labels follow; by default the data's own"""
+    target: Target = "label"
+    """What the task needs of each sample."""
     root: str | None = None
     """the folder of downloaded datasets"""
     first: bool = False

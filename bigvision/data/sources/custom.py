@@ -17,7 +17,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
-from bigvision.data.labels import OTHER_TASKS, Coded, coded, is_missing, joined, label_samples, numbered, other_task, whole
+from bigvision.data.labels import (
+    OTHER_TASKS,
+    Coded,
+    Target,
+    coded,
+    is_missing,
+    joined,
+    label_samples,
+    numbered,
+    other_task,
+    whole,
+)
 from bigvision.data.order import generators_kept
 from bigvision.data.sources.arrow import ASKED, Columns, arrow_labels, fitting, the_only
 from bigvision.data.sources.base import Opening, Sample, Source, Split, Style, UnreadableSample, described
@@ -59,12 +70,14 @@ class MapStyle(Source):
         name: str | None = None,
         columns: tuple[str, str] | None = None,
         follow: Sequence[str] | None = None,
+        target: Target = "label",
     ) -> None:
         """Args:
         classes: by default the dataset's own ``classes``, or what its labels say. Whole numbers are places in the list.
         name: for messages; by default the type's.
         columns: which of a dict have the image and the label; by default those with well-known names.
         follow: the training data's classes, for a dataset that names none: where they are numbers, numbers are names.
+        target: what the task needs; but for "label" it gets the second of each pair as it is.
 
         Raises:
             UserError: it is empty, has neither classes nor labels to count, or labels that are no classes.
@@ -74,7 +87,11 @@ class MapStyle(Source):
         self._length = len(dataset)
         if not self._length:
             raise UserError(f"{self.name}: it has no samples")
-        found = describe(dataset, self.name, Columns(*columns) if columns is not None else None)
+        self.target = target
+        chosen = Columns(*columns) if columns is not None else None
+        found = Described(dataset, _names_of(dataset), None, chosen)
+        if target == "label":
+            found = describe(dataset, self.name, chosen)
         self.dataset, self.columns = found.dataset, found.columns
         classes = classes if classes is not None else found.classes
         known = follow if classes is None else [str(one) for one in classes]
@@ -85,8 +102,8 @@ class MapStyle(Source):
                 places=classes is not None,
             )  # fmt: skip
             self.classes, self._labels, self.notes = mapped.classes, torch.from_numpy(mapped.values), mapped.notes
-        elif known is not None:
-            self.classes = list(known)
+        elif known is not None or target != "label":
+            self.classes = list(known or ())
         else:
             raise UserError(f"{self.name}: it has neither classes nor targets; give MapStyle its classes")
         self._place_of = {one: place for place, one in enumerate(self.classes)}
@@ -99,14 +116,14 @@ class MapStyle(Source):
         """As :meth:`Source.read`. Raises `TypeError` or `ValueError` for what is no image or no label."""
         return self._sample(self._item(index), index)
 
-    def label(self, index: int) -> int:
-        """As :meth:`Source.label`, or by reading; 0 where that fails, since what cannot be read is not counted."""
+    def label(self, index: int) -> Any:
+        """As :meth:`Source.label`, or by reading; where that fails the first that can be read, or 0: it is not counted."""
         if self._labels is not None:
             return int(self._labels[index])
         try:
-            return self.read(index).label
+            return self.read(index).target
         except UnreadableSample:
-            return 0
+            return self.label(index + 1) if self.target != "label" and index + 1 < len(self) else 0
 
     def origins(self) -> Iterator[str]:
         return sample_names(self.dataset)
@@ -116,12 +133,12 @@ class MapStyle(Source):
         with generators_kept():
             try:
                 item = self._item(0)
-                label = self._sample(item, 0).label
+                label = self._sample(item, 0).target
             except UnreadableSample:
                 return
             except (_WrongSample, UserError) as error:
                 raise UserError(f"{key}: {error}") from error
-        if label != self.label(0):
+        if self.target == "label" and label != self.label(0):
             raise UserError(
                 f"{key}: {self.name}: sample 0 has label {label}, but {self.label(0)} in the labels that the dataset lists; "
                 "correct one of them"
@@ -158,7 +175,8 @@ class MapStyle(Source):
             raise UnreadableSample(one_line(error)) from error
 
     def _sample(self, item: tuple[Any, Any], index: int) -> Sample:
-        return Sample(self._image(item[0], index), self._checked(item[1], index))
+        target = self._checked(item[1], index) if self.target == "label" else item[1]
+        return Sample(self._image(item[0], index), target)
 
     def _image(self, image: Any, index: int) -> bytes | Tensor | Image.Image:
         if isinstance(image, (bytes, Image.Image)):
@@ -210,7 +228,7 @@ def as_source(dataset: Any, opening: Opening) -> Source:
     if not isinstance(dataset, (Source, MapDataset)):
         raise UserError(f"{key}: {type(dataset).__name__} has no __len__ and __getitem__; give a dataset or its name")
     try:
-        source = dataset if isinstance(dataset, Source) else MapStyle(dataset, follow=opening.classes)
+        source = dataset if isinstance(dataset, Source) else MapStyle(dataset, follow=opening.classes, target=opening.target)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
     check_classes(source, opening)
@@ -260,11 +278,14 @@ def describe(dataset: Any, name: str, columns: Columns | None) -> Described:
         return Described(dataset, None, _tensor_labels(dataset.tensors[1], name))
     if (hub := sys.modules.get("datasets")) and isinstance(dataset, getattr(hub, "Dataset", ())):
         return _hugging_face(hub, dataset, name, columns)
+    return Described(dataset, _names_of(dataset), _listed_labels(dataset), columns)
+
+
+def _names_of(dataset: Any) -> list[str] | None:
+    """The classes that *dataset* names itself."""
     classes = getattr(dataset, "classes", None)
-    if classes is not None:
-        # torchvision's ImageNet has tuples of synonyms.
-        classes = [str(one[0] if isinstance(one, tuple) else one) for one in classes]
-    return Described(dataset, classes, _listed_labels(dataset), columns)
+    # torchvision's ImageNet has tuples of synonyms.
+    return None if classes is None else [str(one[0] if isinstance(one, tuple) else one) for one in classes]
 
 
 def choose_part(dataset: Any, split: Split, key: str) -> Any:

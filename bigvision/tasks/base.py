@@ -1,0 +1,144 @@
+"""What a task is to the rest of bigvision: everything about what is learned, and nothing about how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bigvision.config import Config
+from bigvision.samples import Targets, stack
+
+Kind = Literal["label", "labels", "numbers", "mask", "none", "any"]
+"""What the samples of a task have: a label each, several labels, numbers, a mask of labels, nothing, or whatever a dataset
+of the user's gives."""
+Span = Literal["sample", "micro-batch", "global batch"]
+"""The samples that a sample's loss depends on."""
+
+
+class Task:
+    """What is learned. A subclass needs :meth:`loss` and :meth:`measure`, and the names of what it measures.
+
+    Engine and trainer know no task: they call these methods, and form sums over micro-batches and ranks. A loss is a sum over
+    samples and so is what normalises it (:meth:`weight`), and both are of the global batch. So losses do not depend on how
+    samples lie on ranks.
+    """
+
+    target: ClassVar[Kind] = "any"
+    """What the data must have; sources are opened for it."""
+    metrics: tuple[str, ...] = ("loss",)
+    """Names of what :meth:`compute` returns. Where less is better, say so in the name (see `bigvision.checkpoint.sign`)."""
+    span: Span = "sample"
+    """The samples that :meth:`loss` has to see together. A loss over pairs says "micro-batch", or "global batch": then it gets
+    the outputs and targets of all ranks, and a rank's samples must be one micro-batch."""
+    cuttable: ClassVar[bool] = True
+    """Whether a pipeline can cut what :meth:`model` builds."""
+
+    # The model.
+
+    def outputs(self, classes: Sequence[str]) -> int | None:
+        """How many outputs the model's head has; None: the model returns what it likes, and timm's returns features.
+
+        *classes* are the data's, or the names of its numbers.
+        """
+        return len(classes)
+
+    def model(self, config: Config) -> Callable[..., nn.Module] | None:
+        """A function that is called as ``timm.create_model(name, **arguments)`` and builds the model around that backbone;
+        None: timm's alone. Its tensors are named as in a checkpoint."""
+        return None
+
+    # Training.
+
+    def collate(self, targets: Sequence[Any]) -> Targets:
+        """Return the targets of a micro-batch, made of those of its samples; with the samples as their first dimension.
+
+        What has to move with an image in crops and flips is given by the data as torchvision's `Mask`, `BoundingBoxes`,
+        `KeyPoints` or `Image`, and arrives here moved.
+        """
+        return stack(targets)
+
+    def mixed(self, targets: Targets, partners: Callable[[Tensor], Tensor], share: Tensor) -> Targets:
+        """Return the targets for :meth:`loss` of samples that are mixed in pairs (``task.mixup``, ``task.cutmix``).
+
+        Args:
+            partners: puts, in a tensor (B, ...), each sample's partner in its place.
+            share: fp32 (B,), how much of each sample is its own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what the targets of mixed samples are")
+
+    def weight(self, targets: Targets) -> Tensor | None:
+        """Return the 0-D sum of the samples' weights, by which the loss of the global batch is divided; None: their number.
+
+        *targets* are what :meth:`loss` gets. Where it is None depends on the task alone, never on the samples.
+        """
+        return None
+
+    def loss(self, outputs: Any, targets: Targets) -> Tensor:
+        """Return the 0-D sum of the samples' losses."""
+        raise NotImplementedError
+
+    # Evaluation.
+
+    @property
+    def sums(self) -> int:
+        """How many numbers :meth:`measure` returns."""
+        return len(self.metrics)
+
+    def measure(self, outputs: Any, targets: Targets, valid: Tensor) -> Tensor:
+        """Return sums over the samples that are *valid*, bool (B,): float64 of shape (:attr:`sums`,)."""
+        raise NotImplementedError
+
+    keeps_rows: ClassVar[bool] = False
+    """Whether the metrics need :meth:`rows`."""
+
+    def rows(self, outputs: Any, targets: Targets) -> Tensor:
+        """Return numbers of each sample, (B, columns), for metrics that no sums give.
+
+        They are kept until the end of the evaluation and come to :meth:`compute` from all ranks.
+        """
+        raise NotImplementedError
+
+    def compute(self, sums: Tensor, count: float, rows: Tensor | None) -> dict[str, float]:
+        """Return the :attr:`metrics` of an evaluation.
+
+        Args:
+            sums: of :meth:`measure` over all samples, float64 on the CPU. As a default these are sums over the samples of
+                each metric.
+            count: of the samples.
+            rows: of :meth:`rows`, float64 (samples, columns), in the order of the data; None without.
+        """
+        return {name: value / (count or math.nan) for name, value in zip(self.metrics, sums.tolist(), strict=True)}
+
+    def report(self, sums: Tensor, count: float, rows: Tensor | None, classes: Sequence[str]) -> dict[str, Any]:
+        """Return what an evaluation says beyond numbers of the whole, as JSON: of each class, a confusion matrix, ...
+
+        The arguments are those of :meth:`compute`; *classes* are the names.
+        """
+        return {}
+
+    # Prediction.
+
+    def scores(self, outputs: Any) -> Any:
+        """Return of a model's outputs what may be averaged over several views of an image, as probabilities may."""
+        return outputs
+
+    def predict(self, scores: Any, classes: Sequence[str], top: int = 1) -> list[dict[str, Any]]:
+        """Return for each sample its row of a table: ``prediction`` first, then what else belongs to it.
+
+        A value is a number, a text, or a mask: a uint8 or int32 tensor (H, W), which is written as a PNG file. *top* is how
+        many choices a row has, with their probabilities, where the task has choices. *scores* are what :meth:`scores` returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its predictions are")
+
+    def draw(self, image: Tensor, row: Mapping[str, Any]) -> Tensor:
+        """Return *image*, uint8 (3, H, W), with the prediction *row* drawn on it."""
+        return image
+
+
+def as_sum(values: Tensor, valid: Tensor) -> Tensor:
+    """The float64 sum of the 1-D *values* of the samples that are *valid*; others may be anything, NaN too."""
+    return torch.where(valid, values.double(), 0.0).sum()
