@@ -27,8 +27,8 @@ from bigvision.errors import UserError, either, nearest
 
 WHOLE = {
     "lamb": ("scales each step by norms of whole tensors", ("ddp", "fsdp", "pipeline")),
-    "adafactor": ("factors the second moments of whole matrices", ("ddp",)),
-    "muon": ("orthogonalises whole matrices", ("ddp",)),
+    "adafactor": ("factors the second moments of whole matrices", ("ddp", "pipeline")),
+    "muon": ("orthogonalises whole matrices", ("ddp", "fsdp", "pipeline")),
 }
 """The optimizers that are not elementwise: what they need whole, and the strategies that have it."""
 LOWEST = {
@@ -150,6 +150,11 @@ def check_batches(config: Config, ranks: int, stages: int) -> None:
         raise UserError(
             f"parallel.replicas: {parallel.replicas}, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
             f"which sharded stages do not allow: use {ranks} for whole copies of each stage, or the schedule interleaved"
+        )
+    if config.optim.name == "adafactor" and parallel.strategy == "pipeline" and parallel.replicas != ranks:
+        raise UserError(
+            f"optim.name: adafactor {WHOLE['adafactor'][0]}, but with parallel.replicas: {parallel.replicas} each of the "
+            f"{ranks} ranks of a stage has some rows of them: use parallel.replicas {ranks} for whole copies, or adamw"
         )
     size, share = micro_batch(config, ranks, stages), config.train.global_batch // ranks
     whole = 2 * config.data.repeats

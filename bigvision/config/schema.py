@@ -129,8 +129,8 @@ class GroupConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "sgd", "lion", "lamb", "adafactor", "muon"] = "adamw"
-    """adamw, sgd, lion: every strategy. lamb needs whole tensors: ddp, fsdp, pipeline. adafactor, muon need whole
-    matrices: ddp."""
+    """adamw, sgd, lion: every strategy. lamb, which takes norms of whole tensors, and muon, which needs whole matrices: ddp,
+    fsdp, pipeline. adafactor: ddp, and pipeline with whole copies of each stage."""
     lr: float = 1e-3
     """Peak learning rate, of a global batch of lr_base_size samples where that is given."""
     lr_base_size: int | None = None

@@ -191,12 +191,12 @@ def model_fragments(tensors: Mapping[str, Tensor], locate: Callable[[Tensor], Lo
 
 def optimizer_fragments(
     optimizer: Optimizer, shapes: Mapping[str, tuple[int, ...]], place: Mapping[str, tuple[int, tuple[int, int]]],
-    absent: Mapping[str, torch.dtype],
+    layout: Callable[[tuple[int, ...]], Mapping[str, tuple[tuple[int, ...], torch.dtype]]],
 ) -> Iterator[Fragment]:  # fmt: skip
     """This rank's runs of the optimizer's state.
 
     *shapes* are those of the whole trainable parameters by name, *place* is (start, copy) of the run of each that this rank
-    holds, *absent* the state of a parameter of another pipeline stage: its keys and types.
+    holds, *layout* gives the state of a parameter of another pipeline stage from its shape: keys, shapes and types.
     """
     held: set[str] = set()
     for group in optimizer.param_groups:
@@ -213,8 +213,8 @@ def optimizer_fragments(
                 yield Fragment("optimizer", f"{name}/{key}", shape, start, local.view(-1), copy)
     for name, shape in shapes.items():
         if name not in held:
-            for key, dtype in absent.items():
-                yield Fragment("optimizer", f"{name}/{key}", shape, 0, torch.empty(0, dtype=dtype), (0, 1))
+            for key, (kept, dtype) in layout(shape).items():
+                yield Fragment("optimizer", f"{name}/{key}", kept, 0, torch.empty(0, dtype=dtype), (0, 1))
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

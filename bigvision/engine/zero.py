@@ -28,7 +28,7 @@ from bigvision.engine.step import reduce_with
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint, formats
-from bigvision.optim import build_optimizer, parameter_groups, sample_state, state_layout
+from bigvision.optim import build_optimizer, parameter_groups, state_layout
 from bigvision.runtime import Runtime
 
 
@@ -99,7 +99,8 @@ class ZeroStep:
             if not p.requires_grad and p.dtype != saved_as[name]
         }
         self.cpu_adam = hasattr(self.inner, "ds_opt_adam")
-        self.state_keys, counts_steps = tuple(state_layout(config.optim)), "step" in sample_state(config.optim)
+        self.state_keys = tuple(state_layout(config.optim, (1, 1)))
+        counts_steps = config.optim.name == "adamw"  # sgd and lion do not
         # The state that the optimizer would create at its first step, so that it can be saved and restored before.
         for flat in self._flats():
             state = self.inner.state[flat]

@@ -131,7 +131,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 def optimizers(folder: Path, strategy: str) -> dict[str, list[list[float]]]:
     """Five steps of each optimizer that *strategy* admits, on the CPU and on the device."""
-    admitted = {"ddp": set(OPTIMIZERS), "fsdp": {"adamw", "sgd", "lion", "lamb", "no clip"}}
+    admitted = {"ddp": set(OPTIMIZERS), "fsdp": {"adamw", "sgd", "lion", "lamb", "muon", "no clip"}}
     found = {}
     for name in OPTIMIZERS:
         if name in admitted.get(strategy, {"adamw", "sgd", "lion", "no clip"}):

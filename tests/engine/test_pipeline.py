@@ -233,7 +233,7 @@ def test_the_table_is_said_at_start(tmp_path: Path) -> None:
         ),
         (2, ["--parallel.stages_per_rank", "2"], ["stages_per_rank: 2", "1f1b", "use 1"]),
         (2, ["--model.name", "twins_svt_small", "--model.options", "{}"], ["twins_svt_small", "fsdp"]),
-        (2, ["--optim.name", "muon"], ["muon", "pipeline"]),
+        (4, ["--optim.name", "adafactor", "--parallel.stages", "2"], ["adafactor", "replicas: 1", "replicas 2", "adamw"]),
         (
             4,
             ["--parallel.schedule", "zbv", "--parallel.stages", "2", "--train.micro_batch", "3"],
