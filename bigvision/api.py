@@ -29,7 +29,7 @@ from bigvision.data.sources.base import Source
 from bigvision.data.sources.custom import MapDataset
 from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError, either, nearest
-from bigvision.launchers import commands
+from bigvision.launchers.evaluate import predict_subject
 from bigvision.launchers.ranks import Devices, check_parent, forked_ranks, fresh_ranks, place
 from bigvision.models import GivenModel, check_model, given_name
 from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
@@ -396,7 +396,7 @@ def predict(
     """
     asked = Prediction(images, None if out is None else Path(out).expanduser(), top_k, tta)
     flags = [part for name, value in keys.items() for part in (f"--{name}", str(value))]
-    return commands.predict_subject(str(model), flags, asked, ema, lambda line: None)
+    return predict_subject(str(model), flags, asked, ema, lambda line: None)
 
 
 def train(

@@ -158,7 +158,7 @@ class Halves(Task):
 
 
 def test_masks_are_files_beside_the_table(tmp_path: Path, step: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigvision.launchers.commands.build_task", lambda config: Halves())
+    monkeypatch.setattr("bigvision.launchers.evaluate.build_task", lambda config: Halves())
     monkeypatch.setattr("bigvision.training.evaluation.build_task", lambda config: Halves())
     bigvision.predict(step, pictures, out=tmp_path / "masks")
     rows = rows_of(tmp_path / "masks" / "predictions.csv")
