@@ -30,6 +30,7 @@ from bigvision.data.sources.base import Source
 from bigvision.data.sources.custom import MapDataset
 from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError, either, nearest
+from bigvision.launchers.evaluate import predict_subject
 from bigvision.launchers.ranks import Devices, check_parent, forked_ranks, fresh_ranks, place
 from bigvision.models import GivenModel, check_model, given_name
 from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
@@ -37,6 +38,7 @@ from bigvision.tasks import Task, build_task, task_name
 from bigvision.training import Callback, Result
 from bigvision.training.build import build_model, take_folder, with_model, with_task, without_weights
 from bigvision.training.data import name_of_data, open_data
+from bigvision.training.prediction import Prediction
 from bigvision.training.run_folder import check_same_run, check_same_scale, data_facts, why_other_tensors
 from bigvision.training.saving import new_saver, progress_of
 
@@ -396,6 +398,34 @@ def _batch(images: Tensor | Batch | StepBatch, labels: Tensor | None) -> Batch |
         raise UserError(f"images, labels: got {got}: give images (B, C, H, W) and int64 labels (B,)")
     count = len(labels)
     return Batch(images, labels.long(), torch.arange(count), torch.ones(count, dtype=torch.bool))
+
+
+def predict(
+    model: str | Path, images: str | Path | Source | MapDataset, *, out: str | Path | None = None, top_k: int = 1,
+    tta: str = "none", ema: bool = False, **keys: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Predict images, on this process or on the launcher's ranks, and return a row for each, in their order.
+
+    ``bigvision.predict("runs/pets/step-00000023", "photos", top_k=3)``
+
+    Args:
+        model: a step folder of a run, or a timm name, which is taken with its pretrained weights.
+        images: a folder of images in any layout, an image, a dataset's name as in ``data.val``, or a dataset of your own.
+        out: a table (.csv, .json, .jsonl, .parquet), or a folder for masks. Then the rows are there, and none are returned.
+        top_k: how many choices a row has, with their probabilities.
+        tta: "flip" averages over an image and its mirror image.
+        ema: take the averaged weights of the checkpoint.
+        keys: dotted keys that go before those of the run, such as ``**{"parallel.device": "cpu"}``.
+
+    Returns:
+        On rank 0 rows of ``sample``, ``prediction``, what the task adds, and ``error``: why an image could not be read.
+
+    Raises:
+        UserError: what was asked for cannot be done; the same on every rank.
+    """
+    asked = Prediction(images, None if out is None else Path(out).expanduser(), top_k, tta)
+    flags = [part for name, value in keys.items() for part in (f"--{name}", str(value))]
+    return predict_subject(str(model), flags, asked, ema, lambda line: None)
 
 
 def train(

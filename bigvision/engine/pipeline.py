@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -70,7 +70,7 @@ class PipelineEngine(Engine):
         else:
             spread = replicate(self.module, self.parts, runtime)
         spread.tensors = self._tensors
-        self.stepper = NativeStep(spread, blueprint, config, runtime, self.restoring)
+        self.stepper = NativeStep(spread, blueprint, config, runtime, self.restoring, self.trains)
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {name: tensor.to("meta") for name, tensor in self.module.state_dict().items()}
@@ -151,14 +151,13 @@ class PipelineEngine(Engine):
         with torch.autocast(self.runtime.device.type, self.computing.dtype) if self.computing.autocast else nullcontext():
             yield
 
-    def _measure(self, batch: Batch) -> Tensor:
+    def _evaluate(self, batch: Batch, take: Callable[[Any, Batch], object]) -> None:
         """Forward passes alone. In each turn every stage takes the micro-batch that its predecessor had in the turn before.
 
         What is sent and received in a turn is one group: NCCL would run single transfers one after the other, and two ranks
         with several stages each would wait for each other.
         """
         last, device = self.placement.stages - 1, self.runtime.device
-        totals = torch.zeros(self.task.sums + 1, dtype=torch.float64, device=device)
         arrived: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         parts, image_size = batch.split(self.micro_batch), self._size(batch)
         for turn in range(len(parts) + last):
@@ -170,7 +169,7 @@ class PipelineEngine(Engine):
                     received = arrived.pop((number, index)) if number else (self._inputs(parts[index]),)
                     outputs = self.stages[number](*received)
                     if number == last:
-                        totals += self._measured(outputs, parts[index])
+                        take(outputs, parts[index])
                     elif number + 1 in self.stages:
                         arrived[number + 1, index] = outputs
                     else:
@@ -183,7 +182,6 @@ class PipelineEngine(Engine):
                     transfers += [dist.P2POp(dist.irecv, t, self._peer(number - 1), self.group) for t in tensors]
             for work in dist.batch_isend_irecv(transfers) if transfers else ():
                 work.wait()
-        return totals
 
     def _peer(self, number: int) -> int:
         """The rank, among all, of stage *number* of this pipeline."""

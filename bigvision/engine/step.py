@@ -155,8 +155,11 @@ class Metrics:
 class NativeStep:
     """Steps the tensors that a `Spread` gives to this rank with an optimizer of torch's or timm's."""
 
-    def __init__(self, spread: Spread, blueprint: Blueprint, config: Config, runtime: Runtime, restored: bool) -> None:
-        """Give the model, still on meta, storage and first values (but not where it will be *restored*); make the optimizer."""
+    def __init__(
+        self, spread: Spread, blueprint: Blueprint, config: Config, runtime: Runtime, restored: bool, trains: bool = True
+    ) -> None:
+        """Give the model, still on meta, storage and first values (but not where it will be *restored*); make the optimizer,
+        which has state only where the engine *trains*."""
         self.spread, self.config, self.runtime = spread, config, runtime
         self.scale = LossScale(config.parallel.precision, runtime.device)
         for part in spread.parts:
@@ -174,7 +177,8 @@ class NativeStep:
         groups = parameter_groups(spread.module, optim.weight_decay, optim.layer_decay, stepped, optim.groups)
         self.optimizer: Optimizer = build_optimizer(groups, optim)
         self.fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # decides on the device whether to step
-        allocate_state(self.optimizer)
+        if trains:
+            allocate_state(self.optimizer)
         self.shapes = {name: tuple(p.shape) for name, p in spread.module.named_parameters() if p.requires_grad}
         self.layout = functools.cache(functools.partial(state_layout, optim))
         fill(blueprint, config.seed, self.model_fragments(), spread.parts, runtime.device, restored)

@@ -126,6 +126,10 @@ class Task:
         """Return of a model's outputs what may be averaged over several views of an image, as probabilities may."""
         return outputs
 
+    def mirrored(self, scores: Any) -> Any:
+        """Return the *scores* of a mirror image as those of the image: masks are mirrored back."""
+        return scores
+
     def predict(self, scores: Any, classes: Sequence[str], top: int = 1) -> list[dict[str, Any]]:
         """Return for each sample its row of a table: ``prediction`` first, then what else belongs to it.
 

@@ -244,9 +244,13 @@ class Validation(Iterator[Batch]):
     def __next__(self) -> Batch:
         return next(self.relayed)
 
+    def unreadable(self) -> list[BadSample]:
+        """What of this rank's batches could not be read, since this was last asked."""
+        return _taken(self.batches)
+
     def finish(self) -> int:
         """Return how many samples could not be read, over all ranks. Too many are a `UserError`."""
-        return self.data.bad.exchange("val", _taken(self.batches))
+        return self.data.bad.exchange("val", self.unreadable())
 
     def close(self) -> None:
         """End the worker processes."""
