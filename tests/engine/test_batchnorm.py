@@ -121,6 +121,17 @@ def test_what_cannot_be_synchronized_is_refused_or_noted() -> None:
 # Frozen BatchNorm.
 
 
+def test_a_norm_that_is_updated_leaves_the_versions_of_the_others() -> None:
+    """Autograd compares versions: a compiled block keeps its norm's statistics for the backward pass."""
+    norms = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    statistics = Statistics([norms], torch.device("cpu"))
+    before = norms[0].running_mean._version  # type: ignore[union-attr]
+    norms[1](torch.randn(2, 2, 3, 3))
+    norms[1].running_mean.add_(1.0)  # type: ignore[union-attr]
+    assert norms[0].running_mean._version == before  # type: ignore[union-attr]
+    assert torch.equal(statistics.running[0][4:6], norms[1].running_mean)  # type: ignore[arg-type]
+
+
 def frozen_stem() -> nn.Module:
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", num_classes=10, act_layer="silu")
