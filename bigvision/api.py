@@ -245,7 +245,7 @@ class Engine:
         Args:
             images: (B, C, H, W), B being ``train.global_batch`` / data-parallel ranks: uint8, which are normalised on the
                 device, or floating-point numbers, which are taken as they are. Or a whole `bigvision.data.Batch`.
-            labels: int64 (B,).
+            labels: int64 (B,); for other tasks what their loss takes, such as several numbers, (B, ...).
 
         Returns:
             The loss and gradient norm over all ranks, as 0-D tensors on the device.
@@ -255,7 +255,7 @@ class Engine:
                 without a deterministic form.
         """
         self._check_weights()
-        batch = _batch(images, labels)
+        batch = _batch(images, labels, self._task)
         expected = self.config.train.global_batch
         if len(batch) * self.runtime.data_ranks != expected:
             raise UserError(
@@ -269,7 +269,7 @@ class Engine:
         """Measure this rank's samples, as many on each rank. Add up what is returned, and ask it for its ``means()``."""
         self.engine.synchronize()
         with operations_named():
-            return self.engine.eval_step(_batch(images, labels).whole())
+            return self.engine.eval_step(_batch(images, labels, self._task).whole())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -400,14 +400,16 @@ class Engine:
             print(text)
 
 
-def _batch(images: Tensor | Batch | StepBatch, labels: Tensor | None) -> Batch | StepBatch:
+def _batch(images: Tensor | Batch | StepBatch, labels: Tensor | None, task: Task) -> Batch | StepBatch:
     if isinstance(images, Batch | StepBatch):
         return images
-    if labels is None or images.ndim != 4 or labels.shape != images.shape[:1]:
+    single = task.target == "label" and (labels is None or labels.ndim != 2)
+    if labels is None or images.ndim != 4 or labels.shape[:1] != images.shape[:1] or (single and labels.ndim != 1):
         got = f"{tuple(images.shape)} and {None if labels is None else tuple(labels.shape)}"
-        raise UserError(f"images, labels: got {got}: give images (B, C, H, W) and int64 labels (B,)")
+        wanted = "int64 labels (B,)" if task.target == "label" else "targets (B, ...)"
+        raise UserError(f"images, labels: got {got}: give images (B, C, H, W) and {wanted}")
     count = len(labels)
-    return Batch(images, labels.long(), torch.arange(count), torch.ones(count, dtype=torch.bool))
+    return Batch(images, labels.long() if single else labels, torch.arange(count), torch.ones(count, dtype=torch.bool))
 
 
 def predict(

@@ -96,7 +96,7 @@ class Classify(Task):
     def _weights_on(self, device: torch.device, outputs: int) -> Tensor:
         """The weights of as many classes as the model has *outputs*, which may be more than the data's."""
         if self.weights is None:
-            raise UserError("task.class_weights: the classes are not known: open the data, or give Task.prepare the classes")
+            raise UserError("task.class_weights: balanced counts the training data: name it (data=...), or give numbers")
         self.weights = F.pad(self.weights.to(device), (0, outputs - len(self.weights)), value=1.0)
         return self.weights
 
