@@ -24,6 +24,7 @@ from bigvision.engine.state import Statistics, is_frozen
 from bigvision.errors import UserError
 from bigvision.models.formats import compute_in
 from bigvision.runtime import start
+from bigvision.tasks import Classify
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks
 from tests.recipes import losses, recipe, run
@@ -115,7 +116,7 @@ def test_what_cannot_be_synchronized_is_refused_or_noted() -> None:
         parallelize.synchronize_norms(nn.Sequential(nn.Conv2d(3, 4, 1), SplitBatchNorm2d(4)), CUDA)
     config = load_config({"model": {"sync_batchnorm": True}, "parallel": {"device": "cpu"}})
     with start("cpu") as runtime, pytest.raises(UserError, match=r"model.sync_batchnorm: true needs CUDA.*: use false"):
-        check_engine(config, runtime)
+        check_engine(config, runtime, Classify())
 
 
 # Frozen BatchNorm.
