@@ -22,15 +22,16 @@ USAGE = """usage: bigvision COMMAND ...
                                                   print a checkpoint's validation metrics, or its average's; the report has
                                                   those of each class, a confusion matrix, ...
   eval MODEL --data.val DATASET ...               print those of a timm model with its pretrained weights
+  predict STEP_FOLDER|MODEL IMAGES --out FILE     write what a model predicts for a folder of images or a dataset
   convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights
   export STEP_FOLDER FILE_OR_FOLDER               write a checkpoint's weights for other tools
   checkpoint list|verify|diff|prune ...           look at checkpoints, check, compare and remove them
 
 --resume X is another spelling of --checkpoint.resume X; --deepspeed FILE and --deepspeed_config FILE are others of
---parallel.deepspeed FILE. train and eval both run under every launcher of docs/launching.md.
+--parallel.deepspeed FILE. train, eval and predict run under every launcher of docs/launching.md.
 More: bigvision COMMAND --help. Versions, for a report: bigvision --version."""
 
-COMMANDS = ("train", "eval", "ray", "submit", "convert", "export", "checkpoint")
+COMMANDS = ("train", "eval", "predict", "ray", "submit", "convert", "export", "checkpoint")
 GRACE = 5.0
 """Seconds that a silent rank leaves to the one that reports a mistake."""
 
@@ -82,14 +83,18 @@ def run(command: str, arguments: list[str]) -> int:
 
         return submit.run(_with_our_spelling(arguments))
     if command == "eval":
-        from bigvision.launchers import commands as evaluation
+        from bigvision.launchers import evaluate
 
         main_rank = _rank() == 0
-        metrics = evaluation.run(
-            _with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None
-        )
+        metrics = evaluate.run(_with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None)
         if main_rank:
             print(json.dumps(metrics))
+        return Exit.DONE
+    if command == "predict":
+        from bigvision.launchers import evaluate as prediction
+
+        main_rank = _rank() == 0
+        prediction.run_predict(_with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None)
         return Exit.DONE
     if command == "convert":
         from bigvision.models import convert

@@ -29,6 +29,8 @@ DTYPES = {
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 """The types by these names."""
 PICKLE = "a pickled file, as torch.save writes it"
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+"""What the names of an adapter's parameters end with, behind the path of their layer: peft's names."""
 KINDS = {
     b"PK\x03\x04": PICKLE, b"\x80\x02": PICKLE, b"\x80\x03": PICKLE, b"\x80\x04": PICKLE, b"\x80\x05": PICKLE,
     b"version https://git-lfs": "a pointer of Git LFS, whose content was not fetched: git lfs pull",

@@ -88,6 +88,11 @@ class Task:
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what the targets of mixed samples are")
 
+    @property
+    def weighed(self) -> bool:
+        """Whether samples have weights (see :meth:`weight`). Without, a step begins when its first micro-batch is there."""
+        return type(self).weight is not Task.weight
+
     def weight(self, targets: Targets) -> Tensor | None:
         """Return the 0-D sum of the samples' weights, by which the loss of the global batch is divided; None: their number.
 
@@ -148,6 +153,10 @@ class Task:
         """Return of a model's outputs what may be averaged over several views of an image, as probabilities may."""
         return outputs
 
+    def mirrored(self, scores: Any) -> Any:
+        """Return the *scores* of a mirror image as those of the image: masks are mirrored back."""
+        return scores
+
     def predict(self, scores: Any, classes: Sequence[str], top: int = 1) -> list[dict[str, Any]]:
         """Return for each sample its row of a table: ``prediction`` first, then what else belongs to it.
 
@@ -159,6 +168,11 @@ class Task:
     def draw(self, image: Tensor, row: Mapping[str, Any]) -> Tensor:
         """Return *image*, uint8 (3, H, W), with the prediction *row* drawn on it."""
         return image
+
+
+def name_of(label: int, classes: Sequence[str]) -> str:
+    """A class's name; its number where a model has more outputs than there are names."""
+    return classes[label] if label < len(classes) else str(label)
 
 
 def as_sum(values: Tensor, valid: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigvision.errors import UserError, nearest
-from bigvision.tasks.base import TargetsOf, Task, as_sum
+from bigvision.tasks.base import TargetsOf, Task, as_sum, name_of
 
 MATRIX = 100
 """Classes up to which a report has the confusion matrix; of more it lists the most frequent pairs."""
@@ -75,6 +75,10 @@ class Classify(Task):
         """Return each sample's target, its partner's, and the share of its own."""
         return targets, partners(targets), share
 
+    @property
+    def weighed(self) -> bool:
+        return self.class_weights is not None
+
     def weight(self, targets: Tensor | tuple[Tensor, Tensor, Tensor]) -> Tensor | None:
         """Return the sum of the weights of the samples' classes, where classes have some."""
         if self.class_weights is None:
@@ -92,7 +96,7 @@ class Classify(Task):
     def _weights_on(self, device: torch.device, outputs: int) -> Tensor:
         """The weights of as many classes as the model has *outputs*, which may be more than the data's."""
         if self.weights is None:
-            raise UserError("task.class_weights: the classes are not known: open the data, or give Task.prepare the classes")
+            raise UserError("task.class_weights: balanced counts the training data: name it (data=...), or give numbers")
         self.weights = F.pad(self.weights.to(device), (0, outputs - len(self.weights)), value=1.0)
         return self.weights
 
@@ -186,7 +190,7 @@ class Classify(Task):
             pairs, counts = pairs[wrong], counts[wrong]
             most = counts.argsort(descending=True, stable=True)[:PAIRS]
             found["confused"] = [
-                [_name(one, classes), _name(other, classes), number]
+                [name_of(one, classes), name_of(other, classes), number]
                 for (one, other), number in zip(pairs[most].tolist(), counts[most].tolist())
             ]
         return found
@@ -202,17 +206,12 @@ class Classify(Task):
         values, places = scores.topk(min(top, scores.shape[1]), dim=1)
         rows = []
         for probabilities, labels in zip(values.tolist(), places.tolist()):
-            names = [_name(label, classes) for label in labels]
+            names = [name_of(label, classes) for label in labels]
             row: dict[str, Any] = {"prediction": names[0], "probability": probabilities[0]}
             for number, (name, probability) in enumerate(zip(names[1:], probabilities[1:]), start=2):
                 row |= {f"prediction{number}": name, f"probability{number}": probability}
             rows.append(row)
         return rows
-
-
-def _name(label: int, classes: Sequence[str]) -> str:
-    """A class's name; a model may have more outputs than the data has classes."""
-    return classes[label] if label < len(classes) else str(label)
 
 
 def read_weights(file: str, classes: Sequence[str]) -> list[float]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigvision.tasks.base import Task, as_sum
+from bigvision.tasks.base import Task, as_sum, name_of
 
 MARGIN, FOCUS = 0.05, 4
 """Of the asymmetric loss: what is taken off a negative's probability, and the power of what is left that weighs its loss."""
@@ -108,9 +108,11 @@ class Multilabel(Task):
         values, places = scores.topk(min(top, scores.shape[1]), dim=1)
         rows = []
         for chosen, probabilities, labels in zip((scores > 0.5).tolist(), values.tolist(), places.tolist()):
-            row: dict[str, Any] = {"prediction": SEPARATOR.join(name for name, is_one in zip(classes, chosen) if is_one)}
+            row: dict[str, Any] = {
+                "prediction": SEPARATOR.join(name_of(n, classes) for n, is_one in enumerate(chosen) if is_one)
+            }
             for number, (label, probability) in enumerate(zip(labels, probabilities), start=1):
-                row |= {f"label{number}": classes[label], f"probability{number}": probability}
+                row |= {f"label{number}": name_of(label, classes), f"probability{number}": probability}
             rows.append(row)
         return rows
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,15 @@ from bigvision.monitor import Monitor, read_lines
 from bigvision.runtime import (
     Runtime,
     Watchdog,
-    all_or_none,
     collective_timeout,
     deterministic,
     from_main,
-    identify,
     start,
-    warn_of_shared_memory,
 )
 from bigvision.signals import listening, until_ranks_meet
-from bigvision.tasks import Task, build_task
-from bigvision.training.build import Build, build, build_model, with_model, with_task, without_weights
-from bigvision.training.data import Data, Feed, Validation, open_data, open_validation, with_data
+from bigvision.tasks import Task
+from bigvision.training.build import Build, build, with_model, with_task
+from bigvision.training.data import Data, Feed, Validation, with_data
 from bigvision.training.numbers import Numbers
 from bigvision.training.run_folder import explain_errors
 from bigvision.training.saving import Callback, Callbacks, Event, Saving, check_copies
@@ -100,7 +96,7 @@ def train_on_rank(
         monitor.close()
         if loop.unfinished:
             raise Stopped(loop.saving.stopped_by, run.engine.step, folder)
-        monitor.farewell(folder, loop.metrics, run.data.bad.summary())
+        monitor.farewell(folder, loop.metrics, run.data.bad.summary(), config.model.lora is not None)
         history = read_history(config.out) if runtime.is_main else []
         return Result(run.engine.step, folder, loop.metrics, history)
 
@@ -300,67 +296,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def evaluate_checkpoint(
-    folder: Path, config: Config, say: Callable[[str], None] = lambda text: None, ema: bool = False,
-    report: dict[str, Any] | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank.
-
-    `UserError` where the folder is not a valid checkpoint, is of another model or, with *ema*, has no averaged weights, or
-    ``train.deterministic`` meets an operation without a deterministic form. *say* is told where /dev/shm is small for NCCL.
-    *ema* evaluates the averaged weights; what has no average comes from the model. *report* gets what the task says beyond the
-    metrics.
-    """
-    config = _for_ranks(without_weights(config), identify(os.environ).world_size)
-    parallel, timeout = config.parallel, collective_timeout(config.limits)
-    with (
-        deterministic(config.train.deterministic, parallel.device),
-        Watchdog(config.limits) as watch,
-        start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout) as runtime,
-        watch.naming(),
-    ):
-        warn_of_shared_memory(runtime, say)
-        found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
-        if ema and "ema" not in found.tensors.places:
-            raise UserError(f"--ema: {folder} has no averaged weights, its run had no ema.decay: leave --ema out")
-        classes = found.card.get("label_names")
-        # Earlier versions saved no class names: theirs are those of the training data.
-        task = all_or_none(lambda: build_task(config.task))
-        if isinstance(classes, list):
-            data = open_validation(config, runtime, task, classes)
-        else:
-            data = open_data(config, runtime, task)
-        all_or_none(lambda: task.prepare(data.train.classes, found.card.get("task", {})))
-        engine, blueprint, _ = build_model(
-            config, data.outputs, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True,
-            trains=False, task=task,
-        )  # fmt: skip
-        with closing(engine):
-            fragments = list(engine.fragments())
-            found.restore(fragments, groups=("model",))
-            if ema:
-                averaged = found.tensors.places["ema"]
-                fragments = [replace(fragment, group="ema") for fragment in fragments if fragment.name in averaged]
-                found.restore(fragments, groups=("ema",))
-            engine.refresh()
-            metrics = evaluate(config, engine, data, blueprint, runtime, watch, report=report)
-            assert metrics is not None
-            return metrics
-
-
-def _for_ranks(config: Config, ranks: int) -> Config:
-    """*config* for an evaluation: what of the run's layout does not fit so many ranks is left out, as is what a step needs."""
-    parallel = replace(
-        config.parallel, offload="none", deepspeed=None, schedule="1f1b", stages_per_rank=None, microbatches=None
-    )  # fmt: skip
-    if parallel.strategy == "pipeline" and (ranks == 1 or ranks % (parallel.stages or ranks)):
-        parallel = replace(parallel, strategy="fsdp", stages=None)
-    if ranks // (parallel.pipeline_ranks or ranks) % parallel.replicas:
-        parallel = replace(parallel, replicas=1)
-    whole = -(-config.train.global_batch // ranks) * ranks
-    return replace(config, parallel=parallel, train=replace(config.train, global_batch=whole))
 
 
 def read_history(out: str) -> list[dict[str, Any]]:

@@ -117,6 +117,7 @@ def test_class_weights(tmp_path: Path) -> None:
     """Balanced ones are scikit-learn's; the weight of mixed samples is that of their shares."""
     labels = np.array([0] * 6 + [1] * 3 + [2])
     task = Classify(class_weights="balanced")
+    assert task.weighed and not Classify().weighed  # a step without weights does not wait for its last sample
     task.prepare(["a", "b", "c"], task.study(lambda most: labels, ["a", "b", "c"], {}))
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     assert task.weights is not None and task.weights.tolist() == pytest.approx(expected.tolist())

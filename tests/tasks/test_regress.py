@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torchmetrics.functional import mean_absolute_error, r2_score
 
+import bigvision
+from bigvision.errors import UserError
 from bigvision.tasks import Regress
+from tests.recipes import recipe
 
 NAMES = ["age", "year"]
 
@@ -67,6 +71,16 @@ def test_predictions_are_in_the_units_of_the_data() -> None:
     ]
     task.prepare(["age"], {"mean": [40.0], "std": [10.0]})
     assert task.predict(task.scores(torch.tensor([[1.0, 7.0]])), ["age"]) == [{"prediction": 50.0}]
+
+
+def test_an_engine_takes_several_numbers(tmp_path: Path) -> None:
+    images, numbers = torch.zeros(24, 3, 32, 32, dtype=torch.uint8), torch.randn(24, 2)
+    with bigvision.Engine(recipe(tmp_path, "small", task={"name": "regress"}), num_classes=2) as engine:
+        expected = numbers.square().mean().item()  # a new head answers about 0
+        assert engine.train_step(images, numbers).numbers[0] == pytest.approx(expected, rel=0.1)
+        assert engine.eval_step(images, numbers).means().keys() == {"loss", "mae", "r2"}
+        with pytest.raises(UserError, match=r"got \(24, 3, 32, 32\) and \(23, 2\): give images \(B, C, H, W\) and targets"):
+            engine.train_step(images, numbers[:23])
 
 
 def test_r2_of_a_number_that_never_varies_is_none() -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigvision.errors import UserError
-from bigvision.launchers import commands
+from bigvision.launchers import evaluate
 from tests.data.test_several import image
 from tests.distributed import run_ranks
 from tests.recipes import recipe, run
@@ -35,7 +35,7 @@ def files(folder: Path, target: str) -> str:
 
 
 def evaluated(arguments: list[str]) -> dict[str, float]:
-    return commands.run(arguments, lambda line: None)
+    return evaluate.run(arguments, lambda line: None)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def open_arrays(argument: str, opening: Opening) -> Source:
     if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and {images.shape[1], images.shape[3]} & {1, 3})):
         shapes = "(N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3"
         raise UserError(f"{key}: the images of {where} are {images.dtype} {images.shape}; they must be uint8 {shapes}")
-    if len(images) != len(labels) or not len(labels):
+    if labels.ndim and (len(images) != len(labels) or not len(labels)):
         raise UserError(f"{key}: {where} has {len(images)} images and {len(labels)} labels; it must have as many of both")
 
     is_folder = path.is_dir()

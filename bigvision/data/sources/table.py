@@ -15,14 +15,14 @@ import numpy as np
 
 from bigvision.data.decode import EXTENSIONS
 from bigvision.data.labels import BYTE_ORDER_MARKS, Labels, coded, decoded, label_samples, other_task
-from bigvision.data.sources.arrow import LABELS, parse_asked, the_only
+from bigvision.data.sources.arrow import LABELS, SEVERAL, parse_asked, the_only
 from bigvision.data.sources.base import Opening, PassedOver, Split
 from bigvision.data.sources.folder import ImageFolder
 from bigvision.data.splits import choose_files, part, split_name, xxh3_hashes
 from bigvision.data.targets import Found, Several, as_numbers, find_indicators, find_numbers, find_sets, parted
 from bigvision.errors import UserError, nearest, one_line
 
-ASKED = ("path", "label", "labels", "separator", "split", "root")
+ASKED = ("path", "label", *SEVERAL, "split", "root")
 """What may be named after a path's question mark: columns, what parts the labels in one, and the folder that relative paths
 start from."""
 NAMES = {
@@ -71,6 +71,8 @@ def open_table(name: str, argument: str, opening: Opening) -> ImageFolder:
     """
     key, split = opening.key, opening.split
     path, asked = parse_asked(argument, key, ASKED)
+    if opening.target == "label" and "," not in asked.get("labels", ","):
+        parse_asked(argument, key, [name for name in ASKED if name not in SEVERAL])  # a typo of label
     chosen = choose_files(path, f".{name}", opening)
     rows: list[Listed] = []
     columns: list[str] | None = None
