@@ -24,8 +24,10 @@ ONNX_FILE_LIMIT = 1_900_000_000
 MARK = "<!-- written by bigvision export -->"
 IMAGE_FACTS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """How images are prepared, by timm's names."""
-INPUT, OUTPUT = "images", "outputs"
-"""The names of an ONNX graph's input and first output."""
+INPUT = "images"
+"""The name of an ONNX graph's input."""
+TALKERS = ("onnxscript", "onnx_ir", "torch.onnx")
+"""Loggers with a line for each constant that is not folded."""
 
 
 def check_onnx() -> None:
@@ -61,8 +63,9 @@ def _descriptions(names: list[str]) -> dict[str, str] | None:
 def readme(card: Mapping[str, Any], progress: Mapping[str, Any], weights: str) -> str:
     """README.md, the hub's card: facts of the run, and what the *weights* are. Class names are not in it: it is Markdown."""
     data, names, config = card["pretrained_cfg"], card.get("label_names"), progress.get("config", {})
-    model, task = config.get("model", {}), config.get("task", {}).get("name", "classify")
+    model, task = config.get("model") or {}, (config.get("task") or {}).get("name", "classify")
     metrics = {name: value for name, value in progress.get("metrics", {}).items() if isinstance(value, (int, float))}
+    found = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
     begin = f"timm's weights of `{model['name']}`" if model.get("pretrained") else "another run's or file's weights"
     rows = {
         "Architecture": f"`{card['architecture']}` (timm)",
@@ -71,7 +74,7 @@ def readme(card: Mapping[str, Any], progress: Mapping[str, Any], weights: str) -
         "Resized with": f"{data.get('interpolation')}, of which {data.get('crop_pct')} is kept ({data.get('crop_mode')})",
         "Trained": f"{progress.get('step')} steps, {progress.get('samples')} samples",
         "Began with": begin if model.get("pretrained") or model.get("weights") else "random weights",
-        "Evaluated": ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()) or "no",
+        "Evaluated": f"after {progress.get('evaluated')} steps: {found}" if found else "no",
         "Weights": weights,
     }
     tags = ["timm", "transformers", *(["image-classification"] if task == "classify" else [])]
@@ -89,8 +92,9 @@ def write_onnx(
 
     *beside*: the weights become a file of their own, whose name ends with ".data".
     """
-    for name in ("onnxscript", "onnx_ir", "torch.onnx"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # a line for each constant that is not folded
+    levels = {name: logging.getLogger(name).level for name in TALKERS}
+    for name in TALKERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     batch = ({0: torch.export.Dim("batch")},)
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -100,6 +104,9 @@ def write_onnx(
             )  # fmt: skip
     except Exception as error:
         raise UserError(f"--format onnx: torch cannot export {facts['architecture']} ({one_line(error):.300})") from error
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
     assert program is not None
     for name, value in facts.items():
         program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)

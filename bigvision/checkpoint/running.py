@@ -20,7 +20,7 @@ from bigvision.tasks import PREFIX, build_task
 IMAGES = 3
 """That are run: a number that no export is made with."""
 TOLERANCE = 1e-4
-"""Largest difference of outputs, as a share of the largest output where that is above 1."""
+"""Largest difference of outputs, as a share of the largest output: those of a fresh head are small."""
 Parts = Callable[[str], Iterator[Tensor]]
 """The values of a tensor by its name, flat and in parts."""
 
@@ -99,7 +99,7 @@ def open_with_timm(path: Path, files: list[str], card: Mapping[str, Any]) -> nn.
     import accelerate
 
     module = timm.create_model(name, **{"num_classes": card["num_classes"], **arguments})
-    accelerate.load_checkpoint_in_model(module, str(path), strict=True)
+    accelerate.load_checkpoint_in_model(module, str(path))
     return module
 
 
@@ -117,7 +117,7 @@ def compare(expected: list[Tensor], run: Callable[[], list[Tensor]], what: str) 
         raise UserError(f"export: {what} gives outputs of other shapes than the checkpoint's model, {shapes}: nothing was kept")
     largest = max((_largest(one.float()[one.isfinite()].abs()) for one in expected), default=0.0)
     difference = max((_difference(a, b) for a, b in zip(found, expected)), default=0.0)
-    if not difference <= TOLERANCE * max(1.0, largest):
+    if not difference <= TOLERANCE * largest:
         raise UserError(
             f"export: {what} gives other outputs than the checkpoint's model: they differ by {difference:.3g}, with outputs up "
             f"to {largest:.3g}, so nothing was kept"

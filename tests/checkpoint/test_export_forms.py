@@ -25,19 +25,21 @@ CLASSES = ["<script>alert(1)</script>", "apples, pears", "two\nlines", 'quoted "
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def made(out: Path, **model: Any) -> Path:
-    """A step folder of a run with an average, whose model has the keys *model* beside those of the small ViT."""
-    keys = MODELS["small"] | model
+def made(out: Path, name: str = "small", **model: Any) -> Path:
+    """A step folder of a run with an average, whose model has the keys *model* beside those of `MODELS`."""
+    keys = MODELS[name] | model
     lora = LoraConfig(**keys["lora"]) if "lora" in keys else None
     plan = blueprint(ModelConfig(**keys | {"lora": lora}), len(CLASSES))
     card = model_card(plan.module, plan.image_size, plan.mean, plan.std) | {"label_names": CLASSES}
     generator = torch.Generator().manual_seed(2)
     model_tensors: dict[str, Tensor] = {
-        name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in plan.tensors(0)
+        name: value + 0.1 * torch.randn(value.shape, generator=generator) if value.is_floating_point() else value.clone()
+        for name, value in plan.tensors(0)
+        if name in plan.module.state_dict()
     }
-    averaged = {name: value * 0.7 for name, value in model_tensors.items()}
+    averaged = {name: value * 0.7 for name, value in model_tensors.items() if value.is_floating_point()}
     config = recipe(out, "small") | {"model": keys}
-    progress = {"step": 2, "samples": 48, "metrics": {"top1": 0.5}, "config": config, "trained": []}
+    progress = {"step": 2, "samples": 48, "metrics": {"top1": 0.5}, "evaluated": 2, "config": config, "trained": []}
     documents = {"config.json": card, "progress.json": progress}
     return write(out, 2, {"model": model_tensors, "ema": averaged}, documents)
 
@@ -84,7 +86,7 @@ def test_a_folder_for_timm_and_for_the_hub(step: Path, tmp_path: Path, form: str
     # transformers calls timm.create_model(architecture, num_classes=..., **model_args).
     assert config["num_classes"] == 4 and "num_classes" not in config["model_args"]
     card = (tmp_path / "x" / "README.md").read_text()
-    assert "script" not in card and "moving average" in card and "top1 0.5" in card and "random weights" in card
+    assert "script" not in card and "moving average" in card and "after 2 steps: top1 0.5" in card and "random weights" in card
     exported(step, tmp_path / "x", "--force")
     assert sorted(os.listdir(tmp_path / "x")) == ["config.json", "model.safetensors"]
     (tmp_path / "x" / "README.md").write_text("mine")
@@ -123,6 +125,12 @@ def test_onnx_as_a_folder_with_merged_adapters(adapted: Path, tmp_path: Path) ->
     with torch.no_grad():
         assert torch.allclose(run_onnx(tmp_path / "x" / "model.onnx", IMAGES)[0], model.eval()(IMAGES), atol=1e-4)
     exported(adapted, tmp_path / "x", "--format", "onnx", "--force")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("vit", "small")])
+def test_every_family_in_onnx(tmp_path: Path, name: str) -> None:
+    exported(made(tmp_path / "out", name), tmp_path / "x.onnx", "--format", "onnx", "--ema")
 
 
 def test_other_outputs_leave_what_was_there(
