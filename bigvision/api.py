@@ -9,9 +9,10 @@ Out come a `Result`, or an engine that takes steps, evaluates, saves and resumes
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,14 +30,16 @@ from bigvision.data.sources.base import Source
 from bigvision.data.sources.custom import MapDataset
 from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError, either, nearest
+from bigvision.launchers.evaluate import predict_subject
 from bigvision.launchers.ranks import Devices, check_parent, forked_ranks, fresh_ranks, place
 from bigvision.models import GivenModel, check_model, given_name
 from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
 from bigvision.tasks import Task, build_task, task_name
 from bigvision.training import Callback, Result
 from bigvision.training.build import build_model, take_folder, with_model, with_task, without_weights
-from bigvision.training.data import name_of_data, open_data
-from bigvision.training.run_folder import check_same_run, check_same_scale, data_facts
+from bigvision.training.data import name_of_data, open_data, prepare_task
+from bigvision.training.prediction import Prediction
+from bigvision.training.run_folder import check_same_run, check_same_scale, data_facts, why_other_tensors
 from bigvision.training.saving import new_saver, progress_of
 
 Recipe = str | Path | Mapping[str, Any] | Config | None
@@ -201,8 +204,12 @@ class Engine:
         self._facts: dict[str, Any] | None = None
         """The fingerprints of the data, where they are known."""
         self._classes: list[str] = []
+        self._about: dict[str, Any] = {}
+        """What the task has to know of the training data."""
         if objects.data_named:
             self._take_data(objects)
+        if not self._classes and (outputs := self.config.model.num_classes) is not None:
+            all_or_none(lambda: self._task.prepare([str(label) for label in range(outputs)], {}))
         found = self._find(None if resume is True else resume) if resume else None
         config = self.config if found is None else without_weights(self.config)
         all_or_none(lambda: check_model(config.model, model))
@@ -213,8 +220,12 @@ class Engine:
         )  # fmt: skip
         if self._classes:
             self._card["label_names"] = self._classes
+        if self._about:
+            self._card["task"] = self._about
         self._stack.callback(self.engine.close)
         self._savers: dict[Path, checkpoint.Saver] = {}
+        self._holds_averages = False
+        """Whether the averaged weights are in the place of the weights."""
         height, width = blueprint.image_size
         self.image_size: int | tuple[int, int] = height if height == width else (height, width)
         """The side of a square, or height and width."""
@@ -234,7 +245,7 @@ class Engine:
         Args:
             images: (B, C, H, W), B being ``train.global_batch`` / data-parallel ranks: uint8, which are normalised on the
                 device, or floating-point numbers, which are taken as they are. Or a whole `bigvision.data.Batch`.
-            labels: int64 (B,).
+            labels: int64 (B,); for other tasks what their loss takes, such as several numbers, (B, ...).
 
         Returns:
             The loss and gradient norm over all ranks, as 0-D tensors on the device.
@@ -243,7 +254,8 @@ class Engine:
             UserError: another number of samples than ``train.global_batch`` says; or ``train.deterministic`` and an operation
                 without a deterministic form.
         """
-        batch = _batch(images, labels)
+        self._check_weights()
+        batch = _batch(images, labels, self._task)
         expected = self.config.train.global_batch
         if len(batch) * self.runtime.data_ranks != expected:
             raise UserError(
@@ -257,7 +269,24 @@ class Engine:
         """Measure this rank's samples, as many on each rank. Add up what is returned, and ask it for its ``means()``."""
         self.engine.synchronize()
         with operations_named():
-            return self.engine.eval_step(_batch(images, labels).whole())
+            return self.engine.eval_step(_batch(images, labels, self._task).whole())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Evaluate with the averaged weights: ``with engine.averaged(): engine.eval_step(...)``. Called on every rank.
+
+        The weights are back afterwards, bit for bit; until then, and after an error inside, the engine only evaluates.
+
+        Raises:
+            UserError: this engine keeps no average: ``ema.decay`` is null.
+        """
+        self._check_weights()
+        if self.engine.ema is None:
+            raise UserError("ema.decay: null keeps no average of the weights: give one, such as ema={'decay': 0.9999}")
+        self._holds_averages = True
+        with self.engine.averaged():
+            yield
+        self._holds_averages = False
 
     def save(self, out: str | Path | None = None, metrics: dict[str, float] | None = None) -> Path:
         """Save a checkpoint in the folder *out* (the configuration's by default), and return its step folder.
@@ -273,6 +302,7 @@ class Engine:
             UserError: another run or engine writes in the folder, or it cannot be written.
             RankFailure: it could not be written; the same on every rank.
         """
+        self._check_weights()
         folder, keep = Path(out or self.config.out), self.config.checkpoint
         if folder not in self._savers:
             take_folder(folder, self.runtime, self._stack, self._say)
@@ -300,9 +330,14 @@ class Engine:
             UserError: it is not valid, of another model, or was trained on other data or classes than this engine was given
                 and ``checkpoint.allow`` does not name them.
         """
+        self._check_weights()
         if (found := self._find(folder)) is not None:
             self._restore(found)
         return self.step
+
+    def _check_weights(self) -> None:
+        if self._holds_averages:
+            raise UserError("bigvision.Engine: it holds the averaged weights: leave the block of averaged() first")
 
     def _take_data(self, objects: Objects) -> None:
         """Record the data that the caller or the recipe names. What the recipe names need not be there: nothing reads it."""
@@ -317,6 +352,7 @@ class Engine:
                 raise
             self._say(f"checkpoints do not record the data: {error}")
             return
+        self._about = prepare_task(self.config, data, self.runtime, {})
         self._facts, self._classes = data_facts(self.config, data, self.runtime), list(data.train.classes)
 
     def _find(self, folder: str | Path | None) -> checkpoint.Checkpoint | None:
@@ -337,12 +373,16 @@ class Engine:
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         check_same_scale(found, self.config)
-        found = found.restore_or_older(list(self.engine.fragments()), self._say, self._accept)
+        why = partial(why_other_tensors, config=self.config)
+        found = found.restore_or_older(list(self.engine.fragments()), self._say, self._accept, why)
         self.engine.restored(found.progress["scalars"])
         if self._facts is None:
             # Nobody has said that they are others.
             self._facts = found.progress.get("data")
             self._card |= {name: names for name, names in found.card.items() if name == "label_names"}
+        if about := found.card.get("task"):
+            self._card["task"] = about
+            self._task.prepare(self._card.get("label_names", []), about)
 
     def close(self) -> None:
         """Release the model. The last engine of a process that closes leaves the other ranks."""
@@ -360,14 +400,44 @@ class Engine:
             print(text)
 
 
-def _batch(images: Tensor | Batch | StepBatch, labels: Tensor | None) -> Batch | StepBatch:
+def _batch(images: Tensor | Batch | StepBatch, labels: Tensor | None, task: Task) -> Batch | StepBatch:
     if isinstance(images, Batch | StepBatch):
         return images
-    if labels is None or images.ndim != 4 or labels.shape != images.shape[:1]:
+    single = task.target == "label" and (labels is None or labels.ndim != 2)
+    if labels is None or images.ndim != 4 or labels.shape[:1] != images.shape[:1] or (single and labels.ndim != 1):
         got = f"{tuple(images.shape)} and {None if labels is None else tuple(labels.shape)}"
-        raise UserError(f"images, labels: got {got}: give images (B, C, H, W) and int64 labels (B,)")
+        wanted = "int64 labels (B,)" if task.target == "label" else "targets (B, ...)"
+        raise UserError(f"images, labels: got {got}: give images (B, C, H, W) and {wanted}")
     count = len(labels)
-    return Batch(images, labels.long(), torch.arange(count), torch.ones(count, dtype=torch.bool))
+    return Batch(images, labels.long() if single else labels, torch.arange(count), torch.ones(count, dtype=torch.bool))
+
+
+def predict(
+    model: str | Path, images: str | Path | Source | MapDataset, *, out: str | Path | None = None, top_k: int = 1,
+    tta: str = "none", ema: bool = False, **keys: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Predict images, on this process or on the launcher's ranks, and return a row for each, in their order.
+
+    ``bigvision.predict("runs/pets/step-00000023", "photos", top_k=3)``
+
+    Args:
+        model: a step folder of a run, or a timm name, which is taken with its pretrained weights.
+        images: a folder of images in any layout, an image, a dataset's name as in ``data.val``, or a dataset of your own.
+        out: a table (.csv, .json, .jsonl, .parquet), or a folder for masks. Then the rows are there, and none are returned.
+        top_k: how many choices a row has, with their probabilities.
+        tta: "flip" averages over an image and its mirror image.
+        ema: take the averaged weights of the checkpoint.
+        keys: dotted keys that go before those of the run, such as ``**{"parallel.device": "cpu"}``.
+
+    Returns:
+        On rank 0 rows of ``sample``, ``prediction``, what the task adds, and ``error``: why an image could not be read.
+
+    Raises:
+        UserError: what was asked for cannot be done; the same on every rank.
+    """
+    asked = Prediction(images, None if out is None else Path(out).expanduser(), top_k, tta)
+    flags = [part for name, value in keys.items() for part in (f"--{name}", str(value))]
+    return predict_subject(str(model), flags, asked, ema, lambda line: None)
 
 
 def train(

@@ -18,18 +18,21 @@ USAGE = """usage: bigvision COMMAND ...
   train [RECIPE.yaml] [--section.key value ...]   train; without a recipe, the handwritten digits
   ray [RECIPE.yaml] [--workers N] ...             train on Ray's workers
   submit --to local|slurm|k8s RECIPE.yaml ...     hand a run to this machine, to Slurm or to Kubernetes
-  eval STEP_FOLDER [--ema] [--section.key value ...]  print a checkpoint's validation metrics, or its average's
+  eval STEP_FOLDER [--ema] [--report FILE] [--section.key value ...]
+                                                  print a checkpoint's validation metrics, or its average's; the report has
+                                                  those of each class, a confusion matrix, ...
   eval MODEL --data.val DATASET ...               print those of a timm model with its pretrained weights
+  predict STEP_FOLDER|MODEL IMAGES --out FILE     write what a model predicts for a folder of images or a dataset
   convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights
   export STEP_FOLDER OUT [--format timm|hf|onnx]  write a checkpoint's weights for other tools, and run them
   recipe from-timm ARGS.yaml [--ranks N] [--out FILE]  turn the options of timm's train.py into a recipe
   checkpoint list|verify|diff|prune ...           look at checkpoints, check, compare and remove them
 
 --resume X is another spelling of --checkpoint.resume X; --deepspeed FILE and --deepspeed_config FILE are others of
---parallel.deepspeed FILE. train and eval both run under every launcher of docs/launching.md.
+--parallel.deepspeed FILE. train, eval and predict run under every launcher of docs/launching.md.
 More: bigvision COMMAND --help. Versions, for a report: bigvision --version."""
 
-COMMANDS = ("train", "eval", "ray", "submit", "convert", "export", "recipe", "checkpoint")
+COMMANDS = ("train", "eval", "predict", "ray", "submit", "convert", "export", "recipe", "checkpoint")
 GRACE = 5.0
 """Seconds that a silent rank leaves to the one that reports a mistake."""
 
@@ -81,14 +84,18 @@ def run(command: str, arguments: list[str]) -> int:
 
         return submit.run(_with_our_spelling(arguments))
     if command == "eval":
-        from bigvision.launchers import commands as evaluation
+        from bigvision.launchers import evaluate
 
         main_rank = _rank() == 0
-        metrics = evaluation.run(
-            _with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None
-        )
+        metrics = evaluate.run(_with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None)
         if main_rank:
             print(json.dumps(metrics))
+        return Exit.DONE
+    if command == "predict":
+        from bigvision.launchers import evaluate as prediction
+
+        main_rank = _rank() == 0
+        prediction.run_predict(_with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None)
         return Exit.DONE
     if command == "convert":
         from bigvision.models import convert

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from bigvision import train
 from bigvision.config import check_batches, load_config
@@ -41,6 +43,15 @@ def test_each_suits_8_ranks(path: Path) -> None:
     assert config.out == f"checkpoints/{path.stem}"
 
 
+def write_masks(root: Path) -> None:
+    """A mask with the ids 0 to 2 beside each image."""
+    pixels = np.random.default_rng(1)
+    for image in list(root.rglob("images/*")):
+        mask = image.parents[1] / "masks" / f"{image.stem}.png"
+        mask.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels.integers(0, 3, (64, 64), dtype=np.uint8)).save(mask)
+
+
 def first_steps(path: Path, flags: list[str]) -> list[float]:
     config = load_config(path, flags)
     train(config)
@@ -50,6 +61,7 @@ def first_steps(path: Path, flags: list[str]) -> list[float]:
 @pytest.mark.parametrize("path", FILES)
 def test_each_takes_its_first_steps(tmp_path: Path, path: Path) -> None:
     asked = load_config(path)
+    segments = asked.task.name == "segment"
     flags: dict[str, Any] = {
         "out": tmp_path / "out", "train.steps": 2, "train.global_batch": 12, "train.micro_batch": 6, "train.eval_every": 2,
         "checkpoint.every": 2, "data.workers": 0, "parallel.device": "cpu", "monitor.every": 1, "monitor.progress": "false",
@@ -59,12 +71,20 @@ def test_each_takes_its_first_steps(tmp_path: Path, path: Path) -> None:
         flags |= dict.fromkeys(("data.train", "data.val"), f"volumes:{tmp_path / 'data'}?slices=5")
     elif path.stem != "digits":
         for part in ("train", "val"):
-            write_photos(tmp_path / "data" / part, {"cat": 12, "dog": 12})
+            write_photos(tmp_path / "data" / part, {"images": 12} if segments else {"cat": 12, "dog": 12}, (64, 64))
+        if segments:
+            write_masks(tmp_path / "data")
+            flags |= {"task.decoder_options": "{decoder_channels: 16}", "model.sync_batchnorm": "false"}
         flags |= dict.fromkeys(("data.train", "data.val"), f"imagefolder:{tmp_path / 'data'}")
         name, options = next(small for begin, small in SMALL.items() if asked.model.name.startswith(begin))
         kept = ", ".join(f"{key}: {value}" for key, value in asked.model.options.items() if key not in options)
         options = options if not kept else f"{options[:-1]}, {kept}}}"
-        flags |= {"model.name": name, "model.image_size": 32, "model.options": options, "model.pretrained": "false"}
+        flags |= {
+            "model.name": name,
+            "model.image_size": 64 if segments else 32,
+            "model.options": options,
+            "model.pretrained": "false",
+        }
     given = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
     (found,) = run_ranks(first_steps, 1, path, given)
     assert len(found) >= 2 and all(0 < loss < 10 for loss in found)

@@ -1,11 +1,11 @@
-"""Values that no run can have, and how a global batch is cut into the micro-batches of each rank."""
+"""Values that no run can have; how a global batch is cut into the micro-batches of each rank; the size of a step's images."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -15,9 +15,11 @@ from bigvision.config.schema import (
     SCHEDULE_KEYS,
     SPLIT_BACKWARD,
     Config,
+    DataConfig,
     LoraConfig,
     OptimConfig,
     ParallelConfig,
+    ResizeConfig,
     TaskConfig,
 )
 from bigvision.config.values import get, parse_size, spell
@@ -25,16 +27,16 @@ from bigvision.errors import UserError, either, nearest
 
 WHOLE = {
     "lamb": ("scales each step by norms of whole tensors", ("ddp", "fsdp", "pipeline")),
-    "adafactor": ("factors the second moments of whole matrices", ("ddp",)),
-    "muon": ("orthogonalises whole matrices", ("ddp",)),
+    "adafactor": ("factors the second moments of whole matrices", ("ddp", "pipeline")),
+    "muon": ("orthogonalises whole matrices", ("ddp", "fsdp", "pipeline")),
 }
 """The optimizers that are not elementwise: what they need whole, and the strategies that have it."""
 LOWEST = {
     "seed": 0, "data.workers": 0, "parallel.replicas": 1, "parallel.stages": 2, "parallel.stages_per_rank": 1,
     "parallel.microbatches": 1, "train.global_batch": 1, "train.micro_batch": 1, "train.steps": 0, "train.eval_every": 1,
     "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 1, "monitor.every": 1, "model.num_classes": 1,
-    "data.max_pixels": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.min_lr": 0,
-    "optim.lr_base_size": 1, "task.label_smoothing": 0,
+    "data.max_pixels": 1, "data.balance": 0, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.min_lr": 0,
+    "optim.lr_base_size": 1, "task.label_smoothing": 0, "task.ignore": 0,
     "task.mixup": 0, "task.cutmix": 0, "model.drop_path": 0, "data.jitter": 0, "data.erase": 0, "data.repeats": 1,
     "data.shuffle_block": 1, "data.shuffle_window": 1, "data.bad_budget": 0, "faults.nonfinite": 0,
     "faults.digest_every": 1, "ema.every": 1, "faults.same_crash": 1, "faults.restarts": 0,
@@ -51,13 +53,21 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.betas": (lambda pair: all(0 <= value < 1 for value in pair), "from 0 to below 1"),
     "ema.decay": (lambda value: 0 <= value < 1, "from 0 to below 1; null keeps no average"),
     "optim.momentum": (lambda value: 0 <= value < 1, "from 0 to below 1"),
-    "model.image_size": (
-        lambda size: min(size if isinstance(size, tuple) else (size,)) >= 1,
-        "a number of pixels from 1 on, or two: [height, width]",
+    **dict.fromkeys(
+        ("model.image_size", "data.val_size"),
+        (
+            lambda size: min(size if isinstance(size, tuple) else (size,)) >= 1,
+            "a number of pixels from 1 on, or two: [height, width]",
+        ),
     ),
     "data.image_range": (lambda ends: -math.inf < ends[0] < ends[1] < math.inf, "two finite numbers, the smaller first"),
     "data.crop_scale": (lambda ends: 0 < ends[0] <= ends[1] <= 1, "two shares above 0, the smaller first"),
     "data.erase": (lambda value: value <= 1, "a share, at most 1"),
+    "data.balance": (lambda value: value <= 1, "at most 1"),
+    "task.class_weights": (
+        lambda value: isinstance(value, str) or (all(0 <= one < math.inf for one in value) and any(value)),
+        "balanced, a file, or finite numbers from 0 on, not all of them 0",
+    ),
     "optim.clip": (lambda value: value > 0, "above 0; null does not clip"),
     "optim.gamma": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "optim.milestones": (
@@ -74,11 +84,23 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.layer_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1; null: one rate for all"),
 }
 """What other keys must be where they are not null."""
+Size = tuple[int, int]
+"""height and width in pixels"""
 MIXING = ("mixup", "cutmix", "mix_each")
 TASK_KEYS: dict[str, tuple[str, ...]] = {
-    "classify": ("label_smoothing", *MIXING),
+    "classify": ("loss", "label_smoothing", "class_weights", *MIXING),
+    "multilabel": ("loss", *MIXING),
+    "regress": ("loss", "standardize"),
+    "segment": ("loss", "decoder", "decoder_options", "ignore"),
 }
 """The tasks, and the keys of `task` that each has a use for."""
+LOSSES: dict[str, tuple[str, ...]] = {
+    "classify": ("ce", "bce"),
+    "multilabel": ("bce", "asymmetric"),
+    "regress": ("l2", "l1", "huber"),
+    "segment": ("ce", "dice", "ce+dice"),
+}
+"""The values of `task.loss` that each task has; null is the first."""
 PIPELINE_KEYS = ("stages", "stages_per_rank", "microbatches", "schedule")
 """Keys of `parallel` that only a pipeline has a use for."""
 SHARDED_KEYS = ("replicas", "reshard", "scatter")
@@ -144,6 +166,11 @@ def check_batches(config: Config, ranks: int, stages: int) -> None:
             f"parallel.replicas: {parallel.replicas}, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
             f"which sharded stages do not allow: use {ranks} for whole copies of each stage, or the schedule interleaved"
         )
+    if config.optim.name == "adafactor" and parallel.strategy == "pipeline" and parallel.replicas != ranks:
+        raise UserError(
+            f"optim.name: adafactor {WHOLE['adafactor'][0]}, but with parallel.replicas: {parallel.replicas} each of the "
+            f"{ranks} ranks of a stage has some rows of them: use parallel.replicas {ranks} for whole copies, or adamw"
+        )
     size, share = micro_batch(config, ranks, stages), config.train.global_batch // ranks
     whole = 2 * config.data.repeats
     if (config.task.mixup or config.task.cutmix) and (share % whole or (size < share and size % whole)):
@@ -170,6 +197,32 @@ def check_batches(config: Config, ranks: int, stages: int) -> None:
         )
 
 
+def pair(size: int | Size) -> Size:
+    """Height and width of *size*, which may be the side of a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def other_sizes(data: DataConfig) -> dict[str, Size]:
+    """The image sizes that a run has beside ``model.image_size``, by the key that asks for each."""
+    stages = enumerate(data.resize_schedule)
+    sizes = {f"data.resize_schedule[{place}].image_size": pair(stage.image_size) for place, stage in stages}
+    return sizes | ({} if data.val_size is None else {"data.val_size": pair(data.val_size)})
+
+
+def train_size(data: DataConfig, last: Size, step: int, steps: int) -> Size:
+    """Of the images of the step that follows *step* of a run's *steps*; *last* is the size after ``data.resize_schedule``.
+
+    A function of the position alone, so that a run resumes with the size that it would have had.
+    """
+    stage = next((stage for stage in data.resize_schedule if step < stage_end(stage, steps)), None)
+    return last if stage is None else pair(stage.image_size)
+
+
+def stage_end(stage: ResizeConfig, steps: int) -> int:
+    """The number of steps after which *stage* is over, in a run of *steps*."""
+    return round(stage.until if stage.until >= 1 else stage.until * steps)
+
+
 def check(config: Config) -> None:
     """Values that no run can have. What depends on ranks, model or data is checked where those are known."""
     for key, lowest in LOWEST.items():
@@ -181,6 +234,10 @@ def check(config: Config) -> None:
         if value is not None and not fits(value):
             raise UserError(f"{key}: {spell(value) if isinstance(value, tuple) else value} must be {text}")
     _check_task(config.task)
+    if config.data.balance and config.task.name in ("multilabel", "regress", "segment"):
+        raise UserError(
+            f"data.balance: {config.data.balance}, but task.name: {config.task.name} has no class for each sample: use 0"
+        )
     _check_rate(config.optim, config.train.global_batch)
     for place, group in enumerate(config.optim.groups):
         if not 0 < group.lr_scale < math.inf:
@@ -190,6 +247,7 @@ def check(config: Config) -> None:
             )
         if group.weight_decay is not None and not 0 <= group.weight_decay < math.inf:
             raise UserError(f"optim.groups[{place}].weight_decay: {group.weight_decay} must be a finite number from 0 on")
+    _check_resize(config.data.resize_schedule)
     parallel = config.parallel
     what, fits = WHOLE.get(config.optim.name, ("", (parallel.strategy,)))
     if parallel.strategy not in fits:
@@ -270,6 +328,21 @@ def _check_rate(optim: OptimConfig, global_batch: int) -> None:
         )
 
 
+def _check_resize(stages: Sequence[ResizeConfig]) -> None:
+    """Raise `UserError` for stages that no run can have, or that never begin."""
+    before = 0.0
+    for place, stage in enumerate(stages):
+        key = f"data.resize_schedule[{place}]"
+        if min(pair(stage.image_size)) < 1:
+            raise UserError(f"{key}.image_size: {spell(stage.image_size)} must be a number of pixels from 1 on, or two")
+        if not before < stage.until < math.inf or (stage.until < 1) != (stages[0].until < 1):
+            raise UserError(
+                f"{key}.until: {stage.until:g} must be above {before:g}, where it begins, and all of them shares of all steps "
+                "(below 1) or all numbers of steps (1 and above); after the last one images are of model.image_size"
+            )
+        before = stage.until
+
+
 def _check_schedule(parallel: ParallelConfig) -> None:
     """Settings of a pipeline that contradict each other."""
     several, count = parallel.schedule not in ONE_STAGE, parallel.stages_per_rank
@@ -295,9 +368,11 @@ def _check_task(task: TaskConfig) -> None:
         raise UserError(f"task.name: unknown task {task.name!r}{hint}; a task of your own is given from Python")
     taken = MIXING if own else TASK_KEYS[task.name]
     for field in fields(TaskConfig):
-        if field.name not in ("name", *taken) and getattr(task, field.name) != field.default:
+        if field.name not in ("name", *taken) and getattr(task, field.name) != getattr(TaskConfig(), field.name):
             users = [name for name, keys in TASK_KEYS.items() if field.name in keys]
             raise UserError(
                 f"task.{field.name}: {getattr(task, field.name)}, but task.name: {task.name} has no use for it, only "
                 f"{' and '.join(users)}: leave it out"
             )
+    if task.loss is not None and task.loss not in LOSSES[task.name]:
+        raise UserError(f"task.loss: {task.loss}, but task.name: {task.name} has {either(LOSSES[task.name])}: use one of them")

@@ -32,6 +32,8 @@ class ModelConfig:
     trainable: str | tuple[str, ...] = "all"
     """What is trained, the rest keeps its values: all, head (timm's classifier), last:N (the head and the last N layers, as
     optim.layer_decay counts them), or a list of names as in optim.groups, such as [head, '*.norm?']."""
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The format in which what is not trained is held and saved. bf16 halves it; weights of BatchNorm and LSTMs stay fp32."""
     lora: LoraConfig | None = None
     """Low-rank adapters (Hu et al. 2021) beside linear layers, e.g. {rank: 8, alpha: 16, targets: ['*.qkv', '*.mlp']}. All else
     is frozen but the head, or what trainable names ([]: only adapters). targets: layers or modules with some, patterns as in
@@ -47,7 +49,23 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     name: str = "classify"
-    """What is learned: classify (one class for each image). A task of your own is given from Python."""
+    """What is learned: classify (one class for each image), multilabel (any number of classes), regress (numbers), segment (a
+    class for each pixel). A task of your own is given from Python."""
+    loss: Literal["ce", "bce", "asymmetric", "l2", "l1", "huber", "dice", "ce+dice"] | None = None
+    """classify: ce (cross-entropy) or bce (binary, of each class). multilabel: bce or asymmetric (Ridnik et al. 2021). regress:
+    l2, l1 or huber. segment: ce, dice (of each sample) or ce+dice. null takes the first of these."""
+    class_weights: str | tuple[float, ...] | None = None
+    """classify: weights of the classes in the training loss: a number for each, balanced (the rarer, the heavier), or a file
+    with a number on each line, or JSON. The loss is divided by the sum of the global batch's weights."""
+    standardize: bool = True
+    """regress: learn each number less its mean over the training data and divided by its standard deviation there."""
+    decoder: Literal["fpn", "upernet", "unet", "dpt"] = "fpn"
+    """segment: what is built around the backbone (segmentation_models_pytorch; bigvision[segment]). dpt is for ViTs, the others
+    for models with several scales."""
+    decoder_options: dict[str, Any] = field(default_factory=dict)
+    """segment: its arguments, such as {decoder_pyramid_channels: 128, decoder_dropout: 0.0}."""
+    ignore: int = 255
+    """segment: the id in masks that stands for no label."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the target (Szegedy et al. 2016), in training only."""
     mixup: float = 0.0
@@ -56,6 +74,14 @@ class TaskConfig:
     """Put a rectangle of one image into another (Yun et al. 2019), often 1.0; with mixup each pair gets one of the two."""
     mix_each: Literal["pair", "batch"] = "pair"
     """How often it is drawn how to mix: for each pair of samples, or once for each step."""
+
+
+@dataclass(frozen=True)
+class ResizeConfig:
+    """One entry of `data.resize_schedule`."""
+
+    until: float
+    image_size: int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -73,6 +99,12 @@ class DataConfig:
     """Folder of the datasets that torchvision downloads."""
     augment: bool = True
     """Random crops, shifts and flips that fit the dataset; false feeds the training images as the evaluation ones."""
+    resize_schedule: tuple[ResizeConfig, ...] = ()
+    """Progressive resizing: smaller or larger training images in the first steps, e.g. [{until: 0.4, image_size: 128}, {until:
+    0.8, image_size: 160}]. until: share of all steps (below 1) or number of steps (1 and above); then model.image_size."""
+    val_size: int | tuple[int, int] | None = None
+    """Size of the images in evaluations, such as 224 for a model that trains at 176 (Touvron et al. 2019, FixRes); null:
+    model.image_size."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Least and largest share of a photo's area that a random crop takes."""
     policy: Literal["none", "randaugment", "autoaugment", "trivialaugment", "three-augment"] = "none"
@@ -81,6 +113,9 @@ class DataConfig:
     """Random change of brightness, contrast and saturation, and a quarter of it of hue; often 0.3."""
     erase: float = 0.0
     """How often a random rectangle is erased (Zhong et al. 2020), e.g. 0.25."""
+    balance: float = 0.0
+    """classify: see classes in proportion to their samples to the power of 1 - balance: 1 all equally often, 0.5 in proportion
+    to the square root, 0 as they are."""
     repeats: int = 1
     """Repeated augmentation (Hoffer et al. 2020): each sample this often in a row, and an epoch of fewer samples."""
     shuffle_block: int = 1
@@ -113,8 +148,8 @@ class GroupConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "sgd", "lion", "lamb", "adafactor", "muon"] = "adamw"
-    """adamw, sgd, lion: every strategy. lamb needs whole tensors: ddp, fsdp, pipeline. adafactor, muon need whole
-    matrices: ddp."""
+    """adamw, sgd, lion: every strategy. lamb, which takes norms of whole tensors, and muon, which needs whole matrices: ddp,
+    fsdp, pipeline. adafactor: ddp, and pipeline with whole copies of each stage."""
     lr: float = 1e-3
     """Peak learning rate, of a global batch of lr_base_size samples where that is given."""
     lr_base_size: int | None = None
@@ -258,8 +293,8 @@ class CheckpointConfig:
     keep: int = 3
     """Newest valid checkpoints kept in the output folder."""
     keep_best: str | None = None
-    """A metric (loss, top1, top5, ema_top1, ...): a step whose evaluation is the best so far is saved, and the best one is kept
-    too."""
+    """A metric (loss, top1, map, r2, ema_top1, ...): a step whose evaluation is the best so far is saved, and the best one is
+    kept too."""
     keep_every: int | None = None
     """Checkpoints of steps that this divides are kept too."""
     resume: str = "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepRes
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint
+from bigvision.models.formats import hold_frozen
 from bigvision.optim import group_table, learning_rate
 from bigvision.runtime import Runtime
 from bigvision.samples import Targets, each_tensor, seed_from
@@ -91,6 +92,8 @@ class Engine:
         self.parts = [self.module]
         if config.model.sync_batchnorm:
             self.notes += synchronize_norms(self.module, runtime)
+        if config.model.frozen_dtype == "bf16":
+            self.notes.append(hold_frozen(self.module, self.input_shape))
         self.module.train()
         self._build(blueprint, [block.module for block in blocks])
         self._set_mode(training=True)
@@ -110,7 +113,7 @@ class Engine:
             spread = shard(self.module, self.parts, blocks, config, self.computing.dtype, runtime)
         else:
             spread = replicate(self.module, self.parts, runtime)
-        self.stepper = NativeStep(spread, blueprint, config, runtime, self.restoring)
+        self.stepper = NativeStep(spread, blueprint, config, runtime, self.restoring, self.trains)
         if not sharded and runtime.world_size > 1 and self.trains:
             self._set_mode(training=True)  # frozen norms
             layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
@@ -171,7 +174,7 @@ class Engine:
 
     def _weighed(self, batch: Batch | StepBatch) -> tuple[Batch | StepBatch, Tensor | int]:
         """*batch* and what the losses of the global batch are divided by: its samples, or the sum of the task's weights."""
-        if type(self.task).weight is Task.weight:
+        if not self.task.weighed:
             return batch, len(batch) * self.runtime.data_ranks
         # The first backward pass needs the sum: all of a rank's samples are waited for.
         batch = self._on_device(batch.whole())
@@ -256,15 +259,35 @@ class Engine:
         """Return metrics of all ranks' batches. Every rank calls it with as many samples; padding is not counted."""
         self._set_mode(training=False)
         with torch.no_grad(), no_autocast(self.runtime.device):
-            totals = reduce_with(self.requests, self._measure(self._on_device(batch)))
+            sums = torch.zeros(self.task.sums + 1, dtype=torch.float64, device=self.runtime.device)
+            self._evaluate(self._on_device(batch), lambda outputs, part: sums.add_(self._measured(outputs, part)))
+            totals = reduce_with(self.requests, sums)
         count, rows, self._rows = self.task.sums, tuple(self._rows), []
         return Metrics(self.task, totals[:count], totals[count], Record(totals[count + 1 :]), rows)
 
-    def _measure(self, batch: Batch) -> Tensor:
-        """The sums that the task measures over this rank's samples, and their number, float64 (sums + 1,)."""
-        return self._measured(self.forward(self._inputs(batch)), batch)
+    def predict_step(self, batch: Batch, mirrored: bool = False) -> list[Any]:
+        """Return the task's scores of this rank's samples, in parts; nothing on a rank that has no outputs.
+
+        Every rank calls it with as many samples. Scores are the mean over the image and its mirror image where *mirrored*.
+        """
+        self._set_mode(training=False)
+        found: list[Any] = []
+        with torch.no_grad(), no_autocast(self.runtime.device):
+            batch = self._on_device(batch)
+            self._evaluate(batch, lambda outputs, part: found.append(self.task.scores(outputs)))
+            if mirrored:
+                others: list[Any] = []
+                batch = replace(batch, images=batch.images.flip(-1))
+                self._evaluate(batch, lambda outputs, part: others.append(self.task.mirrored(self.task.scores(outputs))))
+                found = [(one + other) / 2 for one, other in zip(found, others, strict=True)]
+        return found
+
+    def _evaluate(self, batch: Batch, take: Callable[[Any, Batch], object]) -> None:
+        """Pass *batch* forward, and *take* its outputs, or those of one part after the other, where there are any."""
+        take(self.forward(self._inputs(batch)), batch)
 
     def _measured(self, outputs: Any, batch: Batch) -> Tensor:
+        """The sums that the task measures over samples, and their number, float64 (sums + 1,)."""
         sums = self.task.measure(outputs, batch.targets, batch.valid)
         if self.task.keeps_rows:
             ids = torch.where(batch.valid, batch.ids.double(), math.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from bigvision.engine.parallelize import Spread
 from bigvision.engine.state import Statistics, allocate, average, fill, local_tensor, model_fragments, optimizer_fragments
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
+from bigvision.muon import Muon
 from bigvision.optim import allocate_state, build_optimizer, parameter_groups, state_layout, step_counters
 from bigvision.runtime import Runtime, gather_rows
 from bigvision.tasks import Task
@@ -127,22 +129,22 @@ class Metrics:
         return Metrics(self.task, self.sums + other.sums, self.count + other.count, rows=self.rows + other.rows)
 
     def means(self) -> dict[str, float]:
-        """The task's metrics; NaN where there is no sample. Where it keeps rows, every rank calls this together."""
-        return self.task.compute(*self._all)
+        """The task's metrics; NaN where there is no sample. Where they are made of rows (see `Task.means_need_rows`), every
+        rank calls this together."""
+        return self.task.compute(self.sums.cpu(), self.count.item(), self._all_rows if self.task.means_need_rows else None)
 
     def report(self, classes: Sequence[str]) -> dict[str, Any]:
-        """What the task says beyond :meth:`means`; called likewise."""
-        return self.task.report(*self._all, classes)
+        """What the task says beyond :meth:`means`. Where it keeps rows, every rank calls this together."""
+        return self.task.report(self.sums.cpu(), self.count.item(), self._all_rows, classes)
 
     @cached_property
-    def _all(self) -> tuple[Tensor, float, Tensor | None]:
-        rows = None
-        if self.task.keeps_rows:
-            # Of a sample that is not valid the id is not a number.
-            mine = torch.cat(self.rows).cpu() if self.rows else torch.empty(0, 0, dtype=torch.float64)
-            rows = gather_rows(mine[~mine[:, :1].isnan().any(1)])
-            rows = rows[rows[:, 0].argsort(), 1:]
-        return self.sums.cpu(), self.count.item(), rows
+    def _all_rows(self) -> Tensor | None:
+        if not self.task.keeps_rows:
+            return None
+        # Of a sample that is not valid the id is not a number.
+        mine = torch.cat(self.rows).cpu() if self.rows else torch.empty(0, 0, dtype=torch.float64)
+        rows = gather_rows(mine[~mine[:, :1].isnan().any(1)])
+        return rows[rows[:, 0].argsort(), 1:]
 
     @property
     def requests(self) -> set[str]:
@@ -153,8 +155,11 @@ class Metrics:
 class NativeStep:
     """Steps the tensors that a `Spread` gives to this rank with an optimizer of torch's or timm's."""
 
-    def __init__(self, spread: Spread, blueprint: Blueprint, config: Config, runtime: Runtime, restored: bool) -> None:
-        """Give the model, still on meta, storage and first values (but not where it will be *restored*); make the optimizer."""
+    def __init__(
+        self, spread: Spread, blueprint: Blueprint, config: Config, runtime: Runtime, restored: bool, trains: bool = True
+    ) -> None:
+        """Give the model, still on meta, storage and first values (but not where it will be *restored*); make the optimizer,
+        which has state only where the engine *trains*."""
         self.spread, self.config, self.runtime = spread, config, runtime
         self.scale = LossScale(config.parallel.precision, runtime.device)
         for part in spread.parts:
@@ -163,8 +168,8 @@ class NativeStep:
                 # FSDP pads its shards now, once they have storage: it would replace them in the first forward pass.
                 part._get_fsdp_state()._lazy_init()
         self.held = held = spread.held()
-        # Sharded tensors cost a fused step five times the host time of plain ones; an optimizer that takes norms of whole
-        # tensors needs them all the same.
+        # Sharded tensors cost a fused step five times the host time of plain ones; an optimizer that needs whole tensors gets
+        # them all the same.
         whole = config.optim.name in WHOLE
         stepped = {name: p if whole or local_tensor(p) is p else local_tensor(p).detach() for name, p in held.items()}
         self.local = [(tensor, held[name]) for name, tensor in stepped.items() if tensor is not held[name]]
@@ -172,9 +177,10 @@ class NativeStep:
         groups = parameter_groups(spread.module, optim.weight_decay, optim.layer_decay, stepped, optim.groups)
         self.optimizer: Optimizer = build_optimizer(groups, optim)
         self.fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # decides on the device whether to step
-        allocate_state(self.optimizer)
+        if trains:
+            allocate_state(self.optimizer)
         self.shapes = {name: tuple(p.shape) for name, p in spread.module.named_parameters() if p.requires_grad}
-        self.absent = state_layout(optim)
+        self.layout = functools.cache(functools.partial(state_layout, optim))
         fill(blueprint, config.seed, self.model_fragments(), spread.parts, runtime.device, restored)
         self.statistics = Statistics(spread.parts, runtime.device)
 
@@ -227,10 +233,14 @@ class NativeStep:
             optimizer.found_inf = skipped.float()
             optimizer.grad_scale = None if factor is None else factor.reciprocal().float()
             optimizer.step()
+            return
+        if factor is not None:
+            stepped = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+            torch._foreach_mul_([local_tensor(p.grad) for p in stepped if p.grad is not None], factor.float())
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.skipped = skipped
+            self.optimizer.step()
         elif not bool(skipped):  # waits for the device
-            if factor is not None:
-                stepped = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-                torch._foreach_mul_([local_tensor(p.grad) for p in stepped if p.grad is not None], factor.float())
             self.optimizer.step()
 
     def _squared_norm(self) -> Tensor:
@@ -255,7 +265,7 @@ class NativeStep:
 
     def optimizer_fragments(self) -> Iterator[Fragment]:
         place = {name: self.spread.locate(parameter)[1:] for name, parameter in self.held.items()}
-        return optimizer_fragments(self.optimizer, self.shapes, place, self.absent)
+        return optimizer_fragments(self.optimizer, self.shapes, place, self.layout)
 
     def copies(self) -> Iterator[Fragment]:
         """What ranks hold alike beside the fragments."""

@@ -21,10 +21,9 @@ from bigvision.errors import UserError, nearest
 COMMANDS = ("from-timm",)
 UNLIKE: dict[str, tuple[Any, str]] = {
     "aug_splits": (0, "augmentation splits are not there"),
-    "bce_loss": (False, "the loss is cross-entropy"),
-    "bce_pos_weight": (None, "the loss is cross-entropy"),
-    "bce_sum": (False, "the loss is cross-entropy"),
-    "bce_target_thresh": (None, "the loss is cross-entropy"),
+    "bce_pos_weight": (None, "binary cross-entropy is the mean over the classes, with targets as they are"),
+    "bce_sum": (False, "binary cross-entropy is the mean over the classes, with targets as they are"),
+    "bce_target_thresh": (None, "binary cross-entropy is the mean over the classes, with targets as they are"),
     "bn_eps": (None, "BatchNorm's eps is the model's"),
     "bn_momentum": (None, "BatchNorm's momentum is the model's"),
     "class_map": ("", "write the classes in the order of their labels to a file, one on a line, and name it in data.classes"),
@@ -258,7 +257,8 @@ def _model(options: Options) -> dict[str, Any]:
 
 def _task(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     smoothing, mixup, cutmix = options.number("smoothing", 0.1), options.number("mixup", 0.0), options.number("cutmix", 0.0)
-    keys: dict[str, Any] = {"label_smoothing": smoothing}
+    keys: dict[str, Any] = {"loss": "bce"} if options.flag("bce_loss") else {}
+    keys["label_smoothing"] = smoothing
     mode = options.text("mixup_mode", "batch")
     if mixup or cutmix:
         keys |= {"mixup": mixup, "cutmix": cutmix, "mix_each": "batch" if mode == "batch" else "pair"}

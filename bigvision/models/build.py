@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, Literal
 
 import timm
@@ -16,7 +17,7 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from bigvision.config import LoraConfig, ModelConfig
+from bigvision.config import LoraConfig, ModelConfig, Size
 from bigvision.errors import UserError, one_line
 from bigvision.models import arguments, lora, weights
 from bigvision.models.arguments import GivenModel
@@ -28,14 +29,19 @@ Around = Callable[..., nn.Module]
 """What is called as `timm.create_model` is."""
 
 
-def model_card(module: nn.Module, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+def model_card(
+    module: nn.Module, image_size: Size, mean: Sequence[float], std: Sequence[float], val_size: Size | None = None
+) -> dict[str, Any]:  # fmt: skip
     """The content of ``config.json`` with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes this model.
 
     `module` is the timm model, on any device and sharded or not: only its attributes are read. `image_size` is height and width
-    in pixels; `mean` and `std` are those the images were normalised with. As in timm, the drop rates of training are left out.
+    in pixels, `val_size` that of evaluations where it is another; `mean` and `std` are those the images were normalised with.
+    As in timm, the drop rates of training are left out.
     """
     channels = getattr(module, "in_chans", len(mean))
     data = {"input_size": (channels, *image_size), "mean": tuple(mean), "std": tuple(std)}
+    if val_size is not None and val_size != image_size:
+        data["test_input_size"] = (channels, *val_size)
     with TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
         save_config_for_hf(module, str(path), data_config=data)
@@ -60,15 +66,16 @@ class Blueprint:
     outputs: int | None = None  # of the caller's own model; None where that cannot be known before it runs, and of timm's
 
     def __init__(
-        self, config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None
-    ) -> None:
-        loading: Loading = {}
+        self, config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None,
+        sizes: Mapping[str, Size] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        loading = Loading()
         if isinstance(model, nn.Module):
             self.arguments = {}
             self.module, self._first = _given(model)
         else:
-            create = around or timm.create_model
-            self.module, self.arguments, self._first = _construct(config, num_classes or 0, model, create, loading)
+            create, flexible = around or timm.create_model, bool(sizes)
+            self.module, self.arguments, self._first = _construct(config, num_classes or 0, model, create, loading, flexible)
         self._names = {name for name, _ in named_tensors(self.module)}
         self.adapters: dict[str, lora.Parameter] = {}  # of LoRA, by each of their names
         self.recorded, self.notes = self._first.trace is not None, self._first.notes
@@ -93,13 +100,19 @@ class Blueprint:
             self.outputs = arguments.outputs_of(config, self.module, self.input_shape)
             if self.outputs is not None and self.outputs < num_classes:
                 raise UserError(f"model: {config.name} has {self.outputs} outputs, but there are {num_classes} classes")
+            arguments.check_other_sizes(config, self.module, self.input_shape, sizes)
+            return
+        if around is not None:
+            arguments.check_runs(config, self.module, self.input_shape)
+            arguments.check_other_sizes(config, self.module, self.input_shape, sizes)
             return
         if config.image_size is not None:
             # A model made for this size is judged by it; another one also by whether meta can run it at all.
             usual = None if "img_size" in self.arguments else tuple(data["input_size"][1:])
             arguments.check_size(config, self.module, self.input_shape, usual)
-        if num_classes is not None and around is None:
+        if num_classes is not None:
             arguments.check_outputs(config, num_classes, self.module, self.input_shape)
+        arguments.check_other_sizes(config, self.module, self.input_shape, sizes)
 
     def add_adapters(self, config: LoraConfig) -> None:
         """Give the layers that *config* names adapters; a `UserError` where it fits none."""
@@ -155,21 +168,23 @@ class Blueprint:
 
 
 def blueprint(
-    config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None
-) -> Blueprint:
+    config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None,
+    sizes: Mapping[str, Size] = MappingProxyType({}),
+) -> Blueprint:  # fmt: skip
     """Describe the model of `config` with `num_classes` outputs, or the given one, without giving it memory.
 
     With None the model may return anything, and timm's returns features. `around` is called in the place of
-    ``timm.create_model``, with the same arguments.
+    ``timm.create_model``, with the same arguments. `sizes` are those of images that the model gets beside its own, by the keys
+    that ask for them.
 
     Raises `UserError` for names, options, sizes and weight files that do not fit each other.
     """
     arguments.check_model(config, model)
     if model is not None:
-        plan = Blueprint(config, num_classes, model)
+        plan = Blueprint(config, num_classes, model, sizes=sizes)
     else:
         name, note = arguments.current_name(config.name)
-        plan = Blueprint(replace(config, name=name), num_classes, around=around)
+        plan = Blueprint(replace(config, name=name), num_classes, around=around, sizes=sizes)
         plan.notes[:0] = [note] if note else []
     if config.lora is not None:
         plan.add_adapters(config.lora)
@@ -188,21 +203,25 @@ def _given(module: nn.Module) -> tuple[nn.Module, FirstValues]:
 
 
 def _construct(
-    config: ModelConfig, num_classes: int, function: Callable[..., nn.Module] | None, create: Around, loading: Loading
-) -> tuple[nn.Module, dict[str, Any], FirstValues]:
-    """The module on meta, the arguments it was made with, and its first values; *loading* gets what timm would load."""
+    config: ModelConfig, num_classes: int, function: Callable[..., nn.Module] | None, create: Around, loading: Loading,
+    flexible: bool,
+) -> tuple[nn.Module, dict[str, Any], FirstValues]:  # fmt: skip
+    """The module on meta, the arguments it was made with, and its first values; *loading* gets what timm would load.
+
+    *flexible*: it gets images of several sizes.
+    """
 
     def build(taken: dict[str, Any]) -> nn.Module:
         with capture() as caught:
             made = create(config.name, **taken) if function is None else function(**taken)
         if not isinstance(made, nn.Module):
             raise UserError(f"model: {config.name} returned {type(made).__name__}, not a module")
-        loading.update(caught)
+        loading.take(caught, made)
         return made
 
     def choose(build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
         if function is None:
-            return arguments.accepted(config, num_classes, build)
+            return arguments.accepted(config, num_classes, build, flexible)
         taken = arguments.call_arguments(config, num_classes, function)
         return build(taken), taken
 

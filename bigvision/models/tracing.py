@@ -91,6 +91,13 @@ class _CoarseTracer(fx.Tracer):
                     return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def create_arg(self, a: Any) -> Any:
+        """Refuse a tensor of no name (in a list or dict, or made by forward): whoever runs the graph could not find it."""
+        named = (*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs)
+        if isinstance(a, Tensor) and not any(a is one for one in named):
+            raise TraceFailed("it computes with a tensor that has no name: register it as a buffer")
+        return super().create_arg(a)
+
 
 def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()) -> fx.GraphModule:
     """Trace `module` in its present mode (training or evaluation), computing nothing and leaving it as it is.
@@ -107,6 +114,10 @@ def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()
         except Exception as error:
             path = tracer.inside[-1] if tracer.inside else ""
             if size(module.get_submodule(path)) > max_share * size(module):
+                # A small model inside of a larger one may return a list, which a node's value cannot stand for.
+                if not (inner := set(_stages(module))) <= opened:
+                    opened = opened | inner
+                    continue
                 where = f"{path or 'forward'} of {type(module).__name__}"
                 raise TraceFailed(f"{where} cannot be traced: {first_line(error).split('. ')[0]}") from error
             opened = opened - {path}  # small enough to stay in one piece
@@ -150,6 +161,14 @@ def openable(module: nn.Module, max_share: float) -> set[str]:
 
     visit("", module, module)
     return opened
+
+
+def _stages(module: nn.Module) -> Iterator[str]:
+    """The paths of all stages, and of the modules that they are in."""
+    for path, part in module.named_modules():
+        if path and is_stage(part):
+            parts = path.split(".")
+            yield from (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
 
 
 def holders(module: nn.Module) -> Counter[int]:

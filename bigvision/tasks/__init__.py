@@ -1,7 +1,7 @@
 """What is learned: targets, losses, metrics and predictions.
 
 In come the section ``task`` of a configuration, or a task of the user's; out comes a `Task`, which engine, trainer and data ask
-for all of that. Read ``base.py`` first, the protocol, then ``classify.py``.
+for all of that. Read ``base.py`` first, the protocol, then ``regress.py``, the shortest task.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from bigvision.config import TaskConfig
 from bigvision.errors import UserError
 from bigvision.tasks.base import Kind, Span, Task, as_sum
 from bigvision.tasks.classify import Classify
+from bigvision.tasks.multilabel import Multilabel
+from bigvision.tasks.regress import Regress
+from bigvision.tasks.segment import Segment
 
 PREFIX = "python:"  # before the name of a task of the user's in a configuration
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {
-    "classify": lambda config: Classify(label_smoothing=config.label_smoothing),
+    "classify": lambda config: Classify(config.label_smoothing, config.loss, config.class_weights),
+    "multilabel": lambda config: Multilabel(config.loss),
+    "regress": lambda config: Regress(config.loss, config.standardize),
+    "segment": lambda config: Segment(config.decoder, config.decoder_options, config.loss, config.ignore),
 }
 """Of each ``task.name`` what makes the task; which keys it has a use for is in `bigvision.config.checks`."""
 
@@ -37,4 +43,4 @@ def build_task(config: TaskConfig, given: Task | None = None) -> Task:
     return TASKS[config.name](config)
 
 
-__all__ = ["Classify", "Kind", "Span", "Task", "as_sum", "build_task", "task_name"]
+__all__ = ["Classify", "Kind", "Multilabel", "Regress", "Segment", "Span", "Task", "as_sum", "build_task", "task_name"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigvision.config import Config, micro_batch
+from bigvision.config import Config, Size, micro_batch, other_sizes, train_size
 from bigvision.data import (
     BadSample,
     Batch,
@@ -32,6 +33,7 @@ from bigvision.data import (
 )
 from bigvision.data.batch import Mix
 from bigvision.data.decode import Decoding
+from bigvision.data.order import balanced
 from bigvision.data.report import describe
 from bigvision.data.transforms import check_channels
 from bigvision.errors import UserError
@@ -89,7 +91,7 @@ def open_data(
     def open_all(first: bool) -> tuple[Source, Source]:
         train, val = open_both(
             *(given or (config.data.train, config.data.val)), root=config.data.root, first=first,
-            class_file=config.data.classes, target=task.target,
+            class_file=config.data.classes, target=task.target, ignore=config.task.ignore,
         )  # fmt: skip
         if train.channels != val.channels:
             raise UserError(f"data.val: images of {val.channels} channels, but those of data.train have {train.channels}")
@@ -110,7 +112,8 @@ def open_validation(config: Config, runtime: Runtime, task: Task, classes: list[
     def open_it(first: bool) -> Source:
         settings = config.data
         return sources.open_validation(
-            settings.train, settings.val, classes=classes, root=settings.root, first=first, target=task.target
+            settings.train, settings.val, classes=classes, root=settings.root, first=first, target=task.target,
+            ignore=config.task.ignore,
         )  # fmt: skip
 
     val = open_on_all(open_it, runtime)
@@ -121,6 +124,43 @@ def open_on_all(open_it: Callable[[bool], T], runtime: Runtime) -> T:
     """What *open_it* opens, on every rank: rank 0 downloads and indexes, the others find what it left on a shared disk."""
     first = all_or_none(lambda: open_it(True) if runtime.is_main else None)
     return all_or_none(lambda: first or open_it(False))
+
+
+def prepare_task(config: Config, data: Data, runtime: Runtime, known: dict[str, Any]) -> dict[str, Any]:
+    """Let the task know the training data, on every rank; returns what it has to know of them.
+
+    *known* is what the checkpoint that the run goes on from has of that. A `UserError` where they do not fit together.
+    """
+    task, classes = data.task, data.train.classes
+
+    def check_balance() -> dict[str, Any]:
+        if config.data.balance:
+            if len(data.train.parts) > 1:
+                raise UserError(
+                    f"data.balance: {config.data.balance}, but data.train mixes datasets with weights: use one of both"
+                )
+            if runtime.is_main and training_targets(data.train, None, "data.balance").ndim != 1:
+                raise UserError(
+                    f"data.balance: {config.data.balance} needs a class for each sample, but data.train has shares: use 0"
+                )
+        return task.study(partial(training_targets, data.train), classes, known) if runtime.is_main else {}
+
+    facts = from_main(all_or_none(check_balance))
+    all_or_none(lambda: task.prepare(classes, facts))
+    return facts
+
+
+def training_targets(source: Source, most: int | None, key: str = "task.class_weights") -> np.ndarray:
+    """The targets of all samples of *source*, stacked, or where it does not list them of *most*, evenly spread.
+
+    With None it is a `UserError`, which names *key*, where it does not list them.
+    """
+    if not source.lists_targets:
+        if most is None:
+            raise UserError(f"{key}: {source.name} does not list its labels: give it an attribute 'targets' with all of them")
+        number, step = min(most, len(source)), max(1, len(source) // most)
+        return np.stack([source.label(place * step) for place in range(number)])
+    return np.stack([source.label(index) for index in range(len(source))])
 
 
 class Feed(Iterator[StepBatch]):
@@ -136,14 +176,20 @@ class Feed(Iterator[StepBatch]):
         self.seconds, self.given = 0.0, 0
         self.batch: StepBatch | None = None
         self.data, self.runtime, self.step, self.steps, self.every = data, runtime, step, steps, config.monitor.every
+        self.position, self.global_batch = position, config.train.global_batch
+        self.train_size = lambda step: train_size(config.data, blueprint.image_size, step, steps)
+        self.image_size = self.train_size(step)
         settings, collate = config.data, data.task.collate
         apart, total = settings.repeats, config.train.global_batch
         mixer = None
         if config.task.mixup or config.task.cutmix:
             every = 2 * apart if config.task.mix_each == "pair" else total
             mixer = Mixer(config.seed, config.task.mixup, config.task.cutmix, every, apart)
+        parts, members = data.train.parts, None
+        if settings.balance:
+            parts, members = balanced(training_targets(data.train, None, "data.balance"), settings.balance)
         stream = Stream(
-            config.seed, data.train.parts, repeats=apart, block=settings.shuffle_block, window=settings.shuffle_window
+            config.seed, parts, repeats=apart, block=settings.shuffle_block, window=settings.shuffle_window, members=members
         )  # fmt: skip
         self.batches: Batches | None = None
         self.share = self.size = total // runtime.data_ranks
@@ -153,9 +199,10 @@ class Feed(Iterator[StepBatch]):
         def begin(position: int) -> Iterator[Batch]:
             if runtime.stage == 0:
                 self.batches = train_batches(
-                    data.train, _transform(config, data.train, blueprint, train=True), seed=config.seed, position=position,
-                    global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks, workers=settings.workers,
-                    device=runtime.device, stream=stream, mixer=mixer, micro_batch=self.size, collate=collate,
+                    data.train, _transform(config, data.train, blueprint, self.image_size, train=True), seed=config.seed,
+                    position=position, global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks,
+                    workers=settings.workers, device=runtime.device, stream=stream, mixer=mixer, micro_batch=self.size,
+                    collate=collate,
                 )  # fmt: skip
             return _relayed(self.batches, runtime)
 
@@ -168,6 +215,12 @@ class Feed(Iterator[StepBatch]):
     def __next__(self) -> StepBatch:
         if self.batch is not None:
             self.finish()
+        if (size := self.train_size(self.step)) != self.image_size:
+            bad = _taken(self.batches)
+            self.say(f"step {self.step + 1}: training images are {size[0]} x {size[1]} from now on")
+            self.go_to(self.step, self.position)
+            if self.batches is not None:
+                self.batches.bad += bad
 
         def awaited() -> Iterator[Batch]:
             while True:
@@ -185,7 +238,7 @@ class Feed(Iterator[StepBatch]):
         batch, self.batch = self.batch, None
         batch.finish()
         self.seconds, self.given = self.seconds + batch.waited, self.given + 1
-        self.step += 1
+        self.step, self.position = self.step + 1, self.position + self.global_batch
         if self.batches is not None and self.batches.restarts > self.restarts:
             self.restarts = self.batches.restarts
             self.say(f"a data worker died; the workers were started again and went on with step {self.step}")
@@ -199,7 +252,8 @@ class Feed(Iterator[StepBatch]):
         """Go on from another position, at which *step* steps were taken."""
         if self.batches is not None:
             self.batches.close()
-        self.step, self.restarts, self.relayed = step, 0, self.begin(position)
+        self.step, self.position, self.image_size, self.restarts = step, position, self.train_size(step), 0
+        self.relayed = self.begin(position)
 
     def waited(self) -> float | None:
         """Seconds that this rank waited for each batch since it was last asked; None where another rank reads its data."""
@@ -220,9 +274,10 @@ class Validation(Iterator[Batch]):
 
     def __init__(self, config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, batch: int) -> None:
         self.data, self.batches = data, None
+        size = other_sizes(config.data).get("data.val_size", blueprint.image_size)
         if runtime.stage == 0:
             self.batches = eval_batches(
-                data.val, _transform(config, data.val, blueprint, train=False), batch=batch, rank=runtime.data_rank,
+                data.val, _transform(config, data.val, blueprint, size, train=False), batch=batch, rank=runtime.data_rank,
                 ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device,
                 collate=data.task.collate,
             )  # fmt: skip
@@ -232,9 +287,13 @@ class Validation(Iterator[Batch]):
     def __next__(self) -> Batch:
         return next(self.relayed)
 
+    def unreadable(self) -> list[BadSample]:
+        """What of this rank's batches could not be read, since this was last asked."""
+        return _taken(self.batches)
+
     def finish(self) -> int:
         """Return how many samples could not be read, over all ranks. Too many are a `UserError`."""
-        return self.data.bad.exchange("val", _taken(self.batches))
+        return self.data.bad.exchange("val", self.unreadable())
 
     def close(self) -> None:
         """End the worker processes."""
@@ -280,20 +339,22 @@ def _relayed(batches: Batches | None, runtime: Runtime, number: int | None = Non
 
 def _but_images(batch: Batch) -> tuple[Any, ...]:
     mix = (batch.mix.weight, batch.mix.box, batch.mix.share, batch.mix.apart) if batch.mix is not None else None
-    return batch.targets, batch.ids, batch.valid, mix
+    return batch.targets, batch.ids, batch.valid, mix, list(batch.images.shape[-2:])
 
 
-def _without_images(targets: Any, ids: Tensor, valid: Tensor, mix: tuple[Any, ...] | None) -> Batch:
-    return Batch(torch.empty(len(ids), 0, dtype=torch.uint8), targets, ids, valid, Mix(*mix) if mix is not None else None)
+def _without_images(targets: Any, ids: Tensor, valid: Tensor, mix: tuple[Any, ...] | None, size: Sequence[int]) -> Batch:
+    """A batch that knows of its images only how many they are and their *size*, height and width."""
+    images = torch.empty(len(ids), 0, *size, dtype=torch.uint8)
+    return Batch(images, targets, ids, valid, Mix(*mix) if mix is not None else None)
 
 
-def _transform(config: Config, source: Source, blueprint: Blueprint, train: bool) -> Transform:
+def _transform(config: Config, source: Source, blueprint: Blueprint, size: Size, train: bool) -> Transform:
     settings = config.data
     return transform(
-        source.style, blueprint.image_size, train=train, augment=settings.augment, interpolation=blueprint.interpolation,
+        source.style, size, train=train, augment=settings.augment, interpolation=blueprint.interpolation,
         crop_pct=blueprint.crop_pct, crop_mode=blueprint.crop_mode, mean=blueprint.mean, scale=settings.crop_scale,
         policy=settings.policy, jitter=settings.jitter, erase=settings.erase, reduce=settings.reduce, channels=source.channels,
-        decoding=Decoding(settings.max_pixels, settings.image_range),
+        decoding=Decoding(settings.max_pixels, settings.image_range), ignore=config.task.ignore,
     )  # fmt: skip
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import json
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,21 @@ from bigvision.monitor import Monitor, read_lines
 from bigvision.runtime import (
     Runtime,
     Watchdog,
-    all_or_none,
     collective_timeout,
     deterministic,
     from_main,
-    identify,
     start,
-    warn_of_shared_memory,
 )
 from bigvision.signals import listening, until_ranks_meet
-from bigvision.tasks import Task, build_task
-from bigvision.training.build import Build, build, build_model, with_model, with_task, without_weights
-from bigvision.training.data import Data, Feed, Validation, open_data, open_validation, with_data
+from bigvision.tasks import Task
+from bigvision.training.build import Build, build, with_model, with_task
+from bigvision.training.data import Data, Feed, Validation, with_data
 from bigvision.training.numbers import Numbers
 from bigvision.training.run_folder import explain_errors
 from bigvision.training.saving import Callback, Callbacks, Event, Saving, check_copies
+
+EVALUATION = "evaluation.json"
+"""In the output folder: what the task says of the last evaluation, such as each class's accuracy."""
 
 
 @dataclass(frozen=True)
@@ -190,19 +191,30 @@ class Loop:
 
     def measure(self) -> None:
         """Evaluate, unless a signal asks to stop."""
-        run, found = self.run, None
+        found, report = None, dict[str, Any]()
         if not self.saving.stopped_by:
-            found = evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving)
+            found = self._evaluated(report)
         if found is not None and self.engine.ema is not None and self.config.ema.evaluate:
             with self.engine.averaged():
-                other = evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving)
+                other = self._evaluated(averaged := {})
             found = None if other is None else found | {f"ema_{name}": value for name, value in other.items()}
+            report |= {"ema": averaged}
         self.owed = found is None
         if found is not None:
             self.metrics = found
+            if self.runtime.is_main:
+                about = {"step": self.engine.step, "samples": self.engine.samples}
+                try:
+                    write_report(Path(self.config.out) / EVALUATION, about | report)
+                except UserError as error:
+                    self.monitor.say(str(error))  # no reason to end a run
             self.saving.take(found)
             self.monitor.after_evaluation(self.engine.step, self.engine.samples, found)
             self.callbacks.notify(Event("evaluation", self.engine.step, found))
+
+    def _evaluated(self, report: dict[str, Any]) -> dict[str, float] | None:
+        run = self.run
+        return evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving, report)
 
     def save(self) -> None:
         """Begin to save the run as it stands."""
@@ -230,12 +242,12 @@ class Loop:
 
 def evaluate(
     config: Config, engine: Engine, data: Data, blueprint: Blueprint, runtime: Runtime, watch: Watchdog,
-    saving: Saving | None = None,
+    saving: Saving | None = None, report: dict[str, Any] | None = None,
 ) -> dict[str, float] | None:  # fmt: skip
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
 
-    *saving* exchanges requests with each batch; where any rank was asked to stop, the evaluation is broken off, and None
-    is returned.
+    What the task says beyond them is put into *report*. *saving* exchanges requests with each batch; where any rank was asked
+    to stop, the evaluation is broken off, and None is returned.
     """
     watch.beat("evaluate", engine.step)
     engine.synchronize()
@@ -262,65 +274,28 @@ def evaluate(
         raise RuntimeError(f"data.val: {counted} samples were measured and {unreadable} unreadable, of {len(data.val)}")
     if not total.count:
         raise UserError(f"data.val: none of its samples can be read, {data.bad.example}; check the path and the files")
-    return total.means()
+    means = total.means()
+    if report is not None:
+        report |= {"metrics": means} | total.report(data.val.classes)
+    return means
 
 
-def evaluate_checkpoint(
-    folder: Path, config: Config, say: Callable[[str], None] = lambda text: None, ema: bool = False
-) -> dict[str, float]:  # fmt: skip
-    """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank.
-
-    `UserError` where the folder is not a valid checkpoint, is of another model or, with *ema*, has no averaged weights, or
-    ``train.deterministic`` meets an operation without a deterministic form. *say* is told where /dev/shm is small for NCCL.
-    *ema* evaluates the averaged weights; what has no average comes from the model.
-    """
-    config = _for_ranks(without_weights(config), identify(os.environ).world_size)
-    parallel, timeout = config.parallel, collective_timeout(config.limits)
-    with (
-        deterministic(config.train.deterministic, parallel.device),
-        Watchdog(config.limits) as watch,
-        start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout) as runtime,
-        watch.naming(),
-    ):
-        warn_of_shared_memory(runtime, say)
-        found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
-        if ema and "ema" not in found.tensors.places:
-            raise UserError(f"--ema: {folder} has no averaged weights, its run had no ema.decay: leave --ema out")
-        classes = found.card.get("label_names")
-        # Earlier versions saved no class names: theirs are those of the training data.
-        task = all_or_none(lambda: build_task(config.task))
-        if isinstance(classes, list):
-            data = open_validation(config, runtime, task, classes)
-        else:
-            data = open_data(config, runtime, task)
-        engine, blueprint, _ = build_model(
-            config, data.outputs, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True,
-            trains=False, task=task,
-        )  # fmt: skip
-        with closing(engine):
-            fragments = list(engine.fragments())
-            found.restore(fragments, groups=("model",))
-            if ema:
-                averaged = found.tensors.places["ema"]
-                fragments = [replace(fragment, group="ema") for fragment in fragments if fragment.name in averaged]
-                found.restore(fragments, groups=("ema",))
-            engine.refresh()
-            metrics = evaluate(config, engine, data, blueprint, runtime, watch)
-            assert metrics is not None
-            return metrics
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write what an evaluation says as JSON; what is not finite is null."""
+    try:
+        checkpoint.replace(path, (json.dumps(_finite(report), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: the report cannot be written: {error.strerror}: choose a file in a folder that is there"
+        ) from error
 
 
-def _for_ranks(config: Config, ranks: int) -> Config:
-    """*config* for an evaluation: what of the run's layout does not fit so many ranks is left out, as is what a step needs."""
-    parallel = replace(
-        config.parallel, offload="none", deepspeed=None, schedule="1f1b", stages_per_rank=None, microbatches=None
-    )  # fmt: skip
-    if parallel.strategy == "pipeline" and (ranks == 1 or ranks % (parallel.stages or ranks)):
-        parallel = replace(parallel, strategy="fsdp", stages=None)
-    if ranks // (parallel.pipeline_ranks or ranks) % parallel.replicas:
-        parallel = replace(parallel, replicas=1)
-    whole = -(-config.train.global_batch // ranks) * ranks
-    return replace(config, parallel=parallel, train=replace(config.train, global_batch=whole))
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_history(out: str) -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ def test_what_has_a_key_is_taken_over(tmp_path: Path) -> None:
         **PLAIN | {
             "pretrained": True, "num_classes": 37, "input_size": [3, 224, 192], "batch_size": 64, "grad_accum_steps": 2,
             "weight_decay": 0.05, "opt_betas": [0.9, 0.95], "min_lr": 1e-6, "warmup_epochs": 5, "epochs": 100, "smoothing": 0.0,
+            "bce_loss": True,
             "mixup": 0.8, "cutmix": 1.0, "mixup_mode": "batch", "reprob": 0.25, "aa": "3a", "color_jitter": 0.3,
             "scale": [0.3, 1],
             "drop_path": 0.2, "drop": 0.1, "clip_grad": 1.0, "layer_decay": 0.75, "model_ema": True, "model_ema_decay": 0.9999,
@@ -59,7 +60,7 @@ def test_what_has_a_key_is_taken_over(tmp_path: Path) -> None:
             "name": "vit_base_patch16_224", "pretrained": True, "image_size": [224, 192], "num_classes": 37, "drop_path": 0.2,
             "sync_batchnorm": True, "options": {"patch_size": 8, "drop_rate": 0.1},
         },
-        "task": {"label_smoothing": 0.0, "mixup": 0.8, "cutmix": 1.0, "mix_each": "batch"},
+        "task": {"loss": "bce", "label_smoothing": 0.0, "mixup": 0.8, "cutmix": 1.0, "mix_each": "batch"},
         "data": data | {"policy": "three-augment", "jitter": 0.3, "erase": 0.25, "repeats": 3},
         "optim": {
             "name": "adamw", "lr": 5e-5, "weight_decay": 0.05, "betas": [0.9, 0.95], "clip": 1.0, "layer_decay": 0.75,
@@ -109,7 +110,7 @@ def test_schedules_and_optimizers(tmp_path: Path, options: dict[str, Any], keys:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"bce_loss": True}, "bce_loss: True is not taken over"),
+        ({"bce_loss": True, "bce_target_thresh": 0.2}, "bce_target_thresh: 0.2 is not taken over"),
         ({"crop_pct": 0.95}, "crop_pct: 0.95 is not taken over: images are cropped as the model's card says"),
         ({"mean": [0.5, 0.5, 0.5]}, "mean: [0.5, 0.5, 0.5] is not taken over"),
         ({"head_init_scale": 0.001}, "head_init_scale: 0.001 is not taken over"),

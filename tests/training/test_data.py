@@ -19,7 +19,7 @@ from PIL import Image
 import bigvision
 from bigvision import load_config
 from bigvision.samples import from_bytes, to_bytes
-from bigvision.training.trainer import evaluate_checkpoint
+from bigvision.training.evaluation import evaluate_checkpoint
 from tests.cli.test_mistakes import refused
 from tests.distributed import run_ranks
 from tests.recipes import lines, recipe, run, write_recipe
