@@ -24,14 +24,15 @@ USAGE = """usage: bigvision COMMAND ...
   eval MODEL --data.val DATASET ...               print those of a timm model with its pretrained weights
   predict STEP_FOLDER|MODEL IMAGES --out FILE     write what a model predicts for a folder of images or a dataset
   convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights
-  export STEP_FOLDER FILE_OR_FOLDER               write a checkpoint's weights for other tools
+  export STEP_FOLDER OUT [--format timm|hf|onnx]  write a checkpoint's weights for other tools, and run them
+  recipe from-timm ARGS.yaml [--ranks N] [--out FILE]  turn the options of timm's train.py into a recipe
   checkpoint list|verify|diff|prune ...           look at checkpoints, check, compare and remove them
 
 --resume X is another spelling of --checkpoint.resume X; --deepspeed FILE and --deepspeed_config FILE are others of
 --parallel.deepspeed FILE. train, eval and predict run under every launcher of docs/launching.md.
 More: bigvision COMMAND --help. Versions, for a report: bigvision --version."""
 
-COMMANDS = ("train", "eval", "predict", "ray", "submit", "convert", "export", "checkpoint")
+COMMANDS = ("train", "eval", "predict", "ray", "submit", "convert", "export", "recipe", "checkpoint")
 GRACE = 5.0
 """Seconds that a silent rank leaves to the one that reports a mistake."""
 
@@ -100,6 +101,10 @@ def run(command: str, arguments: list[str]) -> int:
         from bigvision.models import convert
 
         return convert.run(arguments)
+    if command == "recipe":
+        from bigvision.launchers import from_timm
+
+        return from_timm.run(arguments)
     from bigvision.checkpoint import commands
 
     return commands.run_export(arguments) if command == "export" else commands.run_checkpoint(arguments)

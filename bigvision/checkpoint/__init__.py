@@ -6,7 +6,7 @@ with a manifest, and the same back into fragments.
 Read ``commit.py`` first: the stages of a save, in the foreground or in a thread. ``writer.py`` begins with a picture of which
 rank writes which bytes of which file; ``manifest.py`` has their checksums. ``resume.py`` chooses and restores a checkpoint,
 through ``reader.py``. ``retention.py`` names and removes step folders, ``lock.py`` keeps other runs out; ``commands.py``,
-``diff.py`` and ``export.py`` are for the command line.
+``diff.py`` and ``export.py`` (with ``forms.py``, ``running.py`` and ``adapters.py``) are for the command line.
 """
 
 from __future__ import annotations

@@ -184,22 +184,32 @@ def run_export(arguments: list[str]) -> int:
         "checkpoint's checksums are compared on the way.",
     )
     parser.add_argument("source", metavar="STEP_FOLDER", type=Path, help="the checkpoint")
-    parser.add_argument("target", metavar="FILE_OR_FOLDER", type=Path, help="a name that ends with .safetensors is a file")
+    parser.add_argument(
+        "target", metavar="FILE_OR_FOLDER", type=Path, help="a name that ends with .safetensors or .onnx is a file"
+    )
+    parser.add_argument(
+        "--format", choices=("timm", "hf", "onnx"), default="timm",
+        help="timm; hf: a folder as timm's on the Hugging Face hub; onnx: a graph for any number of images (default: timm)",
+    )  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="the averaged weights")
     parser.add_argument("--adapter", action="store_true", help="the adapters of model.lora alone, as a folder that peft opens")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of floating-point tensors (default: as they are)")
     parser.add_argument("--shard-size", metavar="SIZE", help="largest file in a folder, such as 5GB or 512MiB (default: 5GB)")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not run what was written beside the checkpoint's model: less memory"
+    )
     flags = parser.read(arguments)
     shard_size = None if flags.shard_size is None else parse_size(flags.shard_size, "--shard-size")
     from bigvision.checkpoint.export import export
 
     done = export(
-        flags.source, flags.target, ema=flags.ema, dtype=flags.dtype, shard_size=shard_size, force=flags.force,
-        adapter=flags.adapter,
+        flags.source, flags.target, form=flags.format, ema=flags.ema, dtype=flags.dtype, shard_size=shard_size,
+        force=flags.force, adapter=flags.adapter, check=not flags.no_check,
     )  # fmt: skip
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     print(f"exported  {flags.target} ({done.tensors} tensors, {size_text(done.bytes)}, {files})")
+    print(f"checked   {done.checked}")
     print(f"load      {_loading(flags.target, done)}")
     return 0
 
@@ -211,6 +221,9 @@ def _loading(target: Path, done: Exported) -> str:
     if done.files == ["adapter_model.safetensors"]:
         model = f"timm.create_model({json.dumps(done.architecture)}{arguments})"
         return f"peft.PeftModel.from_pretrained({model}, {path}), with the weights that the run began with"
+    if (graph := next((name for name in done.files if name.endswith(".onnx")), None)) is not None:
+        path = path if target.is_file() else json.dumps(str(target / graph), ensure_ascii=False)
+        return f'onnxruntime.InferenceSession({path}).run(None, {{"images": images}})'
     if target.is_file():
         return f"timm.create_model({json.dumps(done.architecture)}, checkpoint_path={path}{arguments})"
     if len(done.files) == 1:

@@ -120,7 +120,7 @@ def _of_prose(text: str) -> Iterator[str]:
     """Names between backquotes: flags, keys, commands and files of this project."""
     prose = FENCE.sub("", text)
     sections = {key.partition(".")[0] for key in KEYS if "." in key}
-    files = "csv|jsonl?|py|safetensors|sbatch|tsv|yaml"
+    files = "csv|jsonl?|onnx|py|safetensors|sbatch|tsv|yaml"
     for code in re.findall(r"`([^`\n]+)`", prose):
         for key in re.findall(rf"(?<![\w./-])(?:--)?((?:{'|'.join(sections)})\.(?!(?:{files})\b)[a-z_]+)(?![\w/.(])", code):
             if key not in KEYS:
