@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -194,8 +194,7 @@ def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adap
     if not loading:
         raise UserError(f"{key}: timm loads no weights into {config.name}; leave it out")
     card = dict(loading["pretrained_cfg"])
-    heads = card.get("classifier") or ()
-    heads = tuple(f"{layer}." for layer in ((heads,) if isinstance(heads, str) else heads))
+    heads = classifier_layers(card)
     if config.weights is not None:
         file = WeightsFile(config.weights, key)
         # The classes are compared below, with the file and not with the card of timm's own weights.
@@ -213,6 +212,12 @@ def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adap
     if values.left_out:
         notes.append(f"{values.left_out} of {file.source}, a classifier by its shape, is left out")
     return values, [note for note in (fitted, *notes, values.note) if note]
+
+
+def classifier_layers(card: Mapping[str, Any]) -> tuple[str, ...]:
+    """With what the names of the classifier's tensors begin, by timm's *card* of the model."""
+    layers = card.get("classifier") or ()
+    return tuple(f"{layer}." for layer in ((layers,) if isinstance(layers, str) else layers))
 
 
 def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Adapted, heads: tuple[str, ...]) -> list[str]:

@@ -12,10 +12,19 @@ from bigvision.config import TaskConfig
 from bigvision.errors import UserError
 from bigvision.tasks.base import Kind, Span, Task, as_sum
 from bigvision.tasks.classify import Classify
+from bigvision.tasks.distill import Distill
+from bigvision.tasks.embed import Embed, Features, Share
 
 PREFIX = "python:"  # before the name of a task of the user's in a configuration
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {
-    "classify": lambda config: Classify(label_smoothing=config.label_smoothing),
+    "classify": lambda config: (
+        Classify(label_smoothing=config.label_smoothing)
+        if config.teacher is None
+        else Distill(
+            config.teacher, config.distill, config.distill_weight, config.temperature, label_smoothing=config.label_smoothing
+        )
+    ),
+    "embed": lambda config: Embed(config.k),
 }
 """Of each ``task.name`` what makes the task; which keys it has a use for is in `bigvision.config.checks`."""
 
@@ -37,4 +46,4 @@ def build_task(config: TaskConfig, given: Task | None = None) -> Task:
     return TASKS[config.name](config)
 
 
-__all__ = ["Classify", "Kind", "Span", "Task", "as_sum", "build_task", "task_name"]
+__all__ = ["Classify", "Distill", "Embed", "Features", "Kind", "Share", "Span", "Task", "as_sum", "build_task", "task_name"]

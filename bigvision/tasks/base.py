@@ -36,6 +36,8 @@ class Task:
     the outputs and targets of all ranks, and a rank's samples must be one micro-batch."""
     cuttable: ClassVar[bool] = True
     """Whether a pipeline can cut what :meth:`model` builds."""
+    learns: ClassVar[bool] = True
+    """Whether a model can be trained for it; see `bigvision.tasks.Embed` for one of which only an evaluation is known."""
 
     # The model.
 
@@ -80,6 +82,26 @@ class Task:
     def loss(self, outputs: Any, targets: Targets) -> Tensor:
         """Return the 0-D sum of the samples' losses."""
         raise NotImplementedError
+
+    # A teacher.
+
+    teacher: str | None = None
+    """The model that teaches, as in ``task.teacher``: frozen, and spread over the ranks as the one that learns is."""
+
+    def teacher_model(self) -> Callable[..., nn.Module] | None:
+        """What builds the teacher, as :meth:`model` does; None: timm, with the teacher's own classes."""
+        return None
+
+    def loss_with_teacher(self, outputs: Any, targets: Targets, told: Any, scale: Tensor | float) -> Tensor:
+        """Return the 0-D sum of the samples' losses where there is a :attr:`teacher`.
+
+        Args:
+            outputs, targets: as of :meth:`loss`.
+            told: what the teacher returns for the same images, normalised and resized as it needs them.
+            scale: by which a sum over samples is multiplied so that its mean over samples counts: what the loss is divided by
+                is the sum of :meth:`weight`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a teacher and does not say what is learned from it")
 
     # Evaluation.
 
