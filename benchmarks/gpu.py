@@ -86,6 +86,7 @@ PARTS: dict[str, Part] = {
         f"vit_l_{stage}": Part(VIT_L, (Side("deepspeed", stage), ours(stage, bound=1.02)))
         for stage in ("zero1", "zero2", "zero3")
     },
+    "vit_l_ema": Part(VIT_L, (ours("ddp"), ours("ddp", ema=True))),
     # The bound is what the new bf16 should gain over autocast: 1 / 1.03.
     "vit_h_compiled": Part(VIT_H, (HAND_COMPILED, ours("ddp", compiled=True, bound=1 / 1.03))),
     "vit_h_autocast": Part(VIT_H, (HAND_COMPILED, ours("ddp", precision="amp_bf16", compiled=True, bound=1.01))),

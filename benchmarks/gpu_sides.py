@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import copy
+import gc
 import os
 import shutil
 import tempfile
@@ -70,12 +71,17 @@ class Side:
     precision: str = "bf16"
     compiled: bool = False
     channels_last: bool = False
+    ema: bool = False
+    """Whether it averages its weights."""
     bound: float | None = None
     """The most that its time over the baseline's should be."""
 
     @property
     def name(self) -> str:
-        words = {"amp_bf16": self.precision == "amp_bf16", "compiled": self.compiled, "channels_last": self.channels_last}
+        words = {
+            "amp_bf16": self.precision == "amp_bf16", "compiled": self.compiled, "channels_last": self.channels_last,
+            "EMA": self.ema,
+        }  # fmt: skip
         return ", ".join([f"{self.kind} {self.strategy}".strip(), *(word for word, holds in words.items() if holds)])
 
     @property
@@ -143,6 +149,7 @@ class Bench:
                     "device": self.device.type,
                 },
                 "train": {"global_batch": self.batch * self.runtime.data_ranks},
+                "ema": {"decay": 0.9999 if side.ema else None},
             }
         )  # fmt: skip
 
@@ -260,10 +267,13 @@ def idle_share(watch: Stopwatch, steps: int = 4) -> float | None:
     if watch.bench.dry:
         return None
     watch.bench.finish()
+    gc.collect()
+    gc.disable()  # as in benchmarks/harness.py
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
             watch()
         watch.bench.finish()
+    gc.enable()
     kernels = [
         (event.time_range.start, event.time_range.end)
         for event in profile.events() or ()

@@ -99,12 +99,14 @@ def passes_alone(engine: PipelineEngine, whole: Batch, count: int) -> Callable[[
     last = engine.placement.stages - 1
     labels = whole.labels.split(size)
     images = torch.randn(size, *engine.input_shape)
+    _, height, width = engine.input_shape
+    sends = engine.plan.sends[True, (height, width)]
 
     def run() -> None:
         engine.checks = []
         engine.passes = dict.fromkeys(engine.stages, 0)
         for number, stage in engine.stages.items():
-            inputs = [filled(engine.plan.sends[True][number - 1], size) if number else (images,) for _ in labels]
+            inputs = [filled(sends[number - 1], size) if number else (images,) for _ in labels]
             for received, targets in zip(inputs, labels):
                 outputs = stage(*received)
                 if number == last:

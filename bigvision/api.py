@@ -9,9 +9,10 @@ Out come a `Result`, or an engine that takes steps, evaluates, saves and resumes
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ from bigvision.data.sources.base import Source
 from bigvision.data.sources.custom import MapDataset
 from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError, either, nearest
-from bigvision.launchers import commands
+from bigvision.launchers.evaluate import predict_subject
 from bigvision.launchers.ranks import Devices, check_parent, forked_ranks, fresh_ranks, place
 from bigvision.models import GivenModel, check_model, given_name
 from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
@@ -38,7 +39,7 @@ from bigvision.training import Callback, Result
 from bigvision.training.build import build_model, take_folder, with_model, with_task, without_weights
 from bigvision.training.data import name_of_data, open_data
 from bigvision.training.prediction import Prediction
-from bigvision.training.run_folder import check_same_run, data_facts
+from bigvision.training.run_folder import check_same_run, check_same_scale, data_facts, why_other_tensors
 from bigvision.training.saving import new_saver, progress_of
 
 Recipe = str | Path | Mapping[str, Any] | Config | None
@@ -217,6 +218,8 @@ class Engine:
             self._card["label_names"] = self._classes
         self._stack.callback(self.engine.close)
         self._savers: dict[Path, checkpoint.Saver] = {}
+        self._holds_averages = False
+        """Whether the averaged weights are in the place of the weights."""
         height, width = blueprint.image_size
         self.image_size: int | tuple[int, int] = height if height == width else (height, width)
         """The side of a square, or height and width."""
@@ -245,6 +248,7 @@ class Engine:
             UserError: another number of samples than ``train.global_batch`` says; or ``train.deterministic`` and an operation
                 without a deterministic form.
         """
+        self._check_weights()
         batch = _batch(images, labels)
         expected = self.config.train.global_batch
         if len(batch) * self.runtime.data_ranks != expected:
@@ -261,6 +265,23 @@ class Engine:
         with operations_named():
             return self.engine.eval_step(_batch(images, labels).whole())
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Evaluate with the averaged weights: ``with engine.averaged(): engine.eval_step(...)``. Called on every rank.
+
+        The weights are back afterwards, bit for bit; until then, and after an error inside, the engine only evaluates.
+
+        Raises:
+            UserError: this engine keeps no average: ``ema.decay`` is null.
+        """
+        self._check_weights()
+        if self.engine.ema is None:
+            raise UserError("ema.decay: null keeps no average of the weights: give one, such as ema={'decay': 0.9999}")
+        self._holds_averages = True
+        with self.engine.averaged():
+            yield
+        self._holds_averages = False
+
     def save(self, out: str | Path | None = None, metrics: dict[str, float] | None = None) -> Path:
         """Save a checkpoint in the folder *out* (the configuration's by default), and return its step folder.
 
@@ -275,6 +296,7 @@ class Engine:
             UserError: another run or engine writes in the folder, or it cannot be written.
             RankFailure: it could not be written; the same on every rank.
         """
+        self._check_weights()
         folder, keep = Path(out or self.config.out), self.config.checkpoint
         if folder not in self._savers:
             take_folder(folder, self.runtime, self._stack, self._say)
@@ -302,9 +324,14 @@ class Engine:
             UserError: it is not valid, of another model, or was trained on other data or classes than this engine was given
                 and ``checkpoint.allow`` does not name them.
         """
+        self._check_weights()
         if (found := self._find(folder)) is not None:
             self._restore(found)
         return self.step
+
+    def _check_weights(self) -> None:
+        if self._holds_averages:
+            raise UserError("bigvision.Engine: it holds the averaged weights: leave the block of averaged() first")
 
     def _take_data(self, objects: Objects) -> None:
         """Record the data that the caller or the recipe names. What the recipe names need not be there: nothing reads it."""
@@ -338,7 +365,9 @@ class Engine:
             check_same_run(found, self._facts, self._classes, self.config.checkpoint.allow, self._say)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        found = found.restore_or_older(list(self.engine.fragments()), self._say, self._accept)
+        check_same_scale(found, self.config)
+        why = partial(why_other_tensors, config=self.config)
+        found = found.restore_or_older(list(self.engine.fragments()), self._say, self._accept, why)
         self.engine.restored(found.progress["scalars"])
         if self._facts is None:
             # Nobody has said that they are others.
@@ -396,7 +425,7 @@ def predict(
     """
     asked = Prediction(images, None if out is None else Path(out).expanduser(), top_k, tta)
     flags = [part for name, value in keys.items() for part in (f"--{name}", str(value))]
-    return commands.predict_subject(str(model), flags, asked, ema, lambda line: None)
+    return predict_subject(str(model), flags, asked, ema, lambda line: None)
 
 
 def train(

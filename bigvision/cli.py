@@ -81,17 +81,15 @@ def run(command: str, arguments: list[str]) -> int:
 
         return submit.run(_with_our_spelling(arguments))
     if command == "eval":
-        from bigvision.launchers import commands as evaluation
+        from bigvision.launchers import evaluate
 
         main_rank = _rank() == 0
-        metrics = evaluation.run(
-            _with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None
-        )
+        metrics = evaluate.run(_with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None)
         if main_rank:
             print(json.dumps(metrics))
         return Exit.DONE
     if command == "predict":
-        from bigvision.launchers import commands as prediction
+        from bigvision.launchers import evaluate as prediction
 
         main_rank = _rank() == 0
         prediction.run_predict(_with_our_spelling(arguments), lambda line: print(line, file=sys.stderr) if main_rank else None)

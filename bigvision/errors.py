@@ -45,6 +45,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def nearest_paths(pattern: str, paths: Iterable[str]) -> str:
+    """The three of the dotted *paths* that are most like *pattern*, with ``*`` for the numbers of layers."""
+    numberless = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path) for path in paths)
+    return ", ".join(difflib.get_close_matches(pattern, numberless, n=3, cutoff=0))
+
+
 def either(names: Sequence[str]) -> str:
     """*names* as a choice: "a", "a or b", "a, b or c"."""
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

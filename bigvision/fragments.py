@@ -32,6 +32,8 @@ PICKLE = "a pickled file, as torch.save writes it"
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PIECE = 1 << 22
 """Words that are added up at a time, eight bytes each."""
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+"""What the names of an adapter's parameters end with, behind the path of their layer: peft's names."""
 KINDS = {
     b"PK\x03\x04": PICKLE, b"\x80\x02": PICKLE, b"\x80\x03": PICKLE, b"\x80\x04": PICKLE, b"\x80\x05": PICKLE,
     b"version https://git-lfs": "a pointer of Git LFS, whose content was not fetched: git lfs pull",

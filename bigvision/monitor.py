@@ -120,8 +120,8 @@ class Monitor:
             self.file.close()
             self.file = None
 
-    def farewell(self, folder: Path, metrics: dict[str, float], note: str = "") -> None:
-        """Tell the user where the checkpoint is and what to do with it, and *note*."""
+    def farewell(self, folder: Path, metrics: dict[str, float], note: str = "", adapters: bool = False) -> None:
+        """Tell the user where the checkpoint is and what to do with it, and *note*. timm cannot open one with *adapters*."""
         if note:
             self.say(note)
         if accuracy := _accuracy(metrics):
@@ -129,7 +129,9 @@ class Monitor:
         self.say(f"checkpoint  {folder}")
         self.say("resume      run the same command again (more steps: --train.epochs or --train.steps)")
         self.say(f"evaluate    bigvision eval {folder}")
-        if (folder / "model.safetensors").exists():
+        if adapters:
+            self.say(f"merge       bigvision export {folder} FILE.safetensors (for peft: FOLDER --adapter)")
+        elif (folder / "model.safetensors").exists():
             self.say(f'load        timm.create_model("local-dir:{folder}", pretrained=True)')
         else:
             self.say(f'load        accelerate.load_checkpoint_in_model(model, "{folder}")')

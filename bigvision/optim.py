@@ -6,10 +6,9 @@ DeepSpeed's over them, and the learning rate of a step. Clipping and stepping ar
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -20,14 +19,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from bigvision.config import GroupConfig, OptimConfig
-from bigvision.errors import UserError
+from bigvision.errors import UserError, nearest_paths
 
 
-def freeze(module: nn.Module, trainable: str | Sequence[str]) -> None:
+def freeze(module: nn.Module, trainable: str | Sequence[str], adapters: Collection[str] = ()) -> None:
     """Freeze all parameters but those that ``model.trainable`` names; one that is frozen already stays so.
+
+    Where there are *adapters* (``model.lora``) these are always trained, and "all" means beside them the head.
 
     Raises `UserError` where that leaves nothing to train, or means nothing for this model.
     """
+    trainable = "head" if adapters and trainable == "all" else trainable
     asked = f"model.trainable: {trainable if isinstance(trainable, str) else list(trainable)}"
     parameters = dict(module.named_parameters())
     if trainable == "all":
@@ -47,6 +49,7 @@ def freeze(module: nn.Module, trainable: str | Sequence[str]) -> None:
         kept = {name for name, layer in layers.items() if layer >= top - count}
     else:
         kept = set[str]().union(*(matching(module, name, "model.trainable") for name in trainable))
+    kept.update(adapters)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in kept and parameter.requires_grad)
     if not any(parameter.requires_grad for parameter in parameters.values()):
@@ -149,8 +152,8 @@ def matching(module: nn.Module, pattern: str, key: str) -> set[str]:
     if found := {first[p] for name, p in every if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}:
         return found
     paths = [".".join(parts[:depth]) for parts in (name.split(".") for name, _ in every) for depth in range(1, len(parts) + 1)]
-    near = difflib.get_close_matches(pattern, dict.fromkeys(map(_numberless, paths)), n=3, cutoff=0)
-    raise UserError(f"{key}: {pattern!r} matches no parameter of the model; the nearest names are {', '.join(near)}")
+    near = nearest_paths(pattern, paths)
+    raise UserError(f"{key}: {pattern!r} matches no parameter of the model; the nearest names are {near}")
 
 
 def _numberless(name: str) -> str:
@@ -228,9 +231,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, on_cpu: b
     """Return the optimizer ``optim.name`` over :func:`parameter_groups`; clipping is the engine's.
 
     adamw (Loshchilov and Hutter 2019) and sgd (with Nesterov momentum) are torch's. lion (Chen et al. 2023), lamb (You et al.
-    2020), adafactor (big_vision's, Zhai et al. 2022) and muon (Jordan et al. 2024) are timm's. muon takes its momentum as
-    Nesterov's, steps as large as AdamW's (Liu et al. 2025), and NAdamW for what is not a matrix. For parameters *on_cpu* adamw
-    is DeepSpeed's vectorised one.
+    2020) and adafactor (big_vision's, Zhai et al. 2022) are timm's, muon is :class:`bigvision.muon.Muon`. For parameters
+    *on_cpu* adamw is DeepSpeed's vectorised one.
     """
     if config.name == "adamw" and on_cpu:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -241,7 +243,11 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, on_cpu: b
     if config.name == "sgd":
         momentum = config.momentum
         return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
-    from timm.optim import AdafactorBigVision, Lamb, Lion, Muon
+    if config.name == "muon":
+        from bigvision.muon import Muon
+
+        return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas)
+    from timm.optim import AdafactorBigVision, Lamb, Lion
 
     if config.name == "lion":
         # torch 2.11 cannot step sharded tensors together; 2.12 and 2.13 were not tried.
@@ -255,13 +261,13 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, on_cpu: b
         return AdafactorBigVision(
             groups, lr=config.lr, momentum=momentum or None, momentum_dtype=torch.float32, beta2_cap=cap
         )  # fmt: skip
-    if config.name == "muon":
-        return Muon(groups, lr=config.lr, momentum=config.momentum, nesterov=True, betas=config.betas)
     raise ValueError(f"optim.name: {config.name} has no branch in build_optimizer")
 
 
 def allocate_state(optimizer: Optimizer) -> None:
     """Create the state that the optimizer's first step would; call it before parameters have values, for they change."""
+    if optimizer.state:  # Muon's: a first step would orthogonalise all matrices
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -275,24 +281,29 @@ def allocate_state(optimizer: Optimizer) -> None:
         counter.zero_()
 
 
-def sample_state(config: OptimConfig) -> dict[str, Any]:
-    """What ``optim.name`` keeps of one parameter, a 1 x 1 matrix; "step" is its counter, where it has one for each.
+def state_layout(config: OptimConfig, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The tensors that ``optim.name`` keeps of a parameter of *shape*: names, shapes and types.
 
-    A tensor of another shape is a `TypeError`: a checkpoint could not tell whose share of the parameter it is.
+    One of another shape than the parameter's is a `TypeError`, since a checkpoint could not tell whose share of the parameter
+    it is; adafactor's belong to whole matrices.
     """
-    parameter = torch.zeros(1, 1)
+    shaped = config.name in ("adafactor", "muon")  # what they keep depends on the shape; the others cannot step on meta
+    parameter = torch.zeros(shape, device="meta") if shaped else torch.zeros(1, 1)
     optimizer = build_optimizer([_group([parameter], ["one"])], config)
     allocate_state(optimizer)
+    layout = {}
     for key, value in optimizer.state[parameter].items():
-        if isinstance(value, Tensor) and key != "step" and value.shape != parameter.shape:
-            raise TypeError(f"{type(optimizer).__name__}: {key!r} does not have the parameter's shape and cannot be saved")
-    return optimizer.state[parameter]
+        if isinstance(value, Tensor) and key != "step":
+            if value.shape != parameter.shape and config.name != "adafactor":
+                raise TypeError(f"{type(optimizer).__name__}: {key!r} does not have the parameter's shape and cannot be saved")
+            layout[key] = (tuple(value.shape) if shaped else shape, value.dtype)
+    return layout
 
 
-def state_layout(config: OptimConfig) -> dict[str, torch.dtype]:
-    """The tensors that ``optim.name`` keeps of each parameter, for one of the parameter's shape: names and types."""
-    state = sample_state(config)
-    return {key: value.dtype for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
+def state_bytes(config: OptimConfig) -> float:
+    """Bytes of optimizer state for each number of a large matrix."""
+    shape = (1024, 1024)
+    return sum(math.prod(kept) * dtype.itemsize for kept, dtype in state_layout(config, shape).values()) / math.prod(shape)
 
 
 def step_counters(optimizer: Optimizer) -> list[Tensor]:

@@ -1,3 +1,4 @@
+import gc
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def needs_the_machine(path: Path) -> bool:
     return path.as_posix().endswith(tuple(f"tests/{name}" for name in ALONE))
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the files of which ``-m`` chooses no test: importing all of them takes ten seconds."""
+    chosen = config.getoption("markexpr")
+    if "alone" not in chosen or not collection_path.name.startswith("test_"):
+        return None
+    return True if needs_the_machine(collection_path) == ("not alone" in chosen) else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before markers are chosen by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {FOLDER / name: place for place, name in enumerate(LONGEST)}
@@ -41,3 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if needs_the_machine(item.path):
             item.add_marker("alone")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a million objects of imported packages, which no collection need look through

@@ -1,12 +1,14 @@
 """Runs a function on N gloo ranks. The ranks are kept alive between tests, and forked from processes that have imported torch.
 
 Ranks that a launcher starts have hash seeds of their own, so that a set of names has another order on each. Forked ranks share
-that of their server: there are two servers, with different seeds, for even and for odd ranks.
+that of their server: there are two servers, with different seeds, for even and for odd ranks. The data workers of a rank, which
+a launched rank starts from a server of its own, come from the other of the two.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import socket
 import traceback
@@ -69,9 +71,6 @@ class Pool:
 
 
 def _serve(connection: Connection) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     while True:
         try:
             environment, function, args, kwargs = connection.recv()
@@ -92,9 +91,6 @@ def start_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Ba
 
 
 def _run_once(environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     os.environ.update(environment)
     function(*args)
 
@@ -112,14 +108,26 @@ SERVERS = [forkserver.ForkServer() for _ in range(2)]
 
 
 def _start(rank: int, function: Callable[..., None], *args: Any) -> BaseProcess:
-    server, process = SERVERS[rank % 2], get_context("forkserver").Process(target=function, args=args)
-    server.set_forkserver_preload(["bigvision.training", "bigvision.cli", "tests.distributed"])
-    with (
-        mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process),
-        mock.patch.dict(os.environ, PYTHONHASHSEED=str(rank % 2 + 1)),  # read by a server when it starts
-    ):
+    for number, server in enumerate(SERVERS):
+        server.set_forkserver_preload(["bigvision.training", "bigvision.cli", "tests.distributed"])
+        with mock.patch.dict(os.environ, PYTHONHASHSEED=str(number + 1)):  # read by a server when it starts
+            server.ensure_running()
+    server, other = SERVERS[rank % 2], SERVERS[1 - rank % 2]
+    process = get_context("forkserver").Process(target=_begin, args=(other._forkserver_address, function, args))
+    with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
         process.start()
     return process
+
+
+def _begin(server: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """Call *function* in a rank, whose data workers are forked by the *server* of that address."""
+    import torch
+
+    torch.set_num_threads(1)
+    gc.freeze()  # what was imported is looked through by no collection
+    ours = forkserver._forkserver  # type: ignore[attr-defined]
+    ours._forkserver_address, ours.ensure_running = server, lambda: None
+    function(*args)
 
 
 def free_port() -> int:

@@ -15,8 +15,8 @@ FILES = sorted(path for folder in ("bigvision", "launch", "benchmarks") for path
 
 # A package imports itself and the packages of the lines above its own.
 LEVELS = (
-    {"__version__", "disk", "errors", "samples"},
-    {"config", "fragments", "signals"},
+    {"__version__", "importing", "disk", "errors", "samples"},
+    {"config", "fragments", "muon", "signals"},
     {"runtime", "models", "data", "tasks", "optim"},
     {"pipeline"},
     {"engine", "checkpoint"},

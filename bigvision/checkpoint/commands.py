@@ -180,11 +180,13 @@ def run_export(arguments: list[str]) -> int:
         "bigvision export",
         "Write a checkpoint's weights for other tools: to FILE.safetensors, which "
         "timm.create_model(name, checkpoint_path=FILE) opens, or to a folder in Hugging Face's form (config.json and "
-        "model.safetensors, or several files and an index). The checkpoint's checksums are compared on the way.",
+        "model.safetensors, or several files and an index). Adapters (model.lora) are merged into the weights. The "
+        "checkpoint's checksums are compared on the way.",
     )
     parser.add_argument("source", metavar="STEP_FOLDER", type=Path, help="the checkpoint")
     parser.add_argument("target", metavar="FILE_OR_FOLDER", type=Path, help="a name that ends with .safetensors is a file")
     parser.add_argument("--ema", action="store_true", help="the averaged weights")
+    parser.add_argument("--adapter", action="store_true", help="the adapters of model.lora alone, as a folder that peft opens")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of floating-point tensors (default: as they are)")
     parser.add_argument("--shard-size", metavar="SIZE", help="largest file in a folder, such as 5GB or 512MiB (default: 5GB)")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
@@ -192,7 +194,10 @@ def run_export(arguments: list[str]) -> int:
     shard_size = None if flags.shard_size is None else parse_size(flags.shard_size, "--shard-size")
     from bigvision.checkpoint.export import export
 
-    done = export(flags.source, flags.target, ema=flags.ema, dtype=flags.dtype, shard_size=shard_size, force=flags.force)
+    done = export(
+        flags.source, flags.target, ema=flags.ema, dtype=flags.dtype, shard_size=shard_size, force=flags.force,
+        adapter=flags.adapter,
+    )  # fmt: skip
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     print(f"exported  {flags.target} ({done.tensors} tensors, {size_text(done.bytes)}, {files})")
     print(f"load      {_loading(flags.target, done)}")
@@ -203,6 +208,9 @@ def _loading(target: Path, done: Exported) -> str:
     """The line of Python that opens what was exported."""
     path = json.dumps(str(target), ensure_ascii=False)
     arguments = "".join(f", {name}={value!r}" for name, value in done.model_args.items())
+    if done.files == ["adapter_model.safetensors"]:
+        model = f"timm.create_model({json.dumps(done.architecture)}{arguments})"
+        return f"peft.PeftModel.from_pretrained({model}, {path}), with the weights that the run began with"
     if target.is_file():
         return f"timm.create_model({json.dumps(done.architecture)}, checkpoint_path={path}{arguments})"
     if len(done.files) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from bigvision.checkpoint import manifest
+from bigvision.checkpoint.adapters import find_adapters
 from bigvision.checkpoint.manifest import Damaged, ReadError, read_file
 from bigvision.checkpoint.reader import Tensors
 from bigvision.checkpoint.retention import check_step_folder
@@ -43,50 +45,69 @@ class Exported:
 
 def export(
     source: Path, target: Path, *, ema: bool = False, dtype: str | None = None, shard_size: int | None = None,
-    force: bool = False,
+    force: bool = False, adapter: bool = False,
 ) -> Exported:  # fmt: skip
     """Write the weights of the step folder *source* to *target*, whole or not at all.
 
     A *target* that ends with ".safetensors" becomes one file; any other a folder with config.json, timm's model card, and
     model.safetensors, or several files and their index. What is written depends on the values alone, not on how the
-    checkpoint was laid out or under which strategy it was written.
+    checkpoint was laid out or under which strategy it was written. Adapters (LoRA) are merged into the weights.
 
     Args:
         ema: take the averaged weights; what has no average (buffers) comes from the model.
         dtype: "fp32", "bf16" or "fp16" for every floating-point tensor; None leaves each as it is.
         shard_size: largest size of a file's data in bytes, in a folder; None is 5 GB.
         force: replace a file, or a folder that holds nothing but an export.
+        adapter: write the adapters alone, and what was trained beside them, as the folder that peft opens.
 
     Raises:
-        UserError: *source* is damaged, has no EMA or a value that *dtype* cannot hold, or *target* cannot be written.
+        UserError: *source* is damaged, has no EMA, no adapters or a value that *dtype* cannot hold, or *target* cannot be
+            written.
     """
     single = target.name.endswith(SUFFIX)
     if single and shard_size is not None:
         raise UserError(f"--shard-size: {target} is one file: name a folder, or leave --shard-size out")
+    if adapter and single:
+        raise UserError(f"--adapter: {target} is one file, but peft opens a folder: name one")
+    if adapter and shard_size is not None:
+        raise UserError("--shard-size: adapters are one file: leave --shard-size out")
     check_step_folder(source)
     _check_target(target, single, force)
     unfinished = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
     try:
         tensors = Tensors(source, ("model", "ema") if ema else ("model",))
-        card_text = read_file(source, tensors.ranges, "config.json")
-        card = _card(card_text)
-        places = _places(tensors, ema, source)
-        written = {name: torch.empty(place.shape, dtype=TYPES[place.dtype], device="meta") for name, place in places.items()}
+        document, text = "config.json", read_file(source, tensors.ranges, "config.json")
+        card = _card(text)
+        places, group, merged = _places(tensors, ema, source), "model", dict[str, str]()
+        adapters = find_adapters(tensors, places)
+        if adapter and adapters is None:
+            raise UserError(f"--adapter: {source} has no adapters, its run had no model.lora: leave --adapter out")
+        if adapters is not None and adapter:
+            document, text = "adapter_config.json", f"{json.dumps(adapters.peft_config(), indent=2)}\n".encode()
+            places, group = adapters.alone(), "adapter_model"
+        elif adapters is not None:
+            places, merged = adapters.base(), {f"{layer}.weight": layer for layer in adapters.layers}
+
+        def parts(name: str) -> Iterator[torch.Tensor]:
+            return adapters.merged(merged[name]) if adapters and name in merged else tensors.parts(places[name])
+
+        types = {name: torch.float32 if name in merged else TYPES[place.dtype] for name, place in places.items()}
+        written = {name: torch.empty(place.shape, dtype=types[name], device="meta") for name, place in places.items()}
         if dtype is not None:
             written = {name: one.to(PRECISIONS[dtype]) if one.is_floating_point() else one for name, one in written.items()}
-        largest = sum(tensor.nbytes for tensor in written.values()) + 1 if single else shard_size or SHARD_SIZE
-        layouts = lay_out("model", written, largest)
+        one_file = sum(tensor.nbytes for tensor in written.values()) + 1
+        layouts = lay_out(group, written, one_file if single or adapter else shard_size or SHARD_SIZE)
         try:
             if single:
-                _write(unfinished, layouts[0], tensors, places, written)
+                _write(unfinished, layouts[0], parts, written)
             else:
                 unfinished.mkdir(FOLDER_MODE)
                 for layout in layouts:
-                    _write(unfinished / layout.name, layout, tensors, places, written)
-                write_new(unfinished / "config.json", card_text)
+                    _write(unfinished / layout.name, layout, parts, written)
+                write_new(unfinished / document, text)
                 if len(layouts) > 1:
-                    text = json.dumps(index(layouts), indent=2) + "\n"
-                    write_new(unfinished / "model.safetensors.index.json", text.encode())
+                    listed = json.dumps(index(layouts), indent=2) + "\n"
+                    write_new(unfinished / "model.safetensors.index.json", listed.encode())
                 sync_folder(unfinished)
             # Again: hours may have gone by.
             _check_target(target, single, force)
@@ -126,7 +147,7 @@ def _check_target(target: Path, single: bool, force: bool) -> None:
 
 def _is_exported(entry: Path) -> bool:
     weights = entry.name.startswith("model") and entry.name.endswith((SUFFIX, f"{SUFFIX}.index.json"))
-    return entry.is_file() and (weights or entry.name == "config.json")
+    return entry.is_file() and (weights or entry.name in ("config.json", "adapter_config.json", "adapter_model.safetensors"))
 
 
 def _card(text: bytes) -> dict[str, Any]:
@@ -151,14 +172,14 @@ def _places(tensors: Tensors, ema: bool, source: Path) -> dict[str, Place]:
 
 
 def _write(
-    path: Path, layout: FileLayout, tensors: Tensors, places: dict[str, Place], written: dict[str, torch.Tensor]
+    path: Path, layout: FileLayout, parts: Callable[[str], Iterator[torch.Tensor]], written: dict[str, torch.Tensor]
 ) -> None:  # fmt: skip
     with os.fdopen(open_new(path), "wb") as file:
         file.write(layout.header)
         for name, offset in layout.offsets.items():
             if file.tell() != offset:
                 raise RuntimeError(f"{name} would lie at {file.tell()}, not at {offset}")
-            for part in tensors.parts(places[name]):
+            for part in parts(name):
                 values = part.to(written[name].dtype)
                 if values.dtype != part.dtype and not torch.equal(values.isfinite(), part.isfinite()):
                     largest = float(part[part.isfinite()].abs().max())

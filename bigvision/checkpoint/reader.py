@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -164,10 +164,13 @@ def _unchecked(file: str, targets: list[_Target]) -> Iterator[ByteRange]:
             yield ByteRange(file, begin, min(CHUNK, one.end - begin), 0)
 
 
-def check_same_tensors(folder: Path, places: dict[str, dict[str, Place]], fragments: Iterable[Fragment], what: str) -> None:
+def check_same_tensors(
+    folder: Path, places: dict[str, dict[str, Place]], fragments: Iterable[Fragment], what: str, why: Callable[[], str]
+) -> None:  # fmt: skip
     """Compare the names, shapes and types of the checkpoint *folder* with those of *fragments*.
 
-    A checkpoint of another model or optimizer is a `UserError` of the key *what*, which names the first tensor that differs.
+    A checkpoint of another model or optimizer is a `UserError` of the key *what*, which names the first tensor that differs,
+    and the reason and the fix that *why* returns, where it knows them.
     """
     wanted: dict[str, dict[str, Fragment]] = {}
     for fragment in fragments:
@@ -175,12 +178,18 @@ def check_same_tensors(folder: Path, places: dict[str, dict[str, Place]], fragme
     for group in sorted(wanted.keys() | places.keys()):
         tensors, held = wanted.get(group, {}), places.get(group, {})
         start = f"{what}: {folder} is the checkpoint of another {group}: "
-        fix = "use the configuration that it was trained with, or another out folder"
+        differs = ""
         for name, fragment in tensors.items():
+            ours = f"{DTYPES[fragment.values.dtype]}{list(fragment.shape)}"
             if name not in held:
-                raise UserError(f"{start}it has no {name}: {fix}")
-            theirs, ours = held[name].kind, f"{DTYPES[fragment.values.dtype]}{list(fragment.shape)}"
-            if theirs != ours:
-                raise UserError(f"{start}{name} is {theirs} there and {ours} here: {fix}")
-        if extra := next((name for name in held if name not in tensors), None):
-            raise UserError(f"{start}it has {extra}, which this one lacks: {fix}")
+                differs = f"it has no {name}"
+            elif held[name].kind != ours:
+                differs = f"{name} is {held[name].kind} there and {ours} here"
+            if differs:
+                break
+        else:
+            if extra := next((name for name in held if name not in tensors), None):
+                differs = f"it has {extra}, which this one lacks"
+        if differs:
+            fix = why() or "use the configuration that it was trained with, or another out folder"
+            raise UserError(f"{start}{differs}: {fix}")

@@ -47,20 +47,22 @@ class Checkpoint:
         Tensors of the checkpoint whose names begin with one of *without* are not needed. `UserError` where the checkpoint is of
         another model, or damaged; `RankFailure` where a rank cannot read it.
         """
-        if problem := self._fill(fragments, groups, without):
+        if problem := self._fill(fragments, groups, without=without):
             raise _invalid(self.folder, problem, self._key)
 
     def restore_or_older(
-        self, fragments: list[Fragment], say: Say, accept: Callable[[Checkpoint], None] = lambda found: None
+        self, fragments: list[Fragment], say: Say, accept: Callable[[Checkpoint], None] = lambda found: None,
+        why: Callable[[Checkpoint], str] = lambda found: "",
     ) -> Checkpoint:  # fmt: skip
         """Fill *fragments* from this checkpoint, on every rank, or from the newest older one that is whole; return it.
 
         Averaged weights are left out where the run or the checkpoint has none. *say* gets a line for that, and for each damaged
-        checkpoint. *accept* gets an older one before it is read, and raises where the run must not go on from that. Raises as
+        checkpoint. *accept* gets an older one before it is read, and raises where the run must not go on from that. *why* gets
+        one that has other tensors, and returns the reason and the fix, or nothing where it knows none. Raises as
         :meth:`restore` for one that was named, and a `UserError` where none is whole.
         """
         found = self
-        while problem := found._fill(fragments, found._groups(fragments)):
+        while problem := found._fill(fragments, found._groups(fragments), why):
             if found.what != "auto":
                 raise _invalid(found.folder, problem, found._key)
             say(_falls_back(found.folder, problem))
@@ -86,7 +88,10 @@ class Checkpoint:
     def _key(self) -> str:
         return "checkpoint.resume" if self.what == "auto" else self.what
 
-    def _fill(self, fragments: list[Fragment], groups: tuple[str, ...] | None, without: tuple[str, ...] = ()) -> str:
+    def _fill(
+        self, fragments: list[Fragment], groups: tuple[str, ...] | None, why: Callable[[Checkpoint], str] = lambda found: "",
+        without: tuple[str, ...] = (),
+    ) -> str:  # fmt: skip
         """As :meth:`restore`; returns what is damaged, the same on every rank."""
         places = {
             group: {name: place for name, place in held.items() if not name.startswith(without)} if without else held
@@ -94,7 +99,7 @@ class Checkpoint:
             if groups is None or group in groups
         }
         wanted = [fragment for fragment in fragments if groups is None or fragment.group in groups]
-        all_or_none(lambda: check_same_tensors(self.folder, places, wanted, self._key))
+        all_or_none(lambda: check_same_tensors(self.folder, places, wanted, self._key, lambda: why(self)))
         return _agreed(self.folder, lambda: self.tensors.restore(wanted, self.full))[1]
 
 

@@ -8,7 +8,17 @@ single values, ``checks.py`` those that exclude each other. ``ds_file.py`` reads
 ``ds_keys.py``.
 """
 
-from bigvision.config.checks import WHOLE, check_batches, micro_batch, peak_rate
+from bigvision.config.checks import (
+    WHOLE,
+    Size,
+    check_batches,
+    micro_batch,
+    other_sizes,
+    pair,
+    peak_rate,
+    stage_end,
+    train_size,
+)
 from bigvision.config.ds_file import deepspeed_settings, read_ds_file
 from bigvision.config.resolve import describe, load_config, resolve
 from bigvision.config.schema import (
@@ -21,10 +31,12 @@ from bigvision.config.schema import (
     FaultsConfig,
     GroupConfig,
     LimitsConfig,
+    LoraConfig,
     ModelConfig,
     MonitorConfig,
     OptimConfig,
     ParallelConfig,
+    ResizeConfig,
     TaskConfig,
     TrainConfig,
 )
@@ -41,10 +53,13 @@ __all__ = [
     "FaultsConfig",
     "GroupConfig",
     "LimitsConfig",
+    "LoraConfig",
     "ModelConfig",
     "MonitorConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ResizeConfig",
+    "Size",
     "TaskConfig",
     "TrainConfig",
     "check_batches",
@@ -53,8 +68,12 @@ __all__ = [
     "leaves",
     "load_config",
     "micro_batch",
+    "other_sizes",
+    "pair",
     "parse_size",
     "peak_rate",
     "read_ds_file",
     "resolve",
+    "stage_end",
+    "train_size",
 ]

@@ -1,23 +1,34 @@
-"""Values that no run can have, and how a global batch is cut into the micro-batches of each rank."""
+"""Values that no run can have; how a global batch is cut into the micro-batches of each rank; the size of a step's images."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
 from bigvision.config.ds_file import read_ds_file
-from bigvision.config.schema import ONE_STAGE, SCHEDULE_KEYS, SPLIT_BACKWARD, Config, OptimConfig, ParallelConfig, TaskConfig
+from bigvision.config.schema import (
+    ONE_STAGE,
+    SCHEDULE_KEYS,
+    SPLIT_BACKWARD,
+    Config,
+    DataConfig,
+    LoraConfig,
+    OptimConfig,
+    ParallelConfig,
+    ResizeConfig,
+    TaskConfig,
+)
 from bigvision.config.values import get, parse_size, spell
 from bigvision.errors import UserError, either, nearest
 
 WHOLE = {
     "lamb": ("scales each step by norms of whole tensors", ("ddp", "fsdp", "pipeline")),
-    "adafactor": ("factors the second moments of whole matrices", ("ddp",)),
-    "muon": ("orthogonalises whole matrices", ("ddp",)),
+    "adafactor": ("factors the second moments of whole matrices", ("ddp", "pipeline")),
+    "muon": ("orthogonalises whole matrices", ("ddp", "fsdp", "pipeline")),
 }
 """The optimizers that are not elementwise: what they need whole, and the strategies that have it."""
 LOWEST = {
@@ -44,9 +55,12 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.betas": (lambda pair: all(0 <= value < 1 for value in pair), "from 0 to below 1"),
     "ema.decay": (lambda value: 0 <= value < 1, "from 0 to below 1; null keeps no average"),
     "optim.momentum": (lambda value: 0 <= value < 1, "from 0 to below 1"),
-    "model.image_size": (
-        lambda size: min(size if isinstance(size, tuple) else (size,)) >= 1,
-        "a number of pixels from 1 on, or two: [height, width]",
+    **dict.fromkeys(
+        ("model.image_size", "data.val_size"),
+        (
+            lambda size: min(size if isinstance(size, tuple) else (size,)) >= 1,
+            "a number of pixels from 1 on, or two: [height, width]",
+        ),
     ),
     "data.image_range": (lambda ends: -math.inf < ends[0] < ends[1] < math.inf, "two finite numbers, the smaller first"),
     "data.crop_scale": (lambda ends: 0 < ends[0] <= ends[1] <= 1, "two shares above 0, the smaller first"),
@@ -68,6 +82,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.layer_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1; null: one rate for all"),
 }
 """What other keys must be where they are not null."""
+Size = tuple[int, int]
+"""height and width in pixels"""
 MIXING = ("mixup", "cutmix", "mix_each")
 DISTILLING = ("distill", "distill_weight", "temperature")
 TASK_KEYS: dict[str, tuple[str, ...]] = {
@@ -140,6 +156,11 @@ def check_batches(config: Config, ranks: int, stages: int) -> None:
             f"parallel.replicas: {parallel.replicas}, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
             f"which sharded stages do not allow: use {ranks} for whole copies of each stage, or the schedule interleaved"
         )
+    if config.optim.name == "adafactor" and parallel.strategy == "pipeline" and parallel.replicas != ranks:
+        raise UserError(
+            f"optim.name: adafactor {WHOLE['adafactor'][0]}, but with parallel.replicas: {parallel.replicas} each of the "
+            f"{ranks} ranks of a stage has some rows of them: use parallel.replicas {ranks} for whole copies, or adamw"
+        )
     size, share = micro_batch(config, ranks, stages), config.train.global_batch // ranks
     whole = 2 * config.data.repeats
     if (config.task.mixup or config.task.cutmix) and (share % whole or (size < share and size % whole)):
@@ -166,6 +187,32 @@ def check_batches(config: Config, ranks: int, stages: int) -> None:
         )
 
 
+def pair(size: int | Size) -> Size:
+    """Height and width of *size*, which may be the side of a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def other_sizes(data: DataConfig) -> dict[str, Size]:
+    """The image sizes that a run has beside ``model.image_size``, by the key that asks for each."""
+    stages = enumerate(data.resize_schedule)
+    sizes = {f"data.resize_schedule[{place}].image_size": pair(stage.image_size) for place, stage in stages}
+    return sizes | ({} if data.val_size is None else {"data.val_size": pair(data.val_size)})
+
+
+def train_size(data: DataConfig, last: Size, step: int, steps: int) -> Size:
+    """Of the images of the step that follows *step* of a run's *steps*; *last* is the size after ``data.resize_schedule``.
+
+    A function of the position alone, so that a run resumes with the size that it would have had.
+    """
+    stage = next((stage for stage in data.resize_schedule if step < stage_end(stage, steps)), None)
+    return last if stage is None else pair(stage.image_size)
+
+
+def stage_end(stage: ResizeConfig, steps: int) -> int:
+    """The number of steps after which *stage* is over, in a run of *steps*."""
+    return round(stage.until if stage.until >= 1 else stage.until * steps)
+
+
 def check(config: Config) -> None:
     """Values that no run can have. What depends on ranks, model or data is checked where those are known."""
     for key, lowest in LOWEST.items():
@@ -186,6 +233,7 @@ def check(config: Config) -> None:
             )
         if group.weight_decay is not None and not 0 <= group.weight_decay < math.inf:
             raise UserError(f"optim.groups[{place}].weight_decay: {group.weight_decay} must be a finite number from 0 on")
+    _check_resize(config.data.resize_schedule)
     parallel = config.parallel
     what, fits = WHOLE.get(config.optim.name, ("", (parallel.strategy,)))
     if parallel.strategy not in fits:
@@ -211,7 +259,9 @@ def check(config: Config) -> None:
             f"model.trainable: {trainable!r} must be all, head, last:N with N from 1 on, or a list of names: "
             f"{spell([trainable])}"
         )
-    if not trainable:
+    if (lora := config.model.lora) is not None:
+        _check_lora(lora)
+    elif not trainable:
         raise UserError("model.trainable: [] leaves nothing to train: name what is trained, or use all")
     if config.model.pretrained and config.model.weights:
         raise UserError("model.pretrained: true contradicts model.weights: choose one of the two")
@@ -221,6 +271,15 @@ def check(config: Config) -> None:
     allow = config.checkpoint.allow
     if allow is not None and not {name.strip() for name in allow.split(",")} <= {"data", "classes"}:
         raise UserError(f"checkpoint.allow: {allow!r} must be data, classes, or both: data,classes")
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    if lora.rank < 1:
+        raise UserError(f"model.lora.rank: {lora.rank} must be at least 1; to train without adapters, set model.lora to null")
+    if not 0 < lora.alpha < math.inf:
+        raise UserError(f"model.lora.alpha: {lora.alpha:g} must be a number above 0, often rank or twice as much")
+    if lora.targets == ():
+        raise UserError("model.lora.targets: [] gives no layer an adapter: name some, or use null")
 
 
 def peak_rate(optim: OptimConfig, global_batch: int) -> float:
@@ -253,6 +312,21 @@ def _check_rate(optim: OptimConfig, global_batch: int) -> None:
         raise UserError(
             f"optim.min_lr: {optim.min_lr:g} is above the peak learning rate, {peak:g}: lower it, or raise optim.lr"
         )
+
+
+def _check_resize(stages: Sequence[ResizeConfig]) -> None:
+    """Raise `UserError` for stages that no run can have, or that never begin."""
+    before = 0.0
+    for place, stage in enumerate(stages):
+        key = f"data.resize_schedule[{place}]"
+        if min(pair(stage.image_size)) < 1:
+            raise UserError(f"{key}.image_size: {spell(stage.image_size)} must be a number of pixels from 1 on, or two")
+        if not before < stage.until < math.inf or (stage.until < 1) != (stages[0].until < 1):
+            raise UserError(
+                f"{key}.until: {stage.until:g} must be above {before:g}, where it begins, and all of them shares of all steps "
+                "(below 1) or all numbers of steps (1 and above); after the last one images are of model.image_size"
+            )
+        before = stage.until
 
 
 def _check_schedule(parallel: ParallelConfig) -> None:

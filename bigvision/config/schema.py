@@ -8,6 +8,15 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """`model.lora`."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     name: str = "vit_tiny_patch16_224"
     """A timm model name, with or without a weights tag."""
@@ -23,6 +32,12 @@ class ModelConfig:
     trainable: str | tuple[str, ...] = "all"
     """What is trained, the rest keeps its values: all, head (timm's classifier), last:N (the head and the last N layers, as
     optim.layer_decay counts them), or a list of names as in optim.groups, such as [head, '*.norm?']."""
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The format in which what is not trained is held and saved. bf16 halves it; weights of BatchNorm and LSTMs stay fp32."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters (Hu et al. 2021) beside linear layers, e.g. {rank: 8, alpha: 16, targets: ['*.qkv', '*.mlp']}. All else
+    is frozen but the head, or what trainable names ([]: only adapters). targets: layers or modules with some, patterns as in
+    optim.groups; null: the projections of attention and MLP in the blocks. What an adapter adds is scaled with alpha / rank."""
     drop_path: float = 0.0
     """Stochastic depth rate (Huang et al. 2016), from 0 to below 1."""
     sync_batchnorm: bool = False
@@ -58,6 +73,14 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class ResizeConfig:
+    """One entry of `data.resize_schedule`."""
+
+    until: float
+    image_size: int | tuple[int, int]
+
+
+@dataclass(frozen=True)
 class DataConfig:
     train: str = "digits"
     """digits, imagefolder:PATH, webdataset:PATH, parquet:PATH, arrays:PATH, volumes:PATH, mnist, cifar10, ...,
@@ -72,6 +95,12 @@ class DataConfig:
     """Folder of the datasets that torchvision downloads."""
     augment: bool = True
     """Random crops, shifts and flips that fit the dataset; false feeds the training images as the evaluation ones."""
+    resize_schedule: tuple[ResizeConfig, ...] = ()
+    """Progressive resizing: smaller or larger training images in the first steps, e.g. [{until: 0.4, image_size: 128}, {until:
+    0.8, image_size: 160}]. until: share of all steps (below 1) or number of steps (1 and above); then model.image_size."""
+    val_size: int | tuple[int, int] | None = None
+    """Size of the images in evaluations, such as 224 for a model that trains at 176 (Touvron et al. 2019, FixRes); null:
+    model.image_size."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Least and largest share of a photo's area that a random crop takes."""
     policy: Literal["none", "randaugment", "autoaugment", "trivialaugment", "three-augment"] = "none"
@@ -112,8 +141,8 @@ class GroupConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "sgd", "lion", "lamb", "adafactor", "muon"] = "adamw"
-    """adamw, sgd, lion: every strategy. lamb needs whole tensors: ddp, fsdp, pipeline. adafactor, muon need whole
-    matrices: ddp."""
+    """adamw, sgd, lion: every strategy. lamb, which takes norms of whole tensors, and muon, which needs whole matrices: ddp,
+    fsdp, pipeline. adafactor: ddp, and pipeline with whole copies of each stage."""
     lr: float = 1e-3
     """Peak learning rate, of a global batch of lr_base_size samples where that is given."""
     lr_base_size: int | None = None

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 
 import yaml
 
-from bigvision.config.schema import Config, GroupConfig
+from bigvision.config.schema import Config, GroupConfig, LoraConfig, ResizeConfig
 from bigvision.errors import UserError, nearest
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?=/|[^/])")
@@ -48,6 +48,8 @@ LISTS: dict[Any, str] = {
     float: "numbers",
     str: "texts",
     GroupConfig: "mappings {match: NAME, lr_scale: 1.0, weight_decay: null}",
+    LoraConfig: "mappings {rank: 8, alpha: 16, targets: null}",
+    ResizeConfig: "mappings {until: 0.5, image_size: 128}",
 }
 """What lists of any length hold, for people."""
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -209,7 +211,9 @@ def kind_name(kind: Any) -> str:
 def spell(value: Any) -> str:
     """*value* on one line as YAML spells it."""
     if isinstance(value, tuple):
-        value = [dataclasses.asdict(item) if isinstance(item, GroupConfig) else item for item in value]
+        value = [dataclasses.asdict(item) if isinstance(item, (GroupConfig, ResizeConfig)) else item for item in value]
+    elif isinstance(value, LoraConfig):
+        value = dataclasses.asdict(value)
     style = {"default_flow_style": True, "width": 10**6, "sort_keys": False}
     text = yaml.safe_dump(value, **style).removesuffix("...\n").strip()
     # Texts with line breaks, and bytes: escaped.

@@ -8,14 +8,17 @@ Read ``loader.py`` first, then what it calls: ``order.py`` (which samples), ``re
 ``labels.py``, ``layouts.py``, ``splits.py`` and ``report.py`` find out what a dataset holds, when it is opened.
 """
 
-from bigvision.data.batch import Batch, Mixer, StepBatch, normalize
-from bigvision.data.loader import Batches, eval_batches, train_batches
-from bigvision.data.order import Stream
-from bigvision.data.reading import BadSample
-from bigvision.data.sources import DATASETS, check_source, open_both, open_source
-from bigvision.data.sources.base import Sample, Source, Style, UnreadableSample
-from bigvision.data.sources.custom import MapStyle
-from bigvision.data.transforms import Transform, transform
+from bigvision import importing
+
+with importing():
+    from bigvision.data.batch import Batch, Mixer, StepBatch, normalize
+    from bigvision.data.loader import Batches, eval_batches, train_batches
+    from bigvision.data.order import Stream
+    from bigvision.data.reading import BadSample
+    from bigvision.data.sources import DATASETS, check_source, open_both, open_source
+    from bigvision.data.sources.base import Sample, Source, Style, UnreadableSample
+    from bigvision.data.sources.custom import MapStyle
+    from bigvision.data.transforms import Transform, transform
 
 __all__ = [
     "DATASETS", "BadSample", "Batch", "Batches", "MapStyle", "Mixer", "Sample", "Source", "StepBatch", "Stream", "Style",

@@ -24,6 +24,7 @@ from bigvision.engine.teacher import Teacher
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint
+from bigvision.models.formats import hold_frozen
 from bigvision.optim import group_table, learning_rate
 from bigvision.runtime import Runtime
 from bigvision.samples import Targets, each_tensor, seed_from
@@ -88,11 +89,13 @@ class Engine:
                 f"peak learning rate: {self.optim.lr:g}, which is optim.lr: {config.optim.lr:g} times {root}"
                 f"train.global_batch: {config.train.global_batch} / optim.lr_base_size: {config.optim.lr_base_size}"
             )
-        if (config.optim.groups or config.model.trainable != "all") and trains:
+        if (config.optim.groups or config.model.trainable != "all" or config.model.lora) and trains:
             self.notes += group_table(self.module, config.optim)
         self.parts = [self.module]
         if config.model.sync_batchnorm:
             self.notes += synchronize_norms(self.module, runtime)
+        if config.model.frozen_dtype == "bf16":
+            self.notes.append(hold_frozen(self.module, self.input_shape))
         self.module.train()
         self._build(blueprint, [block.module for block in blocks])
         self._set_mode(training=True)

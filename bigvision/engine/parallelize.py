@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from bigvision.config import SPLIT_BACKWARD, Config
+from bigvision.config import SPLIT_BACKWARD, Config, other_sizes
 from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
 from bigvision.models import Block, Blueprint, formats, kinds, share_rates
@@ -150,7 +150,7 @@ def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.devic
         options = {"context_fn": lambda norms=norms: (nullcontext(), _statistics_held(norms))} if norms else {}
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
     if eager is None:
-        compile_blocks(blocks, device)
+        compile_blocks(blocks, device, 1 + len(set(other_sizes(config.data).values())))
     return [f"parallel.compile: auto compiles nothing: {eager}"] if eager and config.parallel.compile == "auto" else []
 
 
@@ -205,10 +205,11 @@ def lacks_for_compile(device: torch.device) -> str | None:
     return None
 
 
-def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
+def compile_blocks(blocks: Sequence[nn.Module], device: torch.device, sizes: int = 1) -> None:
     """Replace the ``forward`` of each block by a compiled one, in place. Blocks of one kind share their graphs.
 
-    A block that would need more than `GRAPHS_PER_KIND` is reported on stderr and runs eagerly where none of its graphs fits.
+    A block that would need more than `GRAPHS_PER_KIND` for each of the *sizes* of images that it gets is reported on stderr and
+    runs eagerly where none of its graphs fits.
     """
     groups = kinds(blocks)
     for group in groups:
@@ -216,7 +217,7 @@ def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
     _keep_cache()
     dynamo: Any = torch._dynamo.config
     # Counted per code object: stages of different widths share the block's, and under recompute all share checkpoint's.
-    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS_PER_KIND * len(groups))
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS_PER_KIND * len(groups) * sizes)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, dynamo.recompile_limit)
     # It would split blocks that are larger than DDP's buckets; these are exchanged between the blocks' backward passes anyway.
     dynamo.optimize_ddp = False

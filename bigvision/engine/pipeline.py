@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
+from bigvision.config import SPLIT_BACKWARD, Config, Size, micro_batch, other_sizes
 from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.engine import Engine
 from bigvision.engine.parallelize import replicate, shard, wrap_blocks
 from bigvision.engine.step import NativeStep
+from bigvision.errors import UserError, either
 from bigvision.models import Blocks, Blueprint
 from bigvision.pipeline import Placement, StageMemory, make_schedule, plan_stages
 from bigvision.runtime import Runtime
@@ -38,7 +39,8 @@ class PipelineEngine(Engine):
         # Before blocks are wrapped: their forwards are still timm's.
         shape = blueprint.input_shape
         memory = StageMemory.of(config, runtime, self.placement, micro_batch(config, runtime.data_ranks, self.placement.ranks))
-        self.plan = plan_stages(blueprint.module, blocks, shape, runtime.device, memory)
+        sizes = list(other_sizes(config.data).values())
+        self.plan = plan_stages(blueprint.module, blocks, shape, runtime.device, memory, sizes)
         super().__init__(config, blueprint, blocks, task, runtime, *others)
         self.eval_batch = config.train.global_batch // runtime.data_ranks // self.micro_batch * self.micro_batch
         self.notes.append(f"stages, for a micro-batch of {self.micro_batch} images:")
@@ -52,7 +54,7 @@ class PipelineEngine(Engine):
         self.stages = {number: self.plan.build(self.module, number) for number in numbers}
         self.parts = list(self.stages.values())
         self.group = runtime.mesh["stage"].get_group()
-        self.schedules: dict[tuple[int, int], Any] = {}
+        self.schedules: dict[tuple[int, int, Size], Any] = {}
         self.passes: dict[int, int] = {}
         pieces = [block.module for number in numbers for block in self.plan.blocks[number]]
         sharded = runtime.mesh["shard"].size() > 1
@@ -85,15 +87,16 @@ class PipelineEngine(Engine):
         self.passes = dict.fromkeys(self.stages, 0)
         self.loss_factor = factor * self.stepper.scale.factor
         parameters = list(self.stepper.held.values())
-        images = self._inputs(batch) if 0 in self.stages else None
+        images, image_size = self._inputs(batch) if 0 in self.stages else None, self._size(batch)
         self.targets, begin = self._loss_targets(batch), 0
         whole, rest = divmod(len(batch), self.micro_batch)
         for count, size in ((whole, self.micro_batch), (1, rest)):
             if not count or not size:
                 continue
             before: dict[nn.Parameter, Tensor] = {}
-            if (count, size) not in self.schedules:
-                self.schedules[count, size] = self._schedule(count, size)
+            key = count, size, image_size
+            if key not in self.schedules:
+                self.schedules[key] = self._schedule(*key)
                 # A schedule that runs for the first time forgets the gradients of sharded stages so far.
                 before = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
                 for parameter in before:
@@ -103,7 +106,7 @@ class PipelineEngine(Engine):
             # The schedule cuts one tensor into views of it. Their offsets are places in the batch, for targets of any kind.
             target = torch.empty(len(batch))[mine] if self.placement.stages - 1 in self.stages else None
             with _unwrapped():
-                self.schedules[count, size].step(*arguments, target=target, return_outputs=False)
+                self.schedules[key].step(*arguments, target=target, return_outputs=False)
             begin += count * size
             for parameter, grad in before.items():
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
@@ -113,7 +116,20 @@ class PipelineEngine(Engine):
                 parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
         return sum((loss for loss, _ in self.checks), torch.zeros((), dtype=torch.float64, device=self.runtime.device))
 
-    def _schedule(self, count: int, size: int) -> Any:
+    def _size(self, batch: Batch) -> Size:
+        """Height and width of the images of *batch*, which all stages take from now on."""
+        height, width = batch.images.shape[-2:]
+        if (True, (height, width)) not in self.plan.sends:
+            planned = either([f"{size[0]} x {size[1]}" for training, size in self.plan.sends if training])
+            raise UserError(
+                f"parallel.strategy: pipeline has stages for images of {planned}, but these are {height} x {width}: name that "
+                "size in data.resize_schedule or data.val_size"
+            )
+        for stage in self.stages.values():
+            stage.image_size = (height, width)
+        return height, width
+
+    def _schedule(self, count: int, size: int, image_size: Size) -> Any:
         """A schedule of *count* micro-batches of *size* samples."""
 
         def loss(outputs: Tensor, places: Tensor) -> Tensor:
@@ -121,9 +137,9 @@ class PipelineEngine(Engine):
             targets = each_tensor(lambda tensor: tensor[begin : begin + len(places)], self.targets)
             return self._checked_loss(outputs, targets) * self.loss_factor
 
-        sends = self.plan.sends[True]
+        sends = self.plan.sends[True, image_size]
         values = [tuple(spec.empty(size, self.computing.dtype) for spec in specs) for specs in sends]
-        values.insert(0, (torch.empty(size, *self.input_shape, device="meta"),))
+        values.insert(0, (torch.empty(size, self.input_shape[0], *image_size, device="meta"),))
         return make_schedule(self.config.parallel.schedule, self.stages, values, self.placement, count, self.group, loss)
 
     @contextmanager
@@ -143,7 +159,7 @@ class PipelineEngine(Engine):
         """
         last, device = self.placement.stages - 1, self.runtime.device
         arrived: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        parts = batch.split(self.micro_batch)
+        parts, image_size = batch.split(self.micro_batch), self._size(batch)
         for turn in range(len(parts) + last):
             transfers: list[dist.P2POp] = []
             # The last stage first, so that what arrives from a stage of this rank is of the turn before.
@@ -160,7 +176,7 @@ class PipelineEngine(Engine):
                         transfers += [dist.P2POp(dist.isend, t, self._peer(number + 1), self.group) for t in outputs]
                 following = index + 1
                 if number and number - 1 not in self.stages and 0 <= following < len(parts):
-                    specs, samples = self.plan.sends[False][number - 1], len(parts[following])
+                    specs, samples = self.plan.sends[False, image_size][number - 1], len(parts[following])
                     tensors = tuple(spec.empty(samples, self.computing.dtype, device) for spec in specs)
                     arrived[number, following] = tensors
                     transfers += [dist.P2POp(dist.irecv, t, self._peer(number - 1), self.group) for t in tensors]

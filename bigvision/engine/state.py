@@ -27,12 +27,11 @@ Located = tuple[Tensor, int, tuple[int, int]]  # a 1-D view of local values, the
 
 
 def allocate(
-    module: nn.Module, device: torch.device, dtype: torch.dtype | None = None,
-    place: Callable[[nn.Parameter], None] = lambda parameter: None,
+    module: nn.Module, device: torch.device, place: Callable[[nn.Parameter], None] = lambda parameter: None
 ) -> None:  # fmt: skip
     """Give every parameter and buffer contiguous storage on *device*, without values; tied parameters stay tied.
 
-    *dtype* is for the parameters; None keeps their own. *place* is called with each parameter as soon as it has storage.
+    *place* is called with each parameter as soon as it has storage.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
@@ -40,7 +39,7 @@ def allocate(
             if old is None:
                 continue
             if old not in made:
-                empty = torch.empty_like(old, device=device, dtype=dtype, memory_format=torch.contiguous_format)
+                empty = torch.empty_like(old, device=device, memory_format=torch.contiguous_format)
                 made[old] = nn.Parameter(empty, old.requires_grad)
                 vars(made[old]).update(vars(old))
                 place(made[old])
@@ -154,7 +153,9 @@ def _flattened(modules: list[nn.Module], names: tuple[str, ...]) -> list[Tensor]
     for found in kinds.values():
         flats.append(torch.cat([buffer.reshape(-1) for *_, buffer in found]))
         for (module, name, buffer), values in zip(found, flats[-1].split([buffer.numel() for *_, buffer in found])):
-            module._buffers[name] = values.view(buffer.shape)
+            # `data` has a version counter of its own. Views share one, and autograd would take the update of one norm for a
+            # change of what another one's compiled block keeps for its backward pass.
+            module._buffers[name] = values.view(buffer.shape).data
     return flats
 
 
@@ -190,12 +191,12 @@ def model_fragments(tensors: Mapping[str, Tensor], locate: Callable[[Tensor], Lo
 
 def optimizer_fragments(
     optimizer: Optimizer, shapes: Mapping[str, tuple[int, ...]], place: Mapping[str, tuple[int, tuple[int, int]]],
-    absent: Mapping[str, torch.dtype],
+    layout: Callable[[tuple[int, ...]], Mapping[str, tuple[tuple[int, ...], torch.dtype]]],
 ) -> Iterator[Fragment]:  # fmt: skip
     """This rank's runs of the optimizer's state.
 
     *shapes* are those of the whole trainable parameters by name, *place* is (start, copy) of the run of each that this rank
-    holds, *absent* the state of a parameter of another pipeline stage: its keys and types.
+    holds, *layout* gives the state of a parameter of another pipeline stage from its shape: keys, shapes and types.
     """
     held: set[str] = set()
     for group in optimizer.param_groups:
@@ -212,8 +213,8 @@ def optimizer_fragments(
                 yield Fragment("optimizer", f"{name}/{key}", shape, start, local.view(-1), copy)
     for name, shape in shapes.items():
         if name not in held:
-            for key, dtype in absent.items():
-                yield Fragment("optimizer", f"{name}/{key}", shape, 0, torch.empty(0, dtype=dtype), (0, 1))
+            for key, (kept, dtype) in layout(shape).items():
+                yield Fragment("optimizer", f"{name}/{key}", kept, 0, torch.empty(0, dtype=dtype), (0, 1))
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from bigvision.engine.parallelize import Spread
 from bigvision.engine.state import Statistics, allocate, average, fill, local_tensor, model_fragments, optimizer_fragments
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
+from bigvision.muon import Muon
 from bigvision.optim import allocate_state, build_optimizer, parameter_groups, state_layout, step_counters
 from bigvision.runtime import Runtime, gather_rows
 from bigvision.tasks import Task
@@ -166,8 +168,8 @@ class NativeStep:
                 # FSDP pads its shards now, once they have storage: it would replace them in the first forward pass.
                 part._get_fsdp_state()._lazy_init()
         self.held = held = spread.held()
-        # Sharded tensors cost a fused step five times the host time of plain ones; an optimizer that takes norms of whole
-        # tensors needs them all the same.
+        # Sharded tensors cost a fused step five times the host time of plain ones; an optimizer that needs whole tensors gets
+        # them all the same.
         whole = config.optim.name in WHOLE
         stepped = {name: p if whole or local_tensor(p) is p else local_tensor(p).detach() for name, p in held.items()}
         self.local = [(tensor, held[name]) for name, tensor in stepped.items() if tensor is not held[name]]
@@ -178,7 +180,7 @@ class NativeStep:
         if trains:
             allocate_state(self.optimizer)
         self.shapes = {name: tuple(p.shape) for name, p in spread.module.named_parameters() if p.requires_grad}
-        self.absent = state_layout(optim)
+        self.layout = functools.cache(functools.partial(state_layout, optim))
         fill(blueprint, config.seed, self.model_fragments(), spread.parts, runtime.device, restored)
         self.statistics = Statistics(spread.parts, runtime.device)
 
@@ -231,10 +233,14 @@ class NativeStep:
             optimizer.found_inf = skipped.float()
             optimizer.grad_scale = None if factor is None else factor.reciprocal().float()
             optimizer.step()
+            return
+        if factor is not None:
+            stepped = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+            torch._foreach_mul_([local_tensor(p.grad) for p in stepped if p.grad is not None], factor.float())
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.skipped = skipped
+            self.optimizer.step()
         elif not bool(skipped):  # waits for the device
-            if factor is not None:
-                stepped = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-                torch._foreach_mul_([local_tensor(p.grad) for p in stepped if p.grad is not None], factor.float())
             self.optimizer.step()
 
     def _squared_norm(self) -> Tensor:
@@ -259,7 +265,7 @@ class NativeStep:
 
     def optimizer_fragments(self) -> Iterator[Fragment]:
         place = {name: self.spread.locate(parameter)[1:] for name, parameter in self.held.items()}
-        return optimizer_fragments(self.optimizer, self.shapes, place, self.absent)
+        return optimizer_fragments(self.optimizer, self.shapes, place, self.layout)
 
     def copies(self) -> Iterator[Fragment]:
         """What ranks hold alike beside the fragments."""

@@ -28,7 +28,7 @@ from bigvision.engine.step import reduce_with
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint, formats
-from bigvision.optim import build_optimizer, parameter_groups, sample_state, state_layout
+from bigvision.optim import build_optimizer, parameter_groups, state_layout
 from bigvision.runtime import Runtime
 
 
@@ -63,6 +63,11 @@ class ZeroStep:
         settings = deepspeed_settings(config, runtime.world_size, runtime.device.type, total, largest)
         # Now, while every parameter has its shape.
         groups = parameter_groups(module, config.optim.weight_decay, config.optim.layer_decay, rules=config.optim.groups)
+        saved_as = {name: parameter.dtype for name, parameter in module.named_parameters()}
+        for parameter in module.parameters():
+            # What is frozen and held in bf16 stays so where fp32 is computed in: the model's modules read it as fp32.
+            if parameter.requires_grad or dtype.itemsize <= parameter.dtype.itemsize:
+                parameter.data = parameter.data.to(dtype)
         if self.weights_sharded:
             # Each parameter is sharded as soon as it is allocated, so that no rank ever holds two whole ones.
             initializer = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
@@ -71,9 +76,9 @@ class ZeroStep:
                 initializer._convert_to_deepspeed_param(parameter)
                 parameter.partition()  # type: ignore[attr-defined]
 
-            allocate(module, runtime.device, dtype, shard)
+            allocate(module, runtime.device, shard)
         else:
-            allocate(module, runtime.device, dtype)
+            allocate(module, runtime.device)
         named = dict(module.named_parameters())
         for group in groups:
             group["params"] = [named[name] for name in group["names"]]
@@ -86,10 +91,16 @@ class ZeroStep:
             # How often a step may be skipped at the least scale is decided as in every other format.
             scaler.raise_error_at_min_scale = False
         self.names = {id(p): name for name, p in module.named_parameters()}
-        # DeepSpeed keeps fp32 values of what it trains only: of what is frozen, each rank keeps a share in host memory.
-        self.frozen = {name: torch.empty(self._share(p)[1]) for name, p in named.items() if not p.requires_grad}
+        # DeepSpeed keeps fp32 values of what it trains only: of what is frozen and saved in another format than it computes in,
+        # each rank keeps a share in host memory.
+        self.frozen = {
+            name: torch.empty(self._share(p)[1], dtype=saved_as[name])
+            for name, p in named.items()
+            if not p.requires_grad and p.dtype != saved_as[name]
+        }
         self.cpu_adam = hasattr(self.inner, "ds_opt_adam")
-        self.state_keys, counts_steps = tuple(state_layout(config.optim)), "step" in sample_state(config.optim)
+        self.state_keys = tuple(state_layout(config.optim, (1, 1)))
+        counts_steps = config.optim.name == "adamw"  # sgd and lion do not
         # The state that the optimizer would create at its first step, so that it can be saved and restored before.
         for flat in self._flats():
             state = self.inner.state[flat]
@@ -129,7 +140,7 @@ class ZeroStep:
         self.deepspeed.step()
         totals = reduce_with(requests, torch.stack([loss_sum, (~self.finite).double()]))
         self.finite = torch.ones_like(self.finite)
-        norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float64, device=loss_sum.device)
+        norm = self.deepspeed.get_global_grad_norm()
         skipped, overflowed = not self.deepspeed.was_step_applied(), False
         if skipped:
             self.statistics.restore(torch.ones_like(self.finite))
@@ -137,8 +148,11 @@ class ZeroStep:
             overflowed = may_fall and not nonfinite
             if nonfinite and scaler is not None:  # no overflow: the loss does not depend on the scale, which stays as it was
                 vars(scaler).update(before)
-        flags = torch.tensor([skipped, overflowed], dtype=torch.float64, device=loss_sum.device)
-        return torch.cat([(totals[0] / weight)[None], norm[None], flags, totals[2:]])
+        # Filled on the device: a copy from the host would wait for the optimizer's kernels.
+        known = [
+            value if isinstance(value, Tensor) else torch.full_like(loss_sum, value) for value in (norm, skipped, overflowed)
+        ]
+        return torch.cat([torch.stack([totals[0] / weight, *(value.to(loss_sum) for value in known)]), totals[2:]])
 
     # The state.
 
@@ -174,10 +188,14 @@ class ZeroStep:
         return start, min(size, numel - start)
 
     def _run(self, parameter: nn.Parameter, key: str | None) -> tuple[Tensor, int]:
-        """This rank's fp32 values of a parameter (*key* None) or of its optimizer state, and their start in the whole."""
+        """This rank's values of a parameter (*key* None) or of its optimizer state, and their start in the whole.
+
+        They are fp32, but of a frozen parameter as it is saved.
+        """
         start, length = self._share(parameter)
         if not parameter.requires_grad:
-            return self.frozen[self.names[id(parameter)]], start
+            share = self.frozen.get(self.names[id(parameter)])
+            return self._computing_share(parameter) if share is None else share, start
         if self.weights_sharded:
             # The last ranks' pieces are padded to the size of the others'.
             group, offset, _ = self.sharded.grad_position[self.sharded.get_param_id(parameter)]
@@ -189,6 +207,13 @@ class ZeroStep:
             return torch.empty(0, device=self.runtime.device), 0
         return mapping.get_hp_fragment(key).detach(), mapping.lp_fragment_address.start
 
+    def _computing_share(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's share of the values that the model computes with."""
+        start, length = self._share(parameter)
+        if self.weights_sharded:
+            return parameter.ds_tensor.data.view(-1)[:length]  # type: ignore[attr-defined]
+        return parameter.data.view(-1)[start : start + length]
+
     def _flats(self) -> list[Tensor]:
         """The fp32 tensors that the optimizer steps: this rank's pieces of many parameters, one behind the other."""
         if self.weights_sharded:
@@ -196,12 +221,11 @@ class ZeroStep:
         return [flat for group in self.inner.param_groups for flat in group["params"]]
 
     def refresh(self) -> None:
-        """Bring the parameters that the model computes with up to date with the fp32 ones."""
+        """Bring the parameters that the model computes with up to date with what is saved."""
         for parameter in (p for p in self.module.parameters() if not p.requires_grad):
-            share = self.frozen[self.names[id(parameter)]]
+            share, _ = self._run(parameter, None)
             if self.weights_sharded:
-                held: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-                held.data.view(-1)[: share.numel()].copy_(share)
+                self._computing_share(parameter).copy_(share)
                 continue
             numel, ranks = parameter.numel(), self.runtime.world_size
             mine = parameter.new_zeros(-(-numel // ranks))
@@ -276,7 +300,9 @@ def _pack(tensor: Tensor) -> Any:
     """
     whole = tensor._base
     if whole is None or not hasattr(whole, "ds_id"):
-        return tensor
+        # Detached: an operation that keeps its own result would keep itself alive until a backward pass, which never comes
+        # where the forward pass runs out of memory.
+        return tensor.detach()
     return whole, tensor.shape, tensor.stride(), tensor.storage_offset() - whole.storage_offset()
 
 

@@ -5,7 +5,7 @@ In come a configuration and a number of ranks, from Python or the command line; 
 
 Read ``ranks.py`` first (how many ranks, and their start on this host) and ``rank.py`` (one of them). ``ray.py`` starts them on
 Ray, ``submit.py`` hands a job to Slurm or Kubernetes. ``accelerate.py`` and ``torchrun.py`` are for those launchers;
-``commands.py`` has ``bigvision eval`` and the arguments that commands share.
+``evaluate.py`` is ``bigvision eval``; ``commands.py`` has the arguments that commands share.
 """
 
 from __future__ import annotations

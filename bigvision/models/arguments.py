@@ -7,23 +7,26 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models import get_arch_pretrained_cfgs, is_model, split_model_name_tag
 from torch import Tensor, nn
 
-from bigvision.config import ModelConfig
+from bigvision.config import ModelConfig, Size, pair
 from bigvision.errors import UserError, either, nearest, one_line
 from bigvision.models.tracing import first_line
 from bigvision.models.weights_file import WeightsFile
 
 GivenModel = nn.Module | Callable[..., nn.Module]  # a module with its first values, or a function that builds one
 PREFIX = "python:"  # before the name of such a model in a configuration, where no timm model has it
+FLEXIBLE = "dynamic_img_size"  # timm's argument of models that else take one size of images: they fit their positions to each
 KEYS = {"img_size": "model.image_size", "drop_path_rate": "model.drop_path", "num_classes": "model.num_classes"}
 RESERVED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 RESERVED |= {"device", "dtype", "pretrained_model_args"}
@@ -65,12 +68,62 @@ def outputs_of(config: ModelConfig, module: nn.Module, shape: tuple[int, int, in
 
 def check_size(config: ModelConfig, module: nn.Module, shape: tuple[int, int, int], usual: tuple[int, ...] | None) -> None:
     """Raise `UserError` when the model cannot take images of *shape* although it takes its *usual* size, on meta."""
+    if shape[1:] != tuple(getattr(module, "pretrained_cfg", {}).get("input_size", ()))[1:]:  # some of timm's own do not divide
+        _check_patches("model.image_size", config.name, module, shape[1:])
     error = _outputs(module, shape, strict=True)
     if not isinstance(error, Exception):
         return
     if usual is None or not isinstance(_outputs(module, (shape[0], *usual), strict=True), Exception):
         words = f"{config.name} cannot take {shape[1]} x {shape[2]} pixels ({first_line(error)})"
-        raise UserError(f"model.image_size: {words}; try another size")
+        raise UserError(f"model.image_size: {words}; {_other_size(config, shape)}")
+
+
+def _other_size(config: ModelConfig, shape: tuple[int, int, int]) -> str:
+    """What to do about images of *shape* that the model cannot take: a square, where it takes that of one of the sides."""
+    channels, height, width = shape
+    for side in (height, width) if height != width else ():
+        if _takes(config, (channels, side, side)):
+            return f"use a square, such as {side}"
+    return "try another size"
+
+
+def _takes(config: ModelConfig, shape: tuple[int, int, int]) -> bool:
+    """Whether timm's model can be built for images of *shape*, and takes them."""
+    built = _on_meta(config.name, create_arguments(replace(config, image_size=(shape[1], shape[2])), 10))
+    return built is not None and not isinstance(_outputs(built, shape, strict=True), Exception)
+
+
+def check_other_sizes(config: ModelConfig, module: nn.Module, shape: tuple[int, int, int], sizes: Mapping[str, Size]) -> None:
+    """Raise `UserError` when the model, which takes images of *shape* on meta, cannot take one of *sizes*, by key, as well."""
+    for key, size in sizes.items():
+        if size == shape[1:]:
+            continue
+        _check_patches(key, config.name, module, size)
+        error = _outputs(module, (shape[0], *size), strict=True)
+        if not isinstance(error, Exception) or isinstance(_outputs(module, shape, strict=True), Exception):
+            continue
+        fix = "try another size"
+        if config.options.get(FLEXIBLE) is False:
+            fix = f"drop model.options.{FLEXIBLE}"
+        elif _takes(config, (shape[0], *size)):
+            fix = "drop the key, or train at the other model.image_size in a second run, from this one's step as model.weights"
+        words = f"{config.name} cannot take {size[0]} x {size[1]} pixels beside {shape[1]} x {shape[2]} ({first_line(error)})"
+        raise UserError(f"{key}: {words}; {fix}")
+
+
+def _check_patches(key: str, name: str, module: nn.Module, size: Size) -> None:
+    """Raise `UserError` where patches would leave a part of an image of *size* out, which timm does without a word."""
+    for part in module.modules():
+        if not isinstance(part, PatchEmbed) or part.dynamic_img_pad:
+            continue
+        patch = int(part.patch_size[0]), int(part.patch_size[1])
+        for side, step in zip(size, patch):
+            if side % step:
+                fits = [str(one) for one in (side - side % step, side - side % step + step) if one]
+                raise UserError(
+                    f"{key}: {size[0]} x {size[1]} pixels are not whole patches of {name}, {patch[0]} x {patch[1]}: use "
+                    f"{either(fits)} instead of {side}, or another model.options.patch_size"
+                )
 
 
 def _outputs(module: nn.Module, shape: tuple[int, ...], training: bool = False, strict: bool = False) -> Any:
@@ -109,14 +162,16 @@ def given_card(name: str, outputs: int | None, shape: tuple[int, int, int], **no
     }
 
 
-def image_size(config: ModelConfig) -> tuple[int, int] | None:
+def image_size(config: ModelConfig) -> Size | None:
     """``model.image_size`` as height and width."""
-    size = config.image_size
-    return (size, size) if isinstance(size, int) else size
+    return None if config.image_size is None else pair(config.image_size)
 
 
-def create_arguments(config: ModelConfig, num_classes: int) -> dict[str, Any]:
-    """What the configuration asks for. Raises `UserError` for an option that has a key of its own or is not ours to pass."""
+def create_arguments(config: ModelConfig, num_classes: int, flexible: bool = False) -> dict[str, Any]:
+    """What the configuration asks for; *flexible*: of a model that gets images of several sizes.
+
+    Raises `UserError` for an option that has a key of its own or is not ours to pass.
+    """
     for option in config.options:
         if option in KEYS:
             raise UserError(f"model.options.{option}: has a key of its own; write {KEYS[option]} instead")
@@ -128,19 +183,21 @@ def create_arguments(config: ModelConfig, num_classes: int) -> dict[str, Any]:
         arguments["img_size"] = size[0] if size[0] == size[1] else size
     # Also when it is 0: some of timm's constructors have another default.
     arguments["drop_path_rate"] = config.drop_path
+    if flexible:
+        arguments[FLEXIBLE] = True
     return {**arguments, **config.options}
 
 
 def accepted(
-    config: ModelConfig, num_classes: int, build: Callable[[dict[str, Any]], nn.Module]
+    config: ModelConfig, num_classes: int, build: Callable[[dict[str, Any]], nn.Module], flexible: bool = False
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`build` the model and return it with the arguments it took.
 
-    ``img_size`` is offered to every model and taken back from those without such an argument: they take any size. So is a
-    ``drop_path_rate`` of 0. Raises `UserError` for the other arguments that the constructor does not know; lets every other
-    exception through.
+    ``img_size`` is offered to every model and taken back from those without such an argument: they take any size. So are a
+    ``drop_path_rate`` of 0 and, for a *flexible* model, ``dynamic_img_size``. Raises `UserError` for the other arguments that
+    the constructor does not know; lets every other exception through.
     """
-    arguments = create_arguments(config, num_classes)
+    arguments = create_arguments(config, num_classes, flexible)
     while True:
         try:
             return build(arguments), arguments
@@ -151,6 +208,8 @@ def accepted(
                 raise
             for name in unknown:
                 if name == "img_size" or (name == "drop_path_rate" and config.drop_path == 0):
+                    continue
+                if name == FLEXIBLE and name not in config.options:
                     continue
                 if name == "drop_path_rate":
                     words = f"{config.name} has no stochastic depth to set to {config.drop_path}; use 0.0"
@@ -167,7 +226,9 @@ def blame(config: ModelConfig, num_classes: int, error: Exception) -> UserError:
     arguments, reason = create_arguments(config, num_classes), first_line(error)
     if "img_size" in arguments and _on_meta(config.name, _without(arguments, "img_size")) is not None:
         height, width = image_size(config) or (0, 0)
-        return UserError(f"model.image_size: {config.name} cannot take {height} x {width} pixels ({reason}); try another size")
+        channels = config.options.get("in_chans", 3)
+        fix = _other_size(config, (channels, height, width))
+        return UserError(f"model.image_size: {config.name} cannot take {height} x {width} pixels ({reason}); {fix}")
     for key, value, them, _ in _without_options(config, arguments):
         return UserError(f"{key}: {config.name} cannot be built with {value!r} ({reason}); change {them}")
     return UserError(f"model.name: timm cannot build {config.name} ({reason}); choose another model")
@@ -215,6 +276,14 @@ def _on_meta(name: str, arguments: dict[str, Any]) -> nn.Module | None:
         except Exception:
             continue
     return None
+
+
+def sized_tensors(config: ModelConfig, size: Size) -> list[str]:
+    """What a file has of the model, and whose shape follows the size of the images, such as *size*."""
+    sides = (size, (2 * max(size), 2 * max(size)))
+    made = [_on_meta(config.name, create_arguments(replace(config, image_size=each), 10)) for each in sides]
+    one, other = ({} if module is None else module.state_dict() for module in made)
+    return [name for name in one if name in other and one[name].shape != other[name].shape]
 
 
 def check_model(config: ModelConfig, model: GivenModel | None = None) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, Literal
 
 import timm
@@ -16,9 +17,9 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from bigvision.config import ModelConfig
+from bigvision.config import LoraConfig, ModelConfig, Size
 from bigvision.errors import UserError, one_line
-from bigvision.models import arguments, weights
+from bigvision.models import arguments, lora, weights
 from bigvision.models.arguments import GivenModel
 from bigvision.models.exact_init import FirstValues, NotRecordable, construct, given
 from bigvision.models.tracing import named_tensors
@@ -28,14 +29,19 @@ Around = Callable[..., nn.Module]
 """What is called as `timm.create_model` is."""
 
 
-def model_card(module: nn.Module, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+def model_card(
+    module: nn.Module, image_size: Size, mean: Sequence[float], std: Sequence[float], val_size: Size | None = None
+) -> dict[str, Any]:  # fmt: skip
     """The content of ``config.json`` with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes this model.
 
     `module` is the timm model, on any device and sharded or not: only its attributes are read. `image_size` is height and width
-    in pixels; `mean` and `std` are those the images were normalised with. As in timm, the drop rates of training are left out.
+    in pixels, `val_size` that of evaluations where it is another; `mean` and `std` are those the images were normalised with.
+    As in timm, the drop rates of training are left out.
     """
     channels = getattr(module, "in_chans", len(mean))
     data = {"input_size": (channels, *image_size), "mean": tuple(mean), "std": tuple(std)}
+    if val_size is not None and val_size != image_size:
+        data["test_input_size"] = (channels, *val_size)
     with TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
         save_config_for_hf(module, str(path), data_config=data)
@@ -60,16 +66,18 @@ class Blueprint:
     outputs: int | None = None  # of the caller's own model; None where that cannot be known before it runs, and of timm's
 
     def __init__(
-        self, config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None
-    ) -> None:
+        self, config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None,
+        sizes: Mapping[str, Size] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         loading: Loading = {}
         if isinstance(model, nn.Module):
             self.arguments = {}
             self.module, self._first = _given(model)
         else:
-            create = around or timm.create_model
-            self.module, self.arguments, self._first = _construct(config, num_classes or 0, model, create, loading)
+            create, flexible = around or timm.create_model, bool(sizes)
+            self.module, self.arguments, self._first = _construct(config, num_classes or 0, model, create, loading, flexible)
         self._names = {name for name, _ in named_tensors(self.module)}
+        self.adapters: dict[str, lora.Parameter] = {}  # of LoRA, by each of their names
         self.recorded, self.notes = self._first.trace is not None, self._first.notes
         self._given: Adapted | None = None
         if config.weights is not None or config.pretrained:
@@ -92,6 +100,7 @@ class Blueprint:
             self.outputs = arguments.outputs_of(config, self.module, self.input_shape)
             if self.outputs is not None and self.outputs < num_classes:
                 raise UserError(f"model: {config.name} has {self.outputs} outputs, but there are {num_classes} classes")
+            arguments.check_other_sizes(config, self.module, self.input_shape, sizes)
             return
         if config.image_size is not None:
             # A model made for this size is judged by it; another one also by whether meta can run it at all.
@@ -99,6 +108,13 @@ class Blueprint:
             arguments.check_size(config, self.module, self.input_shape, usual)
         if num_classes is not None and around is None:
             arguments.check_outputs(config, num_classes, self.module, self.input_shape)
+        arguments.check_other_sizes(config, self.module, self.input_shape, sizes)
+
+    def add_adapters(self, config: LoraConfig) -> None:
+        """Give the layers that *config* names adapters; a `UserError` where it fits none."""
+        self.notes += lora.add_adapters(self.module, config, self.input_shape)
+        self.adapters = lora.adapters(self.module)
+        self._names |= self.adapters.keys()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -125,12 +141,16 @@ class Blueprint:
     def tensors(self, seed: int, names: Set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(name, value)`` once for every parameter and buffer, persistent or not, in no particular order.
 
-        Values are, bit for bit, those that ``torch.manual_seed(seed); timm.create_model(...)`` gives on the CPU. Only *names*,
-        where given, are read, drawn and computed. Tied names share memory, unless they come from a weights file. Drop each
-        value before asking for the next: one is held at a time. The caller's random state is not touched. Raises `UserError`
-        when the weights file cannot be read.
+        Values are, bit for bit, those that ``torch.manual_seed(seed); timm.create_model(...)`` gives on the CPU; those of
+        adapters are functions of *seed* and their names. Only *names*, where given, are read, drawn and computed. Tied names
+        share memory, unless they come from a weights file. Drop each value before asking for the next: one is held at a time.
+        The caller's random state is not touched. Raises `UserError` when the weights file cannot be read.
         """
         left = self._names if names is None else self._names & names
+        drawn = left & self.adapters.keys()
+        for name in sorted(drawn):
+            yield name, self.adapters[name].first_value(seed)
+        left = left - drawn
         if self._given is not None:
             for name, value in self._given.tensors(seed, left):
                 left = left - {name}
@@ -144,21 +164,26 @@ class Blueprint:
 
 
 def blueprint(
-    config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None
-) -> Blueprint:
+    config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None,
+    sizes: Mapping[str, Size] = MappingProxyType({}),
+) -> Blueprint:  # fmt: skip
     """Describe the model of `config` with `num_classes` outputs, or the given one, without giving it memory.
 
     With None the model may return anything, and timm's returns features. `around` is called in the place of
-    ``timm.create_model``, with the same arguments.
+    ``timm.create_model``, with the same arguments. `sizes` are those of images that the model gets beside its own, by the keys
+    that ask for them.
 
     Raises `UserError` for names, options, sizes and weight files that do not fit each other.
     """
     arguments.check_model(config, model)
     if model is not None:
-        return Blueprint(config, num_classes, model)
-    name, note = arguments.current_name(config.name)
-    plan = Blueprint(replace(config, name=name), num_classes, around=around)
-    plan.notes[:0] = [note] if note else []
+        plan = Blueprint(config, num_classes, model, sizes=sizes)
+    else:
+        name, note = arguments.current_name(config.name)
+        plan = Blueprint(replace(config, name=name), num_classes, around=around, sizes=sizes)
+        plan.notes[:0] = [note] if note else []
+    if config.lora is not None:
+        plan.add_adapters(config.lora)
     return plan
 
 
@@ -174,9 +199,13 @@ def _given(module: nn.Module) -> tuple[nn.Module, FirstValues]:
 
 
 def _construct(
-    config: ModelConfig, num_classes: int, function: Callable[..., nn.Module] | None, create: Around, loading: Loading
-) -> tuple[nn.Module, dict[str, Any], FirstValues]:
-    """The module on meta, the arguments it was made with, and its first values; *loading* gets what timm would load."""
+    config: ModelConfig, num_classes: int, function: Callable[..., nn.Module] | None, create: Around, loading: Loading,
+    flexible: bool,
+) -> tuple[nn.Module, dict[str, Any], FirstValues]:  # fmt: skip
+    """The module on meta, the arguments it was made with, and its first values; *loading* gets what timm would load.
+
+    *flexible*: it gets images of several sizes.
+    """
 
     def build(taken: dict[str, Any]) -> nn.Module:
         with capture() as caught:
@@ -188,7 +217,7 @@ def _construct(
 
     def choose(build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
         if function is None:
-            return arguments.accepted(config, num_classes, build)
+            return arguments.accepted(config, num_classes, build, flexible)
         taken = arguments.call_arguments(config, num_classes, function)
         return build(taken), taken
 

@@ -1,6 +1,6 @@
 """Models that compute in another format than that of their weights: in bf16 or fp16, under autocast, in channels_last.
 
-Master weights, gradient accumulation and reduction, and moments are always fp32.
+Master weights, gradient accumulation and reduction, and moments are always fp32. Frozen weights may be held in bf16.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase as BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from bigvision.errors import UserError
 from bigvision.models.tracing import first_line
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "amp_bf16": torch.bfloat16}
@@ -28,6 +29,8 @@ PRODUCTS: set[Any] = {
 }  # fmt: skip
 """Functions whose tensors must be of one type. CUDA refuses an attention mask of another type than the query's as well."""
 
+FP32_ALONE = (BatchNorm, nn.RNNBase)
+"""Modules whose frozen weights stay fp32: beside fp32 statistics, or read from a list of them and not by name."""
 CAST_BUFFERS = ("attn_mask", "filt", "k_bias")
 """Buffers that are multiplied with, concatenated to or masked over what is computed (of Swin, TResNet, BEiT and EVA), and so
 are read in the compute type. All others (running statistics, rotary and coordinate tables) stay in fp32."""
@@ -46,7 +49,7 @@ def compute_in(
     (tests/engine/test_precision.py).
 
     Args:
-        dtype: None computes in the weights' own type.
+        dtype: None computes in fp32, or as autocast decides; weights that are held in bf16 are then read as fp32.
         channels_last: lay out the weights of convolutions so for computing; what is stored stays row-major.
         cast_weights: False where the strategy casts them itself (FSDP, at the gather).
         norms: let BatchNorm read its weights as fp32 in any case.
@@ -55,9 +58,13 @@ def compute_in(
     for module in [module for part in parts for module in part.modules()]:
         names = tuple(name for name, weight in module._parameters.items() if weight is not None)
         norm = isinstance(module, BatchNorm)
-        innermost = bool(names) and not any(True for child in module.children() for _ in child.parameters())
+        # A linear layer is innermost also where an adapter lies in it.
+        lone = isinstance(module, nn.Linear) or not any(True for child in module.children() for _ in child.parameters())
+        innermost = bool(names) and lone
         normed = any(isinstance(part, BatchNorm) for part in module.modules())
         weights = torch.float32 if norm and (norms or dtype) else dtype if cast_weights else None
+        if dtype is None and any(module._parameters[name].dtype == torch.bfloat16 for name in names):  # type: ignore[union-attr]
+            weights = torch.float32  # see `hold_frozen`
         weights = weights if names else None
         entry = dtype if innermost else torch.float32 if dtype is not None and module in chosen and not normed else None
         layout = channels_last and isinstance(module, nn.Conv2d)
@@ -129,14 +136,43 @@ def why_not(
     paths = {id(part): path for path, part in module.named_modules()}
     twin = copy.deepcopy(module)
     compute_in([twin], [twin.get_submodule(paths[id(block)]) for block in blocks], dtype)
+    return _failure(twin, image_shape)
+
+
+def _failure(module: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
+    """Why a forward pass of *module*, on meta, fails in training or evaluation; its mode changes."""
     try:
         with torch.random.fork_rng(devices=[]), OneType():
             for training in (True, False):
-                twin.train(training)
-                twin(torch.empty(2, *image_shape, device="meta"))
+                module.train(training)
+                module(torch.empty(2, *image_shape, device="meta"))
     except Exception as error:
         return first_line(error)
     return None
+
+
+def hold_frozen(module: nn.Module, image_shape: tuple[int, int, int]) -> str:
+    """Let *module*, on meta, hold its frozen weights in bf16, in place; return a line for the log. See `compute_in`.
+
+    Do it when blocks are found and stages are cut, which run the model as it is. `UserError` where its own code would multiply
+    bf16 weights with fp32 inputs, because it does not read them by their names.
+    """
+    alone = {weight for part in module.modules() if isinstance(part, FP32_ALONE) for weight in part.parameters(recurse=False)}
+    frozen = [name for name, p in module.named_parameters() if not (p.requires_grad or p in alone) and p.is_floating_point()]
+    if not frozen:
+        return "model.frozen_dtype: bf16 changes nothing: no weight is frozen that could be held in it"
+    twin, plain = copy.deepcopy(module), copy.deepcopy(module)
+    for model in (twin, module):
+        weights = dict(model.named_parameters())
+        for name in frozen:
+            weights[name].data = weights[name].data.to(torch.bfloat16)
+    compute_in([twin], (), None)
+    if (reason := _failure(twin, image_shape)) and _failure(plain, image_shape) is None:
+        raise UserError(
+            f"model.frozen_dtype: bf16, but the model's own code does not read its weights by name ({reason}): use fp32"
+        )
+    count = sum(parameter.numel() for name, parameter in module.named_parameters() if name in set(frozen))
+    return f"model.frozen_dtype: bf16: {len(frozen)} frozen tensors of {count:,} parameters are held and saved in bf16"
 
 
 def autocast_inside(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

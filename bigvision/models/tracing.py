@@ -91,6 +91,13 @@ class _CoarseTracer(fx.Tracer):
                     return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def create_arg(self, a: Any) -> Any:
+        """Refuse a tensor of no name (in a list or dict, or made by forward): whoever runs the graph could not find it."""
+        named = (*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs)
+        if isinstance(a, Tensor) and not any(a is one for one in named):
+            raise TraceFailed("it computes with a tensor that has no name: register it as a buffer")
+        return super().create_arg(a)
+
 
 def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()) -> fx.GraphModule:
     """Trace `module` in its present mode (training or evaluation), computing nothing and leaving it as it is.
@@ -174,13 +181,17 @@ def size(module: nn.Module) -> int:
 
 def has_parts(module: nn.Module) -> bool:
     """Whether `module` can be looked into: it has submodules, and is no primitive of torch's."""
-    primitive = type(module).__module__.startswith("torch.nn.") and not isinstance(module, CONTAINERS)
+    # A linear layer with an adapter is as whole as one without.
+    torchs = type(module).__module__.startswith("torch.nn.") and not isinstance(module, CONTAINERS)
+    primitive = torchs or isinstance(module, nn.Linear)
     return not primitive and bool(module._modules)
 
 
 def is_piece(module: nn.Module) -> bool:
     """Whether `module` multiplies by at least two weights, as a block of any kind does and a lone layer does not."""
-    weights = {id(p) for m in module.modules() for p in m._parameters.values() if p is not None and p.dim() > 1}
+    adapters = {child for m in module.modules() if isinstance(m, nn.Linear) for child in m.children()}
+    layers = [m for m in module.modules() if m not in adapters]
+    weights = {id(p) for m in layers for p in m._parameters.values() if p is not None and p.dim() > 1}
     return len(weights) > 1
 
 

@@ -13,15 +13,20 @@ from unittest.mock import patch
 import torch
 from safetensors import safe_open
 from timm.models import _builder, clean_state_dict
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from bigvision.config import ModelConfig
+from bigvision.config import ModelConfig, Size
 from bigvision.errors import UserError
+from bigvision.fragments import DOWN, UP
+from bigvision.models import arguments
 from bigvision.models.exact_init import FirstValues, computed
 from bigvision.models.tracing import first_line, named_tensors
 from bigvision.models.weights_file import WeightsFile, shards_of
 
 OTHERWISE_CALLED = {"open_clip_pytorch_model.safetensors": "open_clip_model.safetensors"}
+GRIDS = (VisionTransformer, Eva)  # timm fits their positions from any grid to any other, where it knows the file's image size
 Loading = dict[str, Any]  # the arguments with which timm would have loaded weights: model card, filter, class count
 
 
@@ -117,7 +122,8 @@ class Adapted:
                 self.likes = held = _mapped(file, module, loading)
             except Exception as plain_error:
                 what = f"does not fit this model ({first_line(plain_error)})"
-                raise file.mistake(what, "check model.name and model.options") from plain_error
+                fix = "check model.name, model.image_size and model.options, and keep its config.json beside it"
+                raise file.mistake(what, fix) from plain_error
             self._unchanged, self._values = {}, FirstValues(held.items)
             self.note = f"timm's adaptation of {file.source} was run on the whole file, not recorded: {first_line(error)}"
         self.take({name: name for name in self.likes}, {name: like.dtype for name, like in self.likes.items()})
@@ -168,7 +174,8 @@ def _load(module: nn.Module, loading: Loading, state: dict[str, Tensor]) -> dict
         return nn.modules.module._IncompatibleKeys([], [])
 
     card = {**loading["pretrained_cfg"], "source": "", "state_dict": clean_state_dict(state)}
-    with torch.no_grad(), patch.object(module, "load_state_dict", catch):
+    trained_at = {"img_size": tuple(card["input_size"][1:])} if card.get("input_size") else {}
+    with torch.no_grad(), patch.multiple(module, load_state_dict=catch, pretrained_model_args=trained_at, create=True):
         _builder.load_pretrained(module, **{**loading, "pretrained_cfg": card})
     return caught
 
@@ -199,6 +206,10 @@ def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adap
         file = WeightsFile(config.weights, key)
         # The classes are compared below, with the file and not with the card of timm's own weights.
         card.update(num_classes=loading["num_classes"], label_offset=0)
+        if (size := file.trained_at()) is not None:
+            own = arguments.image_size(config) or tuple(card["input_size"][1:])
+            _check_grid(file, config, module, size, own)
+            card["input_size"] = (3, *size)
         # A classifier may start fresh, and files written before torch counted batches lack the counters.
         names = [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
         fitted = file.fit([name for name in names if not name.startswith(heads)])
@@ -218,6 +229,20 @@ def classifier_layers(card: Mapping[str, Any]) -> tuple[str, ...]:
     """With what the names of the classifier's tensors begin, by timm's *card* of the model."""
     layers = card.get("classifier") or ()
     return tuple(f"{layer}." for layer in ((layers,) if isinstance(layers, str) else layers))
+
+
+def _check_grid(file: WeightsFile, config: ModelConfig, module: nn.Module, size: Size, own: Size) -> None:
+    """Raise `UserError` where *file*, trained at *size*, has positions on a grid that timm cannot fit to a model of size *own*.
+
+    timm takes positions to lie on a square, but for `GRIDS`, and leaves them where there are as many as the model has.
+    """
+    if size == own or (size[0] == size[1] and own[0] == own[1]) or isinstance(module, GRIDS):
+        return
+    if names := arguments.sized_tensors(config, size):
+        raise UserError(
+            f"{file.key}: {file.source} was trained at {size[0]} x {size[1]} pixels, and timm cannot fit its {names[0]} to "
+            f"{own[0]} x {own[1]}; use model.image_size: [{size[0]}, {size[1]}]"
+        )
 
 
 def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Adapted, heads: tuple[str, ...]) -> list[str]:
@@ -251,7 +276,10 @@ def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Ad
         values.left_out, unexpected = other, []
     for names, what in ((missing, "lacks"), (unexpected, "has, unknown to the model,")):
         if names:
-            raise file.mistake(f"{what} {names[0]} ({len(names)} such)", "check model.name and model.options")
+            fix = "check model.name and model.options"
+            if names[0].endswith((DOWN, UP)):
+                fix = "merge the adapters of that run into its weights first (bigvision export STEP_FOLDER FILE_OR_FOLDER)"
+            raise file.mistake(f"{what} {names[0]} ({len(names)} such)", fix)
     if shaped := [name for name, source in sources.items() if shapes[source] != tensors[name].shape]:
         theirs, ours = tuple(shapes[sources[shaped[0]]]), tuple(tensors[shaped[0]].shape)
         raise UserError(

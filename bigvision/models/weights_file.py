@@ -98,6 +98,16 @@ class WeightsFile:
             raise UserError(f"{self.key}: {self.source} has the model's tensors under {words}")
         return alike[0]
 
+    def trained_at(self) -> tuple[int, int] | None:
+        """Height and width of the images that the weights were trained on, where timm's config.json lies beside them."""
+        try:
+            card = json.loads((self.folder / "config.json").read_bytes())
+            size = card.get("model_args", {}).get("img_size") or card["pretrained_cfg"]["input_size"][1:]
+            height, width = (size, size) if isinstance(size, int) else size
+            return int(height), int(width)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None  # another program's
+
     def mistake(self, what: str, fix: str = REPAIR) -> UserError:
         """The error that names the key, the source and *what* is wrong with it, in one line whatever names the file has."""
         return UserError(f"{self.key}: {self.source} {' '.join(what.split())}; {fix}")

@@ -16,7 +16,7 @@ from torch.distributed.pipelining._backward import stage_backward_weight
 
 from bigvision.config import ONE_STAGE, Config
 from bigvision.models.tracing import Cost
-from bigvision.optim import state_layout
+from bigvision.optim import state_bytes
 from bigvision.runtime import Runtime
 
 SCHEDULES = {
@@ -93,10 +93,11 @@ class StageMemory:
     count: int  # Micro-batches of a step
     micro_batch: int
     shards: int  # ranks over which the parameters of a stage are sharded; 1 for copies
-    moments: int  # bytes of optimizer state for a trained parameter
+    moments: float  # bytes of optimizer state for a trained parameter
     compute: torch.dtype  # the type of activations and of the weights that are multiplied
     recompute: bool
     capacity: float | None = None  # bytes of a device that a run may use; None is no limit
+    frozen: int = MASTER  # bytes in which a frozen parameter is held
 
     @classmethod
     def of(cls, config: Config, runtime: Runtime, placement: Placement, micro_batch: int) -> StageMemory:
@@ -105,19 +106,21 @@ class StageMemory:
         count = config.train.global_batch // runtime.data_ranks // micro_batch
         # Under autocast some activations stay fp32: there they are counted as if all did.
         compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(parallel.precision, torch.float32)
-        moments = sum(dtype.itemsize for dtype in state_layout(config.optim).values())
+        moments = state_bytes(config.optim)
         capacity = None
         if runtime.device.type == "cuda":
             capacity = USABLE * torch.cuda.get_device_properties(runtime.device).total_memory
         return cls(
             placement, micro_batches_kept(parallel.schedule, placement, count), count, micro_batch,
             runtime.mesh["shard"].size(), moments, compute, parallel.recompute != "none", capacity,
+            2 if config.model.frozen_dtype == "bf16" else MASTER,
         )  # fmt: skip
 
     def needed(self, stage: int, cost: Cost) -> float:
         """The bytes that a stage of *cost* occupies when it occupies the most."""
         kept, weight = self.kept[stage], self.compute.itemsize
-        state = (MASTER * cost.parameters + (MASTER + self.moments) * cost.trained) / self.shards
+        frozen = cost.parameters - cost.trained
+        state = (self.frozen * frozen + (2 * MASTER + self.moments) * cost.trained) / self.shards
         if self.shards > 1:
             # torch gathers a stage's weights once in a step and scatters its gradients after the last micro-batch.
             state += weight * cost.parameters + MASTER * cost.trained

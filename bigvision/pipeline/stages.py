@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, fx, nn
 
+from bigvision.config import Size
 from bigvision.errors import UserError
 from bigvision.models import Block, Blocks, tracing
 from bigvision.models.tracing import Cost, Runner, TraceFailed, named_tensors, size, tensors_of
@@ -21,6 +22,7 @@ from bigvision.pipeline.schedules import StageMemory
 
 SLACK = 1.01  # how much more than the least possible the most expensive stage may cost, if less then crosses the cuts
 STATE = ("running_mean", "running_var", "num_batches_tracked")  # buffers that a forward pass changes
+Pass = tuple[bool, Size]  # whether for training or for evaluation, and the height and width of the images
 EVEN = 1.05  # when the largest stage's work is more than this times the mean, the blocks at the cuts are opened
 
 
@@ -37,19 +39,27 @@ class Stage(nn.Module):
     """Whether backward passes are taken apart: what leaves is then detached in place, so it is neither a view nor kept by
     a backward pass, and gradients are sent as they come, so they are contiguous."""
 
-    def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], owned: Iterable[str]) -> None:
-        """Take the modules that *graphs*, for training (True) and evaluation, call, and the tensors *owned*, out of *model*."""
+    def __init__(self, model: nn.Module, graphs: dict[Pass, fx.Graph], owned: Iterable[str]) -> None:
+        """Take the modules that *graphs* call, and the tensors *owned*, out of *model*."""
         super().__init__()
         # In the order of the calls, and so the same on all ranks: FSDP gathers in the order of the modules.
         calls = (str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "call_module")
         called = dict.fromkeys(calls)
-        for path in (*sorted(called, key=lambda path: path.count(".")), *owned):
+        read = (str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "get_attr")
+        plain = [
+            path
+            for path in dict.fromkeys(read)
+            if path.rpartition(".")[2] in vars(model.get_submodule(path.rpartition(".")[0]))
+        ]
+        for path in (*sorted(called, key=lambda path: path.count(".")), *owned, *plain):
             self._adopt(path, model)
         self.train(model.training)
-        self._runs = {mode: Runner(self, graph=graph) for mode, graph in graphs.items()}
+        self._runs = {key: Runner(self, graph=graph) for key, graph in graphs.items()}
+        self.image_size = next(size for _, size in graphs)
+        """Of the images of the next pass, which only the first stage sees."""
 
     def _adopt(self, path: str, model: nn.Module) -> None:
-        """Hold the module, parameter or buffer at *path* too, as *model* does."""
+        """Hold the module, parameter, buffer or plain tensor at *path* too, as *model* does."""
         *owners, name = path.split(".")
         source, holder = model, self
         for owner in owners:
@@ -67,7 +77,7 @@ class Stage(nn.Module):
         if self.apart:
             received = tuple(map(_with_contiguous_gradient, received))
         with self.around():
-            sent = self._runs[self.training].run(*received)
+            sent = self._runs[self.training, self.image_size].run(*received)
         return tuple(map(self._leaving, sent)) if isinstance(sent, tuple) else sent
 
     def _leaving(self, tensor: Tensor) -> Tensor:
@@ -87,8 +97,8 @@ def _with_contiguous_gradient(tensor: Tensor) -> Tensor:
 class StagePlan:
     """Where a model is cut, and what each stage has, needs and sends."""
 
-    graphs: dict[bool, list[fx.Graph]]  # what each stage runs, in training (True) and in evaluation (False)
-    sends: dict[bool, list[tuple[Spec, ...]]]  # the tensors that leave each stage; the model's output leaves the last
+    graphs: dict[Pass, list[fx.Graph]]  # what each stage runs; the sizes that it was balanced for come first
+    sends: dict[Pass, list[tuple[Spec, ...]]]  # the tensors that leave each stage; the model's output leaves the last
     blocks: list[list[Block]]  # each stage's; of a block that is cut in two, its parts
     costs: list[Cost]  # of each stage
     owners: dict[str, list[int]]  # stages with each parameter and buffer: several for buffers that none changes
@@ -97,7 +107,7 @@ class StagePlan:
     def build(self, model: nn.Module, number: int) -> Stage:
         """The stage *number* of *model*, which shares its modules with it and may still be on meta."""
         owned = [name for name, stages in self.owners.items() if number in stages]
-        return Stage(model, {mode: graphs[number] for mode, graphs in self.graphs.items()}, owned)
+        return Stage(model, {key: graphs[number] for key, graphs in self.graphs.items()}, owned)
 
     def table(self, samples: int) -> str:
         """The stages as text; FLOPs, activations and traffic are of the forward pass of *samples* images."""
@@ -117,12 +127,14 @@ class StagePlan:
 
 
 def plan_stages(
-    model: nn.Module, blocks: Blocks, image_shape: tuple[int, int, int], device: torch.device, memory: StageMemory
+    model: nn.Module, blocks: Blocks, image_shape: tuple[int, int, int], device: torch.device, memory: StageMemory,
+    sizes: Sequence[Size] = (),
 ) -> StagePlan:  # fmt: skip
     """Cut *model*, on meta, into stages of equal work. Nothing is computed and the model is left as it is.
 
     *image_shape* is (channels, height, width); *device* is where the stages will run; *memory* has how many there are and what
-    they may use. Raises `UserError` when the model cannot be traced or cut, has too few blocks or shares parameters too widely.
+    they may use; *sizes* are those of other images that pass through the same stages. Raises `UserError` when the model cannot
+    be traced or cut, has too few blocks or shares parameters too widely.
     """
     name, stages = tracing.model_name(model), memory.placement.stages
     advice = "use parallel.strategy fsdp or zero3, which cut nothing"
@@ -131,9 +143,12 @@ def plan_stages(
     if stages > len(blocks):
         raise UserError(f"parallel.stages: {stages} stages, but {name} has {len(blocks)} blocks: use fewer stages")
 
-    def flow(training: bool, inside: Sequence[str]) -> Flow:
+    channels, *own = image_shape
+
+    def flow(training: bool, inside: Sequence[str], size: Sequence[int] = own) -> Flow:
         # Of a copy: a module that keeps what it computes would keep the trace's proxies.
-        return Flow(tracing.trace(copy.deepcopy(model).train(training), blocks.max_share, inside), image_shape, device)
+        graph = tracing.trace(copy.deepcopy(model).train(training), blocks.max_share, inside)
+        return Flow(graph, (channels, size[0], size[1]), device)
 
     def cut_between(pieces: list[Block], inside: Sequence[str]) -> _Candidate:
         whole = flow(True, inside)
@@ -150,10 +165,13 @@ def plan_stages(
             except (CannotCut, TraceFailed):  # a block that cannot be traced inside stays whole
                 break
             best = min(best, candidate, key=lambda candidate: imbalance(candidate.costs))
-        training, evaluation = best.prices.flow, flow(False, best.inside)
-        graphs, sends = {}, {}
-        graphs[True], sends[True] = training.split(best.cuts)
-        graphs[False], sends[False] = evaluation.split(_same_cuts(training, evaluation, best.cuts))
+        training, graphs, sends = best.prices.flow, {}, {}
+        for size in dict.fromkeys([(own[0], own[1]), *sizes]):
+            # The same modules on each stage for every size; what was folded into a graph may differ.
+            resized = training if size == tuple(own) else flow(True, best.inside, size)
+            evaluation = flow(False, best.inside, size)
+            graphs[True, size], sends[True, size] = resized.split(best.cuts)
+            graphs[False, size], sends[False, size] = evaluation.split(_same_cuts(resized, evaluation, best.cuts))
     except (CannotCut, TraceFailed) as error:
         raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {error}: {advice}") from error
     known = {block.path: block for block in best.blocks}
@@ -222,7 +240,7 @@ def _same_cuts(training: Flow, evaluation: Flow, cuts: list[int]) -> list[int]:
     return found
 
 
-def _owners(model: nn.Module, graphs: dict[bool, list[fx.Graph]]) -> dict[str, list[int]]:
+def _owners(model: nn.Module, graphs: dict[Pass, list[fx.Graph]]) -> dict[str, list[int]]:
     """The stages that use each parameter and buffer; the first keeps what none uses."""
     used: dict[int, set[int]] = {}
     for stages in graphs.values():

@@ -42,7 +42,7 @@ class Distill(Classify):
 
     def _returning(self, mixin: type[nn.Module]) -> Callable[..., nn.Module]:
         def create(name: str, **arguments: Any) -> nn.Module:
-            model = timm.create_model(name, **arguments)
+            model: Any = timm.create_model(name, **arguments)
             if self.kind == "tokens":
                 # A module, so that a trace of the model has it as one call.
                 model.feature_map = FeatureMap(getattr(model, "num_prefix_tokens", 0), model.num_features)
@@ -104,6 +104,10 @@ class FeatureMap(nn.Module):
 
 class FeaturesOnly(nn.Module):
     """Before a timm class: its model returns what distillation compares."""
+
+    forward_features: Any  # timm's
+    forward_head: Any
+    feature_map: Any
 
     def forward(self, images: Tensor) -> Any:
         return self.compared(images, self.forward_features(images))

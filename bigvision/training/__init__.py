@@ -10,9 +10,12 @@ logs each start, and compares a run with what its folder holds.
 import warnings
 from typing import Any
 
-from bigvision.training.evaluation import evaluate_checkpoint
-from bigvision.training.saving import Callback, Event
-from bigvision.training.trainer import Result, read_history, train_on_rank
+from bigvision import importing
+
+with importing():
+    from bigvision.training.evaluation import evaluate_checkpoint
+    from bigvision.training.saving import Callback, Event
+    from bigvision.training.trainer import Result, read_history, train_on_rank
 
 __all__ = ["Callback", "Event", "Result", "evaluate_checkpoint", "read_history", "train_on_rank"]
 

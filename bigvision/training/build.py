@@ -16,7 +16,7 @@ from torch import nn
 
 from bigvision import checkpoint
 from bigvision.checkpoint import Checkpoint
-from bigvision.config import Config, micro_batch
+from bigvision.config import Config, Size, micro_batch, other_sizes, pair, stage_end
 from bigvision.data import check_source
 from bigvision.engine import Engine, Teacher, build_engine, check_engine
 from bigvision.engine.state import is_frozen
@@ -41,9 +41,11 @@ from bigvision.training.run_folder import (
     Starts,
     applied_origin,
     check_same_run,
+    check_same_scale,
     data_facts,
     record,
     refusal,
+    why_other_tensors,
     with_micro_batch,
 )
 
@@ -127,17 +129,20 @@ def build(
     accept = partial(check_same_run, facts=facts, classes=classes, allow=config.checkpoint.allow, say=say)
     if found:
         accept(found)
+        check_same_scale(found, config)
     resumes = found is not None
     engine, plan, card = build_model(
         fresh, data.outputs, runtime, steps, say, data.train.channels, model, resumes, task=learned, classes=classes
     )  # fmt: skip
+    if config.data.resize_schedule:
+        say(stages_in_words(config, plan.image_size, steps))
     if classes:
         card["label_names"] = list(classes)  # timm's key
     stack.callback(engine.close)
     starts.engine = engine
     data.bad.keep_in(out / BAD_SAMPLES, runtime, resumes)
     if found:
-        found = found.restore_or_older(list(engine.fragments()), say, accept)
+        found = found.restore_or_older(list(engine.fragments()), say, accept, partial(why_other_tensors, config=config))
         engine.restored(found.progress["scalars"])
         say(f"resuming from {found.folder}, step {engine.step} of {steps}")
 
@@ -187,8 +192,11 @@ def build_model(
         raise UserError(f"model: {config.model.name}, but task.name: {config.task.name} builds its own: name a timm model")
 
     def plan_model() -> tuple[Blueprint, Blocks, dict[str, Any]]:
-        plan = blueprint(config.model, outputs, model, around)
-        freeze(plan.module, config.model.trainable)
+        plan = blueprint(config.model, outputs, model, around, other_sizes(config.data))
+        freeze(plan.module, config.model.trainable, plan.adapters)
+        drawn = not (config.model.pretrained or config.model.weights or model is not None or restored)
+        if plan.adapters and drawn and trains:
+            say("warning: model.lora adapts random weights, which stay as they are: set model.pretrained or model.weights")
         blocks = find_blocks(plan.module, plan.image_size)
         for note in (plan.note, blocks.reason and f"{config.model.name}: blocks taken from its containers: {blocks.reason}"):
             if note:
@@ -199,7 +207,8 @@ def build_model(
                 interpolation=plan.interpolation, crop_pct=plan.crop_pct, crop_mode=plan.crop_mode,
             )  # fmt: skip
         else:
-            card = model_card(plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std)
+            val_size = other_sizes(config.data).get("data.val_size")
+            card = model_card(plan.module, image_size=plan.image_size, mean=plan.mean, std=plan.std, val_size=val_size)
         if plan.in_chans != channels:
             raise UserError(
                 f"model.options.in_chans: {plan.in_chans}, but the images have {channels} channels: "
@@ -253,6 +262,17 @@ def build_teacher(
     return Teacher(source, plan, blocks, used, runtime)
 
 
+def stages_in_words(config: Config, last: Size, steps: int) -> str:
+    """The training sizes of a run of *steps*, the *last* after ``data.resize_schedule``."""
+    parts, begin = [], 0
+    stages = [(stage_end(stage, steps), pair(stage.image_size)) for stage in config.data.resize_schedule]
+    for end, size in [*stages, (steps, last)]:
+        if begin < (end := min(end, steps)):
+            parts.append(f"{size[0]} x {size[1]} in steps {begin + 1} to {end}")
+            begin = end
+    return f"training images: {', '.join(parts)}"
+
+
 def without_weights(config: Config) -> Config:
     """The configuration of a model whose weights will all come from a checkpoint: the first ones are not looked for."""
     return replace(config, model=replace(config.model, pretrained=False, weights=None))
@@ -275,9 +295,12 @@ def check_one_sample(config: Config, blueprint: Blueprint, runtime: Runtime) -> 
     size = micro_batch(config, ranks, runtime.pipeline_ranks)
     if not _has_one(share, size) or (config.model.sync_batchnorm and ranks > 1):
         return
-    if (norm := refusing_norm(blueprint.module, blueprint.input_shape)) is None:
+    trained = [size for key, size in other_sizes(config.data).items() if key != "data.val_size"]
+    shapes = [blueprint.input_shape, *((blueprint.in_chans, *size) for size in trained)]
+    norms = [norm for shape in shapes if (norm := refusing_norm(blueprint.module, shape)) is not None]
+    if not norms:
         return
-    why = f"{norm} would take its statistics over a single value of each channel"
+    why = f"{norms[0]} would take its statistics over a single value of each channel"
     if share == 1:
         raise UserError(
             f"train.global_batch: {config.train.global_batch} gives each of {ranks} data-parallel ranks one sample, and {why}: "

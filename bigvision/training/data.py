@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigvision.config import Config, micro_batch
+from bigvision.config import Config, Size, micro_batch, other_sizes, train_size
 from bigvision.data import (
     BadSample,
     Batch,
@@ -136,6 +136,9 @@ class Feed(Iterator[StepBatch]):
         self.seconds, self.given = 0.0, 0
         self.batch: StepBatch | None = None
         self.data, self.runtime, self.step, self.steps, self.every = data, runtime, step, steps, config.monitor.every
+        self.position, self.global_batch = position, config.train.global_batch
+        self.train_size = lambda step: train_size(config.data, blueprint.image_size, step, steps)
+        self.image_size = self.train_size(step)
         settings, collate = config.data, data.task.collate
         apart, total = settings.repeats, config.train.global_batch
         mixer = None
@@ -153,9 +156,10 @@ class Feed(Iterator[StepBatch]):
         def begin(position: int) -> Iterator[Batch]:
             if runtime.stage == 0:
                 self.batches = train_batches(
-                    data.train, _transform(config, data.train, blueprint, train=True), seed=config.seed, position=position,
-                    global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks, workers=settings.workers,
-                    device=runtime.device, stream=stream, mixer=mixer, micro_batch=self.size, collate=collate,
+                    data.train, _transform(config, data.train, blueprint, self.image_size, train=True), seed=config.seed,
+                    position=position, global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks,
+                    workers=settings.workers, device=runtime.device, stream=stream, mixer=mixer, micro_batch=self.size,
+                    collate=collate,
                 )  # fmt: skip
             return _relayed(self.batches, runtime)
 
@@ -168,6 +172,12 @@ class Feed(Iterator[StepBatch]):
     def __next__(self) -> StepBatch:
         if self.batch is not None:
             self.finish()
+        if (size := self.train_size(self.step)) != self.image_size:
+            bad = _taken(self.batches)
+            self.say(f"step {self.step + 1}: training images are {size[0]} x {size[1]} from now on")
+            self.go_to(self.step, self.position)
+            if self.batches is not None:
+                self.batches.bad += bad
 
         def awaited() -> Iterator[Batch]:
             while True:
@@ -185,7 +195,7 @@ class Feed(Iterator[StepBatch]):
         batch, self.batch = self.batch, None
         batch.finish()
         self.seconds, self.given = self.seconds + batch.waited, self.given + 1
-        self.step += 1
+        self.step, self.position = self.step + 1, self.position + self.global_batch
         if self.batches is not None and self.batches.restarts > self.restarts:
             self.restarts = self.batches.restarts
             self.say(f"a data worker died; the workers were started again and went on with step {self.step}")
@@ -199,7 +209,8 @@ class Feed(Iterator[StepBatch]):
         """Go on from another position, at which *step* steps were taken."""
         if self.batches is not None:
             self.batches.close()
-        self.step, self.restarts, self.relayed = step, 0, self.begin(position)
+        self.step, self.position, self.image_size, self.restarts = step, position, self.train_size(step), 0
+        self.relayed = self.begin(position)
 
     def waited(self) -> float | None:
         """Seconds that this rank waited for each batch since it was last asked; None where another rank reads its data."""
@@ -225,9 +236,10 @@ class Validation(Iterator[Batch]):
         """Of *data*'s *split*, in batches of *batch* samples."""
         self.data, self.batches, self.split = data, None, split
         source = data.val if split == "val" else data.train
+        size = other_sizes(config.data).get("data.val_size", blueprint.image_size)
         if runtime.stage == 0:
             self.batches = eval_batches(
-                source, _transform(config, source, blueprint, train=False), batch=batch, rank=runtime.data_rank,
+                source, _transform(config, source, blueprint, size, train=False), batch=batch, rank=runtime.data_rank,
                 ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device,
                 collate=data.task.collate,
             )  # fmt: skip
@@ -289,17 +301,19 @@ def _relayed(batches: Batches | None, runtime: Runtime, number: int | None = Non
 
 def _but_images(batch: Batch) -> tuple[Any, ...]:
     mix = (batch.mix.weight, batch.mix.box, batch.mix.share, batch.mix.apart) if batch.mix is not None else None
-    return batch.targets, batch.ids, batch.valid, mix
+    return batch.targets, batch.ids, batch.valid, mix, list(batch.images.shape[-2:])
 
 
-def _without_images(targets: Any, ids: Tensor, valid: Tensor, mix: tuple[Any, ...] | None) -> Batch:
-    return Batch(torch.empty(len(ids), 0, dtype=torch.uint8), targets, ids, valid, Mix(*mix) if mix is not None else None)
+def _without_images(targets: Any, ids: Tensor, valid: Tensor, mix: tuple[Any, ...] | None, size: Sequence[int]) -> Batch:
+    """A batch that knows of its images only how many they are and their *size*, height and width."""
+    images = torch.empty(len(ids), 0, *size, dtype=torch.uint8)
+    return Batch(images, targets, ids, valid, Mix(*mix) if mix is not None else None)
 
 
-def _transform(config: Config, source: Source, blueprint: Blueprint, train: bool) -> Transform:
+def _transform(config: Config, source: Source, blueprint: Blueprint, size: Size, train: bool) -> Transform:
     settings = config.data
     return transform(
-        source.style, blueprint.image_size, train=train, augment=settings.augment, interpolation=blueprint.interpolation,
+        source.style, size, train=train, augment=settings.augment, interpolation=blueprint.interpolation,
         crop_pct=blueprint.crop_pct, crop_mode=blueprint.crop_mode, mean=blueprint.mean, scale=settings.crop_scale,
         policy=settings.policy, jitter=settings.jitter, erase=settings.erase, reduce=settings.reduce, channels=source.channels,
         decoding=Decoding(settings.max_pixels, settings.image_range),

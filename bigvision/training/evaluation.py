@@ -72,6 +72,8 @@ class Ready:
             for batch in batches:
                 self.watch.waits_for_data(False)
                 scores = engine.predict_step(batch)
+                if batch.targets.ndim != 1:
+                    raise UserError(f"data.{split}: has shares of classes, but task.name: embed needs one class for each image")
                 if scores:
                     mine.append(torch.cat(scores).cpu()[batch.valid])
                     places += zip(batch.ids[batch.valid].tolist(), batch.targets[batch.valid].tolist())
@@ -128,6 +130,8 @@ def restored(folder: Path, config: Config, open_it: Opener, say: Say, ema: bool 
             raise UserError(f"--ema: {folder} has no averaged weights, its run had no ema.decay: leave --ema out")
         classes = found.card.get("label_names")
         task = all_or_none(lambda: build_task(config.task))
+        if not task.learns:
+            config = replace(config, model=replace(config.model, trainable="all"))  # there is no head
         data = open_it(config, runtime, task, classes if isinstance(classes, list) else None)
         engine, blueprint, _ = build_model(
             config, data.outputs, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True,

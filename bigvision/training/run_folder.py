@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from bigvision import checkpoint
 from bigvision.checkpoint import Checkpoint
 from bigvision.config import Config, check_batches, leaves, micro_batch
+from bigvision.config.values import spell
 from bigvision.data.report import classes_difference, difference, fingerprint
 from bigvision.engine import Engine
 from bigvision.errors import Stopped, UserError, lacks_memory, one_line
@@ -39,6 +40,11 @@ OF_OTHERS = ("gloo", "NCCL", "Connection")
 LINEAGE = "lineage.json"
 SHOWN = 6
 """Changed keys that a line names; lineage.json has all."""
+DECISIVE = (
+    "model.name", "model.options", "model.image_size", "model.num_classes", "model.trainable", "model.frozen_dtype",
+    "model.lora", "optim.name", "optim.momentum", "optim.betas",
+)  # fmt: skip
+"""Keys that decide which tensors a checkpoint has, of which shapes and types."""
 UNCOMPARED = ("out", "checkpoint.resume", "checkpoint.allow")
 
 Say = Callable[[str], None]
@@ -263,6 +269,37 @@ def check_same_run(found: Checkpoint, facts: dict[str, Any], classes: list[str],
         f"checkpoint.resume: {found.folder} was trained on something else: {'; '.join(texts)}: choose another --out, "
         f"or go on with --checkpoint.allow {flag}"
     )
+
+
+def why_other_tensors(found: Checkpoint, config: Config) -> str:
+    """Which of the `DECISIVE` keys were others in the run of *found*, which does not fit this one, and what to do."""
+    before, now, usual = found.progress.get("config", {}), config.to_dict(), Config().to_dict()
+    changed: dict[str, tuple[Any, Any]] = {}
+    for section, name in (key.split(".") for key in DECISIVE):
+        old = before.get(section, {}).get(name, usual[section][name])  # earlier versions lack some keys
+        if old != now[section][name]:
+            changed[f"{section}.{name}"] = (old, now[section][name])
+    if not changed:
+        return ""
+    theirs, ours = (", ".join(f"{key}: {spell(pair[side])}" for key, pair in changed.items()) for side in (0, 1))
+    weights = f"--model.weights {found.folder}"
+    if before.get("model", {}).get("lora"):
+        weights = f"those of bigvision export {found.folder} FOLDER (--model.weights FOLDER)"
+    return (
+        f"its run had {theirs}, this one has {ours}: use the former to go on with it, or begin a new run at its weights with "
+        f"{weights} and another --out"
+    )
+
+
+def check_same_scale(found: Checkpoint, config: Config) -> None:
+    """Raise `UserError` where the adapters of *found* would count more or less in this run than they did in theirs."""
+    saved, lora = found.progress.get("config"), config.model.lora
+    before = (saved if isinstance(saved, dict) else {}).get("model", {}).get("lora")
+    if lora is not None and isinstance(before, dict) and before.get("alpha") != lora.alpha:
+        raise UserError(
+            f"model.lora.alpha: {lora.alpha:g}, but the adapters of {found.folder} were trained with {before.get('alpha')}: "
+            "use that, or another out folder"
+        )
 
 
 def record(

@@ -18,7 +18,7 @@ from bigvision import checkpoint
 from bigvision.checkpoint import Retention, Saver, folder_name
 from bigvision.config import CheckpointConfig, Config, parse_size
 from bigvision.engine import Engine
-from bigvision.fragments import Fragment, checksum
+from bigvision.fragments import DOWN, UP, Fragment, checksum
 from bigvision.runtime import RankFailure, Runtime, all_or_none, from_main, gather_json
 from bigvision.signals import SIGNALS
 from bigvision.training.build import Build
@@ -163,6 +163,7 @@ def new_saver(out: Path, keep: CheckpointConfig, say: Say) -> Saver:
 
 def progress_of(engine: Engine, config: Config, metrics: dict[str, float], evaluated: int | None = None) -> dict[str, Any]:
     """What progress.json of a checkpoint says; *evaluated* is the step that *metrics* are of."""
+    beside = [name for name, one in engine.module.named_parameters() if one.requires_grad and not name.endswith((DOWN, UP))]
     return {
         "step": engine.step,
         "samples": engine.samples,
@@ -170,7 +171,7 @@ def progress_of(engine: Engine, config: Config, metrics: dict[str, float], evalu
         "metrics": metrics,
         "evaluated": evaluated,
         "config": config.to_dict(),
-    }
+    } | ({"trained": beside} if config.model.lora else {})
 
 
 class Callbacks:

@@ -286,6 +286,10 @@ def test_folders_that_are_taken_for_others(tmp_path, arguments, words):
             ["parallel.microbatches: 8 cuts the 8 samples", "use at most 4"],
         ),
         (["--train.micro_batch", "6", "--train.global_batch", "13", "--model.name", "resnetv2_50"], 1, ["one is alone"]),
+        (
+            ["--train.micro_batch", "1", "--model.image_size", "64", "--data.resize_schedule", "[{until: 9, image_size: 32}]"],
+            1, ["train.micro_batch: 1"],
+        ),
     ],
 )  # fmt: skip
 def test_a_micro_batch_of_one_sample_for_batchnorm(tmp_path, flags, ranks, words):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bigvision.config import Config, GroupConfig, describe, load_config, parse_size, resolve
+from bigvision.config import Config, GroupConfig, ResizeConfig, describe, load_config, parse_size, resolve
 from bigvision.errors import UserError
 
 
@@ -48,6 +48,10 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert pairs.model.image_size == (64, 32) and pairs.data.image_range == (-160.0, 240.0)
     path.write_text(yaml.safe_dump(pairs.to_dict()))
     assert load_config(path) == pairs
+    sizes = load_config(None, ["--data.resize_schedule", "[{until: 0.5, image_size: [8, 9]}]", "--data.val_size", "64"])
+    assert sizes.data.resize_schedule == (ResizeConfig(0.5, (8, 9)),) and sizes.data.val_size == 64
+    path.write_text(yaml.safe_dump(sizes.to_dict()))
+    assert load_config(path) == sizes
 
 
 def test_a_step_has_one_spelling() -> None:
@@ -92,6 +96,20 @@ def test_options_of_the_model_may_be_numbers_with_an_exponent(tmp_path: Path) ->
         ({"model": {"image_size": [32, 0]}}, [], ["model.image_size: [32, 0]"]),
         ({"model": {"image_size": [32]}}, [], ["model.image_size: [32]", "list of 2 numbers"]),
         ({}, ["--model.image_size", "32x64"], ["model.image_size: 32x64"]),
+        ({"data": {"val_size": [32, 0]}}, [], ["data.val_size: [32, 0]", "[height, width]"]),
+        ({"data": {"resize_schedule": [{"until": 0.5}]}}, [], ["data.resize_schedule[0].image_size", "missing"]),
+        ({"data": {"resize_schedule": [{"until": 0, "image_size": 8}]}}, [], ["data.resize_schedule[0].until: 0", "above 0"]),
+        ({}, ["--data.resize_schedule", "[{until: 2, image_size: [0, 8]}]"], ["schedule[0].image_size: [0, 8]", "from 1 on"]),
+        (
+            {"data": {"resize_schedule": [{"until": 0.5, "image_size": 8}, {"until": 0.4, "image_size": 9}]}},
+            [],
+            ["data.resize_schedule[1].until: 0.4", "above 0.5"],
+        ),
+        (
+            {"data": {"resize_schedule": [{"until": 0.5, "image_size": 8}, {"until": 9, "image_size": 9}]}},
+            [],
+            ["data.resize_schedule[1].until: 9", "all of them shares"],
+        ),
         ({"data": {"image_range": [255, 0]}}, [], ["data.image_range: [255.0, 0.0]", "the smaller first"]),
         ({"data": {"image_range": [0, float("inf")]}}, [], ["data.image_range", "finite"]),
         ({"data": {"max_pixels": 0}}, [], ["data.max_pixels: 0"]),

@@ -26,7 +26,7 @@ from tests.recipes import digests, lines, losses, recipe, run
 
 
 def sections(strategy: str, precision: str, deterministic: bool = False) -> dict[str, Any]:
-    """Fourteen steps, saved at each fifth."""
+    """Fourteen steps with an average of the weights, saved at each fifth."""
     if deterministic:
         # cuBLAS reads it when CUDA starts, and the jobs train twice in a process.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -36,6 +36,7 @@ def sections(strategy: str, precision: str, deterministic: bool = False) -> dict
         "train": {"steps": 14, "micro_batch": 8, **more},
         "checkpoint": {"every": 5},
         "optim": {"lr": 5e-4},
+        "ema": {"decay": 0.9},
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.cuda.jobs import job
@@ -101,22 +102,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def variant(folder: Path, name: str, strategy: str) -> list[float]:
-    made = plain(folder / "out", **sections(strategy=strategy, precision="fp32", **VARIANTS[name]))
+def variant(folder: Path, name: str, strategy: str, model: str) -> list[float]:
+    made = plain(folder / "out", model, **sections(strategy=strategy, precision="fp32", **VARIANTS[name]))
     made["model"] = made["model"] | {"drop_path": 0.0}
     return run(made)
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy"),
+    "case",
     [
-        pytest.param(name, s, marks=[job(variant, name, s, seconds=60), *([compiler()] if on_cpu() else []), *marks_of(s)])
-        for name, s in (("recompute", "ddp"), ("recompute", "zero3"), ("compile", "ddp"), ("recompute and compile", "fsdp"))
+        pytest.param(case, marks=[job(variant, *case, seconds=60), *([compiler()] if on_cpu() else []), *marks_of(case[1])])
+        for case in (
+            ("recompute", "ddp", "vit"), ("recompute", "zero3", "vit"), ("compile", "ddp", "vit"), ("compile", "ddp", "resnet"),
+            ("recompute and compile", "fsdp", "vit"),
+        )
     ],
-)
+)  # fmt: skip
 @job(reference, seconds=60)
-def test_recompute_and_compile_change_no_number(results: Callable[..., Any], name: str, strategy: str) -> None:
-    assert difference(results(variant, name, strategy), results(reference)["vit"]) < near("fp32", "vit")
+def test_recompute_and_compile_change_no_number(results: Callable[..., Any], case: tuple[str, str, str]) -> None:
+    assert difference(results(variant, *case), results(reference)[case[2]]) < near("fp32", case[2])
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -127,7 +131,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 def optimizers(folder: Path, strategy: str) -> dict[str, list[list[float]]]:
     """Five steps of each optimizer that *strategy* admits, on the CPU and on the device."""
-    admitted = {"ddp": set(OPTIMIZERS), "fsdp": {"adamw", "sgd", "lion", "lamb", "no clip"}}
+    admitted = {"ddp": set(OPTIMIZERS), "fsdp": {"adamw", "sgd", "lion", "lamb", "muon", "no clip"}}
     found = {}
     for name in OPTIMIZERS:
         if name in admitted.get(strategy, {"adamw", "sgd", "lion", "no clip"}):
@@ -209,6 +213,53 @@ def test_frozen_parameters_under_every_strategy(results: Callable[..., Any], kin
     assert not isinstance(expected, str), expected
     assert all(difference(ran, expected) < 1e-4 for ran in found.values())
     assert len(set(expected)) == 6
+
+
+def averaged(folder: Path) -> dict[str, dict[str, Any] | str]:
+    """Four steps under every strategy and under "cpu", with an average, a trained head and a trunk in bf16: the losses with the
+    weights and with the average; the types of what is saved; and what a second engine that resumes it measures."""
+
+    import bigvision
+
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=draw)
+    found: dict[str, dict[str, Any] | str] = {}
+    for strategy in ("cpu", *(s for s in STRATEGIES if installed(s))):
+        for precision in ("fp32",) if strategy == "cpu" else ("fp32", "bf16"):
+            made: dict[str, Any] = {
+                "model": MODELS["vit"] | {"trainable": ["head", "*.bias"], "frozen_dtype": "bf16"}, "num_classes": 10,
+                "steps": 8, "global_batch": 8, "out": str(folder / f"{strategy}-{precision}"), "ema": {"decay": 0.8},
+                "optim": {"lr": 1e-2, "warmup": 0},
+                "parallel": parallel(device="cpu") if strategy == "cpu" else parallel(strategy, precision),
+            }  # fmt: skip
+            try:
+                losses = []
+                for resume in (False, True):
+                    with bigvision.Engine(**made, resume=resume) as engine:
+                        for _ in range(0 if resume else 4):
+                            engine.train_step(images, torch.arange(8))
+                        losses.append(engine.eval_step(images, torch.arange(8)).means()["loss"])
+                        with engine.averaged():
+                            losses.append(engine.eval_step(images, torch.arange(8)).means()["loss"])
+                        folder_of_step = engine.save()
+                saved = load_file(folder_of_step / "model.safetensors")
+                types = {name: str(values.dtype) for name, values in saved.items()}
+                found[f"{strategy} {precision}"] = {"losses": losses, "types": types}
+            except Exception:
+                found[f"{strategy} {precision}"] = traceback.format_exc()
+    return found
+
+
+@job(averaged, seconds=60)
+def test_the_average_and_frozen_bf16_weights_under_every_strategy(results: Callable[..., Any]) -> None:
+    found = results(averaged)
+    expected = found.pop("cpu fp32")
+    weights, average, *_ = expected["losses"]
+    assert abs(average - weights) > 1e-3 and expected["types"]["pos_embed"] == "torch.bfloat16"
+    for name, one in found.items():
+        assert not isinstance(one, str), one
+        assert difference(one["losses"], expected["losses"]) < (1e-4 if "fp32" in name else 1e-2), name
+        assert one["types"] == expected["types"] and one["losses"][:2] == one["losses"][2:], name
 
 
 # Attention masks: CUDA refuses one whose dtype is not the query's, which the CPU takes.

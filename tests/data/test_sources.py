@@ -13,8 +13,6 @@ import pytest
 import torch
 from photo_files import write_photos
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torchvision import datasets
 
 from bigvision.data import DATASETS, UnreadableSample, check_source, open_source
@@ -90,6 +88,9 @@ def test_digits():
         counts = np.bincount([source.read(index).label for index in range(len(source))])
         assert counts.min() > 0.09 * len(source) and counts.max() < 0.11 * len(source)
     # The samples that scikit-learn's own functions give, as in runs of earlier versions.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     pixels, target = load_digits(return_X_y=True)
     parts = train_test_split(range(len(target)), test_size=0.2, random_state=0, stratify=target)
     images = torch.from_numpy(pixels).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8).expand(-1, 3, -1, -1)

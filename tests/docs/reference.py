@@ -40,8 +40,11 @@ PAGES = {
 SEE = {
     "out": "recipes.md#paths",
     "model.weights": "models.md#weights",
+    "model.lora": "models.md#lora",
     "model.sync_batchnorm": "strategies.md#batchnorm",
     "data.classes": "data.md#classes",
+    "data.resize_schedule": "models.md#resolution",
+    "data.val_size": "models.md#resolution",
     "data.shuffle_block": "reading.md#order",
     "data.max_pixels": "reading.md#limits",
     "data.image_range": "data.md#more-than-8-bits",

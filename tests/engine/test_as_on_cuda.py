@@ -107,26 +107,32 @@ RECORD = 4 + len(REQUESTS)
 
 
 TRAFFIC = {"allreduce_", "_allgather_base_", "_reduce_scatter_base_", "allgather_into_tensor_coalesced_", "send", "recv_"}
+MATRICES = ("alltoall_base_", "torch.bfloat16")  # Muon's
 
 
 @pytest.mark.parametrize(
     ("strategy", "ranks", "more"),
     [
-        ("ddp", 2, {}), ("fsdp", 3, {}), ("pipeline", 2, {}), pytest.param("fsdp", 4, {"replicas": 2}, marks=LONG),
-        pytest.param("pipeline", 4, {"stages": 2}, marks=LONG), pytest.param("fsdp", 2, {"precision": "fp16"}, marks=LONG),
+        ("ddp", 2, {}), ("fsdp", 3, {}), ("fsdp", 3, {"optim": "muon"}), ("pipeline", 2, {}),
+        *(pytest.param(*layout, marks=LONG) for layout in (
+            ("fsdp", 4, {"replicas": 2}), ("pipeline", 4, {"stages": 2}), ("fsdp", 2, {"precision": "fp16"}),
+            ("ddp", 2, {"optim": "muon"}),
+        )),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("model", ["vit", pytest.param("resnet", marks=LONG)])
 def test_a_step_does_not_wait(tmp_path: Path, model: str, strategy: str, ranks: int, more: dict[str, Any]) -> None:
     train = {"steps": 9, "global_batch": 24, "micro_batch": 6}
+    name, parallel = more.get("optim", "adamw"), {key: value for key, value in more.items() if key != "optim"}
     plain = recipe(
-        tmp_path, model, train=train, parallel={"strategy": strategy, **more}, ema={"decay": 0.99},
+        tmp_path, model, train=train, parallel={"strategy": strategy, **parallel}, ema={"decay": 0.99}, optim={"name": name},
         monitor={"progress": False, "every": 1000}, data={"augment": False},  # which draws on the CPU, in this process
     )  # fmt: skip
     for waits, sent, copies in run_ranks(watch_steps, ranks, plain, 2, 5):
         assert waits == {}
         assert copies.keys() == {("tolist", "torch.float64", (RECORD,))}, "the record's alone, which has arrived"
         assert sent.pop(("allreduce_", "torch.float64")) == 5, "one decision for all ranks in each step"
+        assert sent.pop(MATRICES, 0) == (10 if name == "muon" and strategy == "fsdp" else 0), "there and back"
         labels = sent.pop(("broadcast_", "torch.uint8"), 0)
         assert labels == (5 if strategy == "pipeline" else 0)
         assert all(name in TRAFFIC and kind in ("torch.float32", "torch.float16") for name, kind in sent), sent

@@ -24,6 +24,7 @@ from bigvision.engine.state import Statistics, is_frozen
 from bigvision.errors import UserError
 from bigvision.models.formats import compute_in
 from bigvision.runtime import start
+from bigvision.tasks import Classify
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks
 from tests.recipes import losses, recipe, run
@@ -115,10 +116,21 @@ def test_what_cannot_be_synchronized_is_refused_or_noted() -> None:
         parallelize.synchronize_norms(nn.Sequential(nn.Conv2d(3, 4, 1), SplitBatchNorm2d(4)), CUDA)
     config = load_config({"model": {"sync_batchnorm": True}, "parallel": {"device": "cpu"}})
     with start("cpu") as runtime, pytest.raises(UserError, match=r"model.sync_batchnorm: true needs CUDA.*: use false"):
-        check_engine(config, runtime)
+        check_engine(config, runtime, Classify())
 
 
 # Frozen BatchNorm.
+
+
+def test_a_norm_that_is_updated_leaves_the_versions_of_the_others() -> None:
+    """Autograd compares versions: a compiled block keeps its norm's statistics for the backward pass."""
+    norms = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    statistics = Statistics([norms], torch.device("cpu"))
+    before = norms[0].running_mean._version  # type: ignore[union-attr]
+    norms[1](torch.randn(2, 2, 3, 3))
+    norms[1].running_mean.add_(1.0)  # type: ignore[union-attr]
+    assert norms[0].running_mean._version == before  # type: ignore[union-attr]
+    assert torch.equal(statistics.running[0][4:6], norms[1].running_mean)  # type: ignore[arg-type]
 
 
 def frozen_stem() -> nn.Module:

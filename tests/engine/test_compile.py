@@ -29,6 +29,7 @@ from bigvision.errors import UserError
 from bigvision.models import find_blocks, kinds
 from bigvision.models.blocks import RATES
 from bigvision.runtime import start
+from bigvision.tasks import Classify
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks
 from tests.recipes import recipe
@@ -210,9 +211,9 @@ def test_true_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, de
     monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere" if lacking == "Python.h" else os.path.dirname(__file__))
     monkeypatch.setattr(Path, "exists", lambda path: "nowhere" not in str(path))
     runtime: Any = SimpleNamespace(data_ranks=1, pipeline_ranks=1, device=device)
-    check_engine(configured(), runtime)
+    check_engine(configured(), runtime, Classify())
     with pytest.raises(UserError, match=re.escape(lacking)) as caught:
-        check_engine(configured(compile=True), runtime)
+        check_engine(configured(compile=True), runtime, Classify())
     assert str(caught.value).startswith("parallel.compile: true needs ") and "\n" not in str(caught.value)
 
 

@@ -2,96 +2,137 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
-from bigvision import load_config
+from bigvision import load_config, muon
+from bigvision.config import check_batches
 from bigvision.errors import UserError
 from tests.distributed import run_ranks
 from tests.engine.test_parity import same_losses
 from tests.recipes import digests, losses, recipe, run
 
-RATES = {"lion": 1e-4, "lamb": 5e-3, "adafactor": 1e-3, "muon": 1e-3}
-PAIRS = [
-    ("lion", [("zero2", 2)]),
-    pytest.param("lion", [("fsdp", 3), ("zero1", 2), ("zero3", 2)], marks=pytest.mark.long),
-    pytest.param("lamb", [("fsdp", 3)], marks=pytest.mark.long),
-    ("adafactor", [("ddp", 2)]),
-]
+LONG = pytest.mark.long
+RATES = {"adamw": 1e-3, "sgd": 5e-2, "lion": 1e-4, "lamb": 5e-3, "adafactor": 1e-3, "muon": 1e-3}
+LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "`ddp`": ("ddp", 2, {}),
+    "`fsdp`": ("fsdp", 3, {}),
+    "`fsdp`, `replicas` > 1": ("fsdp", 4, {"replicas": 2}),
+    "`pipeline`": ("pipeline", 2, {}),
+    "`pipeline`, copied stages": ("pipeline", 4, {"stages": 2, "replicas": 2}),
+    "`pipeline`, sharded stages": ("pipeline", 4, {"stages": 2}),
+    "`zero1`": ("zero1", 2, {}),
+    "`zero2`": ("zero2", 2, {}),
+    "`zero3`": ("zero3", 2, {}),
+    "offloaded": ("zero2", 2, {"offload": "optimizer"}),
+}
+"""The columns of the table in docs/strategies.md: a strategy, a number of ranks, other keys of `parallel`."""
+SHORT = {("lion", "`zero2`"), ("adafactor", "`ddp`"), ("adafactor", "`pipeline`"), ("muon", "`fsdp`")}
+PAGE = Path(__file__).parents[2] / "docs" / "strategies.md"
 
 
-def plain(out: Path, name: str, strategy: str = "ddp", **sections: Any) -> dict[str, Any]:
-    return recipe(out, optim={"name": name, "lr": RATES[name]}, parallel={"strategy": strategy}, **sections)
+def refusal(name: str, layout: str) -> str:
+    """Why *name* cannot run in a layout; empty where it can."""
+    strategy, ranks, more = LAYOUTS[layout]
+    stages = more.get("stages", 2) if strategy == "pipeline" else 1
+    try:
+        parallel = {"strategy": strategy, **more}
+        config = load_config({"optim": {"name": name}, "parallel": parallel, "train": {"global_batch": 24}})
+        check_batches(config, ranks // stages, stages)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+ADMITTED = [(name, layout) for name in RATES for layout in LAYOUTS if not refusal(name, layout)]
+PAIRS = [pytest.param(*pair, marks=[] if pair in SHORT else [LONG]) for pair in ADMITTED]
+
+
+def made(out: Path, name: str, layout: str = "`ddp`", **sections: Any) -> dict[str, Any]:
+    strategy, _, more = LAYOUTS[layout]
+    return recipe(out, optim={"name": name, "lr": RATES[name]}, parallel={"strategy": strategy, **more}, **sections)
 
 
 def run_exact(plain: dict[str, Any]) -> list[float]:
     """As :func:`run`, with the products of Muon's iteration in fp32."""
-    import torch
-    from timm.optim import muon
-
-    rounded = muon.zeropower_via_newtonschulz
-    muon.zeropower_via_newtonschulz = functools.partial(rounded, dtype=torch.float32)
-    try:
+    with patch.object(muon, "DTYPE", torch.float32):
         return run(plain)
-    finally:
-        muon.zeropower_via_newtonschulz = rounded
 
 
-@pytest.mark.parametrize(("name", "layouts"), PAIRS)
-def test_losses_equal_those_of_one_process(tmp_path: Path, name: str, layouts: list[tuple[str, int]]) -> None:
-    reference = run_ranks(run, 1, plain(tmp_path / "reference", name))[0]
-    for strategy, ranks in layouts:
-        same_losses(reference, run_ranks(run, ranks, plain(tmp_path / strategy, name, strategy))[0])
+@pytest.mark.parametrize(("name", "layout"), PAIRS)
+def test_losses_equal_those_of_one_process(tmp_path: Path, name: str, layout: str) -> None:
+    short = {"train": {"steps": 10}}
+    reference = run_ranks(run_exact, 1, made(tmp_path / "reference", name, **short))[0]
+    found = run_ranks(run_exact, LAYOUTS[layout][1], made(tmp_path / "other", name, layout, **short))[0]
+    assert found == pytest.approx(reference, rel=1e-5) and len(set(reference)) == 10
 
 
-@pytest.mark.long
-def test_muon_differs_by_the_rounding_of_its_bf16_iteration_alone(tmp_path: Path) -> None:
-    for function, relative in ((run_exact, 1e-5), (run, 1e-4)):
-        one, two = (run_ranks(function, ranks, plain(tmp_path / f"{ranks}-{relative}", "muon"))[0] for ranks in (1, 2))
-        same_losses(one, two, relative)
+@LONG
+@pytest.mark.parametrize("layout", ["`ddp`", "`fsdp`", "`pipeline`, sharded stages"])
+def test_muon_differs_by_the_rounding_of_its_bf16_iteration_alone(tmp_path: Path, layout: str) -> None:
+    reference = run_ranks(run, 1, made(tmp_path / "reference", "muon"))[0]
+    same_losses(reference, run_ranks(run, LAYOUTS[layout][1], made(tmp_path / "other", "muon", layout))[0], 1e-4)
 
 
-@pytest.mark.parametrize("name", RATES)
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
-    whole = plain(tmp_path / "whole", name, checkpoint={"every": 6}, train={"steps": 12})
-    run_ranks(run, 2, whole)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *((name, "`ddp`") for name in ("lion", "lamb", "adafactor")), ("muon", "`fsdp`"),
+        *(pytest.param(*pair, marks=LONG) for pair in ADMITTED if pair[1] != "`ddp`" and pair != ("muon", "`fsdp`")),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, name: str, layout: str) -> None:
+    ranks = LAYOUTS[layout][1]
+    run_ranks(run, ranks, made(tmp_path / "whole", name, layout, checkpoint={"every": 6}, train={"steps": 12}))
     half = tmp_path / "whole" / "step-00000006"
-    run_ranks(run, 2, plain(tmp_path / "on", name, checkpoint={"resume": str(half)}, train={"steps": 12}))
+    run_ranks(run, ranks, made(tmp_path / "on", name, layout, checkpoint={"resume": str(half)}, train={"steps": 12}))
     assert losses(tmp_path / "on") == losses(tmp_path / "whole")[6:]
     assert digests(tmp_path / "on" / "step-00000012") == digests(tmp_path / "whole" / "step-00000012")
 
 
-def test_lion_changes_its_strategy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [
+        ("lion", ["`fsdp`", "`zero2`"]), ("muon", ["`fsdp`", "`pipeline`"]),
+        *(
+            pytest.param(name, [layout for other, layout in ADMITTED if other == name and layout != "offloaded"], marks=LONG)
+            for name in RATES
+        ),
+    ],
+)  # fmt: skip
+def test_every_layout_resumes_every_other_with_the_same_bytes(tmp_path: Path, name: str, layouts: list[str]) -> None:
     resume, written = "never", []
-    for number, strategy in enumerate(("fsdp", "zero2", "fsdp")):
+    for number, layout in enumerate((*layouts, layouts[0])):
         out = tmp_path / f"{number}"
-        run_ranks(run, 2, plain(out, "lion", strategy, checkpoint={"resume": resume}, train={"steps": 3}))
+        plain = made(out, name, layout, checkpoint={"resume": resume}, train={"steps": 3})
+        run_ranks(run, LAYOUTS[layout][1], plain)
         resume = str(out / "step-00000003")
         written.append(digests(Path(resume)))
-    assert len(written[0]) >= 2 and written[0] == written[1] == written[2]
-
-
-@pytest.mark.long
-def test_lion_is_offloaded(tmp_path: Path) -> None:
-    offloaded = plain(tmp_path / "offloaded", "lion", "zero2")
-    offloaded["parallel"]["offload"] = "optimizer"
-    same_losses(run_ranks(run, 1, plain(tmp_path / "one", "lion"))[0], run_ranks(run, 2, offloaded)[0])
+    assert len(written[0]) >= 2 and all(other == written[0] for other in written)
 
 
 @pytest.mark.parametrize("name", ["lamb", "adafactor", "muon"])
-@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero2", "zero3", "pipeline"])
-def test_what_needs_whole_tensors_is_refused(name: str, strategy: str) -> None:
-    given = {"optim": {"name": name}, "parallel": {"strategy": strategy}}
-    if name == "lamb" and strategy in ("fsdp", "pipeline"):
-        load_config(given)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_cannot_run_is_refused_in_one_line(name: str, layout: str) -> None:
+    strategy = LAYOUTS[layout][0]
+    if not (line := refusal(name, layout)):
+        assert strategy in ("ddp", "fsdp", "pipeline")
         return
-    with pytest.raises(UserError) as refusal:
-        load_config(given)
-    (line,) = str(refusal.value).splitlines()
-    piece = "some rows" if strategy in ("fsdp", "pipeline") else "a flat piece"
-    fits = "ddp, fsdp or pipeline" if name == "lamb" else "ddp"
-    assert line.startswith(f"optim.name: {name} ") and "whole" in line
-    assert line.endswith(f"parallel.strategy: {strategy} gives each rank {piece} of them: use {fits}, or adamw")
+    assert "\n" not in line and line.startswith(f"optim.name: {name} ") and "whole" in line and line.endswith("or adamw")
+    if strategy == "pipeline":
+        assert "parallel.replicas: 1 each of the 2 ranks" in line and "use parallel.replicas 2" in line
+    else:
+        fits = "ddp or pipeline" if name == "adafactor" else "ddp, fsdp or pipeline"
+        piece = "some rows" if strategy == "fsdp" else "a flat piece"
+        assert f"parallel.strategy: {strategy} gives each rank {piece} of them: use {fits}, or adamw" in line
+
+
+def test_the_table_in_the_docs_is_what_is_admitted() -> None:
+    rows = ["| `optim.name` | " + " | ".join(LAYOUTS) + " |", "|---|" + ":-:|" * len(LAYOUTS)]
+    for name in RATES:
+        rows.append(f"| `{name}` | " + " | ".join("yes" if (name, layout) in ADMITTED else "no" for layout in LAYOUTS) + " |")
+    assert "\n".join(rows) in PAGE.read_text(encoding="utf-8"), "\n".join(rows)

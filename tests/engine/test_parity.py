@@ -17,7 +17,7 @@ from tests.distributed import run_ranks
 from tests.recipes import lines, recipe, run
 
 LAYOUTS = [("ddp", 2, 1), ("ddp", 3, 1), ("fsdp", 1, 1), ("fsdp", 2, 1), ("fsdp", 3, 1), ("fsdp", 4, 1), ("fsdp", 4, 2)]
-FEW = [("ddp", 3, 1), ("fsdp", 3, 1), ("fsdp", 4, 2)]
+FEW = [("ddp", 3, 1), ("fsdp", 4, 2)]
 LONG = pytest.mark.long
 
 

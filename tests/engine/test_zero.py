@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
+from bigvision.engine.zero import _pack, _unpack
 from tests.distributed import run_ranks, start_ranks
 from tests.engine.test_memory import peak_while_building
 from tests.engine.test_parity import same_losses
@@ -219,3 +222,17 @@ def test_a_closed_engine_holds_nothing(tmp_path: Path, stage: str) -> None:
     """DeepSpeed's hooks would keep model and optimizer for as long as the process lives."""
     before, *after = run_ranks(held_after_closing, 1, recipe(tmp_path, parallel={"strategy": stage}))[0]
     assert max(after) - before < 100_000 and after[2] - after[1] < 1000, (before, after)
+
+
+def test_a_forward_pass_without_a_backward_one_is_freed() -> None:
+    """Such as one that ran out of memory: an operation that keeps its own result must not keep itself alive."""
+    start = torch.ones(3, requires_grad=True)
+    with saved_tensors_hooks(_pack, _unpack):
+        result = (start * 1.0).exp()
+    result.sum().backward()
+    assert start.grad is not None and torch.allclose(start.grad, result.detach())
+    with saved_tensors_hooks(_pack, _unpack):
+        result = (start * 1.0).exp()
+    left = weakref.ref(result)
+    del result
+    assert left() is None

@@ -184,3 +184,39 @@ def test_two_engines_share_the_process_group(ranks: int, strategies: tuple[str, 
     plain = small(tmp_path / "run")
     together, in_sequence = (run_ranks(in_turn, ranks, plain, strategies, both) for both in (True, False))
     assert together == in_sequence
+
+
+def averages(plain: dict[str, Any], out: str) -> list[Any]:
+    """Metrics with the weights, the average and the weights again; and what a step or a save meanwhile raises."""
+    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels, said = torch.arange(12) % 10, []
+    with bigvision.Engine(plain, num_classes=10, steps=2, global_batch=24, out=out) as engine:
+        for _ in range(2):
+            engine.train_step(images, labels)
+        found = [engine.eval_step(images, labels).means()["loss"]]
+        with engine.averaged():
+            found.append(engine.eval_step(images, labels).means()["loss"])
+            for wrong in (
+                lambda: engine.train_step(images, labels),
+                engine.save,
+                engine.resume,
+                lambda: engine.averaged().__enter__(),
+            ):
+                with pytest.raises(bigvision.UserError) as caught:
+                    wrong()
+                said.append(str(caught.value))
+        found.append(engine.eval_step(images, labels).means()["loss"])
+        folder = engine.save()
+    with bigvision.Engine(plain, num_classes=10, steps=2, global_batch=24, out=out, ema={"decay": None}) as engine:
+        with pytest.raises(bigvision.UserError, match=r"ema.decay: null keeps no average"), engine.averaged():
+            pass
+    return [found, said, str(folder)]
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp", 2), pytest.param("zero3", 2, marks=pytest.mark.long)])
+def test_a_loop_of_ones_own_evaluates_the_average(tmp_path: Path, strategy: str, ranks: int) -> None:
+    plain = small(tmp_path, parallel={"strategy": strategy}, ema={"decay": 0.9}, optim={"lr": 0.1, "warmup": 0})
+    for (weights, average, again), said, folder in run_ranks(averages, ranks, plain, str(tmp_path / "own")):
+        assert weights == again and abs(average - weights) > 1e-4
+        assert len(said) == 4 and all("it holds the averaged weights: leave the block" in text for text in said)
+        assert (Path(folder) / "ema.safetensors").exists()

@@ -13,7 +13,7 @@ from PIL import Image
 from bigvision.config import load_config
 from bigvision.data import Source
 from bigvision.errors import UserError
-from bigvision.launchers import commands
+from bigvision.launchers import evaluate
 
 
 def evaluated(root: Path | str, **model: Any) -> tuple[Source, int]:
@@ -23,7 +23,7 @@ def evaluated(root: Path | str, **model: Any) -> tuple[Source, int]:
             "data": {"train": f"imagefolder:{root}", "val": f"imagefolder:{root}"},
         }
     )
-    return commands._open(config, True)
+    return evaluate._open(config, True)
 
 
 def folders(root: Path, names: Iterable[str]) -> Path:

@@ -17,20 +17,21 @@ from bigvision.launchers import submit
 from bigvision.launchers.submit import read_job, run
 from tests.launch.commands import ROOT
 
-models = pytest.importorskip(
-    "kubeflow_trainer_api.models", reason="kubeflow_trainer_api is not installed: pip install 'bigvision[dev]'"
-)
 MODELS = {
-    "ConfigMap": models.IoK8sApiCoreV1ConfigMap,
-    "TrainJob": models.TrainerV1alpha1TrainJob,
-    "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+    "ConfigMap": "IoK8sApiCoreV1ConfigMap",
+    "TrainJob": "TrainerV1alpha1TrainJob",
+    "TrainingRuntime": "TrainerV1alpha1TrainingRuntime",
 }
 FILES = sorted((ROOT / "launch" / "kubeflow").glob("*.yaml"))
 
 
 def there_and_back(manifest: dict[str, Any]) -> dict[str, Any]:
     """What the API's models keep of a manifest."""
-    return MODELS[manifest["kind"]].from_dict(copy.deepcopy(manifest)).to_dict()
+    # Imported here, not when tests are collected: it takes more than a second.
+    models = pytest.importorskip(
+        "kubeflow_trainer_api.models", reason="kubeflow_trainer_api is not installed: pip install 'bigvision[dev]'"
+    )
+    return getattr(models, MODELS[manifest["kind"]]).from_dict(copy.deepcopy(manifest)).to_dict()
 
 
 def documents(path: Path) -> list[dict[str, Any]]:

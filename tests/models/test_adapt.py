@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigvision.errors import UserError
-from bigvision.models import blueprint, weights
+from bigvision.models import blueprint, model_card, weights
 from bigvision.models.exact_init import first_values
 from bigvision.models.exact_init.trace import ReplayDiffers
 from bigvision.models.weights import Adapted, capture
@@ -163,6 +165,44 @@ def test_every_value_is_timms(case: Case, tmp_path):
     assert all(torch.equal(values[name], tensor) for name, tensor in reference.items())
     left = reference.keys() - set(plan.runs())
     assert {next((kind for kind, part in KINDS.items() if part in name), name) for name in left} == computed
+
+
+WIDE = (32, 64)
+SMALL = VIT | {"patch_size": 8}
+FLAT = {"vit": ("vit_tiny_patch16_224", SMALL), "eva02": ("eva02_tiny_patch14_224", SMALL)}
+REFUSED = {"beit": ("beit_base_patch16_224", SMALL), "cait": ("cait_xxs24_224", {"depth": 1, "patch_size": 8})}
+
+
+def of_wide_images(folder: Path, name: str, options: dict[str, Any]) -> None:
+    """Save a model for images of `WIDE` pixels as timm does, with its config.json."""
+    torch.manual_seed(1)
+    module = timm.create_model(name, num_classes=10, img_size=WIDE, **options)
+    save_file({key: tensor.clone().contiguous() for key, tensor in module.state_dict().items()}, folder / "model.safetensors")
+    card = model_card(module, image_size=WIDE, mean=(0.5,) * 3, std=(0.5,) * 3)
+    (folder / "config.json").write_text(json.dumps(card))
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_positions_on_a_grid_that_is_no_square_are_fitted_as_timm_does(kind: str, tmp_path: Path) -> None:
+    """Also to the same number of places in another form, where nothing but the file's card tells that they are others."""
+    name, options = FLAT[kind]
+    of_wide_images(tmp_path, name, options)
+    for size in (WIDE, (64, 32), (48, 48)):
+        plan = blueprint(Model(name, weights=str(tmp_path), image_size=size, options=options), 10)
+        reference = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=size).state_dict()
+        values = dict(plan.tensors(0))
+        assert plan.note is None and all(torch.equal(values[key], tensor) for key, tensor in reference.items())
+        assert (POSITIONS in plan.runs()) == (size == WIDE)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_grid_that_timm_cannot_fit_is_refused(kind: str, tmp_path: Path) -> None:
+    name, options = REFUSED[kind]
+    of_wide_images(tmp_path, name, options)
+    assert blueprint(Model(name, weights=str(tmp_path), image_size=WIDE, options=options), 10).note is None
+    for size in ((64, 32), (48, 48)):
+        with pytest.raises(UserError, match=r"^model\.weights: .* at 32 x 64 pixels.*use model\.image_size: \[32, 64\]$"):
+            blueprint(Model(name, weights=str(tmp_path), image_size=size, options=options), 10)
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ import argparse
 import io
 import pickle
 from collections import defaultdict, deque
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ def test_the_command_that_the_error_names_is_the_fix(files, capsys):
         blueprint(config, 10)
     command = str(caught.value).partition("bigvision ")[2].split()
     assert main(command) == 0 and "took 'state_dict'" in capsys.readouterr().out
-    config.weights = command[-1]
+    config = replace(config, weights=command[-1])
     values = dict(blueprint(config, 10).tensors(0))
     assert all(torch.equal(values[name], tensor) for name, tensor in module.state_dict().items())
     assert main(command) == 2 and "exists already" in capsys.readouterr().err

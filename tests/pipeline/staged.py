@@ -109,7 +109,7 @@ def compare(entry: Entry, count: int) -> Staged:
     gradients = difference(*(torch.cat([pair[side].reshape(-1) for pair in pairs]) for side in (0, 1)))
     first, last = ([value] if isinstance(value, Tensor) else value for value in (whole, outputs[-1]))
     apart = max(difference(a, b) for a, b in zip(last, first, strict=True))
-    return Staged(len(blocks), apart, gradients, imbalance(plan.costs), max(map(len, plan.sends[True][:-1])))
+    return Staged(len(blocks), apart, gradients, imbalance(plan.costs), max(map(len, plan.sends[True, tuple(size[1:])][:-1])))
 
 
 def describe(entry: Entry) -> tuple[bool, str]:

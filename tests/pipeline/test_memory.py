@@ -19,7 +19,7 @@ from bigvision.errors import UserError
 from bigvision.models import find_blocks, trace
 from bigvision.models.tracing import Cost, node_costs
 from bigvision.models.tracing import size as size_of
-from bigvision.optim import state_layout
+from bigvision.optim import state_bytes
 from bigvision.pipeline import Placement, StageMemory, plan_stages
 from bigvision.pipeline.schedules import micro_batches_kept
 from tests.distributed import run_ranks
@@ -150,10 +150,14 @@ def test_activations_in_the_compute_type(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"), [({}, 8), ({"name": "sgd"}, 4), ({"name": "sgd", "momentum": 0.0}, 0), ({"name": "lion"}, 4)]
-)
+    ("changes", "expected"),
+    [
+        ({}, 8), ({"name": "sgd"}, 4), ({"name": "sgd", "momentum": 0.0}, 0), ({"name": "lion"}, 4), ({"name": "muon"}, 4),
+        ({"name": "adafactor"}, 4 + 8 / 1024),
+    ],
+)  # fmt: skip
 def test_moments_are_those_of_the_optimizer(changes: dict[str, Any], expected: int) -> None:
-    assert sum(dtype.itemsize for dtype in state_layout(replace(OptimConfig(), **changes)).values()) == expected
+    assert state_bytes(replace(OptimConfig(), **changes)) == expected
 
 
 def test_micro_batches_kept() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from bigvision.errors import UserError
 from bigvision.models import find_blocks
+from bigvision.models.exact_init import given
 from bigvision.models.tracing import node_costs
 from bigvision.pipeline import StagePlan
 from bigvision.pipeline.cutting import Flow
@@ -106,6 +106,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(4))
         self.scale = nn.Parameter(torch.full((8,), 1.1))
         self.register_buffer("table", torch.linspace(-1.0, 1.0, 8))
+        self.factor, self.factors = torch.full((8,), 0.9), {"of": (torch.full((8,), 0.9),)}
         self.middle, self.after = middle, after
 
     def forward(self, images: Tensor) -> Tensor:
@@ -148,6 +149,11 @@ def in_place(model: Model, x: Tensor, number: int) -> Tensor:
     return x.mul_(1.5) if number else x
 
 
+def attributed(model: Model, x: Tensor, number: int) -> Tensor:
+    """A tensor that is neither parameter nor buffer, which some stages read and others lack."""
+    return x * model.factor if number > 1 else x
+
+
 def with_images(model: Model, images: Tensor, x: Tensor) -> Tensor:
     """The images themselves are needed at the end: they skip over all stages, and need no gradient."""
     return x.mean(1) + images.mean((1, 2))
@@ -155,7 +161,7 @@ def with_images(model: Model, images: Tensor, x: Tensor) -> Tensor:
 
 CASES = {
     "plain": (plain, last), "sizes": (reshaped, last), "buffers": (tabled, last), "parameters": (scaled, last),
-    "in place": (in_place, last), "skip": (plain, with_images),
+    "attributes": (attributed, last), "in place": (in_place, last), "skip": (plain, with_images),
 }  # fmt: skip
 
 
@@ -169,7 +175,7 @@ def test_what_a_forward_may_do_with_its_values(case: str, samples: int) -> None:
     total(model(images)).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    meta = copy.deepcopy(model).to("meta")
+    meta, _ = given(model)
     plan = cut(meta, find_blocks(meta, 8, 0.3), (3, 6, 8), 4)
     assert plan.owners["scale"] == [0] and len(plan.blocks) == 4
     stages = [plan.build(model, number) for number in range(4)]
@@ -177,7 +183,7 @@ def test_what_a_forward_may_do_with_its_values(case: str, samples: int) -> None:
     assert torch.equal(outputs[-1], model(images))
     backward(inputs, outputs, total(outputs[-1]))
     assert all(torch.allclose(dict(model.named_parameters())[name].grad, grad, rtol=1e-5) for name, grad in expected.items())  # type: ignore[arg-type]
-    for spec, received in zip(plan.sends[True][0], inputs[1]):
+    for spec, received in zip(plan.sends[True, (6, 8)][0], inputs[1]):
         assert spec.sizes(samples) == received.shape and spec.requires_grad == received.requires_grad
 
 
@@ -207,12 +213,31 @@ def test_modules_are_in_the_order_of_their_calls() -> None:
         model = timm.create_model("vit_tiny_patch16_224")
     plan = cut(model, find_blocks(model), (3, 224, 224), 2)
     for number in range(2):
-        calls = [str(node.target) for node in plan.graphs[True][number].nodes if node.op == "call_module"]
+        calls = [str(node.target) for node in plan.graphs[True, (224, 224)][number].nodes if node.op == "call_module"]
         stage = plan.build(model, number)
         held = [path for path, _ in stage.named_modules() if path in calls]
         assert len(held) > 5
         for depth in (0, 1):  # a block's own children come with it
             assert [path for path in held if path.count(".") == depth] == [path for path in calls if path.count(".") == depth]
+
+
+def test_a_stage_takes_values_for_its_own_attributes_alone() -> None:
+    model, values = given(Model(attributed, last))
+    plan = cut(model, find_blocks(model, 8, 0.3), (3, 6, 8), 4)
+    stages = [plan.build(model, number) for number in range(4)]
+    for stage in stages:
+        values.set_attributes(stage, "cpu")
+    assert [hasattr(stage, "factor") for stage in stages] == [False, True, True, False]
+    assert all(torch.equal(stage.factor, torch.full((8,), 0.9)) for stage in stages[1:3])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("made", [lambda model: model.factors["of"][0], lambda model: torch.ones(8)])
+def test_a_tensor_without_a_name_is_refused_by_a_pipeline_alone(made: Callable[[Model], Tensor]) -> None:
+    model = Model(lambda model, x, number: x * made(model), last).to("meta")
+    blocks = find_blocks(model, 8, 0.3)
+    assert len(blocks) == 4 and blocks.graph is None
+    with pytest.raises(UserError, match=r"pipeline cannot cut Model: .*a tensor that has no name: register it as a buffer"):
+        cut(model, blocks, (3, 6, 8), 4)
 
 
 def test_more_stages_than_blocks() -> None:

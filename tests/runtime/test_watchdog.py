@@ -171,7 +171,7 @@ def test_an_error_on_one_rank_is_told_by_all(victim: int, tmp_path: Path) -> Non
         clean_up(ended.processes)
 
 
-GRACE = 6.0
+GRACE = 8.0
 """Half of it is the margin of a busy machine."""
 
 

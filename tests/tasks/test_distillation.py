@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bigvision.config import load_config
 from bigvision.data import Batch
+from bigvision.engine.state import local_tensor
 from bigvision.errors import UserError
 from bigvision.tasks.distill import Distill, FeatureMap
 from tests.cli.test_mistakes import refused
@@ -91,7 +92,7 @@ def told(plain: dict[str, Any]) -> Tensor:
     with start("cpu", config.parallel.replicas) as runtime:
         engine, _, _ = build_model(config, 10, runtime, steps=1, say=lambda text: None)
         assert engine.teacher is not None
-        held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in engine.teacher.module.parameters())
+        held = sum(local_tensor(p).numel() for p in engine.teacher.module.parameters())
         whole = sum(p.numel() for p in engine.teacher.module.parameters())
         expected = {"ddp": 1, "zero2": 1}.get(config.parallel.strategy, runtime.world_size / config.parallel.replicas)
         assert held <= 1.1 * whole / expected
@@ -105,7 +106,7 @@ def told(plain: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_teacher_tells_what_timm_computes(tmp_path: Path, teachers: dict[str, Path], kind: str) -> None:
     outputs = run_ranks(told, 1, student(tmp_path, teachers["one"], kind))[0]
-    model = timm.create_model(f"local-dir:{teachers['one']}", pretrained=True).eval()
+    model: Any = timm.create_model(f"local-dir:{teachers['one']}", pretrained=True).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
     inputs = F.interpolate((images / 255 - mean) / std, (64, 64), mode="bilinear", antialias=True)

@@ -75,10 +75,11 @@ def run_with_trace(plain: dict[str, Any]) -> None:
 
 KILLED = [("fsdp", 3, 1, 0), ("fsdp", 3, 1, 2), ("fsdp", 4, 2, 0), ("ddp", 3, 1, 0), ("ddp", 2, 1, 2)]
 KILLED += [("zero2", 3, 1, 0), ("zero3", 2, 1, 2)]
+AVERAGED = [("fsdp", 2, 1, 1)]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("strategy", "ranks", "replicas", "workers"), KILLED)
+@pytest.mark.parametrize(("strategy", "ranks", "replicas", "workers"), KILLED + AVERAGED)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str, ranks: int, replicas: int, workers: int) -> None:
     """SIGKILL of all ranks at random moments, in the middle of epochs; dropout and drop path on."""
     rng = random.Random(f"{strategy}{ranks}{workers}")
@@ -89,6 +90,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str, ranks: 
             out, parallel={"strategy": strategy, "replicas": replicas}, train={"steps": steps}, checkpoint={"every": 4},
             data={"workers": workers, "train": "digits", "val": "digits"}, task={"label_smoothing": 0.1},
         )  # fmt: skip
+        if (strategy, ranks, replicas, workers) in AVERAGED:
+            made["ema"] = {"decay": 0.9}
         made["model"] = made["model"] | {"drop_path": 0.2, "options": made["model"]["options"] | {"proj_drop_rate": 0.1}}
         return made
 
@@ -116,7 +119,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str, ranks: 
 
     assert losses(out) == losses(tmp_path / "whole")
     assert [line["step"] for line in lines(out) if "loss" in line] == list(range(1, steps + 1))
-    assert digests(out / "step-00000030") == digests(tmp_path / "whole" / "step-00000030")
+    written = digests(out / "step-00000030")
+    assert written == digests(tmp_path / "whole" / "step-00000030")
+    assert ("ema.safetensors" in written) == ((strategy, ranks, replicas, workers) in AVERAGED)
     for rank in range(ranks):
         expected = dict(_ids(tmp_path / "whole", rank))
         seen = _ids(out, rank)

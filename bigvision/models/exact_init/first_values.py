@@ -64,11 +64,13 @@ class FirstValues:
                 yield name, tensor.detach()
 
     def set_attributes(self, module: nn.Module, device: torch.device | str) -> None:
-        """Give plain tensor attributes of *module* their values on *device*; submodules that it lacks are skipped."""
+        """Give plain tensor attributes of *module* their values on *device*; what it lacks is skipped."""
         for path, keys, value in self.attributes:
             try:
                 holder = vars(module.get_submodule(path))
             except AttributeError:
+                continue
+            if keys[0] not in holder:  # a stage has the path, but not this attribute of the module there
                 continue
             if isinstance(value, View):
                 assert self.trace is not None
@@ -108,7 +110,9 @@ def given(module: nn.Module) -> tuple[nn.Module, FirstValues]:
     for _, tensor in named_tensors(module):
         memo.setdefault(id(tensor), _meta_of(tensor))
     twin = copy.deepcopy(module, memo)
-    return twin, FirstValues(lambda: named_tensors(module), _attributes(twin))
+    values = FirstValues(lambda: named_tensors(module), _attributes(twin))
+    _to_meta(twin, values.attributes)  # what runs the copy on meta would stumble over them
+    return twin, values
 
 
 def computed(
