@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -199,6 +200,7 @@ def test_the_student_stays_timms(alone: dict[str, Any]) -> None:
             1,
         ),
         (["--task.teacher", "T", "--task.distill_weight", "1.5"], "task.distill_weight: 1.5 must be a share, at most 1", 1),
+        (["--task.teacher", "s3://bucket/step"], "task.teacher: s3://bucket/step: weights are not read from URLs", 1),
         (["--task.teacher", "nowhere"], "task.teacher: nowhere is neither a timm model nor weights with timm's config.json", 1),
         (
             ["--task.teacher", "RUN"],
@@ -211,14 +213,18 @@ def test_the_student_stays_timms(alone: dict[str, Any]) -> None:
             "has 10 classes, and the student 11: use a teacher of the same",
             1,
         ),
+        (["--task.teacher", "T", "--data.train", "D", "--data.val", "D", "--data.classes", "C"], "has the classes '0', ...", 1),
         (["--task.teacher", "T", "--parallel.strategy", "pipeline"], "parallel.strategy: pipeline cannot run task.teacher", 2),
     ],
-    ids=["no teacher", "temperature", "weight", "nowhere", "run folder", "damaged", "classes", "pipeline"],
+    ids=["no teacher", "temperature", "weight", "url", "nowhere", "run folder", "damaged", "classes", "names", "pipeline"],
 )
 def test_mistakes(tmp_path: Path, teachers: dict[str, Path], flags: list[str], words: str, ranks: int) -> None:
     cut = shutil.copytree(teachers["one"], tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:500])
+    (tmp_path / "classes.txt").write_text("\n".join("abcdefghij"))
+    np.savez(tmp_path / "data.npz", images=np.zeros((40, 32, 32, 3), np.uint8), labels=np.arange(40) % 10)
     named = {"T": str(teachers["one"]), "RUN": str(teachers["one"].parent), "CUT": str(cut)}
+    named |= {"D": f"arrays:{tmp_path}/data.npz", "C": str(tmp_path / "classes.txt")}
     base = ["train", "--model.name", "resnet10t", "--model.image_size", "32", "--data.train", "synthetic:53x32", "--data.val"]
     base += ["synthetic:53x32", "--data.workers", "0", "--out", str(tmp_path / "out"), "--parallel.device", "cpu"]
     refused([*base, *(named.get(flag, flag) for flag in flags)], words, ranks=ranks)
