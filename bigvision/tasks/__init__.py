@@ -7,23 +7,27 @@ for all of that. Read ``base.py`` first, the protocol, then ``classify.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from bigvision.config import TaskConfig
 from bigvision.errors import UserError
-from bigvision.tasks.base import Kind, Span, Task, as_sum
+from bigvision.tasks.base import Features, Kind, Share, Span, Task, as_sum
 from bigvision.tasks.classify import Classify
 from bigvision.tasks.distill import Distill
-from bigvision.tasks.embed import Embed, Features, Share
+from bigvision.tasks.embed import Embed
 
 PREFIX = "python:"  # before the name of a task of the user's in a configuration
+
+
+def _classify(config: TaskConfig) -> Task:
+    own: dict[str, Any] = {"label_smoothing": config.label_smoothing}
+    if config.teacher is None:
+        return Classify(**own)
+    return Distill(config.teacher, config.distill, config.distill_weight, config.temperature, **own)
+
+
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {
-    "classify": lambda config: (
-        Classify(label_smoothing=config.label_smoothing)
-        if config.teacher is None
-        else Distill(
-            config.teacher, config.distill, config.distill_weight, config.temperature, label_smoothing=config.label_smoothing
-        )
-    ),
+    "classify": _classify,
     "embed": lambda config: Embed(config.k),
 }
 """Of each ``task.name`` what makes the task; which keys it has a use for is in `bigvision.config.checks`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,31 @@ Kind = Literal["label", "labels", "numbers", "mask", "none", "any"]
 of the user's gives."""
 Span = Literal["sample", "micro-batch", "global batch"]
 """The samples that a sample's loss depends on."""
+
+
+class Features(NamedTuple):
+    """Of a dataset, in its order."""
+
+    values: Tensor
+    """float32 (samples, width)"""
+    labels: Tensor
+    """int64 (samples,)"""
+
+
+class Share(NamedTuple):
+    """What a rank computes of the whole."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    total: Callable[[Tensor], object]
+    """Replaces a tensor by its sum over all ranks."""
+    beat: Callable[[], object]
+    """Called now and then: the rank is at work."""
+
+    def parts(self, count: int, size: int) -> list[slice]:
+        """This rank's among the parts of *size* of *count* rows."""
+        return [slice(begin, begin + size) for begin in range(0, count, size)][self.rank :: self.ranks]
 
 
 class Task:
@@ -37,7 +62,7 @@ class Task:
     cuttable: ClassVar[bool] = True
     """Whether a pipeline can cut what :meth:`model` builds."""
     learns: ClassVar[bool] = True
-    """Whether a model can be trained for it; see `bigvision.tasks.Embed` for one of which only an evaluation is known."""
+    """Whether a model is trained for it; otherwise an evaluation calls :meth:`compare`, and nothing else of a task."""
 
     # The model.
 
@@ -141,6 +166,13 @@ class Task:
         The arguments are those of :meth:`compute`; *classes* are the names.
         """
         return {}
+
+    def compare(self, train: Features, val: Features, classes: int, share: Share) -> dict[str, float]:
+        """Return the :attr:`metrics` of a frozen model, where :attr:`learns` is False.
+
+        All ranks call it together with the same features, what :meth:`scores` returns, and the number of *classes*.
+        """
+        raise NotImplementedError(f"{type(self).__name__} learns nothing and does not say what is compared")
 
     # Prediction.
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bigvision.errors import UserError
-from bigvision.tasks.base import Task
+from bigvision.tasks.base import Features, Share, Task
 
 TEMPERATURE = 0.07
 """Of the neighbours' votes, as in DINO (Caron et al. 2021)."""
@@ -23,31 +23,6 @@ ITERATIONS = 100
 """Of L-BFGS, for each weight decay."""
 ROWS, COLUMNS = 1024, 1 << 16
 """Features that are compared, or passed through the probe, at a time: the numbers do not depend on the number of ranks."""
-
-
-class Features(NamedTuple):
-    """Of a dataset, in its order."""
-
-    values: Tensor
-    """float32 (samples, width)"""
-    labels: Tensor
-    """int64 (samples,)"""
-
-
-class Share(NamedTuple):
-    """What a rank computes of the whole."""
-
-    rank: int
-    ranks: int
-    device: torch.device
-    total: Callable[[Tensor], object]
-    """Replaces a tensor by its sum over all ranks."""
-    beat: Callable[[], object]
-    """Called now and then: the rank is at work."""
-
-    def parts(self, count: int, size: int) -> list[slice]:
-        """This rank's among the parts of *size* of *count* rows."""
-        return [slice(begin, begin + size) for begin in range(0, count, size)][self.rank :: self.ranks]
 
 
 class Embed(Task):
@@ -79,7 +54,6 @@ class Embed(Task):
         return [dict(zip(names, values)) for values in scores.tolist()]
 
     def compare(self, train: Features, val: Features, classes: int, share: Share) -> dict[str, float]:
-        """Return the metrics. All ranks call it together with the same features, of so many *classes*."""
         if not torch.isfinite(train.values).all() or not torch.isfinite(val.values).all():
             raise UserError("task.name: embed, but some features are not finite: use parallel.precision fp32, or another model")
         found = torch.cat([neighbours(train, val, classes, self.k, share), probe(train, val, classes, share)])

@@ -28,7 +28,7 @@ from bigvision.runtime import (
     start,
     warn_of_shared_memory,
 )
-from bigvision.tasks import Embed, Features, Share, Task, build_task
+from bigvision.tasks import Features, Share, Task, build_task
 from bigvision.training.build import build_model, without_weights
 from bigvision.training.data import Data, Validation, open_data, open_validation
 from bigvision.training.trainer import evaluate
@@ -51,7 +51,7 @@ class Ready:
 
     def evaluate(self) -> dict[str, float]:
         """The mean metrics over the validation data; of a task that learns nothing, what it makes of the features of both."""
-        if isinstance(task := self.engine.task, Embed):
+        if not (task := self.engine.task).learns:
             train, val = self.features("train"), self.features("val")
             runtime = self.runtime
             share = Share(
@@ -73,7 +73,9 @@ class Ready:
                 self.watch.waits_for_data(False)
                 scores = engine.predict_step(batch)
                 if batch.targets.ndim != 1:
-                    raise UserError(f"data.{split}: has shares of classes, but task.name: embed needs one class for each image")
+                    raise UserError(
+                        f"data.{split}: {self.config.task.name} needs one class for each image, not shares of classes"
+                    )
                 if scores:
                     mine.append(torch.cat(scores).cpu()[batch.valid])
                     places += zip(batch.ids[batch.valid].tolist(), batch.targets[batch.valid].tolist())
