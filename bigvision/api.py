@@ -37,7 +37,7 @@ from bigvision.runtime import all_or_none, deterministic, from_main, identify, o
 from bigvision.tasks import Task, build_task, task_name
 from bigvision.training import Callback, Result
 from bigvision.training.build import build_model, take_folder, with_model, with_task, without_weights
-from bigvision.training.data import name_of_data, open_data
+from bigvision.training.data import name_of_data, open_data, prepare_task
 from bigvision.training.prediction import Prediction
 from bigvision.training.run_folder import check_same_run, check_same_scale, data_facts, why_other_tensors
 from bigvision.training.saving import new_saver, progress_of
@@ -204,8 +204,12 @@ class Engine:
         self._facts: dict[str, Any] | None = None
         """The fingerprints of the data, where they are known."""
         self._classes: list[str] = []
+        self._about: dict[str, Any] = {}
+        """What the task has to know of the training data."""
         if objects.data_named:
             self._take_data(objects)
+        if not self._classes and (outputs := self.config.model.num_classes) is not None:
+            all_or_none(lambda: self._task.prepare([str(label) for label in range(outputs)], {}))
         found = self._find(None if resume is True else resume) if resume else None
         config = self.config if found is None else without_weights(self.config)
         all_or_none(lambda: check_model(config.model, model))
@@ -216,6 +220,8 @@ class Engine:
         )  # fmt: skip
         if self._classes:
             self._card["label_names"] = self._classes
+        if self._about:
+            self._card["task"] = self._about
         self._stack.callback(self.engine.close)
         self._savers: dict[Path, checkpoint.Saver] = {}
         self._holds_averages = False
@@ -239,7 +245,7 @@ class Engine:
         Args:
             images: (B, C, H, W), B being ``train.global_batch`` / data-parallel ranks: uint8, which are normalised on the
                 device, or floating-point numbers, which are taken as they are. Or a whole `bigvision.data.Batch`.
-            labels: int64 (B,).
+            labels: int64 (B,); for other tasks what their loss takes, such as several numbers, (B, ...).
 
         Returns:
             The loss and gradient norm over all ranks, as 0-D tensors on the device.
@@ -249,7 +255,7 @@ class Engine:
                 without a deterministic form.
         """
         self._check_weights()
-        batch = _batch(images, labels)
+        batch = _batch(images, labels, self._task)
         expected = self.config.train.global_batch
         if len(batch) * self.runtime.data_ranks != expected:
             raise UserError(
@@ -263,7 +269,7 @@ class Engine:
         """Measure this rank's samples, as many on each rank. Add up what is returned, and ask it for its ``means()``."""
         self.engine.synchronize()
         with operations_named():
-            return self.engine.eval_step(_batch(images, labels).whole())
+            return self.engine.eval_step(_batch(images, labels, self._task).whole())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -346,6 +352,7 @@ class Engine:
                 raise
             self._say(f"checkpoints do not record the data: {error}")
             return
+        self._about = prepare_task(self.config, data, self.runtime, {})
         self._facts, self._classes = data_facts(self.config, data, self.runtime), list(data.train.classes)
 
     def _find(self, folder: str | Path | None) -> checkpoint.Checkpoint | None:
@@ -373,6 +380,9 @@ class Engine:
             # Nobody has said that they are others.
             self._facts = found.progress.get("data")
             self._card |= {name: names for name, names in found.card.items() if name == "label_names"}
+        if about := found.card.get("task"):
+            self._card["task"] = about
+            self._task.prepare(self._card.get("label_names", []), about)
 
     def close(self) -> None:
         """Release the model. The last engine of a process that closes leaves the other ranks."""
@@ -390,14 +400,16 @@ class Engine:
             print(text)
 
 
-def _batch(images: Tensor | Batch | StepBatch, labels: Tensor | None) -> Batch | StepBatch:
+def _batch(images: Tensor | Batch | StepBatch, labels: Tensor | None, task: Task) -> Batch | StepBatch:
     if isinstance(images, Batch | StepBatch):
         return images
-    if labels is None or images.ndim != 4 or labels.shape != images.shape[:1]:
+    single = task.target == "label" and (labels is None or labels.ndim != 2)
+    if labels is None or images.ndim != 4 or labels.shape[:1] != images.shape[:1] or (single and labels.ndim != 1):
         got = f"{tuple(images.shape)} and {None if labels is None else tuple(labels.shape)}"
-        raise UserError(f"images, labels: got {got}: give images (B, C, H, W) and int64 labels (B,)")
+        wanted = "int64 labels (B,)" if task.target == "label" else "targets (B, ...)"
+        raise UserError(f"images, labels: got {got}: give images (B, C, H, W) and {wanted}")
     count = len(labels)
-    return Batch(images, labels.long(), torch.arange(count), torch.ones(count, dtype=torch.bool))
+    return Batch(images, labels.long() if single else labels, torch.arange(count), torch.ones(count, dtype=torch.bool))
 
 
 def predict(

@@ -18,7 +18,9 @@ USAGE = """usage: bigvision COMMAND ...
   train [RECIPE.yaml] [--section.key value ...]   train; without a recipe, the handwritten digits
   ray [RECIPE.yaml] [--workers N] ...             train on Ray's workers
   submit --to local|slurm|k8s RECIPE.yaml ...     hand a run to this machine, to Slurm or to Kubernetes
-  eval STEP_FOLDER [--ema] [--section.key value ...]  print a checkpoint's validation metrics, or its average's
+  eval STEP_FOLDER [--ema] [--report FILE] [--section.key value ...]
+                                                  print a checkpoint's validation metrics, or its average's; the report has
+                                                  those of each class, a confusion matrix, ...
   eval MODEL --data.val DATASET ...               print those of a timm model with its pretrained weights
   predict STEP_FOLDER|MODEL IMAGES --out FILE     write what a model predicts for a folder of images or a dataset
   convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights

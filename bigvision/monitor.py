@@ -183,8 +183,13 @@ class ProgressBar:
 
 
 def _accuracy(metrics: dict[str, float]) -> str:
-    averaged = f" (EMA {metrics['ema_top1']:.2%})" if "ema_top1" in metrics else ""
-    return f"accuracy {metrics['top1']:.2%}{averaged}" if "top1" in metrics else ""
+    """The accuracy, or the first metric that is not the loss."""
+    name = next((name for name in ("top1", *metrics) if name in metrics and name not in ("loss", "ema_loss")), None)
+    if name is None:
+        return ""
+    word, form = ("accuracy", ".2%") if name == "top1" else (name, ".4g")
+    averaged = f" (EMA {metrics[f'ema_{name}']:{form}})" if f"ema_{name}" in metrics else ""
+    return f"{word} {metrics[name]:{form}}{averaged}"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ OTHERS = {
 }
 """State and reason of a folder by what follows its step."""
 OTHER = re.compile(rf"step-(\d{{8,}})\.({'|'.join(OTHERS)})-[0-9a-f]+")
+LOWER = ("loss", "error", "mae", "mse")
+"""Parts of the names of metrics that are better when they are lower."""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -80,8 +82,8 @@ class Retention:
 
 
 def sign(metric: str) -> float:
-    """By which values of a metric are multiplied so that the best is the largest: a loss is better when it is lower."""
-    return -1.0 if "loss" in metric else 1.0
+    """By which values of a metric are multiplied so that the best is the largest: losses and errors are better when lower."""
+    return -1.0 if any(word in metric for word in LOWER) else 1.0
 
 
 def best_value(out: Path, name: str, newest: int) -> float | None:

@@ -35,7 +35,7 @@ LOWEST = {
     "seed": 0, "data.workers": 0, "parallel.replicas": 1, "parallel.stages": 2, "parallel.stages_per_rank": 1,
     "parallel.microbatches": 1, "train.global_batch": 1, "train.micro_batch": 1, "train.steps": 0, "train.eval_every": 1,
     "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 1, "monitor.every": 1, "model.num_classes": 1,
-    "data.max_pixels": 1, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.min_lr": 0,
+    "data.max_pixels": 1, "data.balance": 0, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.min_lr": 0,
     "optim.lr_base_size": 1, "task.label_smoothing": 0,
     "task.mixup": 0, "task.cutmix": 0, "model.drop_path": 0, "data.jitter": 0, "data.erase": 0, "data.repeats": 1,
     "data.shuffle_block": 1, "data.shuffle_window": 1, "data.bad_budget": 0, "faults.nonfinite": 0,
@@ -66,6 +66,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.crop_scale": (lambda ends: 0 < ends[0] <= ends[1] <= 1, "two shares above 0, the smaller first"),
     "data.erase": (lambda value: value <= 1, "a share, at most 1"),
     "task.distill_weight": (lambda value: value <= 1, "a share, at most 1"),
+    "data.balance": (lambda value: value <= 1, "at most 1"),
+    "task.class_weights": (
+        lambda value: isinstance(value, str) or (all(0 <= one < math.inf for one in value) and any(value)),
+        "balanced, a file, or finite numbers from 0 on, not all of them 0",
+    ),
     "optim.clip": (lambda value: value > 0, "above 0; null does not clip"),
     "optim.gamma": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "optim.milestones": (
@@ -87,10 +92,18 @@ Size = tuple[int, int]
 MIXING = ("mixup", "cutmix", "mix_each")
 DISTILLING = ("distill", "distill_weight", "temperature")
 TASK_KEYS: dict[str, tuple[str, ...]] = {
-    "classify": ("label_smoothing", *MIXING, "teacher", *DISTILLING),
+    "classify": ("loss", "label_smoothing", "class_weights", *MIXING, "teacher", *DISTILLING),
+    "multilabel": ("loss", *MIXING),
+    "regress": ("loss", "standardize"),
     "embed": ("k",),
 }
 """The tasks, and the keys of `task` that each has a use for."""
+LOSSES: dict[str, tuple[str, ...]] = {
+    "classify": ("ce", "bce"),
+    "multilabel": ("bce", "asymmetric"),
+    "regress": ("l2", "l1", "huber"),
+}
+"""The values of `task.loss` that each task has; null is the first."""
 PIPELINE_KEYS = ("stages", "stages_per_rank", "microbatches", "schedule")
 """Keys of `parallel` that only a pipeline has a use for."""
 SHARDED_KEYS = ("replicas", "reshard", "scatter")
@@ -224,6 +237,10 @@ def check(config: Config) -> None:
         if value is not None and not fits(value):
             raise UserError(f"{key}: {spell(value) if isinstance(value, tuple) else value} must be {text}")
     _check_task(config.task)
+    if config.data.balance and config.task.name in ("multilabel", "regress"):
+        raise UserError(
+            f"data.balance: {config.data.balance}, but task.name: {config.task.name} has no class for each sample: use 0"
+        )
     _check_rate(config.optim, config.train.global_batch)
     for place, group in enumerate(config.optim.groups):
         if not 0 < group.lr_scale < math.inf:
@@ -360,6 +377,8 @@ def _check_task(task: TaskConfig) -> None:
                 f"task.{field.name}: {getattr(task, field.name)}, but task.name: {task.name} has no use for it, only "
                 f"{' and '.join(users)}: leave it out"
             )
+    if task.loss is not None and task.loss not in LOSSES[task.name]:
+        raise UserError(f"task.loss: {task.loss}, but task.name: {task.name} has {either(LOSSES[task.name])}: use one of them")
     for key in DISTILLING if task.teacher is None else ():
         if (value := getattr(task, key)) != getattr(TaskConfig, key):
             raise UserError(f"task.{key}: {value} needs task.teacher: name a model to learn from, or leave it out")

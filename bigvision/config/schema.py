@@ -49,8 +49,16 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     name: str = "classify"
-    """What is learned: classify (one class for each image). embed is evaluated only: neighbours and a linear probe of a frozen
-    model's features. A task of your own is given from Python."""
+    """What is learned: classify (one class for each image), multilabel (any number of classes), regress (numbers). embed is
+    evaluated only: neighbours and a linear probe of a frozen model's features. A task of your own is given from Python."""
+    loss: Literal["ce", "bce", "asymmetric", "l2", "l1", "huber"] | None = None
+    """classify: ce (cross-entropy) or bce (binary, of each class). multilabel: bce or asymmetric (Ridnik et al. 2021). regress:
+    l2, l1 or huber. null takes the first of these."""
+    class_weights: str | tuple[float, ...] | None = None
+    """classify: weights of the classes in the training loss: a number for each, balanced (the rarer, the heavier), or a file
+    with a number on each line, or JSON. The loss is divided by the sum of the global batch's weights."""
+    standardize: bool = True
+    """regress: learn each number less its mean over the training data and divided by its standard deviation there."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the target (Szegedy et al. 2016), in training only."""
     mixup: float = 0.0
@@ -109,6 +117,9 @@ class DataConfig:
     """Random change of brightness, contrast and saturation, and a quarter of it of hue; often 0.3."""
     erase: float = 0.0
     """How often a random rectangle is erased (Zhong et al. 2020), e.g. 0.25."""
+    balance: float = 0.0
+    """classify: see classes in proportion to their samples to the power of 1 - balance: 1 all equally often, 0.5 in proportion
+    to the square root, 0 as they are."""
     repeats: int = 1
     """Repeated augmentation (Hoffer et al. 2020): each sample this often in a row, and an epoch of fewer samples."""
     shuffle_block: int = 1
@@ -286,8 +297,8 @@ class CheckpointConfig:
     keep: int = 3
     """Newest valid checkpoints kept in the output folder."""
     keep_best: str | None = None
-    """A metric (loss, top1, top5, ema_top1, ...): a step whose evaluation is the best so far is saved, and the best one is kept
-    too."""
+    """A metric (loss, top1, map, r2, ema_top1, ...): a step whose evaluation is the best so far is saved, and the best one is
+    kept too."""
     keep_every: int | None = None
     """Checkpoints of steps that this divides are kept too."""
     resume: str = "auto"

@@ -32,12 +32,12 @@ SHOWN = 5
 Target = Literal["label", "labels", "numbers", "mask", "none", "any"]
 """What the samples of a source have: a label each, several labels, numbers that are no classes, a mask of labels, nothing; or,
 of a dataset from Python, whatever it gives."""
-OTHER_TASKS: dict[str, tuple[str, str, str]] = {
-    "labels": ("several labels for an image", "multilabel", "keep one of them"),
-    "numbers": ("numbers that are no classes", "regress", "use whole numbers or names"),
-    "none": ("no labels", "dino", "add labels, or name the column that has them"),
+OTHER_TASKS: dict[str, tuple[str, str]] = {
+    "labels": ("several labels for an image", "use task.name: multilabel, or keep one of them"),
+    "numbers": ("numbers that are no classes", "use task.name: regress, or whole numbers or names"),
+    "none": ("no labels", "add labels, or name the column that has them"),
 }
-"""What training for a label cannot take: what it is, the task that it is for, and what to do instead."""
+"""What training for a label cannot take, and what to do instead."""
 
 
 class Labels(NamedTuple):
@@ -60,9 +60,8 @@ class Coded(NamedTuple):
 
 def not_a_label(target: Target, example: str, where: str) -> str:
     """What is wrong with data that has another *target* than a label for each image."""
-    what, task, instead = OTHER_TASKS[target]
-    shown = f" ({example})" if example else ""
-    return f"{where} has {what}{shown}; that is for a task {task!r}, which is not supported yet; {instead}"
+    what, instead = OTHER_TASKS[target]
+    return f"{where} has {what}{f' ({example})' if example else ''}; {instead}"
 
 
 def other_task(target: Target, example: str, *, key: str, where: str) -> UserError:
@@ -139,14 +138,16 @@ def label_samples(
 
 
 def label_by(
-    distinct: Sequence[Any], known: Sequence[str] | None, folders: Sequence[Path] = (), *, key: str, where: str
-) -> Labels:
+    distinct: Sequence[Any], known: Sequence[str] | None, folders: Sequence[Path] = (), *, key: str, where: str,
+    single: bool = True,
+) -> Labels:  # fmt: skip
     """Return the classes, and the label that each of the *distinct* values stands for.
 
     Args:
         distinct: numbers, truth values, texts or bytes.
         known: the classes. By default those of a class file in *folders*, or else what the values give. Numbers are places in
             that file also where the classes are known, and follow them by name.
+        single: one label each is needed: texts that list several are an error.
     """
     if any(is_missing(value) for value in distinct):
         raise UserError(f"{key}: {where} has a sample whose label is empty; remove or label it")
@@ -170,7 +171,7 @@ def label_by(
         own = _known_numbers(values, listed, key, where)
         names = [listed[place] for place in own.values]
         return Labels(list(known), by_name(names, known, key=key, where=f"{where}, named by {str(file)!r},"), own.notes)
-    if known is None and (several := next(_several(texts), None)) is not None:
+    if single and known is None and (several := next(_several(texts), None)) is not None:
         raise other_task("labels", several[:60], key=key, where=where)
     classes = list(known) if known is not None else sorted(set(texts))
     return Labels(classes, by_name(texts, classes, key=key, where=where), lookalikes(classes) if known is None else ())

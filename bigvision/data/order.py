@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bigvision.samples import seed_from
 
@@ -53,11 +54,16 @@ class Stream:
     samples come once before any comes again.
     """
 
-    def __init__(self, seed: int, parts: Sequence[Part], *, repeats: int = 1, block: int = 1, window: int = 1) -> None:
+    def __init__(
+        self, seed: int, parts: Sequence[Part], *, repeats: int = 1, block: int = 1, window: int = 1,
+        members: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Args:
         repeats: of each sample, one after the other (Hoffer et al. 2020); an epoch then has fewer different ones.
         block, window: see `Order`.
+        members: int64, the source's indices in the order that *parts* are runs of; by default 0, 1, 2, ...
         """
+        self.members = members
         self.seed, self.parts, self.repeats = seed, list(parts), repeats
         self.length = sum(part.share for part in parts)
         self._ends = np.array(list(accumulate(part.share for part in parts)))
@@ -99,7 +105,7 @@ class Stream:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             ids[here] = part.begin + order.at(int(epoch), positions[here])
-        return epochs, ids
+        return epochs, ids if self.members is None else self.members.numpy()[ids]
 
 
 def shares(lengths: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -111,6 +117,18 @@ def shares(lengths: Sequence[int], weights: Sequence[float]) -> list[int]:
     for number in sorted(range(len(exact)), key=lambda n: int(exact[n]) - exact[n])[: max(0, total - sum(found))]:
         found[number] += 1
     return found
+
+
+def balanced(labels: np.ndarray, balance: float) -> tuple[list[Part], Tensor]:
+    """Parts of a `Stream`, one for each class in *labels*, int64 (N,), and its members.
+
+    Of a class with n samples an epoch has a share in proportion to n ** (1 - *balance*): with 1 all classes come equally often,
+    with 0 as they are.
+    """
+    members = np.argsort(labels, kind="stable")
+    _, begins, counts = np.unique(labels[members], return_index=True, return_counts=True)
+    parts = zip(begins.tolist(), counts.tolist(), shares(counts.tolist(), (counts ** (1.0 - balance)).tolist()))
+    return [Part(*part) for part in parts], torch.from_numpy(members)
 
 
 # Orders.

@@ -82,7 +82,8 @@ def _size(source: Source, index: int) -> int:
 def describe(train: Source, val: Source) -> list[str]:
     """Two lines, and one more for each note of a source."""
     classes = [_plain(name)[:40] for name in train.classes[:CLASSES]]
-    second = f"classes: {', '.join(classes)}{', …' if len(train.classes) > CLASSES else ''}"
+    units = "numbers" if train.unit == "number" else "classes"
+    second = f"{units}: {', '.join(classes)}{', …' if len(train.classes) > CLASSES else ''}"
     if sizes := _sizes(train):
         second += f"; images of {sizes} pixels"
     notes = [f"{split}: {note}" for split, source in (("train", train), ("val", val)) for note in source.notes]
@@ -92,7 +93,7 @@ def describe(train: Source, val: Source) -> list[str]:
 def _found(source: Source, *, with_classes: bool) -> str:
     text = _counted(len(source), source.noun)
     if with_classes:
-        text += f" in {_counted(len(source.classes), 'class')}"
+        text += f" in {_counted(len(source.classes), source.unit)}"
     sources, here = source.sources if isinstance(source, Mixture) else [source], os.path.join(os.getcwd(), "")
     text += f" ({' + '.join(_plain(one.location.removeprefix(here) or one.name) for one in sources)})"
     passed_over = PassedOver()

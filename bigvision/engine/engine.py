@@ -177,7 +177,7 @@ class Engine:
 
     def _weighed(self, batch: Batch | StepBatch) -> tuple[Batch | StepBatch, Tensor | int]:
         """*batch* and what the losses of the global batch are divided by: its samples, or the sum of the task's weights."""
-        if type(self.task).weight is Task.weight:
+        if not self.task.weighed:
             return batch, len(batch) * self.runtime.data_ranks
         # The first backward pass needs the sum: all of a rank's samples are waited for.
         batch = self._on_device(batch.whole())

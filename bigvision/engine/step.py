@@ -129,22 +129,22 @@ class Metrics:
         return Metrics(self.task, self.sums + other.sums, self.count + other.count, rows=self.rows + other.rows)
 
     def means(self) -> dict[str, float]:
-        """The task's metrics; NaN where there is no sample. Where it keeps rows, every rank calls this together."""
-        return self.task.compute(*self._all)
+        """The task's metrics; NaN where there is no sample. Where they are made of rows (see `Task.means_need_rows`), every
+        rank calls this together."""
+        return self.task.compute(self.sums.cpu(), self.count.item(), self._all_rows if self.task.means_need_rows else None)
 
     def report(self, classes: Sequence[str]) -> dict[str, Any]:
-        """What the task says beyond :meth:`means`; called likewise."""
-        return self.task.report(*self._all, classes)
+        """What the task says beyond :meth:`means`. Where it keeps rows, every rank calls this together."""
+        return self.task.report(self.sums.cpu(), self.count.item(), self._all_rows, classes)
 
     @cached_property
-    def _all(self) -> tuple[Tensor, float, Tensor | None]:
-        rows = None
-        if self.task.keeps_rows:
-            # Of a sample that is not valid the id is not a number.
-            mine = torch.cat(self.rows).cpu() if self.rows else torch.empty(0, 0, dtype=torch.float64)
-            rows = gather_rows(mine[~mine[:, :1].isnan().any(1)])
-            rows = rows[rows[:, 0].argsort(), 1:]
-        return self.sums.cpu(), self.count.item(), rows
+    def _all_rows(self) -> Tensor | None:
+        if not self.task.keeps_rows:
+            return None
+        # Of a sample that is not valid the id is not a number.
+        mine = torch.cat(self.rows).cpu() if self.rows else torch.empty(0, 0, dtype=torch.float64)
+        rows = gather_rows(mine[~mine[:, :1].isnan().any(1)])
+        return rows[rows[:, 0].argsort(), 1:]
 
     @property
     def requests(self) -> set[str]:

@@ -15,28 +15,30 @@ import timm.data
 from bigvision import checkpoint, training
 from bigvision.config import Config, resolve
 from bigvision.data import Source, open_source
-from bigvision.data.labels import read_classes
+from bigvision.data.labels import Target, read_classes
 from bigvision.errors import UserError, nearest
 from bigvision.launchers.accelerate import overrides
 from bigvision.launchers.commands import take, whole
 from bigvision.models.arguments import check_name, current_name
 from bigvision.models.weights_file import MARK
-from bigvision.runtime import Runtime
+from bigvision.runtime import Runtime, identify
 from bigvision.tasks import Task, build_task
 from bigvision.training.data import BadSamples, Data, open_data, open_on_all
 from bigvision.training.evaluation import first_weights, restored
 from bigvision.training.prediction import Prediction, open_unlabelled, predict
 
-PROG = "bigvision eval STEP_FOLDER|MODEL [--ema]"
+PROG = "bigvision eval STEP_FOLDER|MODEL [--ema] [--report FILE]"
 PREDICT_PROG = "bigvision predict STEP_FOLDER|MODEL IMAGES --out FILE [--top-k K] [--tta flip] [--ema]"
 Say = Callable[[str], None]
 
 
 def run(arguments: list[str], say: Say) -> dict[str, float]:
-    """``STEP_FOLDER [--ema] [--section.key value ...]``, or a timm name, whose pretrained weights are evaluated.
+    """``STEP_FOLDER [--ema] [--report FILE] [--section.key value ...]``, or a timm name, whose pretrained weights are taken.
 
-    ``--ema`` takes the averaged weights of a step folder.
+    ``--ema`` takes the averaged weights of a step folder. ``--report`` writes what the task says beyond the metrics.
     """
+    files, arguments = take(arguments, ("--report",))
+    report: dict[str, Any] = {}
     if not arguments or arguments[0].startswith("-"):
         if {"-h", "--help"} & set(arguments):
             resolve(None, ["--help"], prog=PROG)
@@ -50,7 +52,14 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
     key = "--data.val" if build_task(config.task).learns else "--data.train"
     if folder is None and key not in {flag.partition("=")[0] for flag in flags}:
         raise UserError(f"eval: {subject} on which images? Name them: {key} imagefolder:PATH")
-    return evaluate_model(config, say) if folder is None else training.evaluate_checkpoint(folder, config, say, ema)
+    metrics = (
+        evaluate_model(config, say, report)
+        if folder is None
+        else training.evaluate_checkpoint(folder, config, say, ema, report)
+    )
+    if files and identify(os.environ).rank == 0:
+        training.write_report(Path(files[-1][1]).expanduser(), report)
+    return metrics
 
 
 def run_predict(arguments: list[str], say: Say) -> None:
@@ -79,6 +88,8 @@ def predict_subject(subject: str, flags: list[str], asked: Prediction, ema: bool
 
     def open_named(config: Config, runtime: Runtime, task: Task) -> tuple[Data, int | None]:
         classes, outputs = _output_names(config) if task.learns else ([], None)
+        if classes:
+            task.prepare(classes, _saved_card(config.model.weights).get("task", {}))
         return open_it(config, runtime, task, classes), outputs
 
     with restored(folder, config, open_it, say, ema) if folder else first_weights(config, open_named, say) as ready:
@@ -122,8 +133,11 @@ def subject_config(folder: Path | None, subject: str, flags: list[str], prog: st
     return resolve(saved, flags, overrides(os.environ, say), prog=prog, say=say)[0]
 
 
-def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, float]:
+def evaluate_model(
+    config: Config, say: Say = lambda text: None, report: dict[str, Any] | None = None
+) -> dict[str, float]:  # fmt: skip
     """Return the metrics of the model that *config* names, with its first weights, on all of ``data.val``. Run on every rank.
+    *report* gets what the task says beyond them.
 
     `UserError` where the model, its weights and the data do not fit together.
     """
@@ -131,20 +145,21 @@ def evaluate_model(config: Config, say: Say = lambda text: None) -> dict[str, fl
     def open_it(config: Config, runtime: Runtime, task: Task) -> tuple[Data, int | None]:
         if not task.learns:
             return open_data(config, runtime, task), None
-        val, outputs = open_on_all(partial(_open, config), runtime)
+        val, outputs = open_on_all(partial(_open, config, target=task.target), runtime)
+        task.prepare(val.classes, _saved_card(config.model.weights).get("task", {}))
         return Data(val, val, BadSamples(config.data.bad_budget, {"train": len(val), "val": len(val)}), task), outputs
 
     with first_weights(config, open_it, say) as ready:
-        return ready.evaluate()
+        return ready.evaluate(report)
 
 
-def _open(config: Config, first: bool) -> tuple[Source, int]:
+def _open(config: Config, first: bool, target: Target = "label") -> tuple[Source, int]:
     """The images with labels in the order of the model's outputs, and how many of these there are."""
 
     def opened(classes: list[str] | None = None) -> Source:
         return open_source(
             config.data.val, "val", key="data.val", root=config.data.root, first=first, shared=False, classes=classes,
-            class_file=config.data.classes,
+            class_file=config.data.classes, target=target,
         )  # fmt: skip
 
     model = config.model
@@ -191,12 +206,18 @@ def _output_names(config: Config) -> tuple[list[str], int]:
 
 
 def _saved_classes(weights: str | None) -> list[str] | None:
-    """The classes in the config.json beside *weights*, where a run or an export wrote it."""
+    """The classes in the config.json beside *weights*."""
+    found = _saved_card(weights).get("label_names")
+    return found if isinstance(found, list) and found and all(isinstance(name, str) for name in found) else None
+
+
+def _saved_card(weights: str | None) -> dict[str, Any]:
+    """The config.json beside *weights*, where a run or an export wrote it."""
     if weights is None:
-        return None
+        return {}
     path = Path(weights.partition(MARK)[0]).expanduser()
     try:
-        found = json.loads((path if path.is_dir() else path.parent).joinpath("config.json").read_bytes())["label_names"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if isinstance(found, list) and found and all(isinstance(name, str) for name in found) else None
+        found = json.loads((path if path.is_dir() else path.parent).joinpath("config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

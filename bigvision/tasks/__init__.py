@@ -1,13 +1,12 @@
 """What is learned: targets, losses, metrics and predictions.
 
 In come the section ``task`` of a configuration, or a task of the user's; out comes a `Task`, which engine, trainer and data ask
-for all of that. Read ``base.py`` first, the protocol, then ``classify.py``.
+for all of that. Read ``base.py`` first, the protocol, then ``regress.py``, the shortest task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from bigvision.config import TaskConfig
 from bigvision.errors import UserError
@@ -15,19 +14,23 @@ from bigvision.tasks.base import Features, Kind, Share, Span, Task, as_sum
 from bigvision.tasks.classify import Classify
 from bigvision.tasks.distill import Distill
 from bigvision.tasks.embed import Embed
+from bigvision.tasks.multilabel import Multilabel
+from bigvision.tasks.regress import Regress
 
 PREFIX = "python:"  # before the name of a task of the user's in a configuration
 
 
 def _classify(config: TaskConfig) -> Task:
-    own: dict[str, Any] = {"label_smoothing": config.label_smoothing}
+    own = config.label_smoothing, config.loss, config.class_weights
     if config.teacher is None:
-        return Classify(**own)
-    return Distill(config.teacher, config.distill, config.distill_weight, config.temperature, **own)
+        return Classify(*own)
+    return Distill(config.teacher, config.distill, config.distill_weight, config.temperature, *own)
 
 
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {
     "classify": _classify,
+    "multilabel": lambda config: Multilabel(config.loss),
+    "regress": lambda config: Regress(config.loss, config.standardize),
     "embed": lambda config: Embed(config.k),
 }
 """Of each ``task.name`` what makes the task; which keys it has a use for is in `bigvision.config.checks`."""
@@ -50,4 +53,7 @@ def build_task(config: TaskConfig, given: Task | None = None) -> Task:
     return TASKS[config.name](config)
 
 
-__all__ = ["Classify", "Distill", "Embed", "Features", "Kind", "Share", "Span", "Task", "as_sum", "build_task", "task_name"]
+__all__ = [
+    "Classify", "Distill", "Embed", "Features", "Kind", "Multilabel", "Regress", "Share", "Span", "Task", "as_sum",
+    "build_task", "task_name",
+]  # fmt: skip

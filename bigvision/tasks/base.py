@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,9 @@ from bigvision.samples import Targets, stack
 Kind = Literal["label", "labels", "numbers", "mask", "none", "any"]
 """What the samples of a task have: a label each, several labels, numbers, a mask of labels, nothing, or whatever a dataset
 of the user's gives."""
+TargetsOf = Callable[[int | None], np.ndarray]
+"""Targets of the training data, stacked: of all samples, or of so many of them, evenly spread, where the data does not list its
+targets. With None it is a `UserError` where it does not list them, since all images would have to be read."""
 Span = Literal["sample", "micro-batch", "global batch"]
 """The samples that a sample's loss depends on."""
 
@@ -55,7 +59,7 @@ class Task:
     target: ClassVar[Kind] = "any"
     """What the data must have; sources are opened for it."""
     metrics: tuple[str, ...] = ("loss",)
-    """Names of what :meth:`compute` returns. Where less is better, say so in the name (see `bigvision.checkpoint.sign`)."""
+    """Names of what :meth:`compute` returns. Where less is better, say so in the name: "loss", "error", "mae", "mse"."""
     span: Span = "sample"
     """The samples that :meth:`loss` has to see together. A loss over pairs says "micro-batch", or "global batch": then it gets
     the outputs and targets of all ranks, and a rank's samples must be one micro-batch."""
@@ -78,6 +82,20 @@ class Task:
         None: timm's alone. Its tensors are named as in a checkpoint."""
         return None
 
+    # The data.
+
+    def study(self, targets: TargetsOf, classes: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the task has to know of the training data, as JSON, such as the mean of its numbers.
+
+        It is called on rank 0 at each start, and what it returns is given to :meth:`prepare` and kept in config.json of every
+        checkpoint. *known* is what a checkpoint that the run goes on from has of it, {} at the first start.
+        """
+        return {}
+
+    def prepare(self, classes: Sequence[str], facts: Mapping[str, Any]) -> None:
+        """Take note of the *classes*, or names of numbers, and of what :meth:`study` returned: on every rank, before the model
+        is built; in an evaluation with the facts in config.json."""
+
     # Training.
 
     def collate(self, targets: Sequence[Any]) -> Targets:
@@ -96,6 +114,11 @@ class Task:
             share: fp32 (B,), how much of each sample is its own.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what the targets of mixed samples are")
+
+    @property
+    def weighed(self) -> bool:
+        """Whether samples have weights (see :meth:`weight`). Without, a step begins when its first micro-batch is there."""
+        return type(self).weight is not Task.weight
 
     def weight(self, targets: Targets) -> Tensor | None:
         """Return the 0-D sum of the samples' weights, by which the loss of the global batch is divided; None: their number.
@@ -140,7 +163,10 @@ class Task:
         raise NotImplementedError
 
     keeps_rows: ClassVar[bool] = False
-    """Whether the metrics need :meth:`rows`."""
+    """Whether metrics or report need :meth:`rows`."""
+    means_need_rows: ClassVar[bool] = True
+    """Where rows are kept: whether :meth:`compute` gets them, so that all ranks have to ask for means together; or only
+    :meth:`report`."""
 
     def rows(self, outputs: Any, targets: Targets) -> Tensor:
         """Return numbers of each sample, (B, columns), for metrics that no sums give.
@@ -156,7 +182,8 @@ class Task:
             sums: of :meth:`measure` over all samples, float64 on the CPU. As a default these are sums over the samples of
                 each metric.
             count: of the samples.
-            rows: of :meth:`rows`, float64 (samples, columns), in the order of the data; None without.
+            rows: of :meth:`rows`, float64 (samples, columns), in the order of the data; None without, and where only
+                :meth:`report` needs them.
         """
         return {name: value / (count or math.nan) for name, value in zip(self.metrics, sums.tolist(), strict=True)}
 
@@ -195,6 +222,11 @@ class Task:
     def draw(self, image: Tensor, row: Mapping[str, Any]) -> Tensor:
         """Return *image*, uint8 (3, H, W), with the prediction *row* drawn on it."""
         return image
+
+
+def name_of(label: int, classes: Sequence[str]) -> str:
+    """A class's name; its number where a model has more outputs than there are names."""
+    return classes[label] if label < len(classes) else str(label)
 
 
 def as_sum(values: Tensor, valid: Tensor) -> Tensor:

@@ -28,9 +28,9 @@ class Distill(Classify):
     student is trained, and it stays timm's model.
     """
 
-    def __init__(self, teacher: str, kind: Kind, weight: float, temperature: float, **own: Any) -> None:
+    def __init__(self, teacher: str, kind: Kind, weight: float, temperature: float, *own: Any) -> None:
         """Args: *own*: of `Classify`."""
-        super().__init__(**own)
+        super().__init__(*own)
         self.teacher, self.kind, self.share, self.temperature = teacher, kind, weight, temperature
         self.map: Tensor | None = None
 

@@ -15,9 +15,9 @@ from bigvision import importing
 with importing():
     from bigvision.training.evaluation import evaluate_checkpoint
     from bigvision.training.saving import Callback, Event
-    from bigvision.training.trainer import Result, read_history, train_on_rank
+    from bigvision.training.trainer import Result, read_history, train_on_rank, write_report
 
-__all__ = ["Callback", "Event", "Result", "evaluate_checkpoint", "read_history", "train_on_rank"]
+__all__ = ["Callback", "Event", "Result", "evaluate_checkpoint", "read_history", "train_on_rank", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ from bigvision.models import (
 from bigvision.optim import freeze
 from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
 from bigvision.tasks import Task, build_task, task_name
-from bigvision.training.data import BAD_SAMPLES, Data, Given, open_data
+from bigvision.training.data import BAD_SAMPLES, Data, Given, open_data, prepare_task
 from bigvision.training.run_folder import (
     Starts,
     applied_origin,
@@ -116,6 +116,7 @@ def build(
     fresh = config if found is None else without_weights(config)
     all_or_none(lambda: check_model(fresh.model, model))
     data = open_data(config, runtime, learned, given, say)
+    about = prepare_task(config, data, runtime, found.card.get("task", {}) if found else {})
     if (steps := config.train.steps) is None:
         # The last one may reach into the next epoch, so that every sample is seen.
         steps = math.ceil(config.train.epochs * len(data.train) / config.train.global_batch)
@@ -138,6 +139,8 @@ def build(
         say(stages_in_words(config, plan.image_size, steps))
     if classes:
         card["label_names"] = list(classes)  # timm's key
+    if about:
+        card["task"] = about
     stack.callback(engine.close)
     starts.engine = engine
     data.bad.keep_in(out / BAD_SAMPLES, runtime, resumes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
@@ -32,6 +33,7 @@ from bigvision.data import (
 )
 from bigvision.data.batch import Mix
 from bigvision.data.decode import Decoding
+from bigvision.data.order import balanced
 from bigvision.data.report import describe
 from bigvision.data.transforms import check_channels
 from bigvision.errors import UserError
@@ -123,6 +125,43 @@ def open_on_all(open_it: Callable[[bool], T], runtime: Runtime) -> T:
     return all_or_none(lambda: first or open_it(False))
 
 
+def prepare_task(config: Config, data: Data, runtime: Runtime, known: dict[str, Any]) -> dict[str, Any]:
+    """Let the task know the training data, on every rank; returns what it has to know of them.
+
+    *known* is what the checkpoint that the run goes on from has of that. A `UserError` where they do not fit together.
+    """
+    task, classes = data.task, data.train.classes
+
+    def check_balance() -> dict[str, Any]:
+        if config.data.balance:
+            if len(data.train.parts) > 1:
+                raise UserError(
+                    f"data.balance: {config.data.balance}, but data.train mixes datasets with weights: use one of both"
+                )
+            if runtime.is_main and training_targets(data.train, None, "data.balance").ndim != 1:
+                raise UserError(
+                    f"data.balance: {config.data.balance} needs a class for each sample, but data.train has shares: use 0"
+                )
+        return task.study(partial(training_targets, data.train), classes, known) if runtime.is_main else {}
+
+    facts = from_main(all_or_none(check_balance))
+    all_or_none(lambda: task.prepare(classes, facts))
+    return facts
+
+
+def training_targets(source: Source, most: int | None, key: str = "task.class_weights") -> np.ndarray:
+    """The targets of all samples of *source*, stacked, or where it does not list them of *most*, evenly spread.
+
+    With None it is a `UserError`, which names *key*, where it does not list them.
+    """
+    if not source.lists_targets:
+        if most is None:
+            raise UserError(f"{key}: {source.name} does not list its labels: give it an attribute 'targets' with all of them")
+        number, step = min(most, len(source)), max(1, len(source) // most)
+        return np.stack([source.label(place * step) for place in range(number)])
+    return np.stack([source.label(index) for index in range(len(source))])
+
+
 class Feed(Iterator[StepBatch]):
     """This rank's training batches from a step on, without end. After each, call :meth:`finish`."""
 
@@ -145,8 +184,11 @@ class Feed(Iterator[StepBatch]):
         if config.task.mixup or config.task.cutmix:
             every = 2 * apart if config.task.mix_each == "pair" else total
             mixer = Mixer(config.seed, config.task.mixup, config.task.cutmix, every, apart)
+        parts, members = data.train.parts, None
+        if settings.balance:
+            parts, members = balanced(training_targets(data.train, None, "data.balance"), settings.balance)
         stream = Stream(
-            config.seed, data.train.parts, repeats=apart, block=settings.shuffle_block, window=settings.shuffle_window
+            config.seed, parts, repeats=apart, block=settings.shuffle_block, window=settings.shuffle_window, members=members
         )  # fmt: skip
         self.batches: Batches | None = None
         self.share = self.size = total // runtime.data_ranks

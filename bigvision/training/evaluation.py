@@ -49,8 +49,11 @@ class Ready:
     runtime: Runtime
     watch: Watchdog
 
-    def evaluate(self) -> dict[str, float]:
-        """The mean metrics over the validation data; of a task that learns nothing, what it makes of the features of both."""
+    def evaluate(self, report: dict[str, Any] | None = None) -> dict[str, float]:
+        """The mean metrics over the validation data; of a task that learns nothing, what it makes of the features of both.
+
+        *report* gets what the task says beyond them.
+        """
         if not (task := self.engine.task).learns:
             train, val = self.features("train"), self.features("val")
             runtime = self.runtime
@@ -58,8 +61,11 @@ class Ready:
                 runtime.rank, runtime.world_size, runtime.device, dist.all_reduce,
                 lambda: self.watch.beat("evaluate", self.engine.step),
             )  # fmt: skip
-            return task.compare(train, val, len(self.data.train.classes), share)
-        metrics = evaluate(self.config, self.engine, self.data, self.blueprint, self.runtime, self.watch)
+            found = task.compare(train, val, len(self.data.train.classes), share)
+            if report is not None:
+                report |= {"metrics": found}
+            return found
+        metrics = evaluate(self.config, self.engine, self.data, self.blueprint, self.runtime, self.watch, report=report)
         assert metrics is not None
         return metrics
 
@@ -93,8 +99,13 @@ class Ready:
         return Features(values[order], labels[order, 1].long())
 
 
-def evaluate_checkpoint(folder: Path, config: Config, say: Say = lambda text: None, ema: bool = False) -> dict[str, float]:
-    """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank; see :func:`restored`."""
+def evaluate_checkpoint(
+    folder: Path, config: Config, say: Say = lambda text: None, ema: bool = False, report: dict[str, Any] | None = None
+) -> dict[str, float]:  # fmt: skip
+    """Return the validation metrics of a step folder under *config*'s strategy. Run on every rank; see :func:`restored`.
+
+    *report* gets what the task says beyond the metrics.
+    """
 
     def open_it(config: Config, runtime: Runtime, task: Task, classes: list[str] | None) -> Data:
         # Earlier versions saved no class names: theirs are those of the training data. Where features are compared, the classes
@@ -104,7 +115,7 @@ def evaluate_checkpoint(folder: Path, config: Config, say: Say = lambda text: No
         return open_validation(config, runtime, task, classes)
 
     with restored(folder, config, open_it, say, ema) as ready:
-        return ready.evaluate()
+        return ready.evaluate(report)
 
 
 @contextmanager
@@ -135,6 +146,8 @@ def restored(folder: Path, config: Config, open_it: Opener, say: Say, ema: bool 
         if not task.learns:
             config = replace(config, model=replace(config.model, trainable="all"))  # there is no head
         data = open_it(config, runtime, task, classes if isinstance(classes, list) else None)
+        if names := data.train.classes:
+            all_or_none(lambda: task.prepare(names, found.card.get("task", {})))
         engine, blueprint, _ = build_model(
             config, data.outputs, runtime, steps=1, say=lambda text: None, channels=data.val.channels, restored=True,
             trains=False, task=task,

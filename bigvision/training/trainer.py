@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -32,6 +34,9 @@ from bigvision.training.data import Data, Feed, Validation, with_data
 from bigvision.training.numbers import Numbers
 from bigvision.training.run_folder import explain_errors
 from bigvision.training.saving import Callback, Callbacks, Event, Saving, check_copies
+
+EVALUATION = "evaluation.json"
+"""In the output folder: what the task says of the last evaluation, such as each class's accuracy."""
 
 
 @dataclass(frozen=True)
@@ -186,19 +191,30 @@ class Loop:
 
     def measure(self) -> None:
         """Evaluate, unless a signal asks to stop."""
-        run, found = self.run, None
+        found, report = None, dict[str, Any]()
         if not self.saving.stopped_by:
-            found = evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving)
+            found = self._evaluated(report)
         if found is not None and self.engine.ema is not None and self.config.ema.evaluate:
             with self.engine.averaged():
-                other = evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving)
+                other = self._evaluated(averaged := {})
             found = None if other is None else found | {f"ema_{name}": value for name, value in other.items()}
+            report |= {"ema": averaged}
         self.owed = found is None
         if found is not None:
             self.metrics = found
+            if self.runtime.is_main:
+                about = {"step": self.engine.step, "samples": self.engine.samples}
+                try:
+                    write_report(Path(self.config.out) / EVALUATION, about | report)
+                except UserError as error:
+                    self.monitor.say(str(error))  # no reason to end a run
             self.saving.take(found)
             self.monitor.after_evaluation(self.engine.step, self.engine.samples, found)
             self.callbacks.notify(Event("evaluation", self.engine.step, found))
+
+    def _evaluated(self, report: dict[str, Any]) -> dict[str, float] | None:
+        run = self.run
+        return evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving, report)
 
     def save(self) -> None:
         """Begin to save the run as it stands."""
@@ -226,12 +242,12 @@ class Loop:
 
 def evaluate(
     config: Config, engine: Engine, data: Data, blueprint: Blueprint, runtime: Runtime, watch: Watchdog,
-    saving: Saving | None = None,
+    saving: Saving | None = None, report: dict[str, Any] | None = None,
 ) -> dict[str, float] | None:  # fmt: skip
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
 
-    *saving* exchanges requests with each batch; where any rank was asked to stop, the evaluation is broken off, and None
-    is returned.
+    What the task says beyond them is put into *report*. *saving* exchanges requests with each batch; where any rank was asked
+    to stop, the evaluation is broken off, and None is returned.
     """
     watch.beat("evaluate", engine.step)
     engine.synchronize()
@@ -258,7 +274,28 @@ def evaluate(
         raise RuntimeError(f"data.val: {counted} samples were measured and {unreadable} unreadable, of {len(data.val)}")
     if not total.count:
         raise UserError(f"data.val: none of its samples can be read, {data.bad.example}; check the path and the files")
-    return total.means()
+    means = total.means()
+    if report is not None:
+        report |= {"metrics": means} | total.report(data.val.classes)
+    return means
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write what an evaluation says as JSON; what is not finite is null."""
+    try:
+        checkpoint.replace(path, (json.dumps(_finite(report), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: the report cannot be written: {error.strerror}: choose a file in a folder that is there"
+        ) from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_history(out: str) -> list[dict[str, Any]]:

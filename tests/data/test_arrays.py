@@ -166,7 +166,7 @@ def test_a_mistake_in_arrays_is_one_line_with_the_file(tmp_path):
         (pixels(6, 4, 5, 2), labels, "(6, 4, 5, 2); they must be"),
         (good, labels[:4], "6 images and 4 labels"),
         (good[:0], labels[:0], "0 images and 0 labels"),
-        (good, labels * 0.5, "numbers that are no classes (0.5); that is for a task 'regress'"),
+        (good, labels * 0.5, "numbers that are no classes (0.5); use task.name: regress"),
         (good, np.zeros((6, 14), int), "several labels for an image (int64 (6, 14), not one-hot)"),
         (good, labels - 1, "has label -1, but labels are 0 or more"),
         (good, np.array(0), "int64 (); they must be"),

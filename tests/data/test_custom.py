@@ -199,7 +199,7 @@ def test_rows_that_are_dicts(dataset, columns):
         ),
         (rows("image", "fine_label", coarse_label=1), "fine_label or coarse_label may be the label; give MapStyle"),
         ([{"image": PIXELS, "label": 0.5}], "the label of sample 0 is float"),
-        ([{"image": PIXELS, "label": [0, 1]}], "is list of 2; several labels for an image are for a task 'multilabel'"),
+        ([{"image": PIXELS, "label": [0, 1]}], "is list of 2, several labels for an image; use task.name: multilabel"),
         ([(PIXELS, 0, "x")], r"sample 0 is tuple of 3; it must be \(image, label\) or a dict"),
         ([PIXELS], "sample 0 is ndarray; it must be"),
         ([(torch.zeros(3, 8, 8), 0)], "Tensor of float32 .* take ToTensor and Normalize out of the dataset"),

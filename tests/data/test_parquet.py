@@ -343,7 +343,7 @@ def test_files_and_patterns(tmp_path):
         ({"img": [b"x"], "jpg": [b"x"], "label": [0]}, "of which img or jpg may be the image; add ?image=NAME to the path"),
         ({"image": ["x"], "label": [0]}, "its images are string"),
         ({"image": [{"path": "x"}], "label": [0]}, "its images are struct<path: string>"),
-        ({"image": [b"x"], "label": [0.5]}, "numbers that are no classes (0.5); that is for a task 'regress'"),
+        ({"image": [b"x"], "label": [0.5]}, "numbers that are no classes (0.5); use task.name: regress"),
         ({"image": [b"x", b"y"], "label": [0, None]}, "row 1"),
         ({"image": [b"x"], "label": [-1]}, "has label -1"),
         ({"image": [b"x", b"x"], "label": ["1", "cat"]}, "numbers (1) and names ('cat')"),

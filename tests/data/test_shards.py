@@ -203,12 +203,12 @@ def test_class_names_of_numbers(tmp_path):
         ({"a.jpg": b"x", "a.json": b"{}"}, "sample a has no label"),
         (
             {"a.jpg": b"x", "a.json": b'{"label": [1, 2]}'},
-            "sample a has several labels for an image (1, 2); that is for a task",
+            "sample a has several labels for an image (1, 2); use task",
         ),
         ({"a.jpg": b"x", "a.json": b'{"label": [[1, 2]]}'}, "several labels for an image (1, 2)"),
         (
             {"a.jpg": b"x", "a.json": b'{"label": 0.5}'},
-            "sample a has numbers that are no classes (0.5); that is for a task 'reg",
+            "sample a has numbers that are no classes (0.5); use task.name: reg",
         ),
         ({"a.jpg": b"x", "a.json": b'{"label": {"id": 3}}'}, "the label in its .json is an object"),
         ({"a.jpg": b"x", "a.json": b'{"target": 3, "category": 4}'}, "target or category in its .json may be the label"),

@@ -1,4 +1,7 @@
-"""The reference of all keys, from the schema's docstrings. ``python -m tests.docs.reference`` writes docs/configuration.md."""
+"""The reference of all keys, from the schema's docstrings, and the table of tasks and strategies, from the tests of both.
+
+``python -m tests.docs.reference`` writes docs/configuration.md and the table in docs/tasks.md.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ from pathlib import Path
 
 from bigvision.config import schema
 from bigvision.config.values import kind_name, spell
+from tests.tasks.test_strategies import ROWS, STRATEGIES
 
+TASKS = Path(__file__).parents[2] / "docs" / "tasks.md"
+BEGIN, END = "<!-- strategies -->\n", "<!-- end -->\n"
+"""Around the table in it."""
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """# All keys
 
@@ -25,7 +32,7 @@ Each row is a key of a [recipe](recipes.md) and, as `--section.key value`, a fla
 """
 PAGES = {
     "model": "models.md",
-    "task": "reading.md#mixing",
+    "task": "tasks.md",
     "data": "data.md",
     "optim": "strategies.md#optimizers",
     "ema": "evaluate.md#averaged-weights",
@@ -39,6 +46,10 @@ PAGES = {
 """The page about a section."""
 SEE = {
     "out": "recipes.md#paths",
+    "task.class_weights": "tasks.md#classify",
+    "task.standardize": "tasks.md#regress",
+    "task.mixup": "reading.md#mixing",
+    "data.balance": "tasks.md#classify",
     "model.weights": "models.md#weights",
     "model.lora": "models.md#lora",
     "model.sync_batchnorm": "strategies.md#batchnorm",
@@ -123,5 +134,22 @@ def page() -> str:
     return "\n".join(parts) + "\n"
 
 
+def support() -> str:
+    """Which task runs under which strategy; the numbers are those of the ranks in the tests."""
+    columns = {layout: parallel["strategy"] for layout, (_, parallel) in STRATEGIES.items()}
+    lines = ["| `task.name` | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in ROWS.items():
+        cells = ["no" if strategy in row.refused else "yes" for strategy in columns.values()]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def with_support(text: str) -> str:
+    """The page about tasks, with the table of today."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + support() + END + rest.split(END)[1]
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    TASKS.write_text(with_support(TASKS.read_text(encoding="utf-8")), encoding="utf-8")

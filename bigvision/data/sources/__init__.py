@@ -58,7 +58,8 @@ OPENERS: dict[str, Opener] = {
     "synthetic": lambda argument, opening: _synthetic(argument, opening.key),
 }
 DATASETS = tuple(OPENERS)
-TARGETS: dict[Target, tuple[str, ...]] = {"label": DATASETS}
+SEVERAL = ("csv", "tsv", "parquet", "hf", "arrays")
+TARGETS: dict[Target, tuple[str, ...]] = {"label": DATASETS, "labels": SEVERAL, "numbers": SEVERAL}
 """Of each kind of target the datasets that have it, beside those from Python."""
 
 
@@ -197,6 +198,8 @@ def _open_parts(parts: Sequence[Named], opening: Opening, shared: Sequence[bool]
             fix = f"use {either(having)}" if having else "give a dataset from Python"
             raise UserError(f"{opening.key}: {name} does not give {needed.get(opening.target, 'what')} the task needs: {fix}")
         source = OPENERS[name](argument, opening._replace(shared=both))
+        if opening.target == "numbers":
+            source.unit = "number"
         check_classes(source, opening)
         sources.append(source)
         opening = opening._replace(classes=sources[0].classes)

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigvision.data.labels import Coded, class_file, coded, label_samples, other_task
+from bigvision.data.labels import Coded, class_file, coded, label_samples, other_task, read_classes
 from bigvision.data.sources.base import Column, Labelled, Opening, Sample, Source, Split, Style, UnreadableSample
 from bigvision.data.splits import hold_out, named_parts, part_for
+from bigvision.data.targets import Sets, Vectors, find_indicators, find_numbers
 from bigvision.errors import UserError, one_line
 from bigvision.samples import seed_from
 
@@ -37,12 +38,12 @@ class ArraySource(Labelled):
     """That they were read from; of several arrays in it followed by the name of this one."""
 
     def __init__(
-        self, name: str, style: Style, classes: Sequence[str], images: Tensor | MappedFile, labels: Tensor
+        self, name: str, style: Style, classes: Sequence[str], images: Tensor | MappedFile, labels: Tensor | Vectors | Sets
     ) -> None:  # fmt: skip
-        """Args: *images* uint8 (N, 1 or 3, H, W); *labels* int64 (N,)."""
+        """Args: *images* uint8 (N, 1 or 3, H, W); *labels* int64 (N,), or a column of other targets."""
         self.name, self.classes = name, list(classes)
         self.style: Style = style
-        self._images, self._labels = images, Column(labels)
+        self._images, self._labels = images, Column(labels) if isinstance(labels, Tensor) else labels
 
     def read(self, index: int) -> Sample:
         return Sample(self._images[index].expand(3, -1, -1), self.label(index))
@@ -119,8 +120,9 @@ def open_arrays(argument: str, opening: Opening) -> Source:
     of splits). A file holds ``images`` and ``labels``, or ``train_images``, ``train_labels``, ``val_images``
     and ``val_labels``, as MedMNIST's do. Without a validation part all is used for both, or, when training and validation
     share it, a fixed tenth is held out. Images are uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, labels
-    whole numbers or names, (N,) or (N, 1), or one-hot (N, number of classes). A ``classes.txt`` beside them has a name on
-    each line, by which labels follow the training data's.
+    whole numbers or names, (N,) or (N, 1), or one-hot (N, number of classes), or the shares of the classes that add up to 1.
+    For several labels they are 0 and 1, (N, number of classes); numbers are (N,) or (N, how many). A ``classes.txt`` beside
+    them has a name on each line, by which labels follow the training data's.
     """
     key, where, path = opening.key, repr(argument), Path(argument).expanduser()
     try:
@@ -135,21 +137,56 @@ def open_arrays(argument: str, opening: Opening) -> Source:
     if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and {images.shape[1], images.shape[3]} & {1, 3})):
         shapes = "(N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3"
         raise UserError(f"{key}: the images of {where} are {images.dtype} {images.shape}; they must be uint8 {shapes}")
-    column, listed = _label_column(labels, key, where)
-    if len(images) != len(labels) or not len(labels):
+    if labels.ndim and (len(images) != len(labels) or not len(labels)):
         raise UserError(f"{key}: {where} has {len(images)} images and {len(labels)} labels; it must have as many of both")
 
     is_folder = path.is_dir()
     folders = [path / part, path] if is_folder else [path.parent]
-    known = opening.classes or (None if class_file(folders) else listed)
-    found = label_samples(column, known, folders, key=key, where=where, at=lambda index: f"sample {index} of {where}")
+    classes, targets, notes = _targets(labels, folders, opening, where)
     file = path / part / "images.npy" if is_folder else path / f"{part}_images".lstrip("_")
     pixels = MappedFile(file) if is_folder else channels_first(torch.from_numpy(images))
     style: Style = "photo" if min(pixels.shape[2:]) >= 64 else "tiny"
-    source = ArraySource(f"arrays:{argument}", style, found.classes, pixels, torch.from_numpy(found.values))
-    source.file, source.linked, source.location, source.notes = str(file), file.is_symlink(), str(file.parent), found.notes
+    source = ArraySource(f"arrays:{argument}", style, classes, pixels, targets)
+    source.file, source.linked, source.location, source.notes = str(file), file.is_symlink(), str(file.parent), notes
     otherwise = f"{key}: {where} has one image, none can be held out; add images or a validation part"
     return hold_out(source, opening.split, otherwise) if hold else source
+
+
+def _targets(
+    labels: np.ndarray, folders: Sequence[Path], opening: Opening, where: str
+) -> tuple[list[str], Tensor | Vectors | Sets, tuple[str, ...]]:
+    """The classes, the targets of all samples, and notes. Raises `UserError` where *labels* are not what the task needs."""
+    key, known = opening.key, opening.classes
+
+    def at(index: int) -> str:
+        return f"sample {index} of {where}"
+
+    table = labels.reshape(len(labels), -1) if labels.ndim in (1, 2) and labels.dtype.kind in "biuf" else None
+    if opening.target != "label" or (table is not None and _are_shares(table)):
+        if table is None:
+            has = f"{labels.dtype} {labels.shape}"
+            raise UserError(f"{key}: the labels of {where} are {has}; they must be numbers, (N,) or (N, how many)")
+        file = class_file(folders)
+        names = read_classes(str(file), key) if file else list(known or map(str, range(table.shape[1])))
+        if len(names) != table.shape[1]:
+            raise UserError(
+                f"{key}: {where} has {table.shape[1]} columns of labels, but there are {len(names)} names: {names[:5]}"
+            )
+        if opening.target == "label":
+            return names, Vectors(torch.from_numpy(table.astype(np.float32))), ()
+        find = find_indicators if opening.target == "labels" else find_numbers
+        found = find(table, names, known, key=key, where=where, at=at)
+        return found.classes, found.column, found.notes
+    column, listed = _label_column(labels, key, where)
+    found = label_samples(column, known or (None if class_file(folders) else listed), folders, key=key, where=where, at=at)
+    return found.classes, torch.from_numpy(found.values), found.notes
+
+
+def _are_shares(table: np.ndarray) -> bool:
+    """Whether the rows of *table* are distributions, and not all of them one-hot."""
+    if table.dtype.kind != "f" or table.shape[1] < 2 or not (table >= 0).all():
+        return False
+    return bool((np.abs(table.sum(1, dtype=np.float64) - 1) < 1e-3).all() and ((table != 0) & (table != 1)).any())
 
 
 def _label_column(labels: np.ndarray, key: str, where: str) -> tuple[Coded, list[str] | None]:

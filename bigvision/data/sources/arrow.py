@@ -16,16 +16,19 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 
-from bigvision.data.labels import Coded, Labels, by_name, by_place, check_all_labelled, joined, label_by, other_task
+from bigvision.data.labels import Coded, Labels, Target, by_name, by_place, check_all_labelled, joined, label_by, other_task
 from bigvision.data.sources.base import Column, Opening, Packed, Sample, Source, Subset, UnreadableSample, stamp
 from bigvision.data.splits import choose_files, named_parts, part, part_for, xxh3_hashes
+from bigvision.data.targets import Found, Several, find_indicators, find_numbers, find_sets, parted
 from bigvision.data.workers import each
 from bigvision.errors import UserError, how_to_install, nearest, one_line
 
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 LABELS = ("label", "cls", "class", "target", "category", "labels", "class_id", "label_id", "fine_label", "coarse_label")
 ASKED = ("image", "label")
-"""What may be named after a path's question mark."""
+"""What may be named after a path's question mark, for any task."""
+SEVERAL = ("labels", "separator")
+"""What else, for several labels or numbers: their columns, or what parts the labels in a text."""
 CACHE = 256 << 20
 """Bytes of decoded row groups that each process keeps."""
 
@@ -56,7 +59,16 @@ def parse_asked(argument: str, key: str, known: Sequence[str] = ASKED) -> tuple[
 
 
 def find_columns(schema: Any, asked: dict[str, str], key: str, where: str) -> Columns:
-    """Return those that are *asked* for, or else those that are :func:`fitting`. Raises `UserError`."""
+    """Return those that are *asked* for, or else those that are :func:`fitting`. Raises `UserError`.
+
+    Of several columns (``labels=a,b``) the label is the first.
+    """
+    several = [name.strip() for name in asked.get("labels", "").split(",") if name.strip()]
+    if several:
+        if missing := next((name for name in several if schema.names.count(name) != 1), None):
+            raise UserError(f"{key}: {where} has no column {missing!r} but {', '.join(schema.names)}; correct ?labels=")
+        asked = asked | {"label": several[0]}
+    asked = {what: name for what, name in asked.items() if what in ASKED}
     types = {name: feature.get("_type") for name, feature in _features(schema).items() if isinstance(feature, dict)}
     for what, name in asked.items():
         if name not in schema.names:
@@ -92,6 +104,8 @@ def the_only(fits: Sequence[str], what: str, names: Sequence[str], begin: str, f
 def class_names(schema: Any, label: str) -> list[str] | None:
     """The names of Hugging Face's ``ClassLabel``."""
     feature = _features(schema).get(label)
+    if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):  # of a list
+        feature = feature["feature"]
     names = feature.get("names") if isinstance(feature, dict) else None
     return names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
 
@@ -112,6 +126,48 @@ def arrow_labels(column: Any, *, key: str, where: str) -> Coded:
     found = Coded([*distinct, None], codes)
     check_all_labelled(found, where, lambda row: f"row {row} of {where}", key)
     return Coded(distinct, codes)
+
+
+def arrow_targets(
+    table: Sequence[Any], names: Sequence[str], several: bool, separator: str | None, *, key: str, where: str
+) -> Any:
+    """Several labels of each row, as `Several`, or numbers, float64 (rows, columns), of the columns *table*, called *names*."""
+    import pyarrow as pa
+    import pyarrow.compute
+
+    pc: Any = pyarrow.compute  # its functions are made when it is imported
+
+    column = table[0].combine_chunks()
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
+    if is_list and several:
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        inner = (
+            arrow_labels(pa.chunked_array([column.flatten()]), key=key, where=where)
+            if lengths.any()
+            else Coded([], lengths[:0])
+        )
+        return Several(inner, lengths)
+    if several and len(table) == 1 and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        labels, _ = parted([text or "" for text in column.to_pylist()], separator)
+        return Several.of(labels)
+    try:
+        if is_list:
+            rows = column.to_pylist()
+            if len({len(row or ()) for row in rows}) != 1:
+                raise UserError(
+                    f"{key}: {where}: {names[0]!r} has lists of different lengths; numbers are as many for each row"
+                )
+            return np.array(rows, dtype=np.float64)
+        columns = [pc.cast(one.combine_chunks(), pa.float64()).to_numpy(zero_copy_only=False) for one in table]
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        kinds = ", ".join(f"{name!r} of {one.type}" for name, one in zip(names, table))
+        what = "several labels need a column of lists, of texts, or several of 0 and 1" if several else "numbers are needed"
+        raise UserError(
+            f"{key}: {where} has {kinds}; {what}, as ?labels=COLUMN,COLUMN names them ({one_line(error)[:80]})"
+        ) from error
+    if several and len(columns) == 1:
+        return Several(arrow_labels(table[0], key=key, where=where), np.ones(len(columns[0]), dtype=np.int64))
+    return np.stack(columns, axis=1)
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -136,7 +192,10 @@ class RowFile(NamedTuple):
     """the names of Hugging Face's ``ClassLabel``"""
     chunks: list[int]
     """rows of each"""
-    labels: Coded
+    names: list[str]
+    """of the columns with the targets"""
+    labels: Any
+    """a `Coded`; for other tasks what `arrow_targets` returns"""
 
 
 class Parquet:
@@ -202,7 +261,7 @@ class Rows(Packed):
     reads a row group for each image; ``data.shuffle_block`` near the rows of a group keeps reads near each other.
     """
 
-    def __init__(self, name: str, form: Format, files: Sequence[RowFile], labels: Labels) -> None:
+    def __init__(self, name: str, form: Format, files: Sequence[RowFile], labels: Labels | Found) -> None:
         super().__init__([file.path for file in files], [file.stamp for file in files], form.most, form, form.close)
         self.name, self.classes, self.notes, self.column = name, labels.classes, labels.notes, files[0].columns.image
         chunks = [(number, chunk, rows) for number, file in enumerate(files) for chunk, rows in enumerate(file.chunks)]
@@ -210,7 +269,7 @@ class Rows(Packed):
         # The first row of each chunk, and then how many rows there are in all.
         self._begins = torch.tensor([0, *accumulate(rows for _, _, rows in chunks)])
         self._firsts = [0, *accumulate(sum(file.chunks) for file in files)]
-        self._labels = Column(torch.from_numpy(labels.values))
+        self._labels = Column(torch.from_numpy(labels.values)) if isinstance(labels, Labels) else labels.column
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
     def where(self, index: int) -> str:
@@ -280,11 +339,13 @@ def open_parquet(argument: str, opening: Opening) -> Source:
     """Open Parquet files (see :func:`~bigvision.data.splits.choose_files`).
 
     One column has encoded images, as binary or in a struct's ``bytes``, and one labels, whole numbers, truth values or texts:
-    those that ``?image=NAME&label=NAME`` at the end of *argument* names, or that :func:`find_columns` finds. The classes'
-    names are those of the Hugging Face ``ClassLabel``, where there is one. Held out is by the names of files and rows.
+    those that ``?image=NAME&label=NAME`` at the end of *argument* names, or that :func:`find_columns` finds. Several labels are
+    lists, a text whose labels are parted by ``&separator=``, or columns of 0 and 1 (``?labels=NAME,NAME``), and so are numbers.
+    The classes' names are those of the Hugging Face ``ClassLabel``, where there is one. Held out is by the names of files and
+    rows.
     """
     _check_installed("parquet", opening.key)
-    path, asked = parse_asked(argument, opening.key)
+    path, asked = _asked(argument, opening)
     chosen = choose_files(path, ".parquet", opening)
     source = _open_rows(Parquet, f"parquet:{path}", chosen.files, asked, chosen.folders, chosen.hold_out, opening)
     source.passed_over = chosen.passed_over
@@ -294,7 +355,7 @@ def open_parquet(argument: str, opening: Opening) -> Source:
 def open_saved(argument: str, opening: Opening) -> Source:
     """Open the folder that ``save_to_disk`` of a ``Dataset`` or ``DatasetDict`` has written: all else as `open_parquet`."""
     _check_installed("hf", opening.key)
-    path, asked = parse_asked(argument, opening.key)
+    path, asked = _asked(argument, opening)
     folder, hold_out = _saved_folder(Path(path).expanduser(), path, opening)
     state = _json(folder / "state.json", opening.key)
     names = [str(file.get("filename")) for file in state.get("_data_files") or [] if isinstance(file, dict)]
@@ -304,6 +365,11 @@ def open_saved(argument: str, opening: Opening) -> Source:
     source = _open_rows(ArrowStream, f"hf:{path}", files, asked, [folder, folder.parent], hold_out, opening)
     source.location = str(folder)
     return source
+
+
+def _asked(argument: str, opening: Opening) -> tuple[str, dict[str, str]]:
+    """The path in *argument*, and the columns that are named after it."""
+    return parse_asked(argument, opening.key, ASKED if opening.target == "label" else (*ASKED, *SEVERAL))
 
 
 def _check_installed(name: str, key: str) -> None:
@@ -319,20 +385,36 @@ def _open_rows(
 ) -> Source:  # fmt: skip
     """The rows of *paths*, or the split's part of them; *folders* may have a file with the classes."""
     key, where = opening.key, repr(name.partition(":")[2])
-    read = each(lambda path: _row_file(form, path, asked, key), paths, f"{key}: {form.kind} files read", report=opening.first)
-    files = [file for file in read if len(file.labels.codes)]
+    read = each(
+        lambda path: _row_file(form, path, asked, opening.target, key),
+        paths,
+        f"{key}: {form.kind} files read",
+        report=opening.first,
+    )
+    files = [file for file in read if sum(file.chunks)]
     if not files:
         raise UserError(f"{key}: the files of {where} have no rows; write them again")
-    labels = _label_rows(files, opening.classes, folders, key, where)
+    other = next((file for file in files if (file.columns, file.names) != (files[0].columns, files[0].names)), None)
+    if other is not None:
+        raise UserError(
+            f"{key}: {str(other.path)!r} has its images and labels in {' and '.join(other.columns)}, {str(files[0].path)!r} in "
+            f"{' and '.join(files[0].columns)}; open one of them"
+        )
+    other = next((file for file in files if file.classes != files[0].classes), None)
+    if other is not None:
+        raise UserError(f"{key}: {str(other.path)!r} names other classes than {str(files[0].path)!r}; open one of them")
+    target_rows = _label_rows if opening.target == "label" else _target_rows
+    labels = target_rows(files, opening, folders, where)
     source = Rows(name, form, files, labels)
     if not hold_out:
         return source
-    rows = (os.fsencode(f"{file.path.name}/{row}") for file in files for row in range(len(file.labels.codes)))
+    strata = labels.values if isinstance(labels, Labels) else np.zeros(len(source), dtype=np.int64)
+    rows = (os.fsencode(f"{file.path.name}/{row}") for file in files for row in range(sum(file.chunks)))
     otherwise = f"{key}: {where} has one image per class, none can be held out; add images or val files"
-    return Subset(source, part(xxh3_hashes(rows), labels.values, opening.split, otherwise))
+    return Subset(source, part(xxh3_hashes(rows), strata, opening.split, otherwise))
 
 
-def _row_file(form: Format, path: Path, asked: dict[str, str], key: str) -> RowFile:
+def _row_file(form: Format, path: Path, asked: dict[str, str], target: Target, key: str) -> RowFile:
     """Raises `UserError`: it is damaged, or lacks a column of the right type."""
     import pyarrow as pa
 
@@ -345,26 +427,47 @@ def _row_file(form: Format, path: Path, asked: dict[str, str], key: str) -> RowF
             content = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
             if not (pa.types.is_binary(content) or pa.types.is_large_binary(content) or pa.types.is_binary_view(content)):
                 raise UserError(f"{key}: {where}: its images are {kind}; encode them, as binary or in a struct's 'bytes'")
-            labels = arrow_labels(file.column(columns.label), key=key, where=where)
-            return RowFile(path, now, columns, class_names(file.schema, columns.label), file.chunks(), labels)
+            names = [name.strip() for name in asked.get("labels", columns.label).split(",")]
+            if target == "label":
+                labels = arrow_labels(file.column(columns.label), key=key, where=where)
+            else:
+                table = [file.column(name) for name in names]
+                labels = arrow_targets(table, names, target == "labels", asked.get("separator"), key=key, where=where)
+            classes = class_names(file.schema, columns.label) if target != "numbers" else None
+            return RowFile(path, now, columns, classes, file.chunks(), names, labels)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{key}: {where} cannot be read: {one_line(error)}; copy or write it again") from error
 
 
-def _label_rows(
-    files: Sequence[RowFile], classes: Sequence[str] | None, folders: Sequence[Path], key: str, where: str
-) -> Labels:
-    """The label of each row: by *classes*, or else by the files' own, by name where the files name theirs."""
-    first = files[0]
-    other = next((file for file in files if file.columns != first.columns), None)
-    if other is not None:
-        raise UserError(
-            f"{key}: {str(other.path)!r} has its images and labels in {' and '.join(other.columns)}, {str(first.path)!r} in "
-            f"{' and '.join(first.columns)}; open one of them"
-        )
-    other = next((file for file in files if file.classes != first.classes), None)
-    if other is not None:
-        raise UserError(f"{key}: {str(other.path)!r} names other classes than {str(first.path)!r}; open one of them")
+def _target_rows(files: Sequence[RowFile], opening: Opening, folders: Sequence[Path], where: str) -> Found:
+    """Several labels of each row, or its numbers."""
+    key, known, names = opening.key, opening.classes, files[0].names
+    if isinstance(files[0].labels, Several):
+        several = Several.join([file.labels for file in files])
+        if files[0].classes is not None and all(type(value) is int for value in several.column.distinct):
+            # Numbers are places in the list of names.
+            places = by_place(several.column.distinct, files[0].classes, key=key, where=where).tolist()
+            several.column = Coded([files[0].classes[place] for place in places], several.column.codes)
+            known = files[0].classes if known is None else known
+        return find_sets(several, known, folders, key=key, where=where)
+
+    def at(row: int) -> str:
+        for file in files:
+            if row < sum(file.chunks):
+                return f"row {row} of {str(file.path)!r}"
+            row -= sum(file.chunks)
+        return where
+
+    values = np.concatenate([file.labels for file in files])
+    if values.shape[1] != len(names):  # lists of numbers
+        names = list(known or map(str, range(values.shape[1])))
+    find = find_indicators if opening.target == "labels" else find_numbers
+    return find(values, names, known, key=key, where=where, at=at)
+
+
+def _label_rows(files: Sequence[RowFile], opening: Opening, folders: Sequence[Path], where: str) -> Labels:
+    """The label of each row: by the classes that are known, or else by the files' own, by name where the files name theirs."""
+    first, key, classes = files[0], opening.key, opening.classes
     column = joined([file.labels for file in files])
     if first.classes is None:
         found = label_by(column.distinct, classes, folders, key=key, where=where)

@@ -138,6 +138,10 @@ class Source(ABC):
     """Whether it is one of the two parts, without samples in common, of data that training and validation share."""
     noun: str = "image"
     """What a sample is, in the report at the start."""
+    unit: str = "class"
+    """What `classes` are the names of, in that report: classes or numbers."""
+    lists_targets: bool = True
+    """Whether :meth:`label` knows the targets without reading samples."""
     passed_over: Mapping[str, tuple[int, str]] = PassedOver()
     """See `PassedOver`; reported at the start."""
     notes: tuple[str, ...] = ()
@@ -181,14 +185,14 @@ class Source(ABC):
 
 
 class Labelled(Source):
-    """A source that keeps the labels of all samples in memory."""
+    """A source that keeps the targets of all samples in memory."""
 
-    _labels: Column
+    _labels: Any  # a `Column`, or one of `bigvision.data.targets`
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def label(self, index: int) -> int:
+    def label(self, index: int) -> Any:
         return self._labels[index]
 
 
@@ -231,7 +235,10 @@ class Subset(View):
 
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
         self.source = source
-        for name in ("name", "classes", "style", "channels", "location", "linked", "noun", "passed_over", "notes"):
+        for name in (
+            "name", "classes", "style", "channels", "location", "linked", "noun", "unit", "lists_targets", "passed_over",
+            "notes",
+        ):  # fmt: skip
             setattr(self, name, getattr(source, name))
         # A tensor: workers share it.
         self.indices = Column(torch.as_tensor(np.asarray(indices, dtype=np.int64)))
@@ -253,6 +260,7 @@ class Mixture(View):
         self.sources = list(sources)
         self.name = " + ".join(f"{weight:g}*{source.name}" for weight, source in zip(weights, sources))
         self.classes, self.style, self.channels = sources[0].classes, sources[0].style, sources[0].channels
+        self.lists_targets, self.unit = all(source.lists_targets for source in sources), sources[0].unit
         self.notes = tuple(f"{source.name}: {note}" for source in sources for note in source.notes)
         lengths = [len(source) for source in sources]
         self._begins = [0, *accumulate(lengths)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import index as as_int
@@ -77,7 +77,9 @@ class MapStyle(Source):
         name: for messages; by default the type's.
         columns: which of a dict have the image and the label; by default those with well-known names.
         follow: the training data's classes, for a dataset that names none: where they are numbers, numbers are names.
-        target: what the task needs; but for "label" it gets the second of each pair as it is.
+        target: what the task needs. "label": a label is also a distribution over the classes, as floats. "labels": a list of
+            classes; or an array, tensor or list of floats with 0 and 1 (or shares) for each class. "numbers": a number, or
+            several. Others get the second of each pair as it is.
 
         Raises:
             UserError: it is empty, has neither classes nor labels to count, or labels that are no classes.
@@ -93,6 +95,8 @@ class MapStyle(Source):
         if target == "label":
             found = describe(dataset, self.name, chosen)
         self.dataset, self.columns = found.dataset, found.columns
+        self.lists_targets = found.labels is not None
+        self.unit = "number" if target == "numbers" else "class"
         classes = classes if classes is not None else found.classes
         known = follow if classes is None else [str(one) for one in classes]
         self._labels: Tensor | None = None
@@ -102,8 +106,10 @@ class MapStyle(Source):
                 places=classes is not None,
             )  # fmt: skip
             self.classes, self._labels, self.notes = mapped.classes, torch.from_numpy(mapped.values), mapped.notes
-        elif known is not None or target != "label":
+        elif known is not None or target not in ("label", "labels", "numbers"):
             self.classes = list(known or ())
+        elif target != "label" and (count := self._width()) is not None:
+            self.classes = list(map(str, range(count)))
         else:
             raise UserError(f"{self.name}: it has neither classes nor targets; give MapStyle its classes")
         self._place_of = {one: place for place, one in enumerate(self.classes)}
@@ -117,13 +123,13 @@ class MapStyle(Source):
         return self._sample(self._item(index), index)
 
     def label(self, index: int) -> Any:
-        """As :meth:`Source.label`, or by reading; where that fails the first that can be read, or 0: it is not counted."""
+        """As :meth:`Source.label`, or by reading; where that fails the next that can be read, or 0: it is not counted."""
         if self._labels is not None:
             return int(self._labels[index])
         try:
             return self.read(index).target
         except UnreadableSample:
-            return self.label(index + 1) if self.target != "label" and index + 1 < len(self) else 0
+            return self.label(index + 1) if index + 1 < len(self) else 0
 
     def origins(self) -> Iterator[str]:
         return sample_names(self.dataset)
@@ -138,7 +144,7 @@ class MapStyle(Source):
                 return
             except (_WrongSample, UserError) as error:
                 raise UserError(f"{key}: {error}") from error
-        if self.target == "label" and label != self.label(0):
+        if self.target == "label" and self._labels is not None and label != self.label(0):
             raise UserError(
                 f"{key}: {self.name}: sample 0 has label {label}, but {self.label(0)} in the labels that the dataset lists; "
                 "correct one of them"
@@ -175,8 +181,47 @@ class MapStyle(Source):
             raise UnreadableSample(one_line(error)) from error
 
     def _sample(self, item: tuple[Any, Any], index: int) -> Sample:
-        target = self._checked(item[1], index) if self.target == "label" else item[1]
+        target = item[1]
+        if self.target == "label":
+            target = self._checked(target, index)
+        elif self.target == "labels":
+            target = self._indicated(target, index)
+        elif self.target == "numbers":
+            target = self._measured(target, index)
         return Sample(self._image(item[0], index), target)
+
+    def _width(self) -> int | None:
+        """How many classes or numbers there are, from the first sample; None where its target is a list of classes."""
+        target = self._item(0)[1]
+        values = _numbers(target)
+        return len(values) if values is not None and (self.target == "numbers" or _has_each(target)) else None
+
+    def _indicated(self, labels: Any, index: int) -> np.ndarray:
+        """1 (or a share) for each class that *labels* names, float32."""
+        where = f"{self.name}: the labels of sample {index} are {described(labels)}"
+        if _has_each(labels):
+            values = _numbers(labels)
+            if values is None or len(values) != len(self.classes) or not ((values >= 0) & (values <= 1)).all():
+                raise _WrongSample(f"{where}; give a list of classes, or 0 and 1 for each of {len(self.classes)} classes")
+            return values.astype(np.float32)
+        if isinstance(labels, (str, bytes)) or not isinstance(labels, Iterable):
+            raise _WrongSample(f"{where}; give a list of classes, or 0 and 1 for each of {len(self.classes)} classes")
+        found = np.zeros(len(self.classes), dtype=np.float32)
+        for label in labels:
+            found[self._checked(label, index)] = 1
+        return found
+
+    def _measured(self, numbers: Any, index: int) -> np.ndarray:
+        """The numbers of a sample, float64."""
+        values = _numbers(numbers)
+        if values is None or len(values) != len(self.classes):
+            raise _WrongSample(
+                f"{self.name}: the target of sample {index} is {described(numbers)}; give {len(self.classes)} numbers "
+                f"({', '.join(self.classes[:5])})"
+            )
+        if not np.isfinite(values).all():
+            raise _WrongSample(f"{self.name}: sample {index} has {values.tolist()} as its numbers; remove or correct it")
+        return values
 
     def _image(self, image: Any, index: int) -> bytes | Tensor | Image.Image:
         if isinstance(image, (bytes, Image.Image)):
@@ -195,8 +240,8 @@ class MapStyle(Source):
             f"array (H, W) or (H, W, C) with C 1 or 3, a file's bytes or its path{hint}"
         )
 
-    def _checked(self, label: Any, index: int) -> int:
-        """The place of the class of *label*."""
+    def _checked(self, label: Any, index: int) -> int | np.ndarray:
+        """The place of the class of *label*; or the label itself, float32, where it is a distribution over the classes."""
         where = f"{self.name}: the label of sample {index} is"
         if isinstance(label, (np.generic, np.ndarray, Tensor)) and np.asarray(label).size == 1:
             label = label.item()
@@ -204,8 +249,13 @@ class MapStyle(Source):
             raise _WrongSample(f"{self.name}: sample {index} has no label ({label!r}); remove or label it")
         label = whole(label)
         if isinstance(label, (list, tuple, np.ndarray, Tensor)):
-            several, task, instead = OTHER_TASKS["labels"]
-            raise _WrongSample(f"{where} {type(label).__name__} of {len(label)}; {several} are for a task {task!r}; {instead}")
+            shares = _numbers(label) if "float" in str(getattr(label, "dtype", "")) else None
+            if shares is not None and len(shares) == len(self.classes) > 1:
+                if not ((shares >= 0).all() and abs(shares.sum() - 1) < 1e-3):
+                    raise _WrongSample(f"{where} {described(label)} that adds up to {shares.sum():g}; shares of classes make 1")
+                return shares.astype(np.float32)
+            several, instead = OTHER_TASKS["labels"]
+            raise _WrongSample(f"{where} {type(label).__name__} of {len(label)}, {several}; {instead}")
         if isinstance(label, bytes):
             label = label.decode(errors="replace")
         if isinstance(label, str) or (self._numbers_are_names and isinstance(label, int)):
@@ -221,12 +271,34 @@ class MapStyle(Source):
         return value
 
 
+def _numbers(values: Any) -> np.ndarray | None:
+    """A number, or a sequence of them, as float64 (K,); None for anything else."""
+    try:
+        array = np.asarray(values.numpy(force=True) if isinstance(values, Tensor) else values)
+    except (TypeError, ValueError):
+        return None
+    if array.dtype.kind not in "biuf" or array.ndim > 1:
+        return None
+    return array.reshape(-1).astype(np.float64)
+
+
+def _has_each(labels: Any) -> bool:
+    """Whether *labels* has a number for each class, not the classes that are there: its type decides, not its values."""
+    if isinstance(labels, (np.ndarray, Tensor)):
+        return True
+    return isinstance(labels, (list, tuple)) and len(labels) > 0 and all(isinstance(one, (float, bool)) for one in labels)
+
+
 def as_source(dataset: Any, opening: Opening) -> Source:
     """Return *dataset* itself where it is a source, else as a `MapStyle`; of several by name, the one for the split."""
     key = opening.key
     dataset = choose_part(dataset, opening.split, key)
     if not isinstance(dataset, (Source, MapDataset)):
         raise UserError(f"{key}: {type(dataset).__name__} has no __len__ and __getitem__; give a dataset or its name")
+    if isinstance(dataset, MapStyle) and dataset.target == "label" and opening.target in ("labels", "numbers"):
+        raise UserError(
+            f"{key}: the task needs {opening.target}: give the dataset itself, or MapStyle(..., target={opening.target!r})"
+        )
     try:
         source = dataset if isinstance(dataset, Source) else MapStyle(dataset, follow=opening.classes, target=opening.target)
     except UserError as error:
@@ -241,7 +313,8 @@ def check_classes(source: Source, opening: Opening) -> None:
     """Raise `UserError` where the classes of *source* are not those that labels must follow."""
     known, own = opening.classes, source.classes
     if known is not None and list(known) != own:
-        raise UserError(f"{opening.key}: the {len(own)} classes of {source.name} are not the {len(known)} of the training data")
+        what = "numbers" if opening.target == "numbers" else "classes"
+        raise UserError(f"{opening.key}: the {len(own)} {what} of {source.name} are not the {len(known)} of the training data")
 
 
 @dataclass
@@ -282,7 +355,11 @@ def describe(dataset: Any, name: str, columns: Columns | None) -> Described:
 
 
 def _names_of(dataset: Any) -> list[str] | None:
-    """The classes that *dataset* names itself."""
+    """The classes that *dataset* names itself, also below torch's wrappers."""
+    if isinstance(dataset, Subset):
+        return _names_of(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return _names_of(dataset.datasets[0])
     classes = getattr(dataset, "classes", None)
     # torchvision's ImageNet has tuples of synonyms.
     return None if classes is None else [str(one[0] if isinstance(one, tuple) else one) for one in classes]

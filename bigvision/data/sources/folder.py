@@ -6,6 +6,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,14 @@ from bigvision.errors import UserError, nearest
 class ImageFolder(Labelled):
     """Image files below a folder, in the order given."""
 
-    def __init__(self, name: str, root: str, classes: Sequence[str], files: Sequence[tuple[str, int]]) -> None:
-        """Args: *files*: the path below *root* and the label of each."""
+    def __init__(
+        self, name: str, root: str, classes: Sequence[str], files: Sequence[tuple[str, int]], targets: Any = None
+    ) -> None:  # fmt: skip
+        """Args: *files*: the path below *root* and the label of each. *targets*: a column of what they have instead."""
         self.name, self.classes = name, list(classes)
         self.root = self.location = root
         self._names = Texts.of([os.fsencode(name) for name, _ in files])
-        self._labels = Column(torch.tensor([label for _, label in files]))
+        self._labels = Column(torch.tensor([label for _, label in files])) if targets is None else targets
 
     def path(self, index: int) -> str:
         """Return the file of sample *index*."""

@@ -14,15 +14,17 @@ from unicodedata import normalize
 import numpy as np
 
 from bigvision.data.decode import EXTENSIONS
-from bigvision.data.labels import BYTE_ORDER_MARKS, coded, decoded, label_samples, other_task
-from bigvision.data.sources.arrow import LABELS, parse_asked, the_only
+from bigvision.data.labels import BYTE_ORDER_MARKS, Labels, coded, decoded, label_samples, other_task
+from bigvision.data.sources.arrow import LABELS, SEVERAL, parse_asked, the_only
 from bigvision.data.sources.base import Opening, PassedOver, Split
 from bigvision.data.sources.folder import ImageFolder
 from bigvision.data.splits import choose_files, part, split_name, xxh3_hashes
+from bigvision.data.targets import Found, Several, as_numbers, find_indicators, find_numbers, find_sets, parted
 from bigvision.errors import UserError, nearest, one_line
 
-ASKED = ("path", "label", "split", "root")
-"""What may be named after a path's question mark: three columns, and the folder that relative paths start from."""
+ASKED = ("path", "label", *SEVERAL, "split", "root")
+"""What may be named after a path's question mark: columns, what parts the labels in one, and the folder that relative paths
+start from."""
 NAMES = {
     "path": ("path", "image", "img", "file", "filename", "filepath", "file_name", "file_path", "image_path", "image_file",
              "image_name", "img_path", "img_name", "image_id", "photo", "picture", "images"),
@@ -52,7 +54,8 @@ class Listed(NamedTuple):
 
     path: str
     """absolute"""
-    label: str
+    cells: tuple[str, ...]
+    """with the target: one, or that of each column"""
     at: str
     """what messages call the row"""
 
@@ -61,29 +64,37 @@ def open_table(name: str, argument: str, opening: Opening) -> ImageFolder:
     """Open the files *argument* (see :func:`~bigvision.data.splits.choose_files`), which list images.
 
     A row has the path of an image and its label; columns are named in a header, or found by what they hold, or asked for:
-    ``PATH?path=COLUMN&label=COLUMN``, a number where there is no header. Where a column says which split a row is in, rows of
-    the other splits are left out. What is held out is so by a hash of the path. *name* is "csv", or "tsv" for files whose
-    columns are separated by tabs alone.
+    ``PATH?path=COLUMN&label=COLUMN``, a number where there is no header. Several labels are in one column
+    (``?label=tags&separator=|``), in a column of 0 and 1 for each class (``?labels=cat,dog``), or in several rows of an image;
+    numbers in one or several columns. Where a column says which split a row is in, rows of the other splits are left out. What
+    is held out is so by a hash of the path. *name* is "csv", or "tsv" for files whose columns are separated by tabs alone.
     """
     key, split = opening.key, opening.split
     path, asked = parse_asked(argument, key, ASKED)
+    if opening.target == "label" and "," not in asked.get("labels", ","):
+        parse_asked(argument, key, [name for name in ASKED if name not in SEVERAL])  # a typo of label
     chosen = choose_files(path, f".{name}", opening)
     rows: list[Listed] = []
+    columns: list[str] | None = None
     folders = _Folders()
     passed_over, divided, notes = PassedOver(), False, list[str]()
     for file in chosen.files:
-        found, has_split = _listed(file, name == "tsv", split, asked, folders, passed_over, notes, key)
+        found, names, has_split = _listed(file, name == "tsv", opening, asked, folders, passed_over, notes)
+        if found and columns not in (None, names) and len(names) > 1:
+            raise UserError(f"{key}: {str(file)!r} has its targets in {', '.join(names)}, not in {', '.join(columns or ())}")
+        columns = names if found else columns
         rows, divided = rows + found, divided or has_split
-    if not rows:
+    if not rows or columns is None:
         raise UserError(f"{key}: the files of {argument!r} list no images for {split}; add rows")
-    label_of: dict[str, str] = {}
-    for row in rows:
-        if (other := label_of.setdefault(row.path, row.label)) != row.label:
-            raise other_task("labels", f"{other} and {row.label}, of {row.path!r}", key=key, where=row.at)
-    if again := len(rows) - len(label_of):
+    where = repr(argument)
+    if opening.target == "label":
+        labels = _one_label(rows, opening, chosen.folders, where)
+        classes, targets, strata, more = labels.classes, None, labels.values, labels.notes
+    else:
+        rows, (classes, targets, more) = _targets(rows, columns, asked, opening, chosen.folders, where)
+        strata = np.zeros(len(rows), dtype=np.int64)
+    if again := len(rows) - len({row.path for row in rows}):
         notes.append(f"{again:,} rows list an image again; it counts as often as it is listed")
-    where, column = repr(argument), coded(_values([row.label for row in rows]))
-    labels = label_samples(column, opening.classes, chosen.folders, key=key, where=where, at=lambda row: rows[row].at)
     root = os.path.commonpath([os.path.dirname(row.path) for row in rows])
     names = [row.path[len(root) :].lstrip(os.sep) for row in rows]
     places, hold_out = np.arange(len(rows)), chosen.hold_out and not divided
@@ -93,16 +104,58 @@ def open_table(name: str, argument: str, opening: Opening) -> ImageFolder:
         which = np.array([numbers.setdefault(path, len(numbers)) for path in names])
         _, firsts = np.unique(which, return_index=True)
         otherwise = f"{key}: {where} has one image per class, none can be held out; add images or a val file"
-        places = part(xxh3_hashes(map(os.fsencode, numbers)), labels.values[firsts], split, otherwise)
+        places = part(xxh3_hashes(map(os.fsencode, numbers)), strata[firsts], split, otherwise)
         places = np.flatnonzero(np.isin(which, places))
-    files = [(names[place], int(labels.values[place])) for place in places]
-    source = ImageFolder(f"{name}:{argument}", root, labels.classes, files)
+    files = [(names[place], int(strata[place])) for place in places]
+    if targets is not None:
+        targets = targets.of(places)
+    source = ImageFolder(f"{name}:{argument}", root, classes, files, targets)
     source.passed_over, source.linked = passed_over, folders.linked
     source.divided = hold_out and not folders.linked
-    if odd := next((one for one in labels.classes if one.casefold() in ("na", "none") and opening.classes is None), None):
+    if odd := next((one for one in classes if one.casefold() in ("na", "none") and opening.classes is None), None):
         notes.append(f"the label {odd!r} is taken as a class of that name: empty the cell of a row that has no label")
-    source.notes = (*notes, *labels.notes)
+    source.notes = (*notes, *more)
     return source
+
+
+def _one_label(rows: Sequence[Listed], opening: Opening, folders: Sequence[Path], where: str) -> Labels:
+    """The label of each row."""
+    label_of: dict[str, str] = {}
+    for row in rows:
+        if (other := label_of.setdefault(row.path, row.cells[0])) != row.cells[0]:
+            raise other_task("labels", f"{other} and {row.cells[0]}, of {row.path!r}", key=opening.key, where=row.at)
+    column = coded(_values([row.cells[0] for row in rows]))
+    return label_samples(column, opening.classes, folders, key=opening.key, where=where, at=lambda row: rows[row].at)
+
+
+def _targets(
+    rows: list[Listed], columns: list[str], asked: dict[str, str], opening: Opening, folders: Sequence[Path], where: str
+) -> tuple[list[Listed], Found]:
+    """The samples and their targets: several labels, or numbers."""
+    key, known = opening.key, opening.classes
+
+    def at(row: int) -> str:
+        return rows[row].at
+
+    if opening.target == "labels" and (len(columns) == 1 and "labels" not in asked):
+        texts = ["" if row.cells[0].casefold() in MISSING else row.cells[0] for row in rows]
+        several, separator = parted(texts, asked.get("separator"))
+        # Rows of one image are one sample.
+        merged: dict[str, list[str]] = {}
+        for row, labels in zip(rows, several):
+            merged.setdefault(row.path, []).extend(labels)
+        found = find_sets(Several.of(list(merged.values())), known, folders, key=key, where=where)
+        if "separator" not in asked and any(len(labels) > 1 for labels in several):
+            found = found._replace(notes=(f"labels are parted at {separator!r}; ?separator= names another", *found.notes))
+        first = {row.path: row for row in reversed(rows)}
+        return [first[path] for path in merged], found
+    plain = list(zip(*(_values(list(cells)) for cells in zip(*(row.cells for row in rows)))))
+    if opening.target == "labels":
+        plain = [[_as_truth(cell) for cell in cells] for cells in plain]
+    values = as_numbers(plain, columns, key=key, at=at)
+    return rows, (find_indicators if opening.target == "labels" else find_numbers)(
+        values, columns, known, key=key, where=where, at=at
+    )  # fmt: skip
 
 
 def _table(file: Path, tabs: bool, asked: dict[str, str], notes: list[str], key: str) -> tuple[list[str] | None, list[Row]]:
@@ -192,16 +245,17 @@ def _is_header(rows: list[list[str]], asked: dict[str, str]) -> bool:
 
 
 def _listed(
-    file: Path, tabs: bool, split: Split, asked: dict[str, str], folders: _Folders, passed_over: PassedOver, notes: list[str],
-    key: str,
-) -> tuple[list[Listed], bool]:  # fmt: skip
-    """The images that *file* lists for *split*, and whether a column of it says so."""
+    file: Path, tabs: bool, opening: Opening, asked: dict[str, str], folders: _Folders, passed_over: PassedOver,
+    notes: list[str],
+) -> tuple[list[Listed], list[str], bool]:  # fmt: skip
+    """The images that *file* lists for the split, the columns with their targets, and whether a column says which split."""
+    key, split = opening.key, opening.split
     header, rows = _table(file, tabs, asked, notes, key)
     if not rows:
-        return [], False
+        return [], [], False
     where = repr(str(file))
     names = header or [str(number + 1) for number in range(len(rows[0][1]))]
-    path, label, divided = _columns(names, rows, asked, key, where)
+    path, targets, divided = _columns(names, rows, asked, opening, where)
     # A set or a subset may be something else.
     named = "split" in asked or (divided is not None and _plain(names[divided]) == "split")
     if divided is not None and not named and not any(split_name(row[divided]) for _, row in rows):
@@ -213,18 +267,20 @@ def _listed(
         rows = _of_split(rows, divided, split, key, where)
     elif header and (fold := next((name for name in names if _plain(name) in FOLDS), None)):
         notes.append(f"the column {fold!r} of {file.name} is not used: write train and val in one, and name it ?split=COLUMN")
+    columns = [names[place] for place in targets]
     if not rows:
-        return [], divided is not None
+        return [], columns, divided is not None
     bases = [asked["root"]] if "root" in asked else [str(file.parent), str(file.parent.parent), "."]
     bases = [os.path.abspath(os.path.expanduser(base)) for base in bases]
     base = next((base for base in bases if any(folders.find(base, row[path]) for _, row in rows[:LOOKED_AT])), bases[0])
     found = []
     for line, row in rows:
-        if "\n" in row[path] + row[label]:
+        cells = tuple(row[place] for place in targets)
+        if "\n" in row[path] + "".join(cells):
             raise UserError(f"{key}: a cell that ends on line {line} of {where} has several lines; close the quotes before it")
         full = folders.find(base, row[path])
         if full is not None:
-            found.append(Listed(full, row[label], f"line {line} of {where}"))
+            found.append(Listed(full, cells, f"line {line} of {where}"))
         else:
             passed_over.add("without a file", f"{row[path]} (line {line} of {file.name})")
     if not found:
@@ -233,18 +289,26 @@ def _listed(
         raise UserError(f"{key}: none of the {len(rows):,} images that {where} lists is a file, as {cell!r}; {fix}")
     if base != bases[0]:
         notes.append(f"paths in {file.name} are relative to {base!r}")
-    return found, divided is not None
+    return found, columns, divided is not None
 
 
-def _columns(names: list[str], rows: list[Row], asked: dict[str, str], key: str, where: str) -> tuple[int, int, int | None]:
-    """The places of the columns with the path, the label and, if there is one, the split."""
+def _columns(
+    names: list[str], rows: list[Row], asked: dict[str, str], opening: Opening, where: str
+) -> tuple[int, list[int], int | None]:  # fmt: skip
+    """The places of the column with the path, of those with the target and, if there is one, of that with the split."""
+    key, target = opening.key, opening.target
     shown = [repr(name) for name in names]
+    asked = dict(asked)
     if "," in asked.get("label", "") and asked["label"] not in names:
-        raise other_task("labels", asked["label"], key=key, where=where)
-    for what in NAMES:
-        if what in asked and names.count(asked[what]) != 1:
-            hint = nearest(asked[what], names) or f"; correct ?{what}={asked[what]}"
-            raise UserError(f"{key}: {where} has no column {asked[what]!r} but {', '.join(shown)}{hint}")
+        asked["labels"] = asked.pop("label")
+    several = [name.strip() for name in asked["labels"].split(",")] if "labels" in asked else []
+    if target == "label" and (several or "separator" in asked):
+        raise other_task("labels", ", ".join(several) or f"parted at {asked['separator']!r}", key=key, where=where)
+    wanted = [(what, asked[what]) for what in NAMES if what in asked] + [("labels", name) for name in several]
+    for what, name in wanted:
+        if names.count(name) != 1:
+            hint = nearest(name, names) or f"; correct ?{what}={asked[what]}"
+            raise UserError(f"{key}: {where} has no column {name!r} but {', '.join(shown)}{hint}")
     plain = [_plain(name) for name in names]
     seen = [row for _, row in rows[:LOOKED_AT]]
     images = [place for place in range(len(names)) if 2 * sum(_is_image(row[place]) for row in seen) > len(seen)]
@@ -254,22 +318,35 @@ def _columns(names: list[str], rows: list[Row], asked: dict[str, str], key: str,
         if what in asked:
             return names.index(asked[what])
         fits: Sequence[int] = next((fits for fits in choices if fits), [])
-        the_only([repr(names[place]) for place in fits], what, shown, f"{key}: {where} has", f"add ?{what}=COLUMN")
+        fix = f"add ?{what}=COLUMN{' or ?labels=COLUMN,COLUMN' if what == 'label' and target != 'label' else ''}"
+        the_only([repr(names[place]) for place in fits], what, shown, f"{key}: {where} has", fix)
         return fits[0]
 
     named = [place for place in images if place in known["path"]]
     path = chosen("path", [place for place in named if plain[place] == "path"], named, images, known["path"])
     divided = names.index(asked["split"]) if "split" in asked else next(iter(known["split"]), None)
+    if several:
+        return path, [names.index(name) for name in several], divided
     # A column without a name is the index that pandas writes.
     unused = ("", "unnamed:_0", *FLAGS, *FOLDS)
     others = [place for place in range(len(names)) if place not in (path, divided) and plain[place] not in unused]
     labels = [place for place in known["label"] if place in others]
+    if target == "labels":
+        labels = [place for place in others if plain[place] in ("tags", "labels")] or labels
+    if target == "numbers" and "x" in plain:
+        labels = [place for place in labels if plain[place] != "y"]  # two numbers, not a label
     if "label" not in asked and not labels and len(others) > 1:
-        if all(row[place] in ("0", "1", "0.0", "1.0") for row in seen for place in others):
-            raise other_task("labels", ", ".join(names[place] for place in others[:5]), key=key, where=where)
+        cells = {row[place].casefold() for row in seen for place in others} - set(MISSING)
+        if cells and all(cell in TRUTH and cell not in ("yes", "no") for cell in cells):
+            if target == "labels":
+                return path, others, divided
+            if target == "label":
+                raise other_task("labels", ", ".join(names[place] for place in others[:5]), key=key, where=where)
+        if target == "numbers" and cells and all(NUMBER.fullmatch(cell) or DECIMAL_COMMA.fullmatch(cell) for cell in cells):
+            return path, others, divided
         others = []
     exact = [place for place in labels if plain[place] == "label"]
-    return path, chosen("label", exact, labels, others), divided
+    return path, [chosen("label", exact, labels, others)], divided
 
 
 def _of_split(rows: list[Row], column: int, split: Split, key: str, where: str) -> list[Row]:
@@ -302,6 +379,12 @@ def _values(cells: list[str]) -> list[str | float | None]:
     if all(NUMBER.fullmatch(cell) for cell in different) and any(not cell.lstrip("+-").isdigit() for cell in different):
         return [None if cell is None else float(cell) for cell in given]
     return list(given)
+
+
+def _as_truth(cell: str | float | None) -> str | float | None:
+    """1 for true and 0 for false, as spreadsheets write them."""
+    place = TRUTH.get(cell.casefold()) if isinstance(cell, str) else None
+    return cell if place is None else 1 - place
 
 
 class _Folders:
