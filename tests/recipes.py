@@ -30,6 +30,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "image_size": 32,
         "options": {"depths": [1, 1, 2, 1], "dims": [18, 24, 36, 45]},
     },
+    # Large enough for a decoder's norms to have several values.
+    "pyramid": {
+        "name": "convnext_atto",
+        "image_size": 64,
+        "options": {"depths": [1, 1, 2, 1], "dims": [16, 24, 32, 48]},
+    },
     "eva02": {
         "name": "eva02_tiny_patch14_224",
         "image_size": 28,

@@ -36,7 +36,7 @@ LOWEST = {
     "parallel.microbatches": 1, "train.global_batch": 1, "train.micro_batch": 1, "train.steps": 0, "train.eval_every": 1,
     "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 1, "monitor.every": 1, "model.num_classes": 1,
     "data.max_pixels": 1, "data.balance": 0, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.min_lr": 0,
-    "optim.lr_base_size": 1, "task.label_smoothing": 0,
+    "optim.lr_base_size": 1, "task.label_smoothing": 0, "task.ignore": 0,
     "task.mixup": 0, "task.cutmix": 0, "model.drop_path": 0, "data.jitter": 0, "data.erase": 0, "data.repeats": 1,
     "data.shuffle_block": 1, "data.shuffle_window": 1, "data.bad_budget": 0, "faults.nonfinite": 0,
     "task.k": 1, "task.distill_weight": 0,
@@ -95,6 +95,7 @@ TASK_KEYS: dict[str, tuple[str, ...]] = {
     "classify": ("loss", "label_smoothing", "class_weights", *MIXING, "teacher", *DISTILLING),
     "multilabel": ("loss", *MIXING),
     "regress": ("loss", "standardize"),
+    "segment": ("loss", "decoder", "decoder_options", "ignore"),
     "embed": ("k",),
 }
 """The tasks, and the keys of `task` that each has a use for."""
@@ -102,6 +103,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "classify": ("ce", "bce"),
     "multilabel": ("bce", "asymmetric"),
     "regress": ("l2", "l1", "huber"),
+    "segment": ("ce", "dice", "ce+dice"),
 }
 """The values of `task.loss` that each task has; null is the first."""
 PIPELINE_KEYS = ("stages", "stages_per_rank", "microbatches", "schedule")
@@ -237,7 +239,7 @@ def check(config: Config) -> None:
         if value is not None and not fits(value):
             raise UserError(f"{key}: {spell(value) if isinstance(value, tuple) else value} must be {text}")
     _check_task(config.task)
-    if config.data.balance and config.task.name in ("multilabel", "regress"):
+    if config.data.balance and config.task.name in ("multilabel", "regress", "segment"):
         raise UserError(
             f"data.balance: {config.data.balance}, but task.name: {config.task.name} has no class for each sample: use 0"
         )
@@ -371,7 +373,7 @@ def _check_task(task: TaskConfig) -> None:
         raise UserError(f"task.name: unknown task {task.name!r}{hint}; a task of your own is given from Python")
     taken = MIXING if own else TASK_KEYS[task.name]
     for field in fields(TaskConfig):
-        if field.name not in ("name", *taken) and getattr(task, field.name) != field.default:
+        if field.name not in ("name", *taken) and getattr(task, field.name) != getattr(TaskConfig(), field.name):
             users = [name for name, keys in TASK_KEYS.items() if field.name in keys]
             raise UserError(
                 f"task.{field.name}: {getattr(task, field.name)}, but task.name: {task.name} has no use for it, only "

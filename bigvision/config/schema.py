@@ -49,16 +49,24 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     name: str = "classify"
-    """What is learned: classify (one class for each image), multilabel (any number of classes), regress (numbers). embed is
-    evaluated only: neighbours and a linear probe of a frozen model's features. A task of your own is given from Python."""
-    loss: Literal["ce", "bce", "asymmetric", "l2", "l1", "huber"] | None = None
+    """What is learned: classify (one class for each image), multilabel (any number of classes), regress (numbers), segment (a
+    class for each pixel). embed is evaluated only: neighbours and a linear probe of frozen features. A task of your own is
+    given from Python."""
+    loss: Literal["ce", "bce", "asymmetric", "l2", "l1", "huber", "dice", "ce+dice"] | None = None
     """classify: ce (cross-entropy) or bce (binary, of each class). multilabel: bce or asymmetric (Ridnik et al. 2021). regress:
-    l2, l1 or huber. null takes the first of these."""
+    l2, l1 or huber. segment: ce, dice (of each sample) or ce+dice. null takes the first of these."""
     class_weights: str | tuple[float, ...] | None = None
     """classify: weights of the classes in the training loss: a number for each, balanced (the rarer, the heavier), or a file
     with a number on each line, or JSON. The loss is divided by the sum of the global batch's weights."""
     standardize: bool = True
     """regress: learn each number less its mean over the training data and divided by its standard deviation there."""
+    decoder: Literal["fpn", "upernet", "unet", "dpt"] = "fpn"
+    """segment: what is built around the backbone (segmentation_models_pytorch; bigvision[segment]). dpt is for ViTs, the others
+    for models with several scales."""
+    decoder_options: dict[str, Any] = field(default_factory=dict)
+    """segment: its arguments, such as {decoder_pyramid_channels: 128, decoder_dropout: 0.0}."""
+    ignore: int = 255
+    """segment: the id in masks that stands for no label."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the target (Szegedy et al. 2016), in training only."""
     mixup: float = 0.0

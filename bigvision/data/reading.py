@@ -137,7 +137,7 @@ class Reader(Dataset):
         valid = [one.opened is not None for one in taken]
         if padding := request.size - len(taken):
             images[len(taken) :] = 0
-            taken += (taken[-1:] or [_Taken(None, self.source.label(0), 0)]) * padding
+            taken += (taken[-1:] or [_Taken(None, self._stand_in(0), 0)]) * padding
             valid += [False] * padding
         return Answer(
             request,
@@ -195,10 +195,15 @@ class Reader(Dataset):
                 bad.append(BadSample(read.id, self.source.where(read.id), str(error)))
             if self.stream is None:
                 buffer.zero_()
-                return _Taken(None, self.source.label(place.id), place.id)
+                return _Taken(None, self._stand_in(place.id), place.id)
             read = self.stream.after(read)
             opened = self._open(place, read)
         raise RuntimeError(f"{self.TRIES} samples in a row cannot be read, the last one {bad[-1].where}: {bad[-1].reason}")
+
+    def _stand_in(self, index: int) -> Any:
+        """A target for the place of the sample *index*, which is not counted."""
+        target = self.source.label(index)
+        return self.transform.stand_in(target) if isinstance(self.transform, Steps) else target
 
     def _slot(self, request: Request) -> Tensor | None:
         if self.slots is None or request.slot is None:

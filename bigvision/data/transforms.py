@@ -60,6 +60,7 @@ def transform(
     reduce: bool = False,
     channels: int = 3,
     decoding: Decoding = AS_USUAL,
+    ignore: int = 0,
 ) -> Transform:
     """Return the function from an image (a file's bytes, Pillow, or uint8 (C, H, W)) and its target to uint8 (C, height,
     width) and the target.
@@ -89,6 +90,7 @@ def transform(
             not quite the same pixels.
         channels: of the images.
         decoding: how files are decoded.
+        ignore: what masks are where nothing of them is.
 
     Raises:
         UserError: *policy* or *jitter* for images that are not RGB.
@@ -97,18 +99,20 @@ def transform(
     if not (train and augment):
         share, crop_mode = (crop_pct, crop_mode) if style == "photo" else (1.0, "center")
         outside = [round(255 * value) for value in mean] if crop_mode == "border" else (0,)
-        return Steps(_WholeImage(size, mode, reduce, outside, share, crop_mode), [], decoding)
+        return Steps(_WholeImage(size, mode, reduce, outside, share, crop_mode), [], decoding, ignore=ignore)
     check_channels(channels, policy, jitter)
     crop: _Crop = _WholeImage(size, mode, reduce)
+    outside: Any = {Mask: ignore, "others": 0}
     if style == "photo":
         crop = _RandomCrop(size, mode, reduce, scale=scale)
         steps: list[v2.Transform] = []
     elif style == "tiny":
         padding = [max(1, side // 8) for side in reversed(size)]
-        steps = [v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()]
+        steps = [v2.RandomCrop(size, padding=padding, fill=outside), v2.RandomHorizontalFlip()]
     else:
         # After the resize: at 8x8 a shift of a tenth would be less than a pixel.
-        steps = [v2.RandomAffine((-10, 10), translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR)]
+        turned: dict[str, Any] = {"translate": (0.1, 0.1), "scale": (0.9, 1.1), "interpolation": InterpolationMode.BILINEAR}
+        steps = [v2.RandomAffine((-10, 10), fill=outside, **turned)]
     if policy != "none":
         steps.append(POLICY[policy]())
     if jitter:
@@ -116,7 +120,7 @@ def transform(
     if erase:
         mean_colour: Any = [124, 116, 104] if channels == 3 else 115
         steps.append(v2.RandomErasing(erase, value=mean_colour))
-    return Steps(crop, steps, decoding, flip=style == "photo")
+    return Steps(crop, steps, decoding, flip=style == "photo", ignore=ignore)
 
 
 def check_channels(channels: int, policy: Policy, jitter: float) -> None:
@@ -130,9 +134,11 @@ def check_channels(channels: int, policy: Policy, jitter: float) -> None:
 class Steps:
     """Decodes, crops and resizes, and then does the rest on pixels of the final size."""
 
-    def __init__(self, crop: _Crop, steps: list[v2.Transform], decoding: Decoding, flip: bool = False) -> None:
-        """Args: *flip* half of the images after the crop, before *steps*."""
-        self.crop, self.steps, self.decoding, self.flip = crop, steps, decoding, flip
+    def __init__(
+        self, crop: _Crop, steps: list[v2.Transform], decoding: Decoding, flip: bool = False, ignore: int = 0
+    ) -> None:  # fmt: skip
+        """Args: *flip* half of the images after the crop, before *steps*; *ignore*: what masks are where nothing of them is."""
+        self.crop, self.steps, self.decoding, self.flip, self.ignore = crop, steps, decoding, flip, ignore
         self.size = crop.size
 
     def __call__(self, image: bytes | Tensor | Image.Image, target: Any) -> tuple[Tensor, Any]:
@@ -140,6 +146,16 @@ class Steps:
         buffer = torch.empty(*self.size, begun.picture.channels, dtype=torch.uint8).permute(2, 0, 1)
         begun.fill(buffer)
         return buffer, begun.finish(buffer)
+
+    def stand_in(self, target: Any) -> Any:
+        """*target*, of a sample that is not counted, with masks and the like of the size that others have."""
+
+        def sized(part: Tensor) -> Tensor:
+            if not isinstance(part, (Mask, ImageTensor)):
+                return part
+            return torch.full((*part.shape[:-2], *self.size), self.ignore if isinstance(part, Mask) else 0, dtype=part.dtype)
+
+        return _each(target, sized)
 
     def begin(self, image: bytes | Tensor | Image.Image, target: Any) -> Begun:
         """Look into *image* and draw its crop, decoding nothing yet; draws from torch's generator alone.
@@ -169,9 +185,16 @@ class Steps:
         part = F.crop(part, top, left, height, width)
         if isinstance(part, Mask):
             # torchvision would take the pixel nearest to a corner, half a pixel away from what the image's filters take.
-            part = Mask(F.resize_image(part, list(resized), interpolation=InterpolationMode.NEAREST_EXACT))
+            planes = part.view(-1, *part.shape[-2:])
+            planes = F.resize_image(planes, list(resized), interpolation=InterpolationMode.NEAREST_EXACT)
+            part = Mask(planes.view(*part.shape[:-2], *resized))
         else:
             part = F.resize(part, list(resized), interpolation=self.crop.mode)
+        if isinstance(part, Mask) and (resized[0] < self.size[0] or resized[1] < self.size[1]):
+            # As `center_crop` puts images that are too small, which has zeros around them.
+            down, right = (max(0, side - has) for side, has in zip(self.size, resized))
+            edges = [right // 2, down // 2, (right + 1) // 2, (down + 1) // 2]
+            part = Mask(F.pad(part, edges, fill=self.ignore))
         part = F.center_crop(part, list(self.size))
         return F.horizontal_flip(part) if flipped else part
 

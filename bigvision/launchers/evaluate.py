@@ -159,7 +159,7 @@ def _open(config: Config, first: bool, target: Target = "label") -> tuple[Source
     def opened(classes: list[str] | None = None) -> Source:
         return open_source(
             config.data.val, "val", key="data.val", root=config.data.root, first=first, shared=False, classes=classes,
-            class_file=config.data.classes, target=target,
+            class_file=config.data.classes, target=target, ignore=config.task.ignore,
         )  # fmt: skip
 
     model = config.model

@@ -126,6 +126,15 @@ def _check_patches(key: str, name: str, module: nn.Module, size: Size) -> None:
                 )
 
 
+def check_runs(config: ModelConfig, module: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Raise `UserError` when *module*, which a task built around a timm model, cannot take images of *shape*, on meta."""
+    outputs = _outputs(module, shape)
+    if isinstance(outputs, Exception) and not _only_on_meta(outputs):
+        raise UserError(
+            f"model.name: what the task builds around {config.name} {_not_taken(shape, outputs)}; try another model"
+        )
+
+
 def _outputs(module: nn.Module, shape: tuple[int, ...], training: bool = False, strict: bool = False) -> Any:
     """What *module*, on meta, returns for 2 images, or the error that it raises; *strict*: as where there are values."""
 

@@ -69,7 +69,7 @@ class Blueprint:
         self, config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None,
         sizes: Mapping[str, Size] = MappingProxyType({}),
     ) -> None:  # fmt: skip
-        loading: Loading = {}
+        loading = Loading()
         if isinstance(model, nn.Module):
             self.arguments = {}
             self.module, self._first = _given(model)
@@ -102,11 +102,15 @@ class Blueprint:
                 raise UserError(f"model: {config.name} has {self.outputs} outputs, but there are {num_classes} classes")
             arguments.check_other_sizes(config, self.module, self.input_shape, sizes)
             return
+        if around is not None:
+            arguments.check_runs(config, self.module, self.input_shape)
+            arguments.check_other_sizes(config, self.module, self.input_shape, sizes)
+            return
         if config.image_size is not None:
             # A model made for this size is judged by it; another one also by whether meta can run it at all.
             usual = None if "img_size" in self.arguments else tuple(data["input_size"][1:])
             arguments.check_size(config, self.module, self.input_shape, usual)
-        if num_classes is not None and around is None:
+        if num_classes is not None:
             arguments.check_outputs(config, num_classes, self.module, self.input_shape)
         arguments.check_other_sizes(config, self.module, self.input_shape, sizes)
 
@@ -212,7 +216,7 @@ def _construct(
             made = create(config.name, **taken) if function is None else function(**taken)
         if not isinstance(made, nn.Module):
             raise UserError(f"model: {config.name} returned {type(made).__name__}, not a module")
-        loading.update(caught)
+        loading.take(caught, made)
         return made
 
     def choose(build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:

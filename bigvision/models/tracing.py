@@ -114,6 +114,10 @@ def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()
         except Exception as error:
             path = tracer.inside[-1] if tracer.inside else ""
             if size(module.get_submodule(path)) > max_share * size(module):
+                # A small model inside of a larger one may return a list, which a node's value cannot stand for.
+                if not (inner := set(_stages(module))) <= opened:
+                    opened = opened | inner
+                    continue
                 where = f"{path or 'forward'} of {type(module).__name__}"
                 raise TraceFailed(f"{where} cannot be traced: {first_line(error).split('. ')[0]}") from error
             opened = opened - {path}  # small enough to stay in one piece
@@ -157,6 +161,14 @@ def openable(module: nn.Module, max_share: float) -> set[str]:
 
     visit("", module, module)
     return opened
+
+
+def _stages(module: nn.Module) -> Iterator[str]:
+    """The paths of all stages, and of the modules that they are in."""
+    for path, part in module.named_modules():
+        if path and is_stage(part):
+            parts = path.split(".")
+            yield from (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
 
 
 def holders(module: nn.Module) -> Counter[int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -23,11 +24,28 @@ from bigvision.fragments import DOWN, UP
 from bigvision.models import arguments
 from bigvision.models.exact_init import FirstValues, computed
 from bigvision.models.tracing import first_line, named_tensors
-from bigvision.models.weights_file import WeightsFile, shards_of
+from bigvision.models.weights_file import WeightsFile, plain_name, shards_of
 
+WITHIN = "encoder.model."  # begins the names of a backbone that a task is built around
 OTHERWISE_CALLED = {"open_clip_pytorch_model.safetensors": "open_clip_model.safetensors"}
 GRIDS = (VisionTransformer, Eva)  # timm fits their positions from any grid to any other, where it knows the file's image size
-Loading = dict[str, Any]  # the arguments with which timm would have loaded weights: model card, filter, class count
+
+
+class Loading(dict[str, Any]):
+    """The arguments with which timm would have loaded weights: model card, filter, class count."""
+
+    module: nn.Module | None = None  # of timm's, into which it would have loaded them
+    places: dict[str, list[str]] | None = None  # of each of its tensors the names in what a task built around it
+    tensors: Mapping[str, Tensor] = MappingProxyType({})  # its own, as long as nothing is built around it
+
+    def take(self, other: Loading, made: nn.Module) -> None:
+        """Take over *other*, of the build that made the module *made*; of several builds the first one's module."""
+        self.update(other)
+        if self.module is None and other.module is not None and other.module is not made:
+            outer: dict[int, list[str]] = {}
+            for name, tensor in named_tensors(made):
+                outer.setdefault(id(tensor), []).append(name)
+            self.module, self.places = other.module, {name: outer.get(id(one), []) for name, one in other.tensors.items()}
 
 
 def timm_file(name: str, card: dict[str, Any]) -> str:
@@ -90,10 +108,11 @@ def _download(repository: str, revision: str | None, file: str) -> str:
 @contextmanager
 def capture() -> Iterator[Loading]:
     """Let timm build pretrained models without loading anything, and keep what it would have loaded with."""
-    loading: Loading = {}
+    loading = Loading()
 
     def keep(model: nn.Module, **arguments: Any) -> None:
         loading.update(arguments)
+        loading.module, loading.tensors = model, model.state_dict(keep_vars=True)
 
     with patch.object(_builder, "load_pretrained", keep):
         yield loading
@@ -200,24 +219,34 @@ def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adap
     key = "model.pretrained" if config.weights is None else "model.weights"
     if not loading:
         raise UserError(f"{key}: timm loads no weights into {config.name}; leave it out")
+    file = None if config.weights is None else WeightsFile(config.weights, key)
+    timms = module if loading.module is None else loading.module
+    if file is not None and loading.places and any(plain_name(name).startswith(WITHIN) for name in file.places):
+        # Of a model that the same task was built around.
+        loading = Loading(
+            loading | {"pretrained_cfg": module.pretrained_cfg, "num_classes": module.num_classes, "filter_fn": None}
+        )
+        timms = module
     card = dict(loading["pretrained_cfg"])
     heads = classifier_layers(card)
-    if config.weights is not None:
-        file = WeightsFile(config.weights, key)
+    tensors = dict(named_tensors(module))
+    places = loading.places or {name: [name] for name in module.state_dict()}
+    expected = {name: tensors[found[0]] for name, found in places.items() if found}
+    if file is not None:
         # The classes are compared below, with the file and not with the card of timm's own weights.
         card.update(num_classes=loading["num_classes"], label_offset=0)
         if (size := file.trained_at()) is not None:
             own = arguments.image_size(config) or tuple(card["input_size"][1:])
-            _check_grid(file, config, module, size, own)
+            _check_grid(file, config, timms, size, own)
             card["input_size"] = (3, *size)
         # A classifier may start fresh, and files written before torch counted batches lack the counters.
-        names = [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
+        names = [name for name in places if not name.endswith("num_batches_tracked")]
         fitted = file.fit([name for name in names if not name.startswith(heads)])
     else:
         fitted = None
         file = WeightsFile(timm_file(config.name, card), key)
-    values = Adapted(file, module, {**loading, "pretrained_cfg": card})
-    fresh = _check(file, config, module, values, heads)
+    values = Adapted(file, timms, Loading({**loading, "pretrained_cfg": card}))
+    fresh = _check(file, config, timms, values, heads, expected, places)
     why = "the classes of {} are others" if fresh and fresh[0] in (*values.likes, *file.places) else "{} has none"
     notes = [f"the classifier ({fresh[0]}) starts fresh: {why.format(file.source)}"] if fresh else []
     if values.left_out:
@@ -245,10 +274,15 @@ def _check_grid(file: WeightsFile, config: ModelConfig, module: nn.Module, size:
         )
 
 
-def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Adapted, heads: tuple[str, ...]) -> list[str]:
-    """Leave in *values* what the model takes, and return the names that start fresh; the classifier's begin with *heads*."""
-    expected = module.state_dict()
-    tensors = dict(named_tensors(module))
+def _check(
+    file: WeightsFile, config: ModelConfig, module: nn.Module, values: Adapted, heads: tuple[str, ...],
+    expected: dict[str, Tensor], places: dict[str, list[str]],
+) -> list[str]:  # fmt: skip
+    """Leave in *values* what the model takes, and return the names that start fresh; the classifier's begin with *heads*.
+
+    *expected* are the tensors that need values, by timm's names; *places* has the names in the model of all that timm knows,
+    none for those that the model does without.
+    """
     given = values.likes
     shapes = {name: like.shape for name, like in given.items()}
     fresh = [name for name, ours in expected.items() if name.startswith(heads) and shapes.get(name) != ours.shape]
@@ -261,7 +295,7 @@ def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Ad
             )
     # A tied tensor may be in the file under any one of its names.
     tied: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in expected.items():
         tied.setdefault(id(tensor), []).append(name)
     sources = {
         name: source
@@ -271,7 +305,7 @@ def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Ad
     }
     # Files written before torch counted batches lack the counters; torch's own loader lets that pass too.
     missing = [n for n in expected if n not in sources and n not in fresh and not n.endswith("num_batches_tracked")]
-    unexpected = [name for name in given if name not in expected and not name.startswith(heads)]
+    unexpected = [name for name in given if name not in places and not name.startswith(heads)]
     if not missing and (other := _renamed_head(module, fresh, {name: given[name] for name in unexpected})):
         values.left_out, unexpected = other, []
     for names, what in ((missing, "lacks"), (unexpected, "has, unknown to the model,")):
@@ -280,13 +314,14 @@ def _check(file: WeightsFile, config: ModelConfig, module: nn.Module, values: Ad
             if names[0].endswith((DOWN, UP)):
                 fix = "merge the adapters of that run into its weights first (bigvision export STEP_FOLDER FILE_OR_FOLDER)"
             raise file.mistake(f"{what} {names[0]} ({len(names)} such)", fix)
-    if shaped := [name for name, source in sources.items() if shapes[source] != tensors[name].shape]:
-        theirs, ours = tuple(shapes[sources[shaped[0]]]), tuple(tensors[shaped[0]].shape)
+    if shaped := [name for name, source in sources.items() if shapes[source] != expected[name].shape]:
+        theirs, ours = tuple(shapes[sources[shaped[0]]]), tuple(expected[shaped[0]].shape)
         raise UserError(
             f"{file.key}: {shaped[0]} is {theirs} in {file.source} and {ours} in the model ({len(shaped)} such); "
             "check model.name, model.image_size and model.options"
         )
-    values.take(sources, {name: tensors[name].dtype for name in sources})
+    taken = {place: name for name in sources for place in places[name]}
+    values.take({p: sources[name] for p, name in taken.items()}, {p: expected[name].dtype for p, name in taken.items()})
     return fresh
 
 

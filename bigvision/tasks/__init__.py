@@ -16,6 +16,7 @@ from bigvision.tasks.distill import Distill
 from bigvision.tasks.embed import Embed
 from bigvision.tasks.multilabel import Multilabel
 from bigvision.tasks.regress import Regress
+from bigvision.tasks.segment import Segment
 
 PREFIX = "python:"  # before the name of a task of the user's in a configuration
 
@@ -31,6 +32,7 @@ TASKS: dict[str, Callable[[TaskConfig], Task]] = {
     "classify": _classify,
     "multilabel": lambda config: Multilabel(config.loss),
     "regress": lambda config: Regress(config.loss, config.standardize),
+    "segment": lambda config: Segment(config.decoder, config.decoder_options, config.loss, config.ignore),
     "embed": lambda config: Embed(config.k),
 }
 """Of each ``task.name`` what makes the task; which keys it has a use for is in `bigvision.config.checks`."""
@@ -54,6 +56,6 @@ def build_task(config: TaskConfig, given: Task | None = None) -> Task:
 
 
 __all__ = [
-    "Classify", "Distill", "Embed", "Features", "Kind", "Multilabel", "Regress", "Share", "Span", "Task", "as_sum",
+    "Classify", "Distill", "Embed", "Features", "Kind", "Multilabel", "Regress", "Segment", "Share", "Span", "Task", "as_sum",
     "build_task", "task_name",
 ]  # fmt: skip

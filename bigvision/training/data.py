@@ -91,7 +91,7 @@ def open_data(
     def open_all(first: bool) -> tuple[Source, Source]:
         train, val = open_both(
             *(given or (config.data.train, config.data.val)), root=config.data.root, first=first,
-            class_file=config.data.classes, target=task.target,
+            class_file=config.data.classes, target=task.target, ignore=config.task.ignore,
         )  # fmt: skip
         if train.channels != val.channels:
             raise UserError(f"data.val: images of {val.channels} channels, but those of data.train have {train.channels}")
@@ -112,7 +112,8 @@ def open_validation(config: Config, runtime: Runtime, task: Task, classes: list[
     def open_it(first: bool) -> Source:
         settings = config.data
         return sources.open_validation(
-            settings.train, settings.val, classes=classes, root=settings.root, first=first, target=task.target
+            settings.train, settings.val, classes=classes, root=settings.root, first=first, target=task.target,
+            ignore=config.task.ignore,
         )  # fmt: skip
 
     val = open_on_all(open_it, runtime)
@@ -358,7 +359,7 @@ def _transform(config: Config, source: Source, blueprint: Blueprint, size: Size,
         source.style, size, train=train, augment=settings.augment, interpolation=blueprint.interpolation,
         crop_pct=blueprint.crop_pct, crop_mode=blueprint.crop_mode, mean=blueprint.mean, scale=settings.crop_scale,
         policy=settings.policy, jitter=settings.jitter, erase=settings.erase, reduce=settings.reduce, channels=source.channels,
-        decoding=Decoding(settings.max_pixels, settings.image_range),
+        decoding=Decoding(settings.max_pixels, settings.image_range), ignore=config.task.ignore,
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def open_unlabelled(asked: Prediction, config: Config, task: Task, runtime: Any,
             return Unlabelled(open_images(str(spec), "predict"), classes)
         named = open_source(
             str(spec) if isinstance(spec, Path) else spec, "val", key="predict", root=config.data.root, first=first,
-            shared=False, target=task.target,
+            shared=False, target=task.target, ignore=config.task.ignore,
         )  # fmt: skip
         return Unlabelled(named, classes)
 

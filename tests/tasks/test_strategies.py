@@ -30,14 +30,32 @@ class Row:
     """Of the section ``task``."""
     counted: tuple[str, ...] = ()
     """Metrics that count what is right or order it, so that they are the same number whatever the rounding of the loss."""
+    sections: dict[str, Any] = field(default_factory=dict)
+    """Keys of other sections."""
     refused: tuple[str, ...] = ()
     """Strategies that cannot run it; what refuses them is tested with the task."""
+    model: str = "small"
+    """Of `tests.recipes`."""
 
 
 ROWS: dict[str, Row] = {
     "classify": Row("label", {"loss": "bce", "class_weights": [0.5, 2.0, 1.0]}, ("top1", "top5", "mean_class_top1")),
     "multilabel": Row("labels", {"loss": "asymmetric"}, ("map", "f1", "f1_micro")),
     "regress": Row("numbers", {"loss": "huber"}),
+    "segment": Row(
+        "mask",
+        {
+            "loss": "ce+dice",
+            "decoder_options": {
+                "decoder_pyramid_channels": 32,
+                "decoder_segmentation_channels": 64,
+                "decoder_dropout": 0.0,
+            },
+        },
+        # What is counted depends on weights that differ in their last bits; of the same weights it is tested with the task.
+        sections={"optim": {"name": "sgd", "lr": 0.001}, "train": {"micro_batch": 4}},
+        model="pyramid",
+    ),
 }
 STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp 1": (1, {"strategy": "ddp"}),
@@ -64,7 +82,9 @@ def plain(out: Path, name: str, parallel: dict[str, Any], **sections: Any) -> di
         "train": {"steps": STEPS, "micro_batch": 5}, "checkpoint": {"every": HALF, "shard_size": "40kB"},
         "task": {"name": name, **ROWS[name].keys}, "parallel": parallel,
     }  # fmt: skip
-    return recipe(out, "small", **keys | {section: keys.get(section, {}) | more for section, more in sections.items()})
+    for more in (ROWS[name].sections, sections):
+        keys |= {section: keys.get(section, {}) | values for section, values in more.items()}
+    return recipe(out, ROWS[name].model, **keys)
 
 
 def train(config: dict[str, Any], name: str) -> tuple[list[float], dict[str, float]]:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bigvision.data.labels import Target, read_classes
 from bigvision.data.sources.arrays import Synthetic, open_arrays, open_digits
@@ -23,6 +23,7 @@ from bigvision.data.sources.arrow import open_parquet, open_saved
 from bigvision.data.sources.base import Mixture, Opening, Source, Split
 from bigvision.data.sources.custom import MapDataset, as_source, check_classes, choose_part
 from bigvision.data.sources.folder import open_image_folder
+from bigvision.data.sources.masks import open_mask_folder
 from bigvision.data.sources.shards import open_shards
 from bigvision.data.sources.table import open_table
 from bigvision.data.sources.torchvision_sets import TORCHVISION, open_torchvision
@@ -40,8 +41,12 @@ def _open_volumes(argument: str, opening: Opening) -> Source:
     return open_volumes(argument, opening)
 
 
+def _open_folder(argument: str, opening: Opening) -> Source:
+    return (open_mask_folder if opening.target == "mask" else open_image_folder)(argument, opening)
+
+
 FILES: dict[str, Opener] = {
-    "imagefolder": open_image_folder,
+    "imagefolder": _open_folder,
     "webdataset": open_shards,
     "parquet": open_parquet,
     "csv": partial(open_table, "csv"),
@@ -59,7 +64,7 @@ OPENERS: dict[str, Opener] = {
 }
 DATASETS = tuple(OPENERS)
 SEVERAL = ("csv", "tsv", "parquet", "hf", "arrays")
-TARGETS: dict[Target, tuple[str, ...]] = {"label": DATASETS, "labels": SEVERAL, "numbers": SEVERAL}
+TARGETS: dict[Target, tuple[str, ...]] = {"label": DATASETS, "labels": SEVERAL, "numbers": SEVERAL, "mask": ("imagefolder",)}
 """Of each kind of target the datasets that have it, beside those from Python."""
 
 
@@ -91,6 +96,7 @@ def open_source(
     classes: Sequence[str] | None = None,
     class_file: str | None = None,
     target: Target = "label",
+    ignore: int = 255,
 ) -> Source:
     """Open the dataset *spec*.
 
@@ -106,11 +112,12 @@ def open_source(
         classes: of the training data, when opening the validation data: labels will follow them.
         class_file: has the classes, instead of the data's own order (see :func:`~bigvision.data.labels.read_classes`).
         target: what the task needs of each sample.
+        ignore: of masks, the id that stands for no label.
 
     Raises:
         UserError: unknown, missing or malformed data, or classes that do not agree; one line that names *key*.
     """
-    opening = Opening(split, key or f"data.{split}", shared, classes, target, root, first)
+    opening = Opening(split, key or f"data.{split}", shared, classes, target, ignore, root, first)
     if classes is None:
         opening = opening._replace(classes=_classes_in(class_file))
     if not isinstance(spec, str):
@@ -121,7 +128,7 @@ def open_source(
 
 def open_both(
     train: str | Source | MapDataset, val: str | Source | MapDataset, *, root: str | None = None, first: bool = False,
-    class_file: str | None = None, target: Target = "label",
+    class_file: str | None = None, target: Target = "label", ignore: int = 255,
 ) -> tuple[Source, Source]:  # fmt: skip
     """Open the training and the validation data of a run; the arguments are those of :func:`open_source`.
 
@@ -133,8 +140,9 @@ def open_both(
     """
     keys = ("data.train", "data.val")
     if not isinstance(train, str) or not isinstance(val, str):
-        first_source = open_source(train, "train", root=root, first=first, class_file=class_file, shared=False, target=target)
-        second = open_source(val, "val", root=root, first=first, classes=first_source.classes, shared=False, target=target)
+        kind: dict[str, Any] = {"root": root, "first": first, "shared": False, "target": target, "ignore": ignore}
+        first_source = open_source(train, "train", class_file=class_file, **kind)
+        second = open_source(val, "val", classes=first_source.classes, **kind)
         if choose_part(train, "train", keys[0]) is not choose_part(val, "val", keys[1]):
             check_apart(first_source, second)
             return first_source, second
@@ -142,9 +150,9 @@ def open_both(
         return hold_out(first_source, "train", otherwise), hold_out(first_source, "val", otherwise)
     ours, theirs = _named(train, keys[0]), _named(val, keys[1])
     ids, val_ids = _identities(ours, keys[0]), _identities(theirs, keys[1])
-    opening = Opening("train", keys[0], True, _classes_in(class_file), target, root, first)
+    opening = Opening("train", keys[0], True, _classes_in(class_file), target, ignore, root, first)
     opened = _open_parts(ours, opening, [one in val_ids for one in ids])
-    opening = Opening("val", keys[1], True, opened[0].classes, target, root, first)
+    opening = Opening("val", keys[1], True, opened[0].classes, target, ignore, root, first)
     held = _open_parts(theirs, opening, [one in ids for one in val_ids])
     for one, source in zip(ids, opened):
         for other, checked in zip(val_ids, held):
@@ -154,13 +162,14 @@ def open_both(
 
 
 def open_validation(
-    train: str, val: str, *, classes: Sequence[str], root: str | None = None, first: bool = False, target: Target = "label"
+    train: str, val: str, *, classes: Sequence[str], root: str | None = None, first: bool = False, target: Target = "label",
+    ignore: int = 255,
 ) -> Source:  # fmt: skip
     """Open the validation data that :func:`open_both` opens, without the training data, which may be gone: labels follow its
     *classes*."""
     parts, train_ids = _named(val, "data.val"), _identities(_named(train, "data.train"), "data.train")
     shared = [one in train_ids for one in _identities(parts, "data.val")]
-    opening = Opening("val", "data.val", True, list(classes), target, root, first)
+    opening = Opening("val", "data.val", True, list(classes), target, ignore, root, first)
     return _mixed(parts, _open_parts(parts, opening, shared))
 
 

@@ -41,6 +41,8 @@ class Opening(NamedTuple):
     """that labels follow; by default the data's own"""
     target: Target = "label"
     """What the task needs of each sample."""
+    ignore: int = 255
+    """of masks: what stands for no label"""
     root: str | None = None
     """the folder of downloaded datasets"""
     first: bool = False

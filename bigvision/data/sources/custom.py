@@ -32,9 +32,12 @@ from bigvision.data.labels import (
 from bigvision.data.order import generators_kept
 from bigvision.data.sources.arrow import ASKED, Columns, arrow_labels, fitting, the_only
 from bigvision.data.sources.base import Opening, Sample, Source, Split, Style, UnreadableSample, described
+from bigvision.data.sources.masks import as_mask, counted_classes, ids_of
 from bigvision.data.splits import named_parts
 from bigvision.errors import UserError, one_line
 
+SOME = 100
+"""Samples that are read to learn which classes there are, where a dataset of masks does not list them."""
 BROKEN = (OSError, SyntaxError, Image.DecompressionBombError)
 """What opening and decoding a damaged file raises, in Pillow too ("broken PNG file" is a SyntaxError)."""
 
@@ -71,6 +74,7 @@ class MapStyle(Source):
         columns: tuple[str, str] | None = None,
         follow: Sequence[str] | None = None,
         target: Target = "label",
+        ignore: int = 255,
     ) -> None:
         """Args:
         classes: by default the dataset's own ``classes``, or what its labels say. Whole numbers are places in the list.
@@ -79,7 +83,9 @@ class MapStyle(Source):
         follow: the training data's classes, for a dataset that names none: where they are numbers, numbers are names.
         target: what the task needs. "label": a label is also a distribution over the classes, as floats. "labels": a list of
             classes; or an array, tensor or list of floats with 0 and 1 (or shares) for each class. "numbers": a number, or
-            several. Others get the second of each pair as it is.
+            several. "mask": a class id for each pixel: whole numbers (H, W), an image of Pillow's, grey or with a palette, or a
+            PNG's bytes or path. Others get the second of each pair as it is.
+        ignore: of masks, the id that stands for no label.
 
         Raises:
             UserError: it is empty, has neither classes nor labels to count, or labels that are no classes.
@@ -89,7 +95,7 @@ class MapStyle(Source):
         self._length = len(dataset)
         if not self._length:
             raise UserError(f"{self.name}: it has no samples")
-        self.target = target
+        self.target, self.ignore = target, ignore
         chosen = Columns(*columns) if columns is not None else None
         found = Described(dataset, _names_of(dataset), None, chosen)
         if target == "label":
@@ -108,6 +114,10 @@ class MapStyle(Source):
             self.classes, self._labels, self.notes = mapped.classes, torch.from_numpy(mapped.values), mapped.notes
         elif known is not None or target not in ("label", "labels", "numbers"):
             self.classes = list(known or ())
+            if target == "mask" and known is None:
+                with generators_kept():
+                    ids = lambda index: ids_of(self._item(index)[1])  # noqa: E731
+                    self.classes, self.notes = counted_classes(self._length, ids, ignore, most=SOME)
         elif target != "label" and (count := self._width()) is not None:
             self.classes = list(map(str, range(count)))
         else:
@@ -172,6 +182,8 @@ class MapStyle(Source):
                 image = image["bytes"] if image.get("bytes") is not None else image.get("path")
             if isinstance(image, (str, os.PathLike)):
                 image = Path(image).read_bytes()
+            if self.target == "mask" and isinstance(label, (str, os.PathLike)):
+                label = Path(label).read_bytes()
             elif isinstance(image, Image.Image):
                 image.load()  # Pillow opens a file without decoding it
             return image, label
@@ -188,6 +200,8 @@ class MapStyle(Source):
             target = self._indicated(target, index)
         elif self.target == "numbers":
             target = self._measured(target, index)
+        elif self.target == "mask":
+            target = as_mask(ids_of(target), self.classes, self.ignore)
         return Sample(self._image(item[0], index), target)
 
     def _width(self) -> int | None:
@@ -300,7 +314,9 @@ def as_source(dataset: Any, opening: Opening) -> Source:
             f"{key}: the task needs {opening.target}: give the dataset itself, or MapStyle(..., target={opening.target!r})"
         )
     try:
-        source = dataset if isinstance(dataset, Source) else MapStyle(dataset, follow=opening.classes, target=opening.target)
+        source = dataset if isinstance(dataset, Source) else MapStyle(
+            dataset, follow=opening.classes, target=opening.target, ignore=opening.ignore
+        )  # fmt: skip
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
     check_classes(source, opening)

@@ -160,15 +160,31 @@ class InitTrace:
 
 
 class _PassForCpu(TorchFunctionMode):
-    """Answers that meta tensors are on the CPU, so that code that treats the meta device apart does the normal thing."""
+    """Answers that recorded tensors are on the CPU, so that code that treats the meta device apart does the normal thing."""
 
     answers: ClassVar = {
         vars(torch._C.TensorBase)[name].__get__: answer
         for name, answer in (("is_meta", False), ("is_cpu", True), ("device", torch.device("cpu")))
     }
 
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.answers[func] if func in self.answers else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        recorded = first is not None and self.recorder.view(first) is not None
+        if func in self.answers and recorded:
+            return self.answers[func]
+        # Known here alone: below, torch's own code makes tensors on the device of recorded ones, which is meta too.
+        with torch._C.DisableTorchFunction():
+            unrecorded = first is not None and not recorded and first.is_meta
+        self.recorder.meta_asked = unrecorded or str(kwargs.get("device")) == "meta"
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.recorder.meta_asked = False
 
 
 @contextmanager
@@ -184,7 +200,7 @@ def record() -> Iterator[Recorder]:
         return plain(tensor, *args, generator=generator, **kwargs)
 
     whole = patch.object(nn.init, WHOLE_SAMPLER, sampler) if plain is not None else nullcontext()
-    with whole, torch.device("cpu"), recorder, _PassForCpu():
+    with whole, torch.device("cpu"), recorder, _PassForCpu(recorder):
         yield recorder
 
 
@@ -203,6 +219,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.trace = InitTrace()
+        self.meta_asked = False  # whether the constructor asks for a tensor on the meta device
         self._numbers: dict[int, int] = {}
         self._alive: list[torch.UntypedStorage] = []  # an address names a storage only while the storage lives
         self._blank: dict[int, Tensor | None] = {}  # storages not filled yet: which elements are (None: none)
@@ -266,6 +283,10 @@ class Recorder(TorchDispatchMode):
         if any(isinstance(leaf, torch.UntypedStorage) for leaf in leaves):
             raise NotRecordable(f"{func} handles storages")
 
+        # What a constructor itself builds on the meta device, to look at shapes, has no values and draws nothing.
+        shapes = [tensor for tensor in tensors if tensor.device.type == "meta" and self.view(tensor) is None]
+        if (shapes and len(shapes) + len(foreign) == len(tensors)) or (self.meta_asked and not tensors):
+            return func(*args, **kwargs)
         changed = _changed(func, args, kwargs)
         if any(one is tensor for one in foreign for tensor in changed):
             return func(*self._real(args), **self._real(kwargs))
