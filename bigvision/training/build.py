@@ -254,6 +254,10 @@ def build_teacher(
             plan = blueprint(used.model, used.model.num_classes if around is None else None, around=around)
         except UserError as error:
             raise UserError(f"task.teacher: {source}: {error}") from error
+        if fresh := next((note for note in plan.notes if "starts fresh" in note), None):
+            raise UserError(
+                f"task.teacher: {source}: {fresh}, and cannot teach: use weights with it, or task.distill: features"
+            )
         plan.mean, plan.std = known.mean or plan.mean, known.std or plan.std
         if plan.in_chans != student.in_chans:
             raise UserError(

@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bigvision.config import load_config
@@ -209,6 +210,7 @@ def test_the_student_stays_timms(alone: dict[str, Any]) -> None:
             "is neither a timm model nor weights with timm's config.json beside them: name a step folder",
             1,
         ),
+        (["--task.teacher", "BARE"], "the classifier (head.fc.weight) starts fresh", 1),
         (["--task.teacher", "CUT"], "is damaged or not safetensors", 1),
         (
             ["--task.teacher", "T", "--model.num_classes", "11"],
@@ -218,14 +220,31 @@ def test_the_student_stays_timms(alone: dict[str, Any]) -> None:
         (["--task.teacher", "T", "--data.train", "D", "--data.val", "D", "--data.classes", "C"], "has the classes '0', ...", 1),
         (["--task.teacher", "T", "--parallel.strategy", "pipeline"], "parallel.strategy: pipeline cannot run task.teacher", 2),
     ],
-    ids=["no teacher", "temperature", "weight", "url", "nowhere", "run folder", "damaged", "classes", "names", "pipeline"],
+    ids=[
+        "no teacher",
+        "temperature",
+        "weight",
+        "url",
+        "nowhere",
+        "run folder",
+        "no classifier",
+        "damaged",
+        "classes",
+        "names",
+        "pipeline",
+    ],
 )
 def test_mistakes(tmp_path: Path, teachers: dict[str, Path], flags: list[str], words: str, ranks: int) -> None:
     cut = shutil.copytree(teachers["one"], tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:500])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(teachers["one"] / "config.json", bare)
+    weights = load_file(teachers["one"] / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "head.fc" not in name}, bare / "model.safetensors")
     (tmp_path / "classes.txt").write_text("\n".join("abcdefghij"))
     np.savez(tmp_path / "data.npz", images=np.zeros((40, 32, 32, 3), np.uint8), labels=np.arange(40) % 10)
-    named = {"T": str(teachers["one"]), "RUN": str(teachers["one"].parent), "CUT": str(cut)}
+    named = {"T": str(teachers["one"]), "RUN": str(teachers["one"].parent), "CUT": str(cut), "BARE": str(bare)}
     named |= {"D": f"arrays:{tmp_path}/data.npz", "C": str(tmp_path / "classes.txt")}
     base = ["train", "--model.name", "resnet10t", "--model.image_size", "32", "--data.train", "synthetic:53x32", "--data.val"]
     base += ["synthetic:53x32", "--data.workers", "0", "--out", str(tmp_path / "out"), "--parallel.device", "cpu"]
