@@ -30,7 +30,6 @@ from bigvision.data.sources.base import Source
 from bigvision.data.sources.custom import MapDataset
 from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError, either, nearest
-from bigvision.launchers.evaluate import predict_subject
 from bigvision.launchers.ranks import Devices, check_parent, forked_ranks, fresh_ranks, place
 from bigvision.models import GivenModel, check_model, given_name
 from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
@@ -38,7 +37,6 @@ from bigvision.tasks import Task, build_task, task_name
 from bigvision.training import Callback, Result
 from bigvision.training.build import build_model, take_folder, with_model, with_task, without_weights
 from bigvision.training.data import name_of_data, open_data, prepare_task
-from bigvision.training.prediction import Prediction
 from bigvision.training.run_folder import check_same_run, check_same_scale, data_facts, why_other_tensors
 from bigvision.training.saving import new_saver, progress_of
 
@@ -435,6 +433,9 @@ def predict(
     Raises:
         UserError: what was asked for cannot be done; the same on every rank.
     """
+    from bigvision.launchers.evaluate import predict_subject  # timm's names, which `train` does without
+    from bigvision.training.prediction import Prediction
+
     asked = Prediction(images, None if out is None else Path(out).expanduser(), top_k, tta)
     flags = [part for name, value in keys.items() for part in (f"--{name}", str(value))]
     return predict_subject(str(model), flags, asked, ema, lambda line: None)

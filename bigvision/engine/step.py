@@ -21,7 +21,6 @@ from bigvision.engine.parallelize import Spread
 from bigvision.engine.state import Statistics, allocate, average, fill, local_tensor, model_fragments, optimizer_fragments
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
-from bigvision.muon import Muon
 from bigvision.optim import allocate_state, build_optimizer, parameter_groups, state_layout, step_counters
 from bigvision.runtime import Runtime, gather_rows
 from bigvision.tasks import Task
@@ -228,8 +227,8 @@ class NativeStep:
             factor = (self.config.optim.clip / (norm + 1e-6)).clamp(max=1.0) / self.scale.scale
         elif self.scale.dynamic:
             factor = self.scale.scale.reciprocal()
+        optimizer: Any = self.optimizer
         if self.fused:
-            optimizer: Any = self.optimizer
             optimizer.found_inf = skipped.float()
             optimizer.grad_scale = None if factor is None else factor.reciprocal().float()
             optimizer.step()
@@ -237,11 +236,11 @@ class NativeStep:
         if factor is not None:
             stepped = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
             torch._foreach_mul_([local_tensor(p.grad) for p in stepped if p.grad is not None], factor.float())
-        if isinstance(self.optimizer, Muon):
-            self.optimizer.skipped = skipped
-            self.optimizer.step()
+        if self.config.optim.name == "muon":
+            optimizer.skipped = skipped
+            optimizer.step()
         elif not bool(skipped):  # waits for the device
-            self.optimizer.step()
+            optimizer.step()
 
     def _squared_norm(self) -> Tensor:
         """A part of the gradient's squared norm, float64 and 0-D; summed over all ranks it is the whole."""

@@ -60,7 +60,7 @@ def test_a_script_without_a_guard(tmp_path: Path) -> None:
     plain = small(Path("out"), train={"steps": 20}, data={"workers": 1, "val": "digits"})
     code, said, errors = ended(start(tmp_path, PLAIN, **plain), tmp_path)
     assert code == 0, errors
-    folder, metrics = "out/step-00000020", str([*Classify.metrics])
+    folder, metrics = "out/step-00000020", str(sorted(Classify.metrics))
     assert f"done 20 {folder} {metrics} 21" in said and said.count("main runs") == 1
     expected = small(tmp_path / "launched", train={"steps": 20}, data={"workers": 0})
     assert losses(tmp_path / "out") == run_ranks(run, 2, expected)[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import bigvision
-import bigvision.training.trainer as evaluation
+import bigvision.training.evaluation as evaluation
 from bigvision.config import load_config
 from bigvision.errors import UserError
 from bigvision.runtime import RankFailure, deterministic, operations_named, process, start
@@ -137,7 +137,7 @@ def test_an_evaluation_is_deterministic_too(tmp_path: Path, monkeypatch: pytest.
     plain, seen, before = recipe(tmp_path, train={"steps": 1, "deterministic": True}), [], settings()
     with bigvision.Engine(plain, num_classes=10) as engine:
         folder = engine.save()
-    monkeypatch.setattr(evaluation, "evaluate", lambda *given: seen.append(settings()) or put())
+    monkeypatch.setattr(evaluation, "evaluate", lambda *given, **more: seen.append(settings()) or put())
     with pytest.raises(UserError, match=LINE):
         evaluation.evaluate_checkpoint(folder, load_config(plain))
     assert seen == [ON] and settings() == before
