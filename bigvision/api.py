@@ -214,7 +214,7 @@ class Engine:
         channels = self.config.model.options.get("in_chans", getattr(model, "in_chans", 3))
         self.engine, blueprint, self._card = build_model(
             config, config.model.num_classes or 1, self.runtime, steps, self._say, channels, model, found is not None,
-            task=self._task,
+            task=self._task, classes=self._classes,
         )  # fmt: skip
         if self._classes:
             self._card["label_names"] = self._classes

@@ -29,6 +29,9 @@ DTYPES = {
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 """The types by these names."""
 PICKLE = "a pickled file, as torch.save writes it"
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+PIECE = 1 << 22
+"""Words that are added up at a time, eight bytes each."""
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 """What the names of an adapter's parameters end with, behind the path of their layer: peft's names."""
 KINDS = {
@@ -160,3 +163,21 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name} is there twice")
         found[name] = value
     return found
+
+
+def checksum(tensor: Tensor, start: int = 0) -> Tensor:
+    """The sum modulo 2**64 of all words, each times an odd number that depends on its place: int64, 0-D, on the device.
+
+    A change of one word always changes it, whatever the change; several have to meet by chance. *tensor* is 1-D, and begins at
+    the place *start* of a whole one, whose checksum is the sum of its parts'.
+    """
+    words = tensor.contiguous().view(WORDS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for begin in range(0, len(words), PIECE):
+        part = words[begin : begin + PIECE]
+        factor = torch.arange(start + begin, start + begin + len(part), device=tensor.device)
+        # SplitMix64's constants (Steele et al. 2014), as signed numbers.
+        factor = factor.add_(1).mul_(-0x61C8864680B583EB)
+        factor = factor.bitwise_xor_(factor >> 30).mul_(-0x40A7B892E31B1A47).bitwise_or_(1)
+        total += factor.mul_(part).sum()
+    return total

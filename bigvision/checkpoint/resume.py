@@ -39,12 +39,15 @@ class Checkpoint:
     def folder(self) -> Path:
         return self.tensors.folder
 
-    def restore(self, fragments: list[Fragment], groups: tuple[str, ...] | None = None) -> None:
+    def restore(
+        self, fragments: list[Fragment], groups: tuple[str, ...] | None = None, without: tuple[str, ...] = ()
+    ) -> None:  # fmt: skip
         """Fill *fragments*, on every rank; only those of *groups*, or all groups of the checkpoint.
 
-        `UserError` where the checkpoint is of another model, or damaged; `RankFailure` where a rank cannot read it.
+        Tensors of the checkpoint whose names begin with one of *without* are not needed. `UserError` where the checkpoint is of
+        another model, or damaged; `RankFailure` where a rank cannot read it.
         """
-        if problem := self._fill(fragments, groups):
+        if problem := self._fill(fragments, groups, without=without):
             raise _invalid(self.folder, problem, self._key)
 
     def restore_or_older(
@@ -86,10 +89,15 @@ class Checkpoint:
         return "checkpoint.resume" if self.what == "auto" else self.what
 
     def _fill(
-        self, fragments: list[Fragment], groups: tuple[str, ...] | None, why: Callable[[Checkpoint], str] = lambda found: ""
+        self, fragments: list[Fragment], groups: tuple[str, ...] | None, why: Callable[[Checkpoint], str] = lambda found: "",
+        without: tuple[str, ...] = (),
     ) -> str:  # fmt: skip
         """As :meth:`restore`; returns what is damaged, the same on every rank."""
-        places = {group: held for group, held in self.tensors.places.items() if groups is None or group in groups}
+        places = {
+            group: {name: place for name, place in held.items() if not name.startswith(without)} if without else held
+            for group, held in self.tensors.places.items()
+            if groups is None or group in groups
+        }
         wanted = [fragment for fragment in fragments if groups is None or fragment.group in groups]
         all_or_none(lambda: check_same_tensors(self.folder, places, wanted, self._key, lambda: why(self)))
         return _agreed(self.folder, lambda: self.tensors.restore(wanted, self.full))[1]

@@ -39,12 +39,14 @@ LOWEST = {
     "optim.lr_base_size": 1, "task.label_smoothing": 0, "task.ignore": 0,
     "task.mixup": 0, "task.cutmix": 0, "model.drop_path": 0, "data.jitter": 0, "data.erase": 0, "data.repeats": 1,
     "data.shuffle_block": 1, "data.shuffle_window": 1, "data.bad_budget": 0, "faults.nonfinite": 0,
+    "task.k": 1, "task.distill_weight": 0,
     "faults.digest_every": 1, "ema.every": 1, "faults.same_crash": 1, "faults.restarts": 0,
 }  # fmt: skip
 """The least value of keys that are finite numbers."""
 ABOVE_ZERO = (
     "train.epochs", "checkpoint.minutes", "checkpoint.timeout", "faults.spike",
     "limits.start", "limits.step", "limits.evaluate", "limits.save", "limits.grace", "optim.cooldown", "optim.power",
+    "task.temperature",
 )  # fmt: skip
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda value: value < 2**63, "below 2**63"),
@@ -63,6 +65,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.image_range": (lambda ends: -math.inf < ends[0] < ends[1] < math.inf, "two finite numbers, the smaller first"),
     "data.crop_scale": (lambda ends: 0 < ends[0] <= ends[1] <= 1, "two shares above 0, the smaller first"),
     "data.erase": (lambda value: value <= 1, "a share, at most 1"),
+    "task.distill_weight": (lambda value: value <= 1, "a share, at most 1"),
     "data.balance": (lambda value: value <= 1, "at most 1"),
     "task.class_weights": (
         lambda value: isinstance(value, str) or (all(0 <= one < math.inf for one in value) and any(value)),
@@ -87,11 +90,13 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 Size = tuple[int, int]
 """height and width in pixels"""
 MIXING = ("mixup", "cutmix", "mix_each")
+DISTILLING = ("distill", "distill_weight", "temperature")
 TASK_KEYS: dict[str, tuple[str, ...]] = {
-    "classify": ("loss", "label_smoothing", "class_weights", *MIXING),
+    "classify": ("loss", "label_smoothing", "class_weights", *MIXING, "teacher", *DISTILLING),
     "multilabel": ("loss", *MIXING),
     "regress": ("loss", "standardize"),
     "segment": ("loss", "decoder", "decoder_options", "ignore"),
+    "embed": ("k",),
 }
 """The tasks, and the keys of `task` that each has a use for."""
 LOSSES: dict[str, tuple[str, ...]] = {
@@ -376,3 +381,8 @@ def _check_task(task: TaskConfig) -> None:
             )
     if task.loss is not None and task.loss not in LOSSES[task.name]:
         raise UserError(f"task.loss: {task.loss}, but task.name: {task.name} has {either(LOSSES[task.name])}: use one of them")
+    for key in DISTILLING if task.teacher is None else ():
+        if (value := getattr(task, key)) != getattr(TaskConfig, key):
+            raise UserError(f"task.{key}: {value} needs task.teacher: name a model to learn from, or leave it out")
+    if task.distill != "logits" and task.temperature != TaskConfig.temperature:
+        raise UserError(f"task.temperature: {task.temperature} is for task.distill: logits, not {task.distill}: leave it out")

@@ -50,7 +50,8 @@ class ModelConfig:
 class TaskConfig:
     name: str = "classify"
     """What is learned: classify (one class for each image), multilabel (any number of classes), regress (numbers), segment (a
-    class for each pixel). A task of your own is given from Python."""
+    class for each pixel). embed is evaluated only: neighbours and a linear probe of frozen features. A task of your own is
+    given from Python."""
     loss: Literal["ce", "bce", "asymmetric", "l2", "l1", "huber", "dice", "ce+dice"] | None = None
     """classify: ce (cross-entropy) or bce (binary, of each class). multilabel: bce or asymmetric (Ridnik et al. 2021). regress:
     l2, l1 or huber. segment: ce, dice (of each sample) or ce+dice. null takes the first of these."""
@@ -74,6 +75,17 @@ class TaskConfig:
     """Put a rectangle of one image into another (Yun et al. 2019), often 1.0; with mixup each pair gets one of the two."""
     mix_each: Literal["pair", "batch"] = "pair"
     """How often it is drawn how to mix: for each pair of samples, or once for each step."""
+    k: int = 20
+    """embed: nearest training images that vote."""
+    teacher: str | None = None
+    """classify: learn from this model too (distillation): a timm name with pretrained weights, a step folder, or weights with
+    timm's config.json beside them."""
+    distill: Literal["logits", "tokens", "features"] = "logits"
+    """What is learned from the teacher: its class scores (Hinton et al. 2015), its feature map, or its pooled features."""
+    distill_weight: float = 0.5
+    """Share of the teacher in the loss, the labels have the rest."""
+    temperature: float = 2.0
+    """What the scores of teacher and student are divided by; distill: logits."""
 
 
 @dataclass(frozen=True)

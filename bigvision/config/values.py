@@ -24,6 +24,7 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?=/|[^/])")
 PATHS = {
     "out": "checkpoints cannot be written to a URL yet: write to a local or mounted folder, and copy it when the run has ended",
     "model.weights": "weights are not read from URLs: download the file and name it, or use model.pretrained",
+    "task.teacher": "weights are not read from URLs: download the folder and name it, or a timm model",
     "data.root": "datasets are not read from URLs: name a local or mounted folder",
     "data.classes": "it is not read from a URL: download the file and name it",
     "data.trace": "it cannot be written to a URL: name a local file",

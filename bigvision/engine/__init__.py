@@ -4,7 +4,8 @@ In come a model on meta (`Blueprint`), its blocks and batches; out come step res
 
 Read ``engine.py`` first (the step from above), then ``step.py`` (the update and what it returns) and ``parallelize.py`` (how a
 model is spread over the ranks). ``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage,
-first values, running statistics and fragments, ``ema.py`` the average of the weights.
+first values, running statistics and fragments, ``ema.py`` the average of the weights, ``teacher.py`` a frozen model to learn
+from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from bigvision.engine import parallelize
 from bigvision.engine.engine import Engine
 from bigvision.engine.pipeline import PipelineEngine
 from bigvision.engine.step import Metrics, StepResult
+from bigvision.engine.teacher import Teacher
 from bigvision.engine.zero import ZeroEngine, check_cpu_adam
 from bigvision.errors import UserError
 from bigvision.models import Blocks, Blueprint
@@ -26,10 +28,18 @@ STRATEGIES = {"ddp": Engine, "fsdp": Engine, **ZERO, "pipeline": PipelineEngine}
 
 def check_engine(config: Config, runtime: Runtime, task: Task) -> None:
     """Raise `UserError`, before a model is built, for what would fail later: batch sizes, a compiler that is missing."""
+    if not task.learns:
+        raise UserError(
+            f"task.name: {config.task.name} trains nothing: use bigvision eval STEP_FOLDER|MODEL --task.name {config.task.name}"
+        )
     check_batches(config, runtime.data_ranks, runtime.pipeline_ranks)
     if config.parallel.strategy == "pipeline" and (not task.cuttable or task.span == "global batch"):
         why = "whose model cannot be cut into stages" if not task.cuttable else "whose loss spans the global batch"
         raise UserError(f"parallel.strategy: pipeline cannot run task.name: {config.task.name}, {why}: use fsdp")
+    if config.parallel.strategy == "pipeline" and task.teacher is not None:
+        raise UserError("parallel.strategy: pipeline cannot run task.teacher, which is not cut into stages: use fsdp")
+    if task.teacher is not None and task.span == "global batch":
+        raise UserError(f"task.teacher: {task.teacher}, but the loss of task.name: {config.task.name} spans the global batch")
     share = config.train.global_batch // runtime.data_ranks
     if task.span == "global batch" and (size := micro_batch(config, runtime.data_ranks, 1)) < share:
         raise UserError(
@@ -52,4 +62,4 @@ def build_engine(
     return STRATEGIES[config.parallel.strategy](config, blueprint, blocks, task, runtime, steps, restored, trains)
 
 
-__all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "build_engine", "check_engine"]
+__all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "Teacher", "build_engine", "check_engine"]

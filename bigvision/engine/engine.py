@@ -20,6 +20,7 @@ from bigvision.engine.ema import Ema
 from bigvision.engine.parallelize import choose_computing, overlap, replicate, shard, synchronize_norms, wrap_blocks
 from bigvision.engine.state import RUNNING, average, is_frozen, make_contiguous
 from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepResult, reduce_with
+from bigvision.engine.teacher import Teacher
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint
@@ -41,6 +42,7 @@ class Engine:
     forward: Any  # what is called in a step: the module, or what a strategy wrapped around it
     stepper: Any  # a `NativeStep`, or ZeRO's step with the same methods
     ema: Ema | None = None  # the average of the weights, where the run keeps one
+    teacher: Teacher | None = None  # a frozen model whose outputs the task's loss gets too
     step: int = 0  # batches taken, also those that were skipped or passed over
     samples: int = 0  # samples consumed: the whole state of the data
     statistics_differ: bool = False  # whether running statistics are each rank's own, until :meth:`synchronize`
@@ -137,6 +139,7 @@ class Engine:
         samples = len(batch) * self.runtime.data_ranks
         with no_autocast(self.runtime.device):
             batch, weight = self._weighed(batch)
+            self._scale = weight / samples
             # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their weight.
             loss_sum = self._passes(batch, self.runtime.data_ranks / weight)
         # The rate follows the count of applied steps. The record of the step before arrived while this one was launched.
@@ -193,11 +196,12 @@ class Engine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for number, part in enumerate(batch.split(self.micro_batch), start=1):
             part = self._on_device(part)
+            told = self.teacher(part) if self.teacher is not None else None
             with self.stepper.around(number == count):
                 outputs = self.forward(self._inputs(part))
                 if self.local_first:
                     self._local = self._moment()  # the last backward pass is the first to exchange anything
-                loss = self._checked_loss(outputs, self._loss_targets(part))
+                loss = self._checked_loss(outputs, self._loss_targets(part), told)
                 self.stepper.backward(loss, factor)
             loss_sum += loss.detach()
         return loss_sum
@@ -206,10 +210,12 @@ class Engine:
         """What the task's loss gets."""
         return batch.targets if batch.mix is None else self.task.mixed(batch.targets, batch.mix.partners, batch.mix.share)
 
-    def _checked_loss(self, outputs: Any, targets: Targets) -> Tensor:
-        """The sum of the task's losses; which outputs are finite is kept, in case that it is not."""
+    def _checked_loss(self, outputs: Any, targets: Targets, told: Any = None) -> Tensor:
+        """The sum of the task's losses; which outputs are finite is kept, in case that it is not. *told*: the teacher's."""
         finite = finite_samples(outputs)
-        if self.task.span == "global batch" and (ranks := self.runtime.data_ranks) > 1:
+        if self.teacher is not None:
+            loss = self.task.loss_with_teacher(outputs, targets, told, self._scale)
+        elif self.task.span == "global batch" and (ranks := self.runtime.data_ranks) > 1:
             everyone = partial(_AllSamples.apply, self.runtime.data_group, self.runtime.data_rank, ranks)
             # Each rank computes the sum of all samples.
             loss = self.task.loss(each_tensor(everyone, outputs), each_tensor(everyone, targets)) / ranks
@@ -335,10 +341,18 @@ class Engine:
     def scalars(self) -> dict[str, Any]:
         """What of the state is not a tensor, as JSON. Waits for the last step."""
         averages = {"ema_updates": int(self.ema.updates)} if self.ema is not None else {}
-        return {"step": self.step, "skipped": self.skipped, "samples": self.samples} | self.stepper.scalars() | averages
+        taught = {"teacher": self.teacher.fingerprint} if self.teacher is not None else {}
+        return (
+            {"step": self.step, "skipped": self.skipped, "samples": self.samples} | self.stepper.scalars() | averages | taught
+        )
 
     def restored(self, scalars: dict[str, Any]) -> None:
-        """Take over *scalars* and :meth:`refresh`; called after all fragments were written."""
+        """Take over *scalars* and :meth:`refresh`; called after all fragments were written.
+
+        Raises `UserError` where they are of a run with another teacher.
+        """
+        if self.teacher is not None:
+            self.teacher.check(scalars.get("teacher"))
         self.step, self.samples, self._pending = scalars["step"], scalars["samples"], None
         self._skipped = scalars.get("skipped", 0)  # older checkpoints have none
         self.statistics_differ = False

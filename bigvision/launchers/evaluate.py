@@ -23,7 +23,7 @@ from bigvision.models.arguments import check_name, current_name
 from bigvision.models.weights_file import MARK
 from bigvision.runtime import Runtime, identify
 from bigvision.tasks import Task, build_task
-from bigvision.training.data import BadSamples, Data, open_on_all
+from bigvision.training.data import BadSamples, Data, open_data, open_on_all
 from bigvision.training.evaluation import first_weights, restored
 from bigvision.training.prediction import Prediction, open_unlabelled, predict
 
@@ -48,9 +48,10 @@ def run(arguments: list[str], say: Say) -> dict[str, float]:
         )
     subject, flags, ema = arguments[0], [flag for flag in arguments[1:] if flag != "--ema"], "--ema" in arguments
     folder = find_subject("eval", subject, ema)
-    if folder is None and not {"--data.val", "-h", "--help"} & {flag.partition("=")[0] for flag in flags}:
-        raise UserError(f"eval: {subject} on which images? Name them: --data.val imagefolder:PATH")
     config = subject_config(folder, subject, flags, PROG, say)
+    key = "--data.val" if build_task(config.task).learns else "--data.train"
+    if folder is None and key not in {flag.partition("=")[0] for flag in flags}:
+        raise UserError(f"eval: {subject} on which images? Name them: {key} imagefolder:PATH")
     metrics = (
         evaluate_model(config, say, report)
         if folder is None
@@ -85,8 +86,8 @@ def predict_subject(subject: str, flags: list[str], asked: Prediction, ema: bool
     def open_it(config: Config, runtime: Runtime, task: Task, classes: list[str] | None = None) -> Data:
         return open_unlabelled(asked, config, task, runtime, classes or [])
 
-    def open_named(config: Config, runtime: Runtime, task: Task) -> tuple[Data, int]:
-        classes, outputs = _output_names(config)
+    def open_named(config: Config, runtime: Runtime, task: Task) -> tuple[Data, int | None]:
+        classes, outputs = _output_names(config) if task.learns else ([], None)
         if classes:
             task.prepare(classes, _saved_card(config.model.weights).get("task", {}))
         return open_it(config, runtime, task, classes), outputs
@@ -127,6 +128,8 @@ def subject_config(folder: Path | None, subject: str, flags: list[str], prog: st
         if isinstance(saved, dict) and isinstance(saved.get("parallel"), dict):
             # The file may be gone, and what it decided is saved; it counts again where a flag names it.
             saved["parallel"]["deepspeed"] = None
+        if isinstance(saved, dict) and any(flag.partition("=")[0] == "--task.name" for flag in flags):
+            saved["task"] = {}  # another task has a use for other keys
     return resolve(saved, flags, overrides(os.environ, say), prog=prog, say=say)[0]
 
 
@@ -139,7 +142,9 @@ def evaluate_model(
     `UserError` where the model, its weights and the data do not fit together.
     """
 
-    def open_it(config: Config, runtime: Runtime, task: Task) -> tuple[Data, int]:
+    def open_it(config: Config, runtime: Runtime, task: Task) -> tuple[Data, int | None]:
+        if not task.learns:
+            return open_data(config, runtime, task), None
         val, outputs = open_on_all(partial(_open, config, target=task.target), runtime)
         task.prepare(val.classes, _saved_card(config.model.weights).get("task", {}))
         return Data(val, val, BadSamples(config.data.bad_budget, {"train": len(val), "val": len(val)}), task), outputs

@@ -228,8 +228,7 @@ def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adap
         )
         timms = module
     card = dict(loading["pretrained_cfg"])
-    heads = card.get("classifier") or ()
-    heads = tuple(f"{layer}." for layer in ((heads,) if isinstance(heads, str) else heads))
+    heads = classifier_layers(card)
     tensors = dict(named_tensors(module))
     places = loading.places or {name: [name] for name in module.state_dict()}
     expected = {name: tensors[found[0]] for name, found in places.items() if found}
@@ -253,6 +252,12 @@ def read(config: ModelConfig, module: nn.Module, loading: Loading) -> tuple[Adap
     if values.left_out:
         notes.append(f"{values.left_out} of {file.source}, a classifier by its shape, is left out")
     return values, [note for note in (fitted, *notes, values.note) if note]
+
+
+def classifier_layers(card: Mapping[str, Any]) -> tuple[str, ...]:
+    """With what the names of the classifier's tensors begin, by timm's *card* of the model."""
+    layers = card.get("classifier") or ()
+    return tuple(f"{layer}." for layer in ((layers,) if isinstance(layers, str) else layers))
 
 
 def _check_grid(file: WeightsFile, config: ModelConfig, module: nn.Module, size: Size, own: Size) -> None:

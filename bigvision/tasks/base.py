@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,31 @@ TargetsOf = Callable[[int | None], np.ndarray]
 targets. With None it is a `UserError` where it does not list them, since all images would have to be read."""
 Span = Literal["sample", "micro-batch", "global batch"]
 """The samples that a sample's loss depends on."""
+
+
+class Features(NamedTuple):
+    """Of a dataset, in its order."""
+
+    values: Tensor
+    """float32 (samples, width)"""
+    labels: Tensor
+    """int64 (samples,)"""
+
+
+class Share(NamedTuple):
+    """What a rank computes of the whole."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    total: Callable[[Tensor], object]
+    """Replaces a tensor by its sum over all ranks."""
+    beat: Callable[[], object]
+    """Called now and then: the rank is at work."""
+
+    def parts(self, count: int, size: int) -> list[slice]:
+        """This rank's among the parts of *size* of *count* rows."""
+        return [slice(begin, begin + size) for begin in range(0, count, size)][self.rank :: self.ranks]
 
 
 class Task:
@@ -40,6 +65,8 @@ class Task:
     the outputs and targets of all ranks, and a rank's samples must be one micro-batch."""
     cuttable: ClassVar[bool] = True
     """Whether a pipeline can cut what :meth:`model` builds."""
+    learns: ClassVar[bool] = True
+    """Whether a model is trained for it; otherwise an evaluation calls :meth:`compare`, and nothing else of a task."""
 
     # The model.
 
@@ -104,6 +131,26 @@ class Task:
         """Return the 0-D sum of the samples' losses."""
         raise NotImplementedError
 
+    # A teacher.
+
+    teacher: str | None = None
+    """The model that teaches, as in ``task.teacher``: frozen, and spread over the ranks as the one that learns is."""
+
+    def teacher_model(self) -> Callable[..., nn.Module] | None:
+        """What builds the teacher, as :meth:`model` does; None: timm, with the teacher's own classes."""
+        return None
+
+    def loss_with_teacher(self, outputs: Any, targets: Targets, told: Any, scale: Tensor | float) -> Tensor:
+        """Return the 0-D sum of the samples' losses where there is a :attr:`teacher`.
+
+        Args:
+            outputs, targets: as of :meth:`loss`.
+            told: what the teacher returns for the same images, normalised and resized as it needs them.
+            scale: by which a sum over samples is multiplied so that its mean over samples counts: what the loss is divided by
+                is the sum of :meth:`weight`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a teacher and does not say what is learned from it")
+
     # Evaluation.
 
     @property
@@ -146,6 +193,13 @@ class Task:
         The arguments are those of :meth:`compute`; *classes* are the names.
         """
         return {}
+
+    def compare(self, train: Features, val: Features, classes: int, share: Share) -> dict[str, float]:
+        """Return the :attr:`metrics` of a frozen model, where :attr:`learns` is False.
+
+        All ranks call it together with the same features, what :meth:`scores` returns, and the number of *classes*.
+        """
+        raise NotImplementedError(f"{type(self).__name__} learns nothing and does not say what is compared")
 
     # Prediction.
 

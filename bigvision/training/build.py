@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from bigvision import checkpoint
 from bigvision.checkpoint import Checkpoint
 from bigvision.config import Config, Size, micro_batch, other_sizes, pair, stage_end
 from bigvision.data import check_source
-from bigvision.engine import Engine, build_engine, check_engine
+from bigvision.engine import Engine, Teacher, build_engine, check_engine
 from bigvision.engine.state import is_frozen
 from bigvision.errors import UserError, either
 from bigvision.models import (
@@ -28,6 +28,7 @@ from bigvision.models import (
     blueprint,
     check_model,
     find_blocks,
+    find_teacher,
     given_card,
     given_name,
     model_card,
@@ -91,6 +92,8 @@ def build(
             if given is None or not spec.startswith("python:"):
                 check_source(spec, key=key)
         check_engine(config, runtime, learned)
+        if learned.teacher is not None:
+            find_teacher(learned.teacher)
         metrics = learned.metrics
         if config.ema.decay is not None and config.ema.evaluate:
             metrics += tuple(f"ema_{name}" for name in metrics)
@@ -130,7 +133,7 @@ def build(
         check_same_scale(found, config)
     resumes = found is not None
     engine, plan, card = build_model(
-        fresh, data.outputs, runtime, steps, say, data.train.channels, model, resumes, task=learned
+        fresh, data.outputs, runtime, steps, say, data.train.channels, model, resumes, task=learned, classes=classes
     )  # fmt: skip
     if config.data.resize_schedule:
         say(stages_in_words(config, plan.image_size, steps))
@@ -173,18 +176,21 @@ def take_folder(out: Path, runtime: Runtime, stack: ExitStack, say: Callable[[st
 def build_model(
     config: Config, needed: int | None, runtime: Runtime, steps: int, say: Callable[[str], None], channels: int = 3,
     model: GivenModel | None = None, restored: bool = False, trains: bool = True, task: Task | None = None,
+    classes: Sequence[str] = (),
 ) -> tuple[Engine, Blueprint, dict[str, Any]]:  # fmt: skip
     """Build the sharded model with its first values; returns the engine, the blueprint and the model card.
 
     *needed* are the outputs that the task needs of the model, None where it takes what there is. *model* is the caller's own,
     or a function that builds it, in the place of timm's; *task* is by default the one that *config* names. *restored*: the
     caller restores a checkpoint right afterwards, so only what no checkpoint contains gets first values. *trains*: the caller
-    takes steps.
+    takes steps. *classes* are the names, where they are known, that a teacher's are compared with.
     """
     learned, outputs = build_task(config.task, task), needed
     if needed is not None and (outputs := config.model.num_classes or needed) < needed:
         raise UserError(f"model.num_classes: {outputs}, but the data has {needed} classes: use null or at least {needed}")
     around = learned.model(config)
+    if around is not None and model is not None and learned.teacher is not None:
+        raise UserError(f"task.distill: {config.task.distill} needs a timm model, not {config.model.name}: use logits")
     if around is not None and model is not None:
         raise UserError(f"model: {config.model.name}, but task.name: {config.task.name} builds its own: name a timm model")
 
@@ -219,7 +225,48 @@ def build_model(
     engine = build_engine(config, plan, blocks, learned, runtime, steps, restored, trains)
     for note in engine.notes:
         say(note)
+    if trains and learned.teacher is not None:
+        engine.teacher = build_teacher(learned, config, plan, outputs, classes, runtime)
+        say(f"task.teacher: {learned.teacher}, fingerprint {engine.teacher.fingerprint}")
     return engine, plan, card
+
+
+def build_teacher(
+    task: Task, config: Config, student: Blueprint, outputs: int | None, classes: Sequence[str], runtime: Runtime
+) -> Teacher:  # fmt: skip
+    """Build the *task*'s teacher for a *student* with *outputs* of these *classes*. Called on every rank."""
+    source = task.teacher
+    assert source is not None
+    around = task.teacher_model()
+
+    def plan_model() -> tuple[Blueprint, Blocks, Config]:
+        known = find_teacher(source)
+        theirs = list(known.classes or ())
+        if around is None and (known.outputs != outputs or (theirs and classes and theirs != list(classes))):
+            other = next((name for name, ours in zip(theirs, classes) if name != ours), None)
+            what = f"{known.outputs} classes, and the student {outputs}"
+            what = what if other is None or known.outputs != outputs else f"the classes {other!r}, ..., not the data's"
+            raise UserError(
+                f"task.teacher: {source} has {what}: use a teacher of the same classes, or task.distill: features or tokens"
+            )
+        used = replace(config, model=replace(known.config, num_classes=known.outputs if around is None else 0))
+        try:
+            plan = blueprint(used.model, used.model.num_classes if around is None else None, around=around)
+        except UserError as error:
+            raise UserError(f"task.teacher: {source}: {error}") from error
+        if fresh := next((note for note in plan.notes if "starts fresh" in note), None):
+            raise UserError(
+                f"task.teacher: {source}: {fresh}, and cannot teach: use weights with it, or task.distill: features"
+            )
+        plan.mean, plan.std = known.mean or plan.mean, known.std or plan.std
+        if plan.in_chans != student.in_chans:
+            raise UserError(
+                f"task.teacher: {source} takes images of {plan.in_chans} channels, the student {student.in_chans}: use another"
+            )
+        return plan, find_blocks(plan.module, plan.image_size), used
+
+    plan, blocks, used = all_or_none(plan_model)
+    return Teacher(source, plan, blocks, used, runtime)
 
 
 def stages_in_words(config: Config, last: Size, steps: int) -> str:

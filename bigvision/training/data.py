@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -272,16 +272,21 @@ class Feed(Iterator[StepBatch]):
 class Validation(Iterator[Batch]):
     """This rank's batches of one evaluation; every rank gets as many, of as many samples."""
 
-    def __init__(self, config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, batch: int) -> None:
-        self.data, self.batches = data, None
+    def __init__(
+        self, config: Config, data: Data, blueprint: Blueprint, runtime: Runtime, batch: int,
+        split: Literal["train", "val"] = "val",
+    ) -> None:  # fmt: skip
+        """Of *data*'s *split*, in batches of *batch* samples."""
+        self.data, self.batches, self.split = data, None, split
+        source = data.val if split == "val" else data.train
         size = other_sizes(config.data).get("data.val_size", blueprint.image_size)
         if runtime.stage == 0:
             self.batches = eval_batches(
-                data.val, _transform(config, data.val, blueprint, size, train=False), batch=batch, rank=runtime.data_rank,
+                source, _transform(config, source, blueprint, size, train=False), batch=batch, rank=runtime.data_rank,
                 ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device,
                 collate=data.task.collate,
             )  # fmt: skip
-        number = -(-len(data.val) // (batch * runtime.data_ranks))
+        number = -(-len(source) // (batch * runtime.data_ranks))
         self.relayed = _relayed(self.batches, runtime, number)
 
     def __next__(self) -> Batch:
@@ -293,7 +298,7 @@ class Validation(Iterator[Batch]):
 
     def finish(self) -> int:
         """Return how many samples could not be read, over all ranks. Too many are a `UserError`."""
-        return self.data.bad.exchange("val", self.unreadable())
+        return self.data.bad.exchange(self.split, self.unreadable())
 
     def close(self) -> None:
         """End the worker processes."""

@@ -7,26 +7,30 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
 
 from bigvision import checkpoint
 from bigvision.config import Config
 from bigvision.engine import Engine
 from bigvision.errors import UserError
-from bigvision.models import Blueprint, check_model
+from bigvision.models import Blueprint, check_model, classifier_layers
 from bigvision.runtime import (
     Runtime,
     Watchdog,
     all_or_none,
     collective_timeout,
     deterministic,
+    gather_rows,
     identify,
     start,
     warn_of_shared_memory,
 )
-from bigvision.tasks import Task, build_task
+from bigvision.tasks import Features, Share, Task, build_task
 from bigvision.training.build import build_model, without_weights
-from bigvision.training.data import Data, open_data, open_validation
+from bigvision.training.data import Data, Validation, open_data, open_validation
 from bigvision.training.trainer import evaluate
 
 Say = Callable[[str], None]
@@ -46,10 +50,53 @@ class Ready:
     watch: Watchdog
 
     def evaluate(self, report: dict[str, Any] | None = None) -> dict[str, float]:
-        """The mean metrics over the validation data; *report* gets what the task says beyond them."""
+        """The mean metrics over the validation data; of a task that learns nothing, what it makes of the features of both.
+
+        *report* gets what the task says beyond them.
+        """
+        if not (task := self.engine.task).learns:
+            train, val = self.features("train"), self.features("val")
+            runtime = self.runtime
+            share = Share(
+                runtime.rank, runtime.world_size, runtime.device, dist.all_reduce,
+                lambda: self.watch.beat("evaluate", self.engine.step),
+            )  # fmt: skip
+            found = task.compare(train, val, len(self.data.train.classes), share)
+            if report is not None:
+                report |= {"metrics": found}
+            return found
         metrics = evaluate(self.config, self.engine, self.data, self.blueprint, self.runtime, self.watch, report=report)
         assert metrics is not None
         return metrics
+
+    def features(self, split: Literal["train", "val"]) -> Features:
+        """What the model returns for all samples of a *split* that can be read, in their order, on every rank."""
+        engine, mine = self.engine, [torch.empty(0, 0)]
+        places: list[tuple[int, Any]] = []
+        batches = Validation(self.config, self.data, self.blueprint, self.runtime, engine.eval_batch, split)
+        try:
+            for batch in batches:
+                self.watch.waits_for_data(False)
+                scores = engine.predict_step(batch)
+                if batch.targets.ndim != 1:
+                    raise UserError(
+                        f"data.{split}: {self.config.task.name} needs one class for each image, not shares of classes"
+                    )
+                if scores:
+                    mine.append(torch.cat(scores).cpu()[batch.valid])
+                    places += zip(batch.ids[batch.valid].tolist(), batch.targets[batch.valid].tolist())
+                self.watch.beat("evaluate", engine.step)
+            batches.finish()
+        finally:
+            batches.close()
+        values = gather_rows(torch.cat(mine[1:] or mine))
+        labels = gather_rows(torch.tensor(places, dtype=torch.float64).reshape(-1, 2))
+        if not len(labels):
+            raise UserError(
+                f"data.{split}: none of its samples can be read, {self.data.bad.example}; check the path and the files"
+            )
+        order = labels[:, 0].argsort()
+        return Features(values[order], labels[order, 1].long())
 
 
 def evaluate_checkpoint(
@@ -61,8 +108,11 @@ def evaluate_checkpoint(
     """
 
     def open_it(config: Config, runtime: Runtime, task: Task, classes: list[str] | None) -> Data:
-        # Earlier versions saved no class names: theirs are those of the training data.
-        return open_data(config, runtime, task) if classes is None else open_validation(config, runtime, task, classes)
+        # Earlier versions saved no class names: theirs are those of the training data. Where features are compared, the classes
+        # are the data's.
+        if classes is None or not task.learns:
+            return open_data(config, runtime, task)
+        return open_validation(config, runtime, task, classes)
 
     with restored(folder, config, open_it, say, ema) as ready:
         return ready.evaluate(report)
@@ -93,6 +143,8 @@ def restored(folder: Path, config: Config, open_it: Opener, say: Say, ema: bool 
             raise UserError(f"--ema: {folder} has no averaged weights, its run had no ema.decay: leave --ema out")
         classes = found.card.get("label_names")
         task = all_or_none(lambda: build_task(config.task))
+        if not task.learns:
+            config = replace(config, model=replace(config.model, trainable="all"))  # there is no head
         data = open_it(config, runtime, task, classes if isinstance(classes, list) else None)
         if names := data.train.classes:
             all_or_none(lambda: task.prepare(names, found.card.get("task", {})))
@@ -102,17 +154,21 @@ def restored(folder: Path, config: Config, open_it: Opener, say: Say, ema: bool 
         )  # fmt: skip
         with closing(engine):
             fragments = list(engine.fragments())
-            found.restore(fragments, groups=("model",))
+            # Features are what comes before the classifier.
+            without = () if task.learns else classifier_layers(vars(engine.module).get("pretrained_cfg", {}))
+            found.restore(fragments, groups=("model",), without=without)
             if ema:
                 averaged = found.tensors.places["ema"]
                 fragments = [replace(fragment, group="ema") for fragment in fragments if fragment.name in averaged]
-                found.restore(fragments, groups=("ema",))
+                found.restore(fragments, groups=("ema",), without=without)
             engine.refresh()
             yield Ready(config, engine, data, blueprint, runtime, watch)
 
 
 @contextmanager
-def first_weights(config: Config, open_it: Callable[[Config, Runtime, Task], tuple[Data, int]], say: Say) -> Iterator[Ready]:
+def first_weights(
+    config: Config, open_it: Callable[[Config, Runtime, Task], tuple[Data, int | None]], say: Say
+) -> Iterator[Ready]:
     """The model that *config* names with its first weights, on each rank whole. *open_it* also says how many outputs it has.
 
     Run on every rank. `UserError` where the model, its weights and the data do not fit together.
@@ -153,4 +209,6 @@ def for_ranks(config: Config, ranks: int) -> Config:
     if ranks // (parallel.pipeline_ranks or ranks) % parallel.replicas:
         parallel = replace(parallel, replicas=1)
     whole = -(-config.train.global_batch // ranks) * ranks
-    return replace(config, parallel=parallel, train=replace(config.train, global_batch=whole))
+    # Nobody teaches: the model is timm's alone.
+    task, train = replace(config.task, teacher=None), replace(config.train, global_batch=whole)
+    return replace(config, parallel=parallel, train=train, task=task)

@@ -18,17 +18,14 @@ from bigvision import checkpoint
 from bigvision.checkpoint import Retention, Saver, folder_name
 from bigvision.config import CheckpointConfig, Config, parse_size
 from bigvision.engine import Engine
-from bigvision.fragments import DOWN, UP, Fragment
+from bigvision.fragments import DOWN, UP, Fragment, checksum
 from bigvision.runtime import RankFailure, Runtime, all_or_none, from_main, gather_json
 from bigvision.signals import SIGNALS
 from bigvision.training.build import Build
 from bigvision.training.run_folder import Say
 
-PIECE = 1 << 22
-"""Words that are added up at a time, eight bytes each."""
 SHOWN = 4
 """Tensors that an error names."""
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -278,20 +275,3 @@ def digests(tensors: list[Tensor]) -> list[str]:
         else f"{next(sums) % 2**64:016x}"
         for tensor in tensors
     ]
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """The sum modulo 2**64 of all words, each times an odd number that depends on its place: int64, 0-D, on the device.
-
-    A change of one word always changes it, whatever the change; several have to meet by chance.
-    """
-    words = tensor.contiguous().view(WORDS[tensor.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for begin in range(0, len(words), PIECE):
-        part = words[begin : begin + PIECE]
-        factor = torch.arange(begin, begin + len(part), device=tensor.device)
-        # SplitMix64's constants (Steele et al. 2014), as signed numbers.
-        factor = factor.add_(1).mul_(-0x61C8864680B583EB)
-        factor = factor.bitwise_xor_(factor >> 30).mul_(-0x40A7B892E31B1A47).bitwise_or_(1)
-        total += factor.mul_(part).sum()
-    return total

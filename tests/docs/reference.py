@@ -72,6 +72,8 @@ SEE = {
     "parallel.compile": "engine.md#compile",
     "parallel.offload": "strategies.md#zero",
     "parallel.deepspeed": "launching/deepspeed.md#a-deepspeed-file",
+    "task.k": "embed.md",
+    "task.teacher": "distillation.md",
     "train.deterministic": "determinism.md",
     "checkpoint.minutes": "faults.md#stopping",
     "checkpoint.resume": "resume.md#from-which-checkpoint",

@@ -135,6 +135,6 @@ def test_the_checksum_of_a_device_sees_every_bit(dtype: torch.dtype) -> None:
 def test_the_checksum_does_not_depend_on_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(1000)
     whole = int(checksum(values))
-    monkeypatch.setattr("bigvision.training.saving.PIECE", 7)
+    monkeypatch.setattr("bigvision.fragments.PIECE", 7)
     assert int(checksum(values)) == whole
     assert len(set(digests([values, values + 1, values[:0]]))) == 3
