@@ -68,7 +68,7 @@ def outcome(plain: dict[str, Any], task: type[Task]) -> tuple[list[float], dict[
 
 STRATEGIES = [
     pytest.param(3, {"strategy": "ddp"}, id="ddp 3"),
-    pytest.param(2, {"strategy": "zero2"}, id="zero2 2"),
+    pytest.param(2, {"strategy": "zero2"}, marks=pytest.mark.long, id="zero2 2"),
     pytest.param(2, {"strategy": "fsdp"}, marks=pytest.mark.long, id="fsdp 2"),
     pytest.param(3, {"strategy": "fsdp"}, marks=pytest.mark.long, id="fsdp 3"),
     pytest.param(4, {"strategy": "fsdp", "replicas": 2}, marks=pytest.mark.long, id="hybrid 2x2"),

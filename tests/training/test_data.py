@@ -76,6 +76,9 @@ def soft(plain: dict[str, Any]) -> tuple[list[float], list[str]]:
         def measure(self, outputs: torch.Tensor, targets: Any, valid: torch.Tensor) -> torch.Tensor:
             return super().measure(outputs, targets["shares"].argmax(1), valid)
 
+        def rows(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+            return super().rows(outputs, targets["shares"].argmax(1))
+
     kinds: set[str] = set()
     before, data.MESSAGE = data.MESSAGE, 100  # longer targets need a second message
     try:
