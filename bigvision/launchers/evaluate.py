@@ -28,7 +28,7 @@ from bigvision.training.evaluation import first_weights, restored
 from bigvision.training.prediction import Prediction, open_unlabelled, predict
 
 PROG = "bigvision eval STEP_FOLDER|MODEL [--ema] [--report FILE]"
-PREDICT_PROG = "bigvision predict STEP_FOLDER|MODEL IMAGES --out FILE [--top-k K] [--tta flip] [--ema]"
+PREDICT_PROG = "bigvision predict STEP_FOLDER|MODEL IMAGES --out FILE [--top-k K] [--tta flip] [--draw FOLDER] [--ema]"
 Say = Callable[[str], None]
 
 
@@ -66,14 +66,15 @@ def run_predict(arguments: list[str], say: Say) -> None:
     """``STEP_FOLDER|MODEL SOURCE --out FILE [--top-k K] [--tta flip] [--ema] [--section.key value ...]``."""
     if {"-h", "--help"} & set(arguments):
         resolve(None, ["--help"], prog=PREDICT_PROG)
-    own, rest = take(arguments, ("--out", "--top-k", "--tta"))
+    own, rest = take(arguments, ("--out", "--top-k", "--tta", "--draw"))
     given, flags = dict(own), [flag for flag in rest if flag != "--ema"]
     if len(flags) < 2 or flags[0].startswith("-") or flags[1].startswith("-"):
         raise UserError(f"predict: name a model and images: {PREDICT_PROG}")
     if "--out" not in given:
         raise UserError("--out: name the file for the predictions, such as --out predictions.csv")
     top = whole("--top-k", given["--top-k"]) if "--top-k" in given else 1
-    asked = Prediction(flags[1], Path(given["--out"]).expanduser(), top, given.get("--tta", "none"))
+    draw = Path(given["--draw"]).expanduser() if "--draw" in given else None
+    asked = Prediction(flags[1], Path(given["--out"]).expanduser(), top, given.get("--tta", "none"), draw)
     predict_subject(flags[0], flags[2:], asked, "--ema" in rest, say)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from bigvision.config import Config
@@ -19,7 +20,7 @@ from bigvision.samples import stack
 from bigvision.tasks import Task
 from bigvision.training.data import BadSamples, Data, Validation, open_on_all
 from bigvision.training.evaluation import Ready
-from bigvision.training.tables import ENDINGS, TABLE, Row, Table, open_table, write_mask
+from bigvision.training.tables import ENDINGS, TABLE, Row, Table, open_table, write_image
 
 TTA = ("none", "flip")
 
@@ -33,6 +34,8 @@ class Prediction(NamedTuple):
     """a table, whose ending says its format, or a folder for masks; None: rows are returned alone"""
     top: int = 1
     tta: str = "none"
+    draw: Path | None = None
+    """a folder for the images with what is predicted drawn on them"""
 
     @property
     def folder(self) -> bool:
@@ -47,6 +50,8 @@ class Prediction(NamedTuple):
             raise UserError(f"--tta: {self.tta!r} is unknown: use {either(TTA)}")
         if type(task).predict is Task.predict:
             raise UserError(f"predict: {type(task).__name__} does not say what its predictions are")
+        if self.draw is not None and type(task).draw is Task.draw:
+            raise UserError(f"--draw: {type(task).__name__} has nothing to draw on an image: leave it out")
         if task.target == "mask" and not self.folder:
             raise UserError(f"--out: {str(self.out)!r}, but masks are predicted: name a folder for them")
         if task.target != "mask" and self.folder:
@@ -93,13 +98,15 @@ def predict(ready: Ready, asked: Prediction, say: Callable[[str], None] = lambda
     assert isinstance(source, Unlabelled)
     name = asked.out / TABLE if asked.out is not None and asked.folder else asked.out
     table = all_or_none(lambda: open_table(name) if name is not None and runtime.is_main else None)
-    rows = Rows(source, table)
+    if asked.draw is not None and runtime.pipeline_ranks > 1:
+        raise UserError("--draw: a pipeline's last stage has no images: use --parallel.strategy fsdp")
+    rows, files = Rows(source, table), _files(source) if asked.folder or asked.draw else []
     batches = Validation(ready.config, ready.data, ready.blueprint, runtime, engine.eval_batch)
     try:
         for batch in batches:
             ready.watch.waits_for_data(False)
             scores = engine.predict_step(batch, mirrored=asked.tta == "flip")
-            mine = partial(_predicted, engine.task, scores, batch, source, asked)
+            mine = partial(_predicted, engine.task, scores, batch, source.classes, asked, files)
             parts = gather_json([all_or_none(mine), [(bad.id, bad.reason) for bad in batches.unreadable()]])
             if runtime.is_main:
                 rows.add(*({id: value for part in parts for id, value in part[kind]} for kind in (0, 1)))
@@ -116,28 +123,42 @@ def predict(ready: Ready, asked: Prediction, say: Callable[[str], None] = lambda
     return rows.kept
 
 
-def _predicted(task: Task, scores: list[Any], batch: Batch, source: Unlabelled, asked: Prediction) -> list[tuple[int, Row]]:
-    """The rows of this rank's samples that could be read, each with the sample's place; masks are on the disk."""
-    predicted = [row for part in scores for row in task.predict(part, source.classes, asked.top)]
-    if not predicted:
-        return []
+def _predicted(
+    task: Task, scores: list[Any], batch: Batch, classes: list[str], asked: Prediction, files: list[PurePath]
+) -> list[tuple[int, Row]]:
+    """The rows of this rank's samples that could be read, each with the sample's place; masks and drawings are on the disk."""
+    predicted = [row for part in scores for row in task.predict(part, classes, asked.top)]
     found = []
-    for id, valid, row in zip(batch.ids.tolist(), batch.valid.tolist(), predicted, strict=True):
+    if not predicted:  # a stage without outputs
+        return found
+    for number, (id, valid, row) in enumerate(zip(batch.ids.tolist(), batch.valid.tolist(), predicted, strict=True)):
         if valid:
-            found.append((id, {name: _plain(value, source.called(id), asked) for name, value in row.items()}))
+            if asked.draw is not None:
+                write_image(asked.draw / files[id], task.draw(batch.images[number].cpu(), row).permute(1, 2, 0).numpy())
+            found.append((id, {name: _plain(value, id, asked, files) for name, value in row.items()}))
     return found
 
 
-def _plain(value: Any, name: str, asked: Prediction) -> Any:
+def _plain(value: Any, id: int, asked: Prediction, files: list[PurePath]) -> Any:
     """*value* as JSON: of a mask the path of its file, below the folder; of a number six digits."""
     if isinstance(value, Tensor) and value.ndim == 2:
         assert asked.out is not None
-        # A key of an archive may be any text.
-        inside = PurePath(*[part for part in PurePath(name).parts if part not in ("..", PurePath(name).anchor)] or ["0"])
-        file = inside.with_name(f"{inside.stem}.png")
-        write_mask(asked.out / file, value.cpu().numpy())
-        return str(file)
+        labels = value.cpu().numpy()
+        write_image(asked.out / files[id], labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.uint16))
+        return str(files[id])
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _files(source: Unlabelled) -> list[PurePath]:
+    """The PNG file of each sample, below a folder: its own name with another ending, which stays where names would be alike."""
+    # A key of an archive may be any text.
+    names = [
+        PurePath(*[part for part in path.parts if part not in ("..", path.anchor)] or [str(index)])
+        for index in range(len(source))
+        for path in (PurePath(source.called(index)),)
+    ]
+    plain = [name.with_name(f"{name.stem}.png") for name in names]
+    return plain if len(set(plain)) == len(plain) else [name.with_name(f"{name.name}.png") for name in names]
 
 
 class Rows:

@@ -135,9 +135,9 @@ def open_table(path: Path) -> Table:
         raise UserError(f"--out: {str(path)!r} cannot be written: {error.strerror}; name another file") from error
 
 
-def write_mask(path: Path, mask: np.ndarray) -> None:
-    """Write *mask*, labels (H, W), as a PNG file of 8 bits, or of 16 where labels need them."""
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    """Write *pixels*, (H, W, 3) of 8 bits or (H, W) of 8 or 16, as a PNG file, in the place of one that is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    Image.fromarray(mask.astype(np.uint8 if mask.max(initial=0) < 256 else np.uint16)).save(unfinished, format="PNG")
+    Image.fromarray(pixels).save(unfinished, format="PNG")
     os.replace(unfinished, path)

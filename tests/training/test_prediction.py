@@ -16,9 +16,11 @@ import bigvision
 from bigvision.config import load_config
 from bigvision.engine import Engine
 from bigvision.errors import UserError
+from bigvision.launchers.evaluate import predict_subject
 from bigvision.runtime import start
 from bigvision.tasks import Classify, Task
 from bigvision.training.build import build_model
+from bigvision.training.prediction import Prediction
 from bigvision.training.tables import open_table
 from tests.cli.test_mistakes import refused
 from tests.distributed import run_ranks
@@ -156,6 +158,9 @@ class Halves(Task):
     def predict(self, scores: Any, classes: Any, top: int = 1) -> list[dict[str, Any]]:
         return [{"prediction": torch.full((4, 6), int(score.argmax()), dtype=torch.int32)} for score in scores]
 
+    def draw(self, image: torch.Tensor, row: Any) -> torch.Tensor:
+        return image.clone().fill_(int(row["prediction"][0, 0]))
+
 
 def test_masks_are_files_beside_the_table(tmp_path: Path, step: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bigvision.launchers.evaluate.build_task", lambda config: Halves())
@@ -166,6 +171,15 @@ def test_masks_are_files_beside_the_table(tmp_path: Path, step: Path, pictures: 
     assert files == {row["prediction"] for row in rows if not row["error"]} and len(files) == COUNT
     with Image.open(tmp_path / "masks" / rows[0]["prediction"]) as image:
         assert image.size == (6, 4) and image.mode == "L"
+    write_again = Prediction(str(pictures), tmp_path / "masks", draw=tmp_path / "drawn")
+    predict_subject(str(step), [], write_again, False, print)
+    assert {str(path.relative_to(tmp_path / "drawn")) for path in (tmp_path / "drawn").rglob("*.png")} == files
+    with Image.open(tmp_path / "drawn" / rows[0]["prediction"]) as image:
+        assert image.size == (32, 32) and image.mode == "RGB"
+    # Of two images whose names differ in their ending alone each has a file.
+    images(tmp_path / "alike", {"x.png": None, "x.webp": None})
+    bigvision.predict(step, tmp_path / "alike", out=tmp_path / "alike masks")
+    assert {path.name for path in (tmp_path / "alike masks").glob("*.png")} == {"x.png.png", "x.webp.png"}
     with pytest.raises(UserError, match="masks are predicted: name a folder"):
         bigvision.predict(step, pictures, out=tmp_path / "x.csv")
 
@@ -188,6 +202,7 @@ def test_an_evaluation_has_no_memory_for_an_optimizer(tmp_path: Path) -> None:
         (["STEP", "PICTURES", "--out", "x.xlsx"], ["--out: 'x.xlsx'", ".csv, .json, .jsonl, .parquet"]),
         (["STEP", "PICTURES", "--out", "x.csv", "--top-k", "0"], ["--top-k: '0'", "from 1 on"]),
         (["STEP", "PICTURES", "--out", "x.csv", "--tta", "ten-crop"], ["--tta: 'ten-crop'", "none or flip"]),
+        (["STEP", "PICTURES", "--out", "x.csv", "--draw", "y"], ["--draw: Classify has nothing to draw"]),
         (["STEP", "PICTURES", "--out", "x.csv", "--ema"], ["--ema:", "has no averaged weights"]),
         (["STEP", "PICTURES/nowhere", "--out", "x.csv"], ["predict: no file or folder", "nowhere"]),
         (["STEP", "PICTURES/notes.txt/..", "--out", "x.csv"], ["predict:"]),
