@@ -54,7 +54,7 @@ def made(out: Path, case: str, **parallel: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("strategy", "ranks", "more"), LAYOUTS)
 @pytest.mark.parametrize(
-    "case", ["groups", "last", "lora", *(pytest.param(case, marks=LONG) for case in ("head", "names", "bf16"))]
+    "case", ["groups", "lora", *(pytest.param(case, marks=LONG) for case in ("last", "head", "names", "bf16"))]
 )
 def test_losses_and_groups_are_those_of_one_process(
     tmp_path: Path, case: str, strategy: str, ranks: int, more: dict[str, Any]

@@ -391,36 +391,21 @@ UNET = {"decoder_channels": [32, 32, 24, 16, 16]}
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("ranks", "sections"),
+    ("parallel", "sections"),
     [
-        (2, {"parallel": {"strategy": "fsdp", "recompute": "blocks"}, "ema": {"decay": 0.9}}),
-        (
-            2,
-            {
-                "parallel": {"strategy": "fsdp"},
-                "task": {
-                    "decoder": "upernet",
-                    "decoder_options": {"decoder_channels": 16},
-                },
-            },
-        ),
-        (2, {"parallel": {"strategy": "zero2"}, "task": {"decoder": "unet", "decoder_options": UNET}}),
-        (
-            2,
-            {
-                "parallel": {"strategy": "pipeline"},
-                "task": {"decoder": "unet", "decoder_options": UNET | {"decoder_use_norm": False}},
-            },
-        ),
+        ({"strategy": "fsdp", "recompute": "blocks"}, {"ema": {"decay": 0.9}}),
+        ({"strategy": "fsdp"}, {"task": {"decoder": "upernet", "decoder_options": {"decoder_channels": 16}}}),
+        ({"strategy": "zero2"}, {"task": {"decoder": "unet", "decoder_options": UNET}}),
+        ({"strategy": "pipeline"}, {"task": {"decoder": "unet", "decoder_options": UNET | {"decoder_use_norm": False}}}),
     ],
     ids=["recompute and average", "batch norm, fsdp", "batch norm, zero2", "unet in a pipeline"],
 )
-def test_other_decoders_and_settings(tmp_path: Path, scenes: Path, ranks: int, sections: dict[str, Any]) -> None:
-    """BatchNorm is synchronised over ranks, and there is one micro-batch, so that it sees the samples that one process sees."""
-    keys = {"train": {"micro_batch": None}, "model": {"sync_batchnorm": "pipeline" not in str(sections)}}
-    plain = plain_run(tmp_path / "whole", scenes, {}, **keys, **sections)
-    alone = plain_run(tmp_path / "alone", scenes, {}, **keys, **sections | {"parallel": {"strategy": "ddp"}})
-    (one,), several = run_ranks(trained, 1, alone), run_ranks(trained, ranks, plain)
+def test_other_decoders_and_settings(tmp_path: Path, scenes: Path, parallel: dict[str, Any], sections: dict[str, Any]) -> None:
+    """A micro-batch is what one of two ranks has of a step, so that BatchNorm sees the same samples in one process."""
+    keys = {"train": {"micro_batch": 12}} | sections
+    plain = plain_run(tmp_path / "several", scenes, parallel, **keys)
+    alone = plain_run(tmp_path / "alone", scenes, {"strategy": "ddp"}, **keys)
+    (one,), several = run_ranks(trained, 1, alone), run_ranks(trained, 2, plain)
     assert several[0][0] == pytest.approx(one[0], rel=1e-5)
 
 
