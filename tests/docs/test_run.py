@@ -64,13 +64,18 @@ def runs(block: Block) -> bool:
 
 
 def user_files(folder: Path) -> None:
-    """What users have beside a checkout: images of two classes, a recipe, weights in a pickle."""
+    """What users have beside a checkout: images of two classes, tables of their tags and numbers, a recipe."""
     random = np.random.default_rng(0)
     for number, name in enumerate(("cat", "dog")):
         (folder / "pets" / name).mkdir(parents=True)
         for index in range(30):
             pixels = random.integers(0, 120, (72, 96 + index % 2, 3)) + 80 * number
             Image.fromarray(pixels.astype(np.uint8)).save(folder / "pets" / name / f"{index}.jpg")
+    rows = [(f"pets/{name}/{index}.jpg", name, index) for name in ("cat", "dog") for index in range(30)]
+    tags = [f"{path},{name};{'odd' if index % 2 else 'even'}" for path, name, index in rows]
+    scans = [f"{path},{index}.5,{70 + index}" for path, _, index in rows]
+    (folder / "tags.csv").write_text("\n".join(["path,tags", *tags]))
+    (folder / "scans.csv").write_text("\n".join(["path,age,weight", *scans]))
     (folder / "recipe.yaml").write_text(RECIPE)
 
 
