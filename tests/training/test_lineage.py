@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -340,10 +341,15 @@ def save_in_turns(plain: dict[str, Any], folder: str) -> list[Any]:
 
 def save_and_resume(plain: dict[str, Any]) -> list[Any]:
     """What engines with and without a word about their data record, accept and print."""
-    import bigvision
     from bigvision.runtime import process
 
-    process.lacks_shared_memory = lambda device, ranks: "warning: /dev/shm is small"
+    with patch.object(process, "lacks_shared_memory", lambda device, ranks: "warning: /dev/shm is small"):
+        return saved_and_resumed(plain)
+
+
+def saved_and_resumed(plain: dict[str, Any]) -> list[Any]:
+    import bigvision
+
     keys, found = {"num_classes": 10, "steps": 3}, list[Any]()
     silent = {name: section for name, section in plain.items() if name != "data"}
     first = Path(plain["out"]) / "step-00000000"
