@@ -43,6 +43,8 @@ train: $(STAMP)  ## train on two ranks, by default recipes/digits.yaml: make tra
 # Three at a time, since ranks often wait for each other, with one thread each, in the order of tests/conftest.py; then what needs
 # the machine to itself. ARGS may leave no test (pytest's exit code 5) for one of the two.
 test test-all: export OMP_NUM_THREADS ?= 1
+# Where it is set, each of the many programs that tests start would compile the package again.
+test test-all: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP)  ## run the tests, without the long matrices
 	@$(BIN)/python -m pytest -m "not long and not alone" -n 3 --dist loadfile --no-loadscope-reorder $(ARGS); first=$$?; \
 	$(BIN)/python -m pytest -m "not long and alone" $(ARGS); second=$$?; \
