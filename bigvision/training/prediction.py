@@ -97,9 +97,9 @@ def predict(ready: Ready, asked: Prediction, say: Callable[[str], None] = lambda
     engine, runtime, source = ready.engine, ready.runtime, ready.data.val
     assert isinstance(source, Unlabelled)
     name = asked.out / TABLE if asked.out is not None and asked.folder else asked.out
-    table = all_or_none(lambda: open_table(name) if name is not None and runtime.is_main else None)
     if asked.draw is not None and runtime.pipeline_ranks > 1:
         raise UserError("--draw: a pipeline's last stage has no images: use --parallel.strategy fsdp")
+    table = all_or_none(lambda: open_table(name) if name is not None and runtime.is_main else None)
     rows, files = Rows(source, table), _files(source) if asked.folder or asked.draw else []
     batches = Validation(ready.config, ready.data, ready.blueprint, runtime, engine.eval_batch)
     try:
