@@ -21,7 +21,8 @@ LEVELS = (
     {"pipeline"},
     {"engine", "checkpoint"},
     {"monitor"},
-    {"training", "planning"},
+    {"planning"},
+    {"training"},
     {"api", "launchers"},
     {"cli", "launching", "__main__"},
 )

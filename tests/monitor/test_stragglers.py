@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 
-from bigvision import monitor
-from bigvision.monitor import Own, Stragglers
+from bigvision.monitor import stragglers
+from bigvision.monitor.stragglers import Own, Stragglers
 from tests.distributed import run_ranks
 from tests.recipes import lines, recipe
 from tests.training.test_resume import run_and_listen
@@ -36,7 +36,7 @@ def run_late(plain: dict[str, Any], late: int, where: str, until: int) -> tuple[
             time.sleep(LATE)
         return before(self, *args)
 
-    with mock.patch.object(home, name, slow), mock.patch.object(monitor, "STEPS", 5):
+    with mock.patch.object(home, name, slow), mock.patch.object(stragglers, "STEPS", 5):
         return run_and_listen(plain)
 
 
