@@ -111,8 +111,13 @@ class Monitor:
             self.file.close()
             self.file = None
 
-    def farewell(self, folder: Path, metrics: dict[str, float], note: str = "", adapters: bool = False) -> None:
-        """Tell the user where the checkpoint is and what to do with it, and *note*. timm cannot open one with *adapters*."""
+    def farewell(
+        self, folder: Path, metrics: dict[str, float], note: str = "", adapters: bool = False, timms: bool = True
+    ) -> None:  # fmt: skip
+        """Tell the user where the checkpoint is and what to do with it, and *note*.
+
+        timm opens models of its own (*timms*: nothing is built around one) without *adapters*.
+        """
         if note:
             self.say(note)
         if accuracy := accuracy_text(metrics):
@@ -122,7 +127,7 @@ class Monitor:
         self.say(f"evaluate    bigvision eval {folder}")
         if adapters:
             self.say(f"merge       bigvision export {folder} FILE.safetensors (for peft: FOLDER --adapter)")
-        elif (folder / "model.safetensors").exists():
+        elif timms and (folder / "model.safetensors").exists():
             self.say(f'load        timm.create_model("local-dir:{folder}", pretrained=True)')
         else:
             self.say(f'load        accelerate.load_checkpoint_in_model(model, "{folder}")')

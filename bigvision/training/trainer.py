@@ -96,7 +96,8 @@ def train_on_rank(
         monitor.close()
         if loop.unfinished:
             raise Stopped(loop.saving.stopped_by, run.engine.step, folder)
-        monitor.farewell(folder, loop.metrics, run.data.bad.summary(), config.model.lora is not None)
+        timms = model is None and run.engine.task.model(run.config) is None
+        monitor.farewell(folder, loop.metrics, run.data.bad.summary(), config.model.lora is not None, timms)
         history = read_history(config.out) if runtime.is_main else []
         return Result(run.engine.step, folder, loop.metrics, history)
 

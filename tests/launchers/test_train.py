@@ -172,7 +172,7 @@ def test_models_of_ones_own(tmp_path: Path) -> None:
     """A function is built as timm's constructors are, and a module keeps its values; both as the name says, bit for bit."""
     keys = small(tmp_path)["model"] | {"num_classes": 12}
     name, options = keys["name"], keys["options"] | {"img_size": 32, "drop_path_rate": 0.0}
-    plain = small(tmp_path / "named", parallel={"strategy": "fsdp"}, model={"num_classes": 12})
+    plain = small(tmp_path / "named", parallel={"strategy": "fsdp"}) | {"model": keys}
     named = run_ranks(run, 2, plain)[0]
 
     def build(num_classes: int) -> torch.nn.Module:

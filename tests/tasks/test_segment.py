@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import shutil
 import struct
 import zlib
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -377,7 +380,11 @@ def plain_run(out: Path, scenes: Path, parallel: dict[str, Any], **sections: Any
 
 
 def trained(plain: dict[str, Any]) -> tuple[list[float], dict[str, float]]:
-    losses = run(plain)
+    with redirect_stdout(io.StringIO()) as text:
+        losses = run(plain)
+    loads = [line for line in text.getvalue().splitlines() if line.startswith("load ")]
+    # timm builds the backbone alone.
+    assert all("load_checkpoint_in_model" in line for line in loads) and len(loads) == (os.environ["RANK"] == "0"), loads
     (last,) = [line for line in lines(Path(plain["out"])) if "val_loss" in line]
     return losses, {name: value for name, value in last.items() if name.startswith("val_")}
 
