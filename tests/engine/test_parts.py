@@ -54,7 +54,7 @@ def made(out: Path, case: str, **parallel: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("strategy", "ranks", "more"), LAYOUTS)
 @pytest.mark.parametrize(
-    "case", ["groups", "lora", *(pytest.param(case, marks=LONG) for case in ("last", "head", "names", "bf16"))]
+    "case", ["groups", *(pytest.param(case, marks=LONG) for case in ("lora", "last", "head", "names", "bf16"))]
 )
 def test_losses_and_groups_are_those_of_one_process(
     tmp_path: Path, case: str, strategy: str, ranks: int, more: dict[str, Any]
@@ -71,7 +71,7 @@ def test_losses_and_groups_are_those_of_one_process(
     assert rates == pytest.approx([1e-3 * n / 3 for n in (1, 2, 3)] + [1e-3] * 4 + [1e-3 - 9e-4 * n / 4 for n in (1, 2, 3)])
 
 
-GO_ON = [("bf16", *EVERY[0]), ("bf16", *EVERY[4])]
+GO_ON = [("bf16", *EVERY[0])]
 GO_ON += [
     pytest.param(case, *layout, marks=LONG)
     for case in ("groups", "last", "bf16")

@@ -99,8 +99,7 @@ def test_several_stages_on_each_of_four_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "schedule", "micro_batch"),
     [
-        ("vit", "interleaved", 6),  # two pieces on a rank
-        pytest.param("vit", "interleaved", 3, marks=pytest.mark.long),
+        *(pytest.param("vit", "interleaved", size, marks=pytest.mark.long) for size in (6, 3)),  # two pieces on a rank
         *(pytest.param(name, "1f1b", 3, marks=pytest.mark.long) for name in ("convnext", "swin", "coat")),
     ],
 )

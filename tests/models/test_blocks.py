@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from bigvision.models import find_blocks, trace
 from bigvision.models.tracing import TraceFailed, has_parts, openable, size
-from tests.models.zoo import ZOO
+from tests.models.zoo import SWEEP
 
 NOT_TRACED = {"gemma4_vit", "twins"}
 """Modules of timm whose forward cannot be traced."""
@@ -27,7 +27,7 @@ def describe(module: nn.Module):
     return [(path, type(part), part.training, sorted(vars(part)), part.forward.__func__) for path, part in parts]
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.module)
+@pytest.mark.parametrize("entry", SWEEP)
 def test_every_module_of_timm_has_blocks(entry):
     module = on_meta(entry.name, **entry.options)
     before = describe(module)

@@ -15,7 +15,7 @@ from bigvision.errors import UserError
 from bigvision.models import blueprint
 from bigvision.models.tracing import named_tensors
 from tests.models.configs import TINY, Model
-from tests.models.zoo import ZOO
+from tests.models.zoo import SWEEP, ZOO
 
 SEED = 7
 OUTSIDE = torch.arange(3.0)
@@ -54,11 +54,7 @@ def materialised(plan) -> nn.Module:
     return module
 
 
-SLOW = {"inception_resnet_v2", "mobilenetv5", "naflexvit", "nasnet", "pnasnet", "senet", "sequencer", "vgg"}
-MODULES = [pytest.param(entry, id=entry.module, marks=[pytest.mark.long] * (entry.module in SLOW)) for entry in ZOO]
-
-
-@pytest.mark.parametrize("entry", MODULES)
+@pytest.mark.parametrize("entry", SWEEP)
 def test_every_module_of_timm_is_built_bit_for_bit(entry):
     callers = torch.get_rng_state()
     plan = blueprint(Model(entry.name, options=entry.options), 10)

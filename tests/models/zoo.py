@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
+
 
 class Entry(NamedTuple):
     module: str
@@ -52,3 +54,12 @@ vovnet:ese_vovnet19b_slim_dw xception:legacy_xception xception_aligned:xception4
 
 ZOO = [Entry(module, name, SHALLOW.get(module, {})) for module, name in (pair.split(":") for pair in NAMES.split())]
 """Smallest first entry of every module in ``timm.models`` that registers models."""
+
+SHORT = """
+beit cait convnext csatv2 deit densenet dla efficientnet eva fastvit gemma4_vit hiera inception_v3 levit maxxvit mlp_mixer
+mobilenetv3 mvitv2 nfnet pvt_v2 regnet repvit resnet resnetv2 swin_transformer swin_transformer_v2 swin_transformer_v2_cr
+tiny_vit tnt tresnet twins vision_transformer vision_transformer_hybrid vision_transformer_relpos vision_transformer_sam volo
+xcit
+"""
+"""Modules that are swept over where time is short: the common ones, and those that are built in an unusual way."""
+SWEEP = [pytest.param(entry, id=entry.module, marks=[pytest.mark.long] * (entry.module not in SHORT.split())) for entry in ZOO]

@@ -26,7 +26,7 @@ from bigvision.optim import (
     state_layout,
     step_counters,
 )
-from tests.models.zoo import ZOO, Entry
+from tests.models.zoo import SWEEP, Entry
 
 
 def test_groups() -> None:
@@ -224,7 +224,7 @@ def test_layer_decay_is_refused_without_layers() -> None:
         parameter_groups(nn.Linear(2, 2), 0.1, 0.75)
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.module)
+@pytest.mark.parametrize("entry", SWEEP)
 def test_layer_decay_of_every_module(entry: Entry) -> None:
     with torch.device("meta"):
         model = timm.create_model(entry.name, num_classes=10, **entry.options)

@@ -93,7 +93,7 @@ def saved_in_a_run(plain: dict[str, Any]) -> tuple[int, float]:
     ("ranks", "parallel", "micro_batch"),
     [
         (2, {"schedule": "zbv"}, 3),
-        (4, {"schedule": "1f1b"}, 12),  # fewer micro-batches than stages
+        pytest.param(4, {"schedule": "1f1b"}, 12, marks=pytest.mark.long),  # fewer micro-batches than stages
         (2, {"schedule": "interleaved", "recompute": "blocks"}, 3),
         *(
             pytest.param(*case, marks=pytest.mark.long)

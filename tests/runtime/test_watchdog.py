@@ -82,7 +82,10 @@ def test_a_stopped_rank_is_named(place: str, victim: int, ranks: int, tmp_path: 
 @pytest.mark.parametrize(
     ("place", "act", "victim", "words"),
     [
-        ("data", hangs.loop_for_ever, 1, r"is behind, in step 3, without its data yet, at loop_for_ever \(runtime/hangs.*"),
+        pytest.param(
+            "data", hangs.loop_for_ever, 1, r"is behind, in step 3, without its data yet, at loop_for_ever \(runtime/hangs.*",
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             "more data", hangs.loop_for_ever, 1, r"is behind, in step 3, without its data yet, at loop_for_ever.*",
             marks=pytest.mark.long,
@@ -178,8 +181,8 @@ GRACE = 8.0
 @pytest.mark.parametrize(
     ("act", "block", "victim"),
     [
-        pytest.param(act, block, victim, marks=[] if (act, block, victim) in SHORT else [pytest.mark.long])
-        for SHORT in [{(hangs.fail, hangs.wait_in_the_driver, 1), (hangs.die, hangs.hold_the_interpreter, 0)}]
+        pytest.param(act, block, victim, marks=[] if (act, block, victim) == SHORT else [pytest.mark.long])
+        for SHORT in [(hangs.die, hangs.hold_the_interpreter, 0)]
         for act in (hangs.fail, hangs.die)
         for block in (hangs.wait_in_the_driver, hangs.hold_the_interpreter, hangs.hold_under_nohup)
         for victim in (0, 1)

@@ -67,7 +67,7 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3 2": (2, {"strategy": "zero3"}),
     "pipeline 2": (2, {"strategy": "pipeline"}),
 }
-SHORT = {"classify": "fsdp 2", "multilabel": "fsdp 3", "regress": "pipeline 2"}
+SHORT = {"classify": "ddp 1", "multilabel": "fsdp 3", "regress": "pipeline 2"}
 """The one that each task is tested with where time is short; a task without runs under fsdp 2."""
 CASES = [
     pytest.param(name, layout, marks=[] if SHORT.get(name, "fsdp 2") == layout else [pytest.mark.long], id=f"{name}, {layout}")

@@ -60,7 +60,7 @@ CASES: list[Any] = [
 ]  # fmt: skip
 
 
-QUICK = {"ddp", "whole"}
+QUICK = {"whole"}
 CASES = [pytest.param(*one, marks=[pytest.mark.long] * (one[0] not in QUICK)) for one in CASES]
 
 

@@ -35,7 +35,7 @@ def draws(function: Any, *args: Any) -> int:
     ("strategy", "model"),
     [
         ("fsdp", "swin"),  # has non-persistent buffers
-        ("pipeline", "vit"),
+        pytest.param("pipeline", "vit", marks=pytest.mark.long),
         *(pytest.param(name, "swin", marks=pytest.mark.long) for name in ("ddp", "zero1", "zero2", "zero3", "pipeline")),
     ],
 )

@@ -96,7 +96,7 @@ TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 @pytest.mark.parametrize(
     ("place", "count", "step", "rank", "number"),
     [
-        ("load", 1, 0, 1, TERM), ("step", 2, 2, 0, USR1), ("save", 1, 5, 1, TERM),
+        ("load", 1, 0, 1, TERM), pytest.param("step", 2, 2, 0, USR1, marks=pytest.mark.long), ("save", 1, 5, 1, TERM),
         pytest.param("evaluate", 2, 4, 2, TERM, marks=pytest.mark.long),
         pytest.param("evaluate", 12, 12, 0, TERM, marks=pytest.mark.long),
     ],
