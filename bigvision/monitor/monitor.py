@@ -94,11 +94,11 @@ class Monitor:
             "peak_memory": max(peak for peak, *_ in gathered),
             "waiting": round(min(1.0, waiting / elapsed), 4),
         }
-        forecast = self.forecast
-        if forecast.flops_per_image is not None and forecast.peak_flops is not None:
-            line["mfu"] = round(forecast.flops_per_image * self.seen / elapsed / forecast.peak_flops, 4)
+        flops, peak = self.forecast.flops_per_image(result.step), self.forecast.peak_flops
+        if flops is not None and peak is not None:
+            line["mfu"] = round(flops * self.seen / elapsed / peak, 4)
         stragglers = {str(rank): round(seconds, 4) for rank, seconds in slow.items()}
-        more = {"planned_memory": forecast.memory, "skipped": result.skipped, "bad_samples": bad, "stragglers": stragglers}
+        more = {"planned_memory": self.forecast.memory, "skipped": result.skipped, "bad_samples": bad, "stragglers": stragglers}
         line |= {name: value for name, value in more.items() if value}
         self.line = line
         self._write("record", line)

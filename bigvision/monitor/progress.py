@@ -33,8 +33,8 @@ class Forecast:
     """How many evaluations and saves follow after a step."""
     evaluated: int = 0
     """Images of an evaluation."""
-    flops_per_image: float | None = None
-    """Of a training image, forward and backward, without what is computed again."""
+    flops_per_image: Callable[[int], float | None] = lambda step: None
+    """Of the training images of a step, forward and backward, without what is computed again."""
     peak_flops: float | None = None
     """Of all devices together, in a second, by their datasheet."""
     memory: int | None = None

@@ -29,7 +29,7 @@ from bigvision.errors import Stopped, UserError, how_to_install, one_line
 IDS = "trackers.json"
 WAITING = 10_000
 """Calls that a slow tracker may be behind; what comes then it does not get."""
-TO_END = {"finished": 30.0, "stopped": 10.0, "failed": 3.0}
+TO_END = {"finished": 30.0, "stopped": 10.0, "failed": 10.0}
 """Seconds that trackers have to end, by how the run ended: others wait for a run that was stopped or has failed."""
 Status = Literal["finished", "stopped", "failed"]
 Line = dict[str, Any]

@@ -32,8 +32,10 @@ from bigvision.models import (
     given_card,
     given_name,
     model_card,
+    training_flops,
 )
 from bigvision.optim import freeze
+from bigvision.planning.hardware import device_named
 from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
 from bigvision.tasks import Task, build_task, task_name
 from bigvision.training.callbacks import Patience
@@ -226,6 +228,9 @@ def build_model(
         return plan, blocks, card
 
     plan, blocks, card = all_or_none(plan_model)
+    if trains and runtime.is_main and peak_flops(config, runtime) is not None:
+        sizes = {plan.image_size, *(pair(stage.image_size) for stage in config.data.resize_schedule)}
+        plan.flops = {size: training_flops(plan.module, (plan.in_chans, *size)) for size in sizes}
     engine = build_engine(config, plan, blocks, learned, runtime, steps, restored, trains)
     for note in engine.notes:
         say(note)
@@ -233,6 +238,14 @@ def build_model(
         engine.teacher = build_teacher(learned, config, plan, outputs, classes, runtime)
         say(f"task.teacher: {learned.teacher}, fingerprint {engine.teacher.fingerprint}")
     return engine, plan, card
+
+
+def peak_flops(config: Config, runtime: Runtime) -> float | None:
+    """FLOPs that all devices together have in a second by their datasheet; None where they are not known."""
+    if runtime.device.type != "cuda" or (device := device_named(torch.cuda.get_device_name(runtime.device))) is None:
+        return None
+    peak = device.flops.get(config.parallel.precision.removeprefix("amp_"))
+    return None if peak is None else peak * runtime.world_size
 
 
 def build_teacher(

@@ -7,14 +7,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bigvision import checkpoint
-from bigvision.config import Config
+from bigvision.config import Config, train_size
 from bigvision.data import Batch, StepBatch
 from bigvision.engine import Engine, Metrics, StepResult
 from bigvision.errors import Stopped, UserError
@@ -31,13 +31,15 @@ from bigvision.runtime import (
 )
 from bigvision.signals import listening, until_ranks_meet
 from bigvision.tasks import Task
-from bigvision.training.build import Build, build, with_model, with_task
+from bigvision.training.build import Build, build, peak_flops, with_model, with_task
 from bigvision.training.callbacks import Callback, Callbacks, Event
 from bigvision.training.data import Data, Feed, Validation, with_data
 from bigvision.training.numbers import Numbers
 from bigvision.training.run_folder import explain_errors
 from bigvision.training.saving import Saving, check_copies
 
+PLAN = "plan.json"
+"""In the output folder: what was predicted of the run."""
 EVALUATION = "evaluation.json"
 """In the output folder: what the task says of the last evaluation, such as each class's accuracy."""
 
@@ -140,11 +142,7 @@ class Loop:
         self.numbers = Numbers(run, monitor)
         self.saving = Saving(run, runtime, monitor.say, callbacks, self.numbers.state)
         stack.callback(self.saving.saver.close)
-        length, total = len(run.data.train), engine.samples + (run.steps - engine.step) * config.train.global_batch
-        monitor.forecast = Forecast(
-            partial(to_come, config=config, steps=run.steps, samples=total, length=length),
-            len(run.data.val) * (2 if engine.ema and config.ema.evaluate else 1),
-        )
+        monitor.forecast = forecast(run, runtime)
         monitor.begin(engine.step, run.steps, self.metrics)
         if config.faults.rollback and not from_main(checkpoint.steps_in(Path(config.out))):
             self.saving.save(self.metrics)  # a run that may have to go back needs a checkpoint from its beginning
@@ -271,6 +269,24 @@ class Loop:
         self.callbacks.notify(Event("end", self.engine.step, self.metrics, folder))
         self.callbacks.check()
         return folder
+
+
+def forecast(run: Build, runtime: Runtime) -> Forecast:
+    """What is known of *run* before its first step."""
+    config, plan, length = run.config, run.blueprint, len(run.data.train)
+    end = run.engine.samples + (run.steps - run.engine.step) * config.train.global_batch
+    evaluations = 2 if run.engine.ema is not None and config.ema.evaluate else 1
+    memory = None
+    if runtime.device.type == "cuda":  # elsewhere what is measured has the program too
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            memory = int(json.loads(Path(config.out, PLAN).read_bytes())["memory"]["peak"])
+    return Forecast(
+        partial(to_come, config=config, steps=run.steps, samples=end, length=length),
+        len(run.data.val) * evaluations,
+        lambda step: plan.flops.get(train_size(config.data, plan.image_size, step - 1, run.steps)),
+        peak_flops(config, runtime),
+        memory,
+    )
 
 
 def to_come(step: int, *, config: Config, steps: int, samples: int, length: int) -> tuple[int, int]:
