@@ -15,17 +15,32 @@ if TYPE_CHECKING:
     from bigvision.api import Engine, predict, train
     from bigvision.config import Config, load_config
     from bigvision.errors import Stopped, UserError
-    from bigvision.training import Event, Result
+    from bigvision.monitor import Tracker
+    from bigvision.training import STOP, Event, Result
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Engine", "Event", "Result", "Stopped", "UserError", "load_config", "predict", "train"]
+__all__ = [
+    "STOP",
+    "Config",
+    "Engine",
+    "Event",
+    "Result",
+    "Stopped",
+    "Tracker",
+    "UserError",
+    "load_config",
+    "predict",
+    "train",
+]
 
 _HOMES = {
+    "STOP": "bigvision.training",
     "Config": "bigvision.config",
     "Engine": "bigvision.api",
     "Event": "bigvision.training",
     "Result": "bigvision.training",
     "Stopped": "bigvision.errors",
+    "Tracker": "bigvision.monitor",
     "UserError": "bigvision.errors",
     "load_config": "bigvision.config",
     "predict": "bigvision.api",

@@ -32,6 +32,7 @@ from bigvision.engine import Metrics, StepResult, check_engine
 from bigvision.errors import UserError, either, nearest
 from bigvision.launchers.ranks import Devices, check_parent, forked_ranks, fresh_ranks, place
 from bigvision.models import GivenModel, check_model, given_name
+from bigvision.monitor import Tracker
 from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
 from bigvision.tasks import Task, build_task, task_name
 from bigvision.training import Callback, Result
@@ -43,7 +44,7 @@ from bigvision.training.saving import new_saver, progress_of
 Recipe = str | Path | Mapping[str, Any] | Config | None
 """The path of a YAML file, a mapping like one, a configuration, or None for the defaults."""
 SECTIONS = tuple(field.name for field in fields(Config))
-ARGUMENTS = ("model", "data", "val", "task", "devices", "image_size", "callbacks", "max_restarts")
+ARGUMENTS = ("model", "data", "val", "task", "devices", "image_size", "callbacks", "trackers", "max_restarts")
 
 
 @dataclass(frozen=True)
@@ -437,7 +438,8 @@ def predict(
     from bigvision.training.prediction import Prediction
 
     asked = Prediction(images, None if out is None else Path(out).expanduser(), top_k, tta)
-    flags = [part for name, value in keys.items() for part in (f"--{name}", str(value))]
+    # A call shows nothing unless it is asked to.
+    flags = [part for name, value in ({"monitor.progress": "false"} | keys).items() for part in (f"--{name}", str(value))]
     return predict_subject(str(model), flags, asked, ema, lambda line: None)
 
 
@@ -451,6 +453,7 @@ def train(
     devices: Devices = None,
     image_size: int | tuple[int, int] | None = None,
     callbacks: Sequence[Callback] = (),
+    trackers: Sequence[Tracker] = (),
     max_restarts: int = 0,
     **keys: Any,
 ) -> Result:
@@ -471,14 +474,16 @@ def train(
             devices; ``"cpu"``: one rank on the CPU; ``"auto"``: all CUDA devices, or one rank on the CPU. By default, and
             under a launcher, none are started: this process joins the launcher's ranks, or is the only one.
         image_size: ``model.image_size``, the side of a square input in pixels, or height and width.
-        callbacks: functions that rank 0 calls with each `Event`. What one raises ends the run on all ranks.
+        callbacks: functions that rank 0 calls with each `Event`. What one raises ends the run on all ranks; one that returns
+            `bigvision.STOP` ends it well: evaluated and saved.
+        trackers: your own, each a `bigvision.Tracker`, which get the run's records on rank 0, beside ``monitor.trackers``.
         max_restarts: how often the ranks that are started here are started again after a fault; they resume.
         keys: any other section of a recipe as a mapping (``optim={"lr": 1e-3}``), ``out``, ``seed``, or dotted keys
             (``**{"optim.lr": 1e-3}``). They go before *config*.
 
     Returns:
-        The last step, its folder, the metrics of the last evaluation and the lines of metrics.jsonl, the same however the ranks
-        were started.
+        The last step, its folder, the metrics of the last evaluation, the lines of metrics.jsonl, and why the run ended early
+        if it did; the same however the ranks were started.
 
     Raises:
         UserError: what was asked for cannot be done; the same words on every rank and in the caller.
@@ -494,14 +499,14 @@ def train(
 
     def work() -> Result:
         return training.train_on_rank(
-            made, objects.data, objects.val, model=objects.model, task=objects.task, callbacks=callbacks
+            made, objects.data, objects.val, model=objects.model, task=objects.task, callbacks=callbacks, trackers=trackers
         )
 
     if placement is None:
         return work()
     if dist.is_initialized():
         raise UserError("devices: this process is in a process group already: leave devices out to train on its ranks")
-    if objects.none and not callbacks:
+    if objects.none and not callbacks and not trackers:
         return fresh_ranks(made.to_dict(), placement.ranks, placement.environment, max_restarts)
     # Objects reach other processes only by a fork: they may be closures, open files, classes of a notebook.
     check_parent(placement.cuda)

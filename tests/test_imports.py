@@ -29,7 +29,8 @@ LEVELS = (
 SIDEWAYS = {("api", "launchers"), ("launchers", "api"), ("__main__", "cli")}  # the only imports inside one line
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 
-HEAVY = {"accelerate", "deepspeed", "nibabel", "pyarrow", "ray", "sklearn", "tensorboard", "torch.utils.tensorboard"}
+HEAVY = {"accelerate", "deepspeed", "mlflow", "nibabel", "pyarrow", "ray", "sklearn", "tensorboard", "torch.utils.tensorboard"}
+HEAVY |= {"trackio", "wandb"}
 FORBIDDEN = {"cloudpickle", "dill", "eval", "exec", "joblib", "marshal", "os.popen", "os.system", "pickle", "shelve"}
 FORBIDDEN |= {"torch.load", "torch.save", "yaml.full_load", "yaml.load", "yaml.unsafe_load"}
 # What is measured beside ours has to be called; it writes and reads its own files of the same run.

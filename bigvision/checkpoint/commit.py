@@ -39,7 +39,7 @@ LOOKS, LOOK_EVERY = 20, 0.25
 SAMPLE = 8
 """Byte ranges that a rank reads back of what another has written; at most 64 MiB."""
 
-_TEMPORARY = re.compile(r"\.(latest|run\.yaml|lineage\.json|evaluation\.json|metrics\.jsonl|probe)\.[0-9a-f]+")
+_TEMPORARY = re.compile(r"\.(latest|run\.yaml|lineage\.json|evaluation\.json|metrics\.jsonl|trackers\.json|probe)\.[0-9a-f]+")
 """What :func:`bigvision.disk.replace` and the probes leave when they are killed."""
 
 

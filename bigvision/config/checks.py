@@ -14,6 +14,7 @@ from bigvision.config.schema import (
     ONE_STAGE,
     SCHEDULE_KEYS,
     SPLIT_BACKWARD,
+    TRACKERS,
     Config,
     DataConfig,
     LoraConfig,
@@ -34,6 +35,7 @@ WHOLE = {
 LOWEST = {
     "seed": 0, "data.workers": 0, "parallel.replicas": 1, "parallel.stages": 2, "parallel.stages_per_rank": 1,
     "parallel.microbatches": 1, "train.global_batch": 1, "train.micro_batch": 1, "train.steps": 0, "train.eval_every": 1,
+    "train.patience": 1,
     "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 1, "monitor.every": 1, "model.num_classes": 1,
     "data.max_pixels": 1, "data.balance": 0, "optim.warmup": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.min_lr": 0,
     "optim.lr_base_size": 1, "task.label_smoothing": 0, "task.ignore": 0,
@@ -287,6 +289,17 @@ def check(config: Config) -> None:
     if config.faults.rollback and config.faults.spike is None:
         raise UserError("faults.rollback: true needs faults.spike: say how far above the mean a loss is a spike, such as 8")
     parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")
+    if config.train.patience_metric is not None and config.train.patience is None:
+        raise UserError(
+            f"train.patience_metric: {config.train.patience_metric} needs train.patience: say how many evaluations without a "
+            "better value end the run, such as 5"
+        )
+    for name in config.monitor.trackers:
+        if name not in TRACKERS:
+            hint = nearest(name, TRACKERS) or f"; known are {', '.join(TRACKERS)}"
+            raise UserError(f"monitor.trackers: unknown tracker {name!r}{hint}; one of your own is given from Python")
+    if len(set(config.monitor.trackers)) < len(config.monitor.trackers):
+        raise UserError(f"monitor.trackers: {spell(config.monitor.trackers)} names a tracker twice: drop one of the two")
     allow = config.checkpoint.allow
     if allow is not None and not {name.strip() for name in allow.split(",")} <= {"data", "classes"}:
         raise UserError(f"checkpoint.allow: {allow!r} must be data, classes, or both: data,classes")

@@ -241,7 +241,7 @@ TOP: dict[str, Rule] = table({
     "activation_checkpointing": Neutral("it is for models that call DeepSpeed's function: use parallel.recompute: blocks"),
     "compile": Neutral("parallel.compile decides what is compiled", "deepcompile"),
     "flops_profiler autotuning comms_logger": Neutral("none of DeepSpeed's tools for measuring is started", "enabled"),
-    "tensorboard wandb csv_monitor comet": Neutral("bigvision writes metrics.jsonl itself, see monitor.every", "enabled"),
+    "tensorboard wandb csv_monitor comet": Neutral("bigvision reports by itself, see monitor.trackers", "enabled"),
     "data_efficiency": Refused("bigvision has its own data order; drop the section", "enabled"),
     "checkpoint datastates_ckpt": Neutral("bigvision writes its own checkpoints, see checkpoint.every and checkpoint.keep"),
     "aio": NVME,

@@ -292,6 +292,12 @@ class TrainConfig:
     """Samples in one forward and backward pass on one rank; null takes the rank's whole part of the global batch."""
     eval_every: int | None = None
     """Steps between evaluations; null evaluates at each epoch's end. The last step is always evaluated."""
+    patience: int | None = None
+    """Evaluations in a row that may bring no better value of a metric; then the run ends, saved and with exit code 0. null
+    trains to the last step."""
+    patience_metric: str | None = None
+    """The metric that patience looks at (loss, top1, ema_top1, ...); null takes checkpoint.keep_best, else the task's first
+    metric beside the loss. Losses and errors are better when lower."""
     deterministic: bool = False
     """Operations that repeat bit for bit alone, which may be slower; one that has no such form ends the run."""
 
@@ -369,9 +375,16 @@ class FaultsConfig:
 @dataclass(frozen=True)
 class MonitorConfig:
     progress: bool = True
-    """Show a progress bar (on rank 0); without a terminal a line for each evaluation."""
+    """Show progress with the time left (on rank 0): a bar in a terminal, else a line twice a minute and for each evaluation."""
     every: int = 10
     """Steps between the training lines of metrics.jsonl; the last step always has one."""
+    trackers: tuple[str, ...] = ()
+    """Where the lines of metrics.jsonl go too: tensorboard, wandb, mlflow, trackio; e.g. [tensorboard]. Each is an extra of the
+    package: pip install 'bigvision[tensorboard]'."""
+
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""The values of `monitor.trackers`."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from bigvision.optim import allocate_state, build_optimizer, parameter_groups, s
 from bigvision.runtime import Runtime, gather_rows
 from bigvision.tasks import Task
 
-REQUESTS = ("stop", "save", "failure")
-"""What a rank can ask all others for. Requests travel in the tensor that a step or an evaluation reduces anyway."""
+REQUESTS = ("stop", "save", "failure", "end")
+"""What a rank can ask all others for: to save and stop at a signal, to save, to raise what has failed, to end as after the last
+step. Requests travel in the tensor that a step or an evaluation reduces anyway."""
 
 
 def reduce_with(requests: Set[str], numbers: Tensor) -> Tensor:

@@ -43,7 +43,6 @@ UNLIKE: dict[str, tuple[Any, str]] = {
     "kd_model_name": (None, "there is no teacher"),
     "layer_decay_min_scale": (0, "layer decay has no lower end"),
     "layer_decay_no_opt_scale": (None, "every layer is trained"),
-    "log_wandb": (False, "read metrics.jsonl, or use a callback"),
     "lr_cycle_limit": (1, "schedules have one cycle"),
     "lr_k_decay": (1.0, "schedules have no k-decay"),
     "lr_noise": (None, "rates have no noise"),
@@ -209,6 +208,7 @@ def translate(values: Mapping[str, Any], ranks: int | None, say: Callable[[str],
         "parallel": _parallel(options, say),
         "train": _train(options, ranks, say),
         "checkpoint": _checkpoint(options, say),
+        "monitor": {"trackers": ["wandb"]} if options.flag("log_wandb") else {},
     }
     for key, value in values.items():
         if key in options.taken or key in WITHOUT_EFFECT:

@@ -47,7 +47,9 @@ def serve(folder: Path, work: Callable[[], Result], parent: int) -> int:
         replace(attempt / f"rank-{rank}.json", json.dumps(report).encode())
         return code
     if rank == "0":
-        left = {"step": result.step, "checkpoint": str(result.checkpoint), "metrics": result.metrics}
+        left = {
+            "step": result.step, "checkpoint": str(result.checkpoint), "metrics": result.metrics, "reason": result.reason,
+        }  # fmt: skip
         replace(attempt / RESULT, json.dumps(left).encode())
     return 0
 

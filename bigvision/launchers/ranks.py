@@ -345,7 +345,7 @@ def _outcome(attempt: Path, done: bool, codes: dict[int, int], interrupted: bool
     """
     if done:
         result = json.loads((attempt / rank.RESULT).read_text(encoding="utf-8"))
-        return Result(result["step"], Path(result["checkpoint"]), result["metrics"], read_history(out))
+        return Result(result["step"], Path(result["checkpoint"]), result["metrics"], read_history(out), result["reason"])
     reports = _reports(attempt)
     for report in reports:
         if report["kind"] == "mistake":

@@ -101,7 +101,7 @@ def train(config: Config, ask: Ask | None = None) -> Result:
     folder = Path(left["checkpoint"])
     if "stopped" in left:
         raise Stopped(left["stopped"], left["step"], folder)
-    return Result(left["step"], folder, left["metrics"])
+    return Result(left["step"], folder, left["metrics"], reason=left["reason"])
 
 
 def import_ray(ask: Ask) -> Any:
@@ -302,7 +302,7 @@ def rank(settings: dict[str, Any]) -> dict[str, Any]:
     except Stopped as stopped:
         # Not an error: Ray would start the ranks again.
         return {"stopped": stopped.name, "step": stopped.step, "checkpoint": str(stopped.checkpoint)}
-    return {"step": result.step, "checkpoint": str(result.checkpoint), "metrics": result.metrics}
+    return {"step": result.step, "checkpoint": str(result.checkpoint), "metrics": result.metrics, "reason": result.reason}
 
 
 def _poll(requests: Any) -> None:

@@ -12,6 +12,7 @@ from bigvision.models.arguments import GivenModel, check_model, given_card, give
 from bigvision.models.blocks import Block, Blocks, find_blocks, kinds, share_rates, trace
 from bigvision.models.build import Blueprint, blueprint, model_card
 from bigvision.models.teacher import find_teacher
+from bigvision.models.tracing import training_flops
 from bigvision.models.weights import classifier_layers
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "model_card",
     "share_rates",
     "trace",
+    "training_flops",
 ]

@@ -64,6 +64,7 @@ class Blueprint:
 
     arguments: dict[str, Any]  # the keyword arguments that ``timm.create_model`` took
     outputs: int | None = None  # of the caller's own model; None where that cannot be known before it runs, and of timm's
+    flops: Mapping[Size, float | None] = MappingProxyType({})  # of a training image of each size, where somebody counted them
 
     def __init__(
         self, config: ModelConfig, num_classes: int | None, model: GivenModel | None = None, around: Around | None = None,

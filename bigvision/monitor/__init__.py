@@ -1,10 +1,22 @@
 """What a run reports while it goes on: step results come in, records, progress and the report go out.
 
-Read monitor.py first: `Monitor` takes each step's result. records.py reads and writes metrics.jsonl, progress.py draws the bar,
-stragglers.py finds slow ranks.
+Read monitor.py first: `Monitor` takes each step's result. records.py reads and writes metrics.jsonl, progress.py shows how far
+a run is, trackers.py passes its records on, stragglers.py finds slow ranks.
 """
 
 from bigvision.monitor.monitor import Monitor
+from bigvision.monitor.progress import Display, Forecast, main_metric
 from bigvision.monitor.records import append_line, read_lines
+from bigvision.monitor.trackers import Tracker, Trackers, open_trackers
 
-__all__ = ["Monitor", "append_line", "read_lines"]
+__all__ = [
+    "Display",
+    "Forecast",
+    "Monitor",
+    "Tracker",
+    "Trackers",
+    "append_line",
+    "main_metric",
+    "open_trackers",
+    "read_lines",
+]

@@ -6,6 +6,8 @@ import json
 import math
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,22 +17,29 @@ from rich.console import Console
 from bigvision import checkpoint
 from bigvision.config import Config
 from bigvision.engine import StepResult
-from bigvision.monitor.progress import ProgressBar, accuracy_text
+from bigvision.monitor.progress import Display, Forecast, Pace, Pause, facts_of, metric_text
 from bigvision.monitor.records import read_lines
 from bigvision.monitor.stragglers import Own, Stragglers
+from bigvision.monitor.trackers import Trackers
 from bigvision.runtime import Runtime, gather_json
 
 
 class Monitor:
     """Writes metrics.jsonl, shows progress and names the next commands. Every rank has one; only rank 0's prints."""
 
-    def __init__(self, config: Config, runtime: Runtime, began: float) -> None:
+    def __init__(self, config: Config, runtime: Runtime, began: float, trackers: Trackers | None = None) -> None:
         """Args: *began* is the `time.monotonic()` from which the first step's line counts the seconds."""
         self.config, self.runtime, self.began = config, runtime, began
+        self.trackers = trackers or Trackers()
         self.first_step = True
         self.console = Console(quiet=not runtime.is_main, highlight=False, soft_wrap=True)
         self.path = Path(config.out) / "metrics.jsonl"
-        self.progress: ProgressBar | None = None
+        self.display = Display(self.console, config.monitor.progress)
+        self.forecast, self.pace = Forecast(), Pace()
+        self.metrics: dict[str, float] = {}
+        """Of the last evaluation."""
+        self.line: dict[str, Any] = {}
+        """The last one of a logged step."""
         self.file: IO[str] | None = None
         self.stragglers = Stragglers()
 
@@ -41,14 +50,17 @@ class Monitor:
     def begin(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         """Start to measure at *step*, also again. Lines beyond it, of what was not saved or is not kept, are dropped."""
         self.close()
+        self.steps, self.metrics = steps, metrics
         if self.runtime.is_main:
             if self.path.exists():
                 kept = [line for line in read_lines(self.path) if isinstance(at := line.get("step"), int) and at <= step]
                 checkpoint.replace(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+                for line in kept:
+                    if isinstance(seconds := line.get("seconds"), int | float):
+                        self.pace.pauses["evaluation"].append(seconds)
             self.file = self.path.open("a", encoding="utf-8", buffering=1)
-            if self.config.monitor.progress:
-                self.progress = ProgressBar(self.console, step, steps, metrics)
-        self.steps = steps
+            self.display.begin(step, steps, [metric_text(metrics)])
+        self.trackers.put("begin", self.config.to_dict(), step)
         self._restart_clock()
 
     def after_step(self, result: StepResult, bad: int, waited: float | None) -> dict[str, Any] | None:
@@ -58,32 +70,39 @@ class Monitor:
         """
         self.seen, self.taken = self.seen + result.samples, self.taken + 1
         loss, grad_norm = result.numbers
+        self.pace.step()
         if self.first_step and not result.skipped:
             self.first_step = False
             seconds = time.monotonic() - self.began
             self.say(f"step {result.step} of {self.steps}: loss {loss:.4f}, {seconds:.1f} s after the start")
         if not self.due(result.step):
+            self._show(result.step, loss)
             return None
         gathered = gather_json([_peak_memory(self.runtime.device), waited, result.seconds()])
-        elapsed = time.perf_counter() - self.since
+        elapsed = self._elapsed()
         slow, news = self.stragglers.take([Own(*rest) for _, *rest in gathered], self.taken, elapsed / self.taken)
         for text in news:
             self.say(text)
+        waiting = max(waited for _, waited, _ in gathered if waited is not None) * self.taken
         line = {
             "step": result.step,
             "samples": result.consumed,
             "loss": loss,
             "lr": result.lr,
             "grad_norm": grad_norm,
-            "images_per_second": round(self.seen / (time.perf_counter() - self.since), 2),
+            "images_per_second": round(self.seen / elapsed, 2),
             "peak_memory": max(peak for peak, *_ in gathered),
+            "waiting": round(min(1.0, waiting / elapsed), 4),
         }
+        flops, peak = self.forecast.flops_per_image(result.step), self.forecast.peak_flops
+        if flops is not None and peak is not None:
+            line["mfu"] = round(flops * self.seen / elapsed / peak, 4)
         stragglers = {str(rank): round(seconds, 4) for rank, seconds in slow.items()}
-        more = {"skipped": result.skipped, "bad_samples": bad, "stragglers": stragglers}
+        more = {"planned_memory": self.forecast.memory, "skipped": result.skipped, "bad_samples": bad, "stragglers": stragglers}
         line |= {name: value for name, value in more.items() if value}
-        self._write(line)
-        if self.progress:
-            self.progress.update(result.step, loss, line["images_per_second"])
+        self.line = line
+        self._write("record", line)
+        self._show(result.step, loss)
         self._restart_clock()
         return line
 
@@ -91,22 +110,30 @@ class Monitor:
         """Whether a step is written down."""
         return step % self.config.monitor.every == 0 or step == self.steps
 
-    def after_evaluation(self, step: int, samples: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of an evaluation down."""
-        self._write({"step": step, "samples": samples} | {f"val_{name}": value for name, value in metrics.items()})
-        if self.progress:
-            self.progress.evaluated(step, metrics)
-        self._restart_clock()
+    @contextmanager
+    def pause(self, kind: Pause) -> Iterator[None]:
+        """What is done in here is no training: it counts in the time left, and not in the images per second."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self.pace.pause(kind, seconds)
+        self.paused += seconds
+
+    def after_evaluation(self, step: int, samples: int, metrics: dict[str, float], seconds: float) -> None:
+        """Write the metrics of an evaluation down, which took so many *seconds*."""
+        self.metrics = metrics
+        values = {f"val_{name}": value for name, value in metrics.items()}
+        self._write("evaluation", {"step": step, "samples": samples, "seconds": round(seconds, 3)} | values)
+        self._show(step, self.line.get("loss"), at_once=True)
 
     def event(self, step: int, samples: int, facts: dict[str, Any], text: str) -> None:
         """Write *facts* down, and print *text*."""
-        self._write({"step": step, "samples": samples} | facts)
+        self._write("event", {"step": step, "samples": samples} | facts)
         self.say(text)
 
     def close(self) -> None:
         """Stop drawing; also when the run ends by an error."""
-        if self.progress:
-            self.progress.bar.stop()
+        self.display.close()
         if self.file:
             self.file.close()
             self.file = None
@@ -120,8 +147,8 @@ class Monitor:
         """
         if note:
             self.say(note)
-        if accuracy := accuracy_text(metrics):
-            self.say(f"validation {accuracy}")
+        if text := metric_text(metrics):
+            self.say(f"validation {text}")
         self.say(f"checkpoint  {folder}")
         self.say("resume      run the same command again (more steps: --train.epochs or --train.steps)")
         self.say(f"evaluate    bigvision eval {folder}")
@@ -132,14 +159,26 @@ class Monitor:
         else:
             self.say(f'load        accelerate.load_checkpoint_in_model(model, "{folder}")')
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _show(self, step: int, loss: float | None, at_once: bool = False) -> None:
+        if self.display.shown:
+            facts = facts_of(self.line | {"loss": loss}, self.metrics)
+            left = self.pace.left(step, self.steps, self.config.train.global_batch, self.forecast)
+            self.display.step(step, self.steps, facts, left, at_once)
+
+    def _write(self, kind: str, line: dict[str, Any]) -> None:
+        line["time"] = round(time.time(), 3)
         if self.file:
             # JSON has no word for what is not finite.
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             self.file.write(json.dumps(finite) + "\n")
+            self.trackers.put(kind, finite)
+
+    def _elapsed(self) -> float:
+        """Seconds of training since the last line."""
+        return time.perf_counter() - self.since - self.paused
 
     def _restart_clock(self) -> None:
-        self.since, self.seen, self.taken = time.perf_counter(), 0, 0
+        self.since, self.paused, self.seen, self.taken = time.perf_counter(), 0.0, 0, 0
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -139,21 +139,47 @@ class StageMemory:
         return [self.capacity * need / sum(needs[mate] for mate in there) for need, there in zip(needs, mates)]
 
 
-def micro_batches_kept(name: str, placement: Placement, count: int) -> list[int]:
-    """How many of *count* micro-batches each stage keeps at the moment at which the stages of its rank together keep most."""
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a micro-batch through a stage."""
+
+    stage: int
+    kind: str
+    """F: forward. B: backward. I and W: backward for what entered, and then for the weights."""
+    micro_batch: int
+
+
+def passes_of(name: str, placement: Placement, count: int) -> dict[int, list[Pass]]:
+    """The passes of each rank of a pipeline with *count* micro-batches, in torch's order."""
     schedule, total = torch_schedule(name, placement, count), placement.stages
     if schedule in ONE_STAGE:
-        return [count if schedule == "gpipe" else min(count, total - stage) for stage in range(total)]
-    # torch makes the order of the passes of all ranks out of these numbers alone.
-    fields = {"num_stages": total, "group_size": placement.ranks, "group_rank": 0, "submod": None, "is_last": False}
-    stages: Any = [SimpleNamespace(**fields) for _ in range(placement.per_rank)]
-    kept = [0] * total
-    for actions in SCHEDULES[schedule](stages, count).pipeline_order.values():
+        order = SCHEDULES[schedule]._get_pipeline_order(SimpleNamespace(_num_stages=total, _n_microbatches=count))  # type: ignore
+    else:
+        # torch makes the order of the passes of all ranks out of these numbers alone.
+        fields = {"num_stages": total, "group_size": placement.ranks, "group_rank": 0, "submod": None, "is_last": False}
+        stages: Any = [SimpleNamespace(**fields) for _ in range(placement.per_rank)]
+        order = SCHEDULES[schedule](stages, count).pipeline_order
+    return {
+        rank: [
+            Pass(one.stage_index, one.computation_type.value, one.microbatch_index)
+            for action in actions
+            if action is not None
+            for one in action.sub_actions or (action,)
+            if one.computation_type.value in ("F", "B", "I", "W")
+        ]
+        for rank, actions in order.items()
+    }
+
+
+def micro_batches_kept(name: str, placement: Placement, count: int) -> list[int]:
+    """How many of *count* micro-batches each stage keeps at the moment at which the stages of its rank together keep most."""
+    kept = [0] * placement.stages
+    for passes in passes_of(name, placement, count).values():
         most: Counter[int] = Counter()
         now: Counter[int] = Counter()
-        for action in (one for each in actions if each is not None for one in each.sub_actions or (each,)):
+        for one in passes:
             # A backward pass for inputs alone keeps what the one for weights needs.
-            now[action.stage_index] += {"F": 1, "B": -1, "W": -1}.get(action.computation_type.value, 0)
+            now[one.stage] += {"F": 1, "B": -1, "W": -1}.get(one.kind, 0)
             if now.total() > most.total():
                 most = now.copy()
         for stage in most:

@@ -32,10 +32,13 @@ from bigvision.models import (
     given_card,
     given_name,
     model_card,
+    training_flops,
 )
 from bigvision.optim import freeze
+from bigvision.planning.hardware import device_named
 from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
 from bigvision.tasks import Task, build_task, task_name
+from bigvision.training.callbacks import Patience
 from bigvision.training.data import BAD_SAMPLES, Data, Given, open_data, prepare_task
 from bigvision.training.run_folder import (
     Starts,
@@ -64,6 +67,8 @@ class Build:
     """timm's model card, config.json of every checkpoint."""
     steps: int
     """Optimizer steps of the whole run."""
+    metrics: tuple[str, ...]
+    """Names of those of an evaluation."""
     facts: dict[str, Any]
     """The fingerprints of the data, for progress.json of every checkpoint (see `run_folder`)."""
     accept: Callable[[Checkpoint], None]
@@ -86,6 +91,9 @@ def build(
     out = Path(config.out)
 
     learned = all_or_none(lambda: build_task(config.task, task))
+    metrics = learned.metrics
+    if config.ema.decay is not None and config.ema.evaluate:
+        metrics += tuple(f"ema_{name}" for name in metrics)
 
     def check() -> None:
         for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
@@ -94,11 +102,9 @@ def build(
         check_engine(config, runtime, learned)
         if learned.teacher is not None:
             find_teacher(learned.teacher)
-        metrics = learned.metrics
-        if config.ema.decay is not None and config.ema.evaluate:
-            metrics += tuple(f"ema_{name}" for name in metrics)
         if (best := config.checkpoint.keep_best) is not None and best not in metrics:
             raise UserError(f"checkpoint.keep_best: {best} is no metric of this run: use {either(metrics)}")
+        Patience(config, metrics)
 
     # Together, also where every rank would find the same by itself: one that left early would break the others' start.
     all_or_none(check)
@@ -158,7 +164,7 @@ def build(
 
     all_or_none(log_start)
     folder, progress = (found.folder, found.progress) if found else (None, {})
-    return Build(config, starts, engine, data, plan, card, steps, facts, accept, folder, progress)
+    return Build(config, starts, engine, data, plan, card, steps, metrics, facts, accept, folder, progress)
 
 
 def take_folder(out: Path, runtime: Runtime, stack: ExitStack, say: Callable[[str], None]) -> None:
@@ -222,6 +228,9 @@ def build_model(
         return plan, blocks, card
 
     plan, blocks, card = all_or_none(plan_model)
+    if trains and runtime.is_main and peak_flops(config, runtime) is not None:
+        sizes = {plan.image_size, *(pair(stage.image_size) for stage in config.data.resize_schedule)}
+        plan.flops = {size: training_flops(plan.module, (plan.in_chans, *size)) for size in sizes}
     engine = build_engine(config, plan, blocks, learned, runtime, steps, restored, trains)
     for note in engine.notes:
         say(note)
@@ -229,6 +238,14 @@ def build_model(
         engine.teacher = build_teacher(learned, config, plan, outputs, classes, runtime)
         say(f"task.teacher: {learned.teacher}, fingerprint {engine.teacher.fingerprint}")
     return engine, plan, card
+
+
+def peak_flops(config: Config, runtime: Runtime) -> float | None:
+    """FLOPs that all devices together have in a second by their datasheet; None where they are not known."""
+    if runtime.device.type != "cuda" or (device := device_named(torch.cuda.get_device_name(runtime.device))) is None:
+        return None
+    peak = device.flops.get(config.parallel.precision.removeprefix("amp_"))
+    return None if peak is None else peak * runtime.world_size
 
 
 def build_teacher(

@@ -286,8 +286,8 @@ class Validation(Iterator[Batch]):
                 ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device,
                 collate=data.task.collate,
             )  # fmt: skip
-        number = -(-len(source) // (batch * runtime.data_ranks))
-        self.relayed = _relayed(self.batches, runtime, number)
+        self.number = -(-len(source) // (batch * runtime.data_ranks))
+        self.relayed = _relayed(self.batches, runtime, self.number)
 
     def __next__(self) -> Batch:
         return next(self.relayed)

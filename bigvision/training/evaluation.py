@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from bigvision import checkpoint
 from bigvision.config import Config
 from bigvision.engine import Engine
 from bigvision.errors import UserError
 from bigvision.models import Blueprint, check_model, classifier_layers
+from bigvision.monitor import Display
 from bigvision.runtime import (
     Runtime,
     Watchdog,
@@ -48,6 +50,7 @@ class Ready:
     blueprint: Blueprint
     runtime: Runtime
     watch: Watchdog
+    display: Display
 
     def evaluate(self, report: dict[str, Any] | None = None) -> dict[str, float]:
         """The mean metrics over the validation data; of a task that learns nothing, what it makes of the features of both.
@@ -65,7 +68,10 @@ class Ready:
             if report is not None:
                 report |= {"metrics": found}
             return found
-        metrics = evaluate(self.config, self.engine, self.data, self.blueprint, self.runtime, self.watch, report=report)
+        metrics = evaluate(
+            self.config, self.engine, self.data, self.blueprint, self.runtime, self.watch, report=report,
+            track=lambda batches, total: self.display.batches("evaluation", batches, total),
+        )  # fmt: skip
         assert metrics is not None
         return metrics
 
@@ -75,7 +81,7 @@ class Ready:
         places: list[tuple[int, Any]] = []
         batches = Validation(self.config, self.data, self.blueprint, self.runtime, engine.eval_batch, split)
         try:
-            for batch in batches:
+            for batch in self.display.batches(f"features of data.{split}", batches, batches.number):
                 self.watch.waits_for_data(False)
                 scores = engine.predict_step(batch)
                 if batch.targets.ndim != 1:
@@ -136,6 +142,7 @@ def restored(folder: Path, config: Config, open_it: Opener, say: Say, ema: bool 
         Watchdog(config.limits) as watch,
         start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout) as runtime,
         watch.naming(),
+        closing(shown(config, runtime)) as display,
     ):
         warn_of_shared_memory(runtime, say)
         found = checkpoint.open_checkpoint(folder, config.checkpoint.verify, "checkpoint")
@@ -162,7 +169,7 @@ def restored(folder: Path, config: Config, open_it: Opener, say: Say, ema: bool 
                 fragments = [replace(fragment, group="ema") for fragment in fragments if fragment.name in averaged]
                 found.restore(fragments, groups=("ema",), without=without)
             engine.refresh()
-            yield Ready(config, engine, data, blueprint, runtime, watch)
+            yield Ready(config, engine, data, blueprint, runtime, watch, display)
 
 
 @contextmanager
@@ -179,6 +186,7 @@ def first_weights(
         Watchdog(config.limits) as watch,
         start(parallel.device, 1, 1, collective_timeout(config.limits)) as runtime,
         watch.naming(),
+        closing(shown(config, runtime)) as display,
     ):
         warn_of_shared_memory(runtime, say)
         all_or_none(lambda: check_model(config.model))
@@ -191,7 +199,12 @@ def first_weights(
             config, data.outputs, runtime, steps=1, say=say, channels=data.val.channels, trains=False, task=task
         )
         with closing(engine):
-            yield Ready(config, engine, data, blueprint, runtime, watch)
+            yield Ready(config, engine, data, blueprint, runtime, watch, display)
+
+
+def shown(config: Config, runtime: Runtime) -> Display:
+    """Progress on the error output: the other one has the metrics."""
+    return Display(Console(stderr=True, quiet=not runtime.is_main, highlight=False, soft_wrap=True), config.monitor.progress)
 
 
 def for_ranks(config: Config, ranks: int) -> Config:

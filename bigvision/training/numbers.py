@@ -116,6 +116,7 @@ class Numbers:
         batches.go_to(engine.step, engine.samples)
         metrics: dict[str, float] = found.progress["metrics"]
         saving.evaluated = found.progress.get("evaluated")
+        saving.patience.restore(found.progress.get("patience"))
         self.monitor.begin(engine.step, self.monitor.steps, metrics)
         facts = {"rolled_back": {"from_step": step, "passes_over": at} | asdict(spike)}
         words = f"step {step}: back to {found.folder.name}; the batch from sample {at} on will be passed over"

@@ -103,7 +103,7 @@ def predict(ready: Ready, asked: Prediction, say: Callable[[str], None] = lambda
     rows, files = Rows(source, table), _files(source) if asked.folder or asked.draw else []
     batches = Validation(ready.config, ready.data, ready.blueprint, runtime, engine.eval_batch)
     try:
-        for batch in batches:
+        for batch in ready.display.batches("prediction", batches, batches.number):
             ready.watch.waits_for_data(False)
             scores = engine.predict_step(batch, mirrored=asked.tta == "flip")
             mine = partial(_predicted, engine.task, scores, batch, source.classes, asked, files)

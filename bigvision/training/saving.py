@@ -1,14 +1,13 @@
-"""When a run is saved and what of it, after a comparison of what several ranks hold alike; and the caller's callbacks."""
+"""When a run is saved and what of it, after a comparison of what several ranks hold alike; and when it ends."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,36 +18,19 @@ from bigvision.checkpoint import Retention, Saver, folder_name
 from bigvision.config import CheckpointConfig, Config, parse_size
 from bigvision.engine import Engine
 from bigvision.fragments import DOWN, UP, Fragment, checksum
-from bigvision.runtime import RankFailure, Runtime, all_or_none, from_main, gather_json
+from bigvision.runtime import Runtime, all_or_none, from_main, gather_json
 from bigvision.signals import SIGNALS
 from bigvision.training.build import Build
+from bigvision.training.callbacks import Callbacks, Event, Patience
 from bigvision.training.run_folder import Say
 
 SHOWN = 4
 """Tensors that an error names."""
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that a run has done."""
-
-    kind: Literal["step", "evaluation", "checkpoint", "end"]
-    """step: a line of metrics.jsonl was written, each `monitor.every` steps and at the last. evaluation: all of the validation
-    data was seen. checkpoint: one is complete on the disk. end: the run is over, or stopped by a signal, and its last
-    checkpoint is complete."""
-    step: int
-    """Optimizer steps taken so far; of a checkpoint, the step that it holds."""
-    metrics: dict[str, Any] = field(default_factory=dict)
-    """Plain numbers. step: the line. evaluation and end: loss, top1, ... of the evaluation. checkpoint: empty."""
-    folder: Path | None = None
-    """checkpoint and end: the step's folder."""
-
-
-Callback = Callable[[Event], object]
-
-
 class Saving:
-    """Saves a run by steps, by epochs, by minutes and when asked to. Every rank has one and calls all of its methods.
+    """Saves a run by steps, by epochs, by minutes and when asked to, and knows when it ends early. Every rank has one and calls
+    all of its methods.
 
     A save in the background that failed is raised on every rank as a `RankFailure`, by whichever method hears of it first.
     """
@@ -77,6 +59,14 @@ class Saving:
         self.requested = False
         self.stopped_by = ""
         """The signal that asked any rank to stop, once all ranks know of it."""
+        self.ended_by = ""
+        """Why the run ends before its last step, evaluated and saved, once all ranks know of it."""
+        self.patience = Patience(self.config, run.metrics)
+        self.patience.restore(run.progress.get("patience"))
+        owed = run.progress.get("evaluation_owed", False)
+        if run.engine.step < run.steps:
+            # What ended it is forgotten once its last evaluation was done: a callback may let the same run go on later.
+            self.ended_by = self.patience.why() or (run.progress.get("ending", "") if owed else "")
         self.since = time.monotonic()
 
     def requests(self) -> frozenset[str]:
@@ -86,7 +76,8 @@ class Saving:
         if SIGNALS.save or late:
             self.asking, SIGNALS.save = True, False
         failed = self.saver.failed or self.callbacks.failure is not None
-        names = {"save": self.asking, "stop": bool(SIGNALS.stop), "failure": failed}
+        ends = bool(self.callbacks.stopped_by) and not self.ended_by
+        names = {"save": self.asking, "stop": bool(SIGNALS.stop), "failure": failed, "end": ends}
         return frozenset(name for name, wish in names.items() if wish)
 
     def hear(self, requests: set[str]) -> bool:
@@ -101,6 +92,8 @@ class Saving:
             self.requested, self.asking = True, False
         if "stop" in requests and not self.stopped_by:
             self.stopped_by = next(name for name in gather_json(SIGNALS.stop) if name)
+        if "end" in requests and not self.ended_by:
+            self.ended_by = self.callbacks.why()
         return bool(self.stopped_by)
 
     def ask(self) -> None:
@@ -108,20 +101,28 @@ class Saving:
         self.hear({name for names in gather_json(sorted(self.requests())) for name in names})
 
     def take(self, metrics: dict[str, float]) -> None:
-        """Take note of the evaluation of the step just taken, and ask for a save where it is the best so far.
+        """Take note of the evaluation of the step just taken: ask for a save where it is the best so far, end where patience is
+        exhausted.
 
         Every rank has the same metrics.
         """
         self.evaluated, name = self.engine.step, self.config.checkpoint.keep_best
+        self.patience.take(self.engine.step, metrics)
+        self.ended_by = self.ended_by or self.patience.why()
         if name is None or not math.isfinite(value := metrics[name]):
             return
         if self.best is None or checkpoint.sign(name) * value > checkpoint.sign(name) * self.best:
             self.best, self.requested = value, True
 
+    @property
+    def over(self) -> bool:
+        """Whether the step just taken is this start's last one."""
+        return bool(self.stopped_by or self.ended_by)
+
     def due(self, epoch_ended: bool) -> bool:
         """Whether the step just taken is to be saved; the same on every rank."""
         plan = self.config.checkpoint
-        if self.requested or self.stopped_by:
+        if self.requested or self.over:
             return True
         return epoch_ended and plan.minutes is None if plan.every is None else self.engine.step % plan.every == 0
 
@@ -135,7 +136,8 @@ class Saving:
         if self.config.faults.digest_every is not None:
             check_copies(engine)
         progress = progress_of(engine, self.config, metrics, self.evaluated)
-        progress |= {"evaluation_owed": owed, "faults": self.faults(), "data": self.run.facts}
+        progress |= {"evaluation_owed": owed, "ending": self.ended_by, "patience": self.patience.state()}
+        progress |= {"faults": self.faults(), "data": self.run.facts}
         self.saver.save(engine.step, engine.fragments(), {"config.json": self.run.card, "progress.json": progress})
         self.saved, self.requested, self.since = engine.step, False, time.monotonic()
         self.unreported.append(engine.step)
@@ -172,39 +174,6 @@ def progress_of(engine: Engine, config: Config, metrics: dict[str, float], evalu
         "evaluated": evaluated,
         "config": config.to_dict(),
     } | ({"trained": beside} if config.model.lora else {})
-
-
-class Callbacks:
-    """Calls the functions on rank 0. Every rank has one and calls :meth:`check`."""
-
-    def __init__(self, functions: Sequence[Callback], runtime: Runtime) -> None:
-        """Args: *functions* count on rank 0 only; the other ranks may have none."""
-        self.functions = functions if runtime.is_main else ()
-        self.failure: Exception | None = None
-        """What a function has raised on this rank. No function is called any more then."""
-
-    def notify(self, event: Event) -> None:
-        """Call the functions, in their order."""
-        try:
-            for function in self.functions if self.failure is None else ():
-                function(event)
-        except Exception as error:
-            self.failure = error
-
-    def check(self) -> None:
-        """End the run on all ranks where a function has raised. Called on all ranks when one asks, and at the end.
-
-        Rank 0 raises the function's own error, the others a `RankFailure` that repeats it; a `UserError` is raised everywhere.
-        """
-
-        def fail() -> None:
-            if self.failure is not None:
-                raise self.failure
-
-        try:
-            all_or_none(fail)
-        except RankFailure as error:
-            raise self.failure or error from None
 
 
 class Corruption(Exception):

@@ -6,22 +6,24 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bigvision import checkpoint
-from bigvision.config import Config
-from bigvision.data import StepBatch
+from bigvision.config import Config, train_size
+from bigvision.data import Batch, StepBatch
 from bigvision.engine import Engine, Metrics, StepResult
 from bigvision.errors import Stopped, UserError
 from bigvision.models import Blueprint, GivenModel
-from bigvision.monitor import Monitor, read_lines
+from bigvision.monitor import Forecast, Monitor, Tracker, Trackers, open_trackers, read_lines
 from bigvision.runtime import (
     Runtime,
     Watchdog,
+    all_or_none,
     collective_timeout,
     deterministic,
     from_main,
@@ -29,12 +31,15 @@ from bigvision.runtime import (
 )
 from bigvision.signals import listening, until_ranks_meet
 from bigvision.tasks import Task
-from bigvision.training.build import Build, build, with_model, with_task
+from bigvision.training.build import Build, build, peak_flops, with_model, with_task
+from bigvision.training.callbacks import Callback, Callbacks, Event
 from bigvision.training.data import Data, Feed, Validation, with_data
 from bigvision.training.numbers import Numbers
 from bigvision.training.run_folder import explain_errors
-from bigvision.training.saving import Callback, Callbacks, Event, Saving, check_copies
+from bigvision.training.saving import Saving, check_copies
 
+PLAN = "plan.json"
+"""In the output folder: what was predicted of the run."""
 EVALUATION = "evaluation.json"
 """In the output folder: what the task says of the last evaluation, such as each class's accuracy."""
 
@@ -50,11 +55,17 @@ class Result:
     """Of the last evaluation."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """The lines of metrics.jsonl, also those of starts before this one; on rank 0, which writes them."""
+    reason: str = ""
+    """Why the run ended before its last step: patience, or a callback that returned `STOP`."""
+
+
+Track = Callable[[Iterable[Batch], int], Iterable[Batch]]
+"""Yields batches, of which there are so many, and shows how far they are; see `Display.batches`."""
 
 
 def train_on_rank(
     config: Config, data: Any = None, val: Any = None, *, model: GivenModel | None = None,
-    task: Task | None = None, callbacks: Sequence[Callback] = (), began: float | None = None,
+    task: Task | None = None, callbacks: Sequence[Callback] = (), trackers: Sequence[Tracker] = (), began: float | None = None,
 ) -> Result:  # fmt: skip
     """Train, evaluate and save as *config* says, from the newest checkpoint or from the start. Run on every rank.
 
@@ -65,7 +76,8 @@ def train_on_rank(
             ``data.val`` name; both or none.
         model: your own module, or a function that builds one, in the place of what ``model.name`` names.
         task: your own, in the place of what ``task.name`` names.
-        callbacks: called on rank 0 with an `Event`.
+        callbacks: called on rank 0 with an `Event`; one that returns `STOP` ends the run well.
+        trackers: get the records of the run on rank 0, beside those that ``monitor.trackers`` names.
         began: the `time.monotonic()` from which the seconds to the first step are counted; by default now.
 
     Raises:
@@ -78,28 +90,36 @@ def train_on_rank(
     parallel = config.parallel
     with ExitStack() as stack:
         stack.enter_context(listening())
+        # Trackers end last: nobody waits for this rank any more.
+        fed = Trackers()
+        stack.push(fed.ended)
         # Before CUDA and the process group start, and around what names other ranks' errors.
         stack.enter_context(deterministic(config.train.deterministic, parallel.device))
         watch = stack.enter_context(Watchdog(config.limits, Path(config.out) / "stacks"))
         with until_ranks_meet():
             timeout = collective_timeout(config.limits)
             runtime = stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout))
-        monitor = Monitor(config, runtime, began)
+        monitor = Monitor(config, runtime, began, fed)
         stack.callback(monitor.close)
         notified = Callbacks(callbacks, runtime)
         with watch.naming():
+            opened = all_or_none(lambda: open_trackers(config, trackers) if runtime.is_main else [])
             run = build(config, runtime, monitor.say, stack, given, model, task)
             with explain_errors(run.config, run.engine, run.blueprint, runtime, run.starts):
+                fed.start(opened, monitor.say)
                 loop = Loop(run, runtime, monitor, watch, notified, stack)
                 loop.run_steps()
                 folder = loop.finish()
         monitor.close()
         if loop.unfinished:
             raise Stopped(loop.saving.stopped_by, run.engine.step, folder)
+        reason = loop.saving.ended_by if run.engine.step < run.steps else ""
+        if reason:
+            monitor.say(f"ended at step {run.engine.step} of {run.steps}: {reason}")
         timms = model is None and run.engine.task.model(run.config) is None
         monitor.farewell(folder, loop.metrics, run.data.bad.summary(), config.model.lora is not None, timms)
         history = read_history(config.out) if runtime.is_main else []
-        return Result(run.engine.step, folder, loop.metrics, history)
+        return Result(run.engine.step, folder, loop.metrics, history, reason)
 
 
 class Loop:
@@ -123,6 +143,7 @@ class Loop:
         self.numbers = Numbers(run, monitor)
         self.saving = Saving(run, runtime, monitor.say, callbacks, self.numbers.state)
         stack.callback(self.saving.saver.close)
+        monitor.forecast = forecast(run, runtime)
         monitor.begin(engine.step, run.steps, self.metrics)
         if config.faults.rollback and not from_main(checkpoint.steps_in(Path(config.out))):
             self.saving.save(self.metrics)  # a run that may have to go back needs a checkpoint from its beginning
@@ -130,7 +151,7 @@ class Loop:
         """Steps whose numbers were not read, each with the seconds that its batch was waited for."""
 
     def run_steps(self) -> None:
-        """Train to the last step, or until a signal asks to stop.
+        """Train to the last step, or until a signal asks to stop, a callback to end or patience is exhausted.
 
         A step is read while the next one runs, so a request or a spike is known one step later; before an evaluation, a
         checkpoint or a digest everything is read.
@@ -142,7 +163,7 @@ class Loop:
             self.measure()
             if saving.requested:
                 self.save()
-        while engine.step < self.steps and not saving.stopped_by:
+        while engine.step < self.steps and not saving.over:
             self.watch.beat("step", engine.step + 1)
             self._launch(next(self.batches))
             step, last = engine.step, engine.step == self.steps
@@ -156,13 +177,16 @@ class Loop:
                 continue  # rolled back
             if digests and not newest.skipped:
                 check_copies(engine)
-            if (saving.requested or saving.stopped_by) and not self._read(0):
+            if (saving.requested or saving.over) and not self._read(0):
                 continue
-            if evaluates:
+            if evaluates or saving.ended_by:
                 self.measure()
-            if saves or saving.requested or saving.stopped_by:
+            if saves or saving.requested or saving.over:
                 self.save()
             saving.report()
+        if saving.ended_by and not saving.stopped_by and saving.evaluated != engine.step:
+            self.measure()  # rolled back after a callback asked to end
+            self.save()
 
     def _launch(self, batch: StepBatch) -> None:
         """Take a step whose numbers are read later."""
@@ -192,40 +216,47 @@ class Loop:
 
     def measure(self) -> None:
         """Evaluate, unless a signal asks to stop."""
-        found, report = None, dict[str, Any]()
-        if not self.saving.stopped_by:
-            found = self._evaluated(report)
-        if found is not None and self.engine.ema is not None and self.config.ema.evaluate:
-            with self.engine.averaged():
-                other = self._evaluated(averaged := {})
-            found = None if other is None else found | {f"ema_{name}": value for name, value in other.items()}
-            report |= {"ema": averaged}
+        found, report, began = None, dict[str, Any](), time.monotonic()
+        with self.monitor.pause("evaluation"):
+            if not self.saving.stopped_by:
+                found = self._evaluated(report, "evaluation")
+            if found is not None and self.engine.ema is not None and self.config.ema.evaluate:
+                with self.engine.averaged():
+                    other = self._evaluated(averaged := {}, "evaluation of the average")
+                found = None if other is None else found | {f"ema_{name}": value for name, value in other.items()}
+                report |= {"ema": averaged}
         self.owed = found is None
-        if found is not None:
-            self.metrics = found
-            if self.runtime.is_main:
-                about = {"step": self.engine.step, "samples": self.engine.samples}
-                try:
-                    write_report(Path(self.config.out) / EVALUATION, about | report)
-                except UserError as error:
-                    self.monitor.say(str(error))  # no reason to end a run
-            self.saving.take(found)
-            self.monitor.after_evaluation(self.engine.step, self.engine.samples, found)
-            self.callbacks.notify(Event("evaluation", self.engine.step, found))
+        if found is None:
+            return
+        self.metrics = found
+        if self.runtime.is_main:
+            about = {"step": self.engine.step, "samples": self.engine.samples}
+            try:
+                write_report(Path(self.config.out) / EVALUATION, about | report)
+            except UserError as error:
+                self.monitor.say(str(error))  # no reason to end a run
+        self.saving.take(found)
+        self.monitor.after_evaluation(self.engine.step, self.engine.samples, found, time.monotonic() - began)
+        self.callbacks.notify(Event("evaluation", self.engine.step, found))
+        self.saving.ask()  # a callback that ends the run after an evaluation ends it here
 
-    def _evaluated(self, report: dict[str, Any]) -> dict[str, float] | None:
+    def _evaluated(self, report: dict[str, Any], what: str) -> dict[str, float] | None:
         run = self.run
-        return evaluate(self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving, report)
+        return evaluate(
+            self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving, report,
+            lambda batches, total: self.monitor.display.batches(what, batches, total),
+        )  # fmt: skip
 
     def save(self) -> None:
         """Begin to save the run as it stands."""
         self.watch.beat("save", self.engine.step)
-        self.saving.save(self.metrics, self.owed)
+        with self.monitor.pause("save"):
+            self.saving.save(self.metrics, self.owed)
 
     @property
     def unfinished(self) -> bool:
         """Whether there is something left to do: a signal asked to stop."""
-        return self.engine.step < self.steps or self.owed
+        return self.owed or (self.engine.step < self.steps and not self.saving.ended_by)
 
     def finish(self) -> Path:
         """Return the folder of the last step, once it is on the disk."""
@@ -241,14 +272,51 @@ class Loop:
         return folder
 
 
+def forecast(run: Build, runtime: Runtime) -> Forecast:
+    """What is known of *run* before its first step."""
+    config, plan, length = run.config, run.blueprint, len(run.data.train)
+    end = run.engine.samples + (run.steps - run.engine.step) * config.train.global_batch
+    evaluations = 2 if run.engine.ema is not None and config.ema.evaluate else 1
+    memory = None
+    if runtime.device.type == "cuda":  # elsewhere what is measured has the program too
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            memory = int(json.loads(Path(config.out, PLAN).read_bytes())["memory"]["peak"])
+    return Forecast(
+        partial(to_come, config=config, steps=run.steps, samples=end, length=length),
+        len(run.data.val) * evaluations,
+        lambda step: plan.flops.get(train_size(config.data, plan.image_size, step - 1, run.steps)),
+        peak_flops(config, runtime),
+        memory,
+    )
+
+
+def to_come(step: int, *, config: Config, steps: int, samples: int, length: int) -> tuple[int, int]:
+    """How many evaluations, and saves by steps and epochs, follow after *step* of a run's *steps*.
+
+    At its end it will have consumed so many *samples*; an epoch has *length*.
+    """
+    plan, every, minutes = config.train, config.checkpoint.every, config.checkpoint.minutes
+    left = steps - step
+    epochs = min(left, samples // length - (samples - left * plan.global_batch) // length)
+    last_ends_one = samples % length < plan.global_batch
+
+    def count(every: int | None, epochs: int, last: bool) -> int:
+        """By steps or by epochs; and the last step, where it is not among them."""
+        found, among = (epochs, last) if every is None else (steps // every - step // every, steps % every == 0)
+        return found + (left > 0 and not among)
+
+    saves = count(every, epochs, last_ends_one) if every or not minutes else int(left > 0)
+    return count(plan.eval_every, epochs, last_ends_one), saves
+
+
 def evaluate(
     config: Config, engine: Engine, data: Data, blueprint: Blueprint, runtime: Runtime, watch: Watchdog,
-    saving: Saving | None = None, report: dict[str, Any] | None = None,
+    saving: Saving | None = None, report: dict[str, Any] | None = None, track: Track = lambda batches, total: batches,
 ) -> dict[str, float] | None:  # fmt: skip
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
 
     What the task says beyond them is put into *report*. *saving* exchanges requests with each batch; where any rank was asked
-    to stop, the evaluation is broken off, and None is returned.
+    to stop, the evaluation is broken off, and None is returned. *track* shows progress.
     """
     watch.beat("evaluate", engine.step)
     engine.synchronize()
@@ -256,7 +324,7 @@ def evaluate(
     batches = Validation(config, data, blueprint, runtime, engine.eval_batch)
     try:
         total = None
-        for batch in batches:
+        for batch in track(batches, batches.number):
             watch.waits_for_data(False)
             if saving:
                 engine.requests = saving.requests()

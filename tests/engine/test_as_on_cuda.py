@@ -126,7 +126,7 @@ def test_a_step_does_not_wait(tmp_path: Path, model: str, strategy: str, ranks: 
     name, parallel = more.get("optim", "adamw"), {key: value for key, value in more.items() if key != "optim"}
     plain = recipe(
         tmp_path, model, train=train, parallel={"strategy": strategy, **parallel}, ema={"decay": 0.99}, optim={"name": name},
-        monitor={"progress": False, "every": 1000}, data={"augment": False},  # which draws on the CPU, in this process
+        monitor={"progress": True, "every": 1000}, data={"augment": False},  # which draws on the CPU, in this process
     )  # fmt: skip
     for waits, sent, copies in run_ranks(watch_steps, ranks, plain, 2, 5):
         assert waits == {}

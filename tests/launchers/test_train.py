@@ -54,7 +54,7 @@ def test_forked_ranks_have_the_callers_objects_and_give_the_losses_of_one_proces
     assert (result.step, result.checkpoint) == (4, tmp_path / "two/step-00000004")
     assert logged(result) == losses(tmp_path / "two")
     events = note.read_text().splitlines()
-    line = "['grad_norm', 'images_per_second', 'loss', 'lr', 'peak_memory', 'samples', 'step']"
+    line = "['grad_norm', 'images_per_second', 'loss', 'lr', 'peak_memory', 'samples', 'step', 'time', 'waiting']"
     metrics = str(sorted(Classify.metrics))
     assert [text for text in events if " step " in text] == [f"0 step {step} {line} False" for step in (1, 2, 3, 4)]
     assert [text for text in events if " checkpoint " in text] == ["0 checkpoint 2 [] True", "0 checkpoint 4 [] True"]
