@@ -372,6 +372,10 @@ class MonitorConfig:
     """Show a progress bar (on rank 0); without a terminal a line for each evaluation."""
     every: int = 10
     """Steps between the training lines of metrics.jsonl; the last step always has one."""
+    report: bool = True
+    """Write report.html into `out`, again every 10 seconds while the run goes on, and at its end."""
+    report_images: int = 8
+    """Validation images that the report shows with what is predicted for them; 0 shows none."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Monitor:
         self.progress: ProgressBar | None = None
         self.file: IO[str] | None = None
         self.stragglers = Stragglers()
+        self.peaks: list[int] = []
+        """Of each rank, the most bytes that it has needed, for the report."""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -65,6 +67,7 @@ class Monitor:
         if not self.due(result.step):
             return None
         gathered = gather_json([_peak_memory(self.runtime.device), waited, result.seconds()])
+        self.peaks = [peak for peak, *_ in gathered]
         elapsed = time.perf_counter() - self.since
         slow, news = self.stragglers.take([Own(*rest) for _, *rest in gathered], self.taken, elapsed / self.taken)
         for text in news:
@@ -76,7 +79,7 @@ class Monitor:
             "lr": result.lr,
             "grad_norm": grad_norm,
             "images_per_second": round(self.seen / (time.perf_counter() - self.since), 2),
-            "peak_memory": max(peak for peak, *_ in gathered),
+            "peak_memory": max(self.peaks),
         }
         stragglers = {str(rank): round(seconds, 4) for rank, seconds in slow.items()}
         more = {"skipped": result.skipped, "bad_samples": bad, "stragglers": stragglers}
@@ -118,6 +121,8 @@ class Monitor:
         if accuracy := accuracy_text(metrics):
             self.say(f"validation {accuracy}")
         self.say(f"checkpoint  {folder}")
+        if self.config.monitor.report:
+            self.say(f"report      {self.path.parent / 'report.html'}")
         self.say("resume      run the same command again (more steps: --train.epochs or --train.steps)")
         self.say(f"evaluate    bigvision eval {folder}")
         if adapters:

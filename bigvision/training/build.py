@@ -34,6 +34,7 @@ from bigvision.models import (
     model_card,
 )
 from bigvision.optim import freeze
+from bigvision.redact import redacted
 from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
 from bigvision.tasks import Task, build_task, task_name
 from bigvision.training.data import BAD_SAMPLES, Data, Given, open_data, prepare_task
@@ -154,7 +155,8 @@ def build(
             if found and resume != "auto" and found.is_in(out):
                 checkpoint.set_aside_later(out, engine.step, say)
             record(config, facts, classes, found, resume, say)
-            checkpoint.replace(out / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+            saved = yaml.safe_dump(redacted(config.to_dict()), sort_keys=False)
+            checkpoint.replace(out / "run.yaml", saved.encode())
 
     all_or_none(log_start)
     folder, progress = (found.folder, found.progress) if found else (None, {})
