@@ -36,6 +36,7 @@ train: $(STAMP)  ## train on two ranks, by default recipes/digits.yaml: make tra
 	@$(TORCHRUN) launch/train.py $(ARGS)
 	@echo
 	@echo "Next:"
+	@echo "  open the page that is named above as report in a browser: curves, checkpoints, faults, classes, images"
 	@echo "  $(BIN)/bigvision train --data.train imagefolder:FOLDER --data.val imagefolder:FOLDER   # your images: FOLDER/CLASS/*.jpg"
 	@echo "  $(BIN)/bigvision train recipes/digits.yaml --print-config   # every setting, its value and where it comes from"
 	@echo "  make test   # does everything work on this machine?"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +59,8 @@ class Objects:
     task: Any = None
     data_named: bool = False
     """Whether the caller or the recipe has said what is trained on."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Where the value of each key came from, where that is known."""
 
     @property
     def none(self) -> bool:
@@ -122,7 +124,7 @@ def configured(
     config, origins = resolve(recipe, keywords=keywords, say=notes.append)
     if notes and identify(os.environ).rank == 0:
         print("\n".join(notes))
-    return config, Objects(**objects, data_named=origins["data.train"] != "default")
+    return config, Objects(**objects, data_named=origins["data.train"] != "default", origins=origins)
 
 
 class Engine:
@@ -499,15 +501,16 @@ def train(
 
     def work() -> Result:
         return training.train_on_rank(
-            made, objects.data, objects.val, model=objects.model, task=objects.task, callbacks=callbacks, trackers=trackers
-        )
+            made, objects.data, objects.val, model=objects.model, task=objects.task, callbacks=callbacks, trackers=trackers,
+            origins=objects.origins,
+        )  # fmt: skip
 
     if placement is None:
         return work()
     if dist.is_initialized():
         raise UserError("devices: this process is in a process group already: leave devices out to train on its ranks")
     if objects.none and not callbacks and not trackers:
-        return fresh_ranks(made.to_dict(), placement.ranks, placement.environment, max_restarts)
+        return fresh_ranks(made.to_dict(), placement.ranks, placement.environment, max_restarts, objects.origins)
     # Objects reach other processes only by a fork: they may be closures, open files, classes of a notebook.
     check_parent(placement.cuda)
     return forked_ranks(work, placement.ranks, placement.cuda, placement.environment, max_restarts, made.out)

@@ -11,6 +11,7 @@ import time
 import traceback
 
 from bigvision.errors import Exit, Stopped, UserError, nearest
+from bigvision.redact import without_secrets
 from bigvision.signals import listening
 
 USAGE = """usage: bigvision COMMAND ...
@@ -27,12 +28,14 @@ USAGE = """usage: bigvision COMMAND ...
   export STEP_FOLDER OUT [--format timm|hf|onnx]  write a checkpoint's weights for other tools, and run them
   recipe from-timm ARGS.yaml [--ranks N] [--out FILE]  turn the options of timm's train.py into a recipe
   checkpoint list|verify|diff|prune ...           look at checkpoints, check, compare and remove them
+  report RUN [--out FILE]                         write the page of a run's folder again
+  compare RUN RUN ... [--out FILE]                lay the curves of several runs over each other on one page
 
 --resume X is another spelling of --checkpoint.resume X; --deepspeed FILE and --deepspeed_config FILE are others of
 --parallel.deepspeed FILE. train, eval and predict run under every launcher of docs/launching.md.
 More: bigvision COMMAND --help. Versions, for a report: bigvision --version."""
 
-COMMANDS = ("train", "eval", "predict", "ray", "submit", "convert", "export", "recipe", "checkpoint")
+COMMANDS = ("train", "eval", "predict", "ray", "submit", "convert", "export", "recipe", "checkpoint", "report", "compare")
 GRACE = 5.0
 """Seconds that a silent rank leaves to the one that reports a mistake."""
 
@@ -54,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run(command, rest)
     except UserError as error:
         if _rank(local=True) == 0:  # every rank makes the same mistake; one per host reports it
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         else:
             # A launcher ends all ranks when one leaves, also the one that has not come to say why.
             time.sleep(GRACE)
@@ -101,6 +104,10 @@ def run(command: str, arguments: list[str]) -> int:
         from bigvision.models import convert
 
         return convert.run(arguments)
+    if command in ("report", "compare"):
+        from bigvision.launchers import compare
+
+        return compare.run(command, arguments)
     if command == "recipe":
         from bigvision.launchers import from_timm
 
@@ -131,7 +138,7 @@ def _train(arguments: list[str]) -> int:
         return Exit.DONE
     from bigvision.training import train_on_rank
 
-    train_on_rank(config, began=began)
+    train_on_rank(config, began=began, origins=origins)
     return Exit.DONE
 
 

@@ -63,7 +63,7 @@ def recipe(out: Path, model: str = "vit", **sections: dict[str, Any]) -> dict[st
         "parallel": {"strategy": "ddp", "precision": "fp32", "device": "cpu"},
         "train": {"steps": 20, "global_batch": 24, "micro_batch": 5, "eval_every": 1000},
         "checkpoint": {"every": 1000},
-        "monitor": {"progress": False, "every": 1},
+        "monitor": {"progress": False, "every": 1, "report": False},
     }
     for name, keys in sections.items():
         plain[name] = plain.get(name, {}) | keys

@@ -378,6 +378,10 @@ class MonitorConfig:
     """Show progress with the time left (on rank 0): a bar in a terminal, else a line twice a minute and for each evaluation."""
     every: int = 10
     """Steps between the training lines of metrics.jsonl; the last step always has one."""
+    report: bool = True
+    """Write report.html into `out`, again every 10 seconds while the run goes on, and at its end."""
+    report_images: int = 8
+    """Validation images that the report shows with what is predicted for them; 0 shows none."""
     trackers: tuple[str, ...] = ()
     """Where the lines of metrics.jsonl go too: tensorboard, wandb, mlflow, trackio; e.g. [tensorboard]. Each is an extra of the
     package: pip install 'bigvision[tensorboard]'."""

@@ -261,12 +261,21 @@ class Engine:
 
     # Evaluation.
 
-    def eval_step(self, batch: Batch) -> Metrics:
-        """Return metrics of all ranks' batches. Every rank calls it with as many samples; padding is not counted."""
+    def eval_step(self, batch: Batch, also: Callable[[Any, Batch], object] | None = None) -> Metrics:
+        """Return metrics of all ranks' batches. Every rank calls it with as many samples; padding is not counted.
+
+        *also* is called with the model's outputs and the samples that they are of, where this rank has outputs.
+        """
         self._set_mode(training=False)
         with torch.no_grad(), no_autocast(self.runtime.device):
             sums = torch.zeros(self.task.sums + 1, dtype=torch.float64, device=self.runtime.device)
-            self._evaluate(self._on_device(batch), lambda outputs, part: sums.add_(self._measured(outputs, part)))
+
+            def take(outputs: Any, part: Batch) -> None:
+                sums.add_(self._measured(outputs, part))
+                if also is not None:
+                    also(outputs, part)
+
+            self._evaluate(self._on_device(batch), take)
             totals = reduce_with(self.requests, sums)
         count, rows, self._rows = self.task.sums, tuple(self._rows), []
         return Metrics(self.task, totals[:count], totals[count], Record(totals[count + 1 :]), rows)

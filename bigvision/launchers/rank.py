@@ -86,7 +86,7 @@ def main(folder: Path) -> int:
         from bigvision.config import load_config
         from bigvision.training import train_on_rank
 
-        return train_on_rank(load_config(job["config"]))
+        return train_on_rank(load_config(job["config"]), origins=job["origins"])
 
     return serve(folder, work, job["parent"])
 

@@ -130,13 +130,16 @@ def cuda_devices() -> int:
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def fresh_ranks(config: Mapping[str, Any], count: int, variables: Mapping[str, str], max_restarts: int) -> Result:
-    """Train on *count* new interpreters, to which only the plain configuration goes; see `_outcome`."""
+def fresh_ranks(
+    config: Mapping[str, Any], count: int, variables: Mapping[str, str], max_restarts: int, origins: Mapping[str, str]
+) -> Result:
+    """Train on *count* new interpreters, to which only the plain configuration goes, with the *origins* of its values; see
+    `_outcome`."""
     # New interpreters find this package also where it is not installed.
     root, before = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
     installed = root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
     found = {} if installed else {"PYTHONPATH": os.pathsep.join([root, *([before] if before else [])])}
-    job = {"config": config, "environment": dict(variables), "parent": os.getpid()}
+    job = {"config": config, "environment": dict(variables), "parent": os.getpid(), "origins": dict(origins)}
     with tempfile.TemporaryDirectory(prefix="bigvision-", ignore_cleanup_errors=True) as folder, environment(found):
         Path(folder, rank.JOB).write_text(json.dumps(job), encoding="utf-8")
         # -P: the working directory is not searched before installed packages.

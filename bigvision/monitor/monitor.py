@@ -42,6 +42,8 @@ class Monitor:
         """The last one of a logged step."""
         self.file: IO[str] | None = None
         self.stragglers = Stragglers()
+        self.peaks: list[int] = []
+        """Of each rank, the most bytes that it has needed, for the report."""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -79,6 +81,7 @@ class Monitor:
             self._show(result.step, loss)
             return None
         gathered = gather_json([_peak_memory(self.runtime.device), waited, result.seconds()])
+        self.peaks = [peak for peak, *_ in gathered]
         elapsed = self._elapsed()
         slow, news = self.stragglers.take([Own(*rest) for _, *rest in gathered], self.taken, elapsed / self.taken)
         for text in news:
@@ -91,7 +94,7 @@ class Monitor:
             "lr": result.lr,
             "grad_norm": grad_norm,
             "images_per_second": round(self.seen / elapsed, 2),
-            "peak_memory": max(peak for peak, *_ in gathered),
+            "peak_memory": max(self.peaks),
             "waiting": round(min(1.0, waiting / elapsed), 4),
         }
         flops, peak = self.forecast.flops_per_image(result.step), self.forecast.peak_flops
@@ -150,6 +153,8 @@ class Monitor:
         if text := metric_text(metrics):
             self.say(f"validation {text}")
         self.say(f"checkpoint  {folder}")
+        if self.config.monitor.report:
+            self.say(f"report      {self.path.parent / 'report.html'}")
         self.say("resume      run the same command again (more steps: --train.epochs or --train.steps)")
         self.say(f"evaluate    bigvision eval {folder}")
         if adapters:

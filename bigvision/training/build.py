@@ -36,6 +36,7 @@ from bigvision.models import (
 )
 from bigvision.optim import freeze
 from bigvision.planning.hardware import device_named
+from bigvision.redact import redacted
 from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
 from bigvision.tasks import Task, build_task, task_name
 from bigvision.training.callbacks import Patience
@@ -160,7 +161,8 @@ def build(
             if found and resume != "auto" and found.is_in(out):
                 checkpoint.set_aside_later(out, engine.step, say)
             record(config, facts, classes, found, resume, say)
-            checkpoint.replace(out / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+            saved = yaml.safe_dump(redacted(config.to_dict()), sort_keys=False)
+            checkpoint.replace(out / "run.yaml", saved.encode())
 
     all_or_none(log_start)
     folder, progress = (found.folder, found.progress) if found else (None, {})

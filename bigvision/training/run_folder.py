@@ -31,6 +31,7 @@ from bigvision.engine import Engine
 from bigvision.errors import Stopped, UserError, lacks_memory, one_line
 from bigvision.models import Blueprint
 from bigvision.monitor import append_line, read_lines
+from bigvision.redact import redacted, without_secrets
 from bigvision.runtime import RankFailure, Runtime, all_or_none, from_main
 from bigvision.training.data import Data
 
@@ -100,7 +101,7 @@ class Starts:
             repeats = isinstance(error, (RankFailure, dist.DistError)) or any(mark in str(error) for mark in OF_OTHERS)
             if not repeats and self.path.exists():
                 step = self.engine.step if self.engine is not None else -1
-                words = f"{type(error).__name__}: {one_line(error)[:500]}"
+                words = redacted(f"{type(error).__name__}: {one_line(error)}")[:500]
                 fix = {"micro_batch": self.smaller} if self.smaller is not None else {}
                 self._write({"crash": step, "rank": self.runtime.rank, "error": words} | fix)
             raise
@@ -341,7 +342,7 @@ def read_lineage(out: Path) -> dict[str, Any]:
 
 def _changes(before: Any, config: Config) -> dict[str, tuple[Any, Any]]:
     """The keys that both configurations have and whose values differ, with both values."""
-    now, changed = config.to_dict(), {}
+    now, changed = without_secrets(config.to_dict()), {}
     for key, _ in leaves(Config) if isinstance(before, dict) else ():
         section, _, name = key.rpartition(".")
         old, new = (before.get(section), now[section]) if section else (before, now)

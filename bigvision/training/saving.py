@@ -18,6 +18,7 @@ from bigvision.checkpoint import Retention, Saver, folder_name
 from bigvision.config import CheckpointConfig, Config, parse_size
 from bigvision.engine import Engine
 from bigvision.fragments import DOWN, UP, Fragment, checksum
+from bigvision.redact import without_secrets
 from bigvision.runtime import Runtime, all_or_none, from_main, gather_json
 from bigvision.signals import SIGNALS
 from bigvision.training.build import Build
@@ -36,11 +37,13 @@ class Saving:
     """
 
     def __init__(
-        self, run: Build, runtime: Runtime, say: Say, callbacks: Callbacks, faults: Callable[[], dict[str, Any]]
+        self, run: Build, runtime: Runtime, say: Say, callbacks: Callbacks, faults: Callable[[], dict[str, Any]],
+        completed: Callable[[int], object],
     ) -> None:  # fmt: skip
-        """Args: *faults* gives what a restarted run has to know of them (`Numbers.state`)."""
+        """Args: *faults* gives what a restarted run has to know of them (`Numbers.state`); *completed* gets the step of each
+        checkpoint that is complete."""
         self.run, self.runtime, self.callbacks, self.faults = run, runtime, callbacks, faults
-        self.config, self.engine = run.config, run.engine
+        self.config, self.engine, self.completed = run.config, run.engine, completed
         self.evaluated: int | None = run.progress.get("evaluated")
         """The step of the last evaluation, whose metrics are saved."""
         keep, self.out = self.config.checkpoint, Path(self.config.out)
@@ -147,6 +150,7 @@ class Saving:
         # A save waits for the one before: only the last may still be under way.
         while self.unreported and (len(self.unreported) > 1 or self.saver.done):
             step = self.unreported.pop(0)
+            self.completed(step)
             self.callbacks.notify(Event("checkpoint", step, folder=self.out / folder_name(step)))
 
     def finish(self) -> Path | None:
@@ -172,7 +176,7 @@ def progress_of(engine: Engine, config: Config, metrics: dict[str, float], evalu
         "scalars": engine.scalars(),
         "metrics": metrics,
         "evaluated": evaluated,
-        "config": config.to_dict(),
+        "config": without_secrets(config.to_dict()),
     } | ({"trained": beside} if config.model.lora else {})
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,8 @@ from bigvision.engine import Engine, Metrics, StepResult
 from bigvision.errors import Stopped, UserError
 from bigvision.models import Blueprint, GivenModel
 from bigvision.monitor import Forecast, Monitor, Tracker, Trackers, open_trackers, read_lines
+from bigvision.monitor.examples import Examples
+from bigvision.monitor.reporter import Reporter
 from bigvision.runtime import (
     Runtime,
     Watchdog,
@@ -66,6 +68,7 @@ Track = Callable[[Iterable[Batch], int], Iterable[Batch]]
 def train_on_rank(
     config: Config, data: Any = None, val: Any = None, *, model: GivenModel | None = None,
     task: Task | None = None, callbacks: Sequence[Callback] = (), trackers: Sequence[Tracker] = (), began: float | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> Result:  # fmt: skip
     """Train, evaluate and save as *config* says, from the newest checkpoint or from the start. Run on every rank.
 
@@ -79,6 +82,7 @@ def train_on_rank(
         callbacks: called on rank 0 with an `Event`; one that returns `STOP` ends the run well.
         trackers: get the records of the run on rank 0, beside those that ``monitor.trackers`` names.
         began: the `time.monotonic()` from which the seconds to the first step are counted; by default now.
+        origins: where the value of each key came from, for the report (see `bigvision.config.resolve`).
 
     Raises:
         UserError: what was asked for cannot be done; the same on every rank, before anything is trained.
@@ -101,13 +105,16 @@ def train_on_rank(
             runtime = stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks, timeout))
         monitor = Monitor(config, runtime, began, fed)
         stack.callback(monitor.close)
+        report = Reporter(config, runtime, monitor, origins)
+        stack.callback(report.close)
         notified = Callbacks(callbacks, runtime)
         with watch.naming():
             opened = all_or_none(lambda: open_trackers(config, trackers) if runtime.is_main else [])
             run = build(config, runtime, monitor.say, stack, given, model, task)
             with explain_errors(run.config, run.engine, run.blueprint, runtime, run.starts):
                 fed.start(opened, monitor.say)
-                loop = Loop(run, runtime, monitor, watch, notified, stack)
+                report.begin(run.engine, run.steps)
+                loop = Loop(run, runtime, monitor, watch, notified, stack, report)
                 loop.run_steps()
                 folder = loop.finish()
         monitor.close()
@@ -126,7 +133,8 @@ class Loop:
     """Steps, with evaluations and checkpoints between them. Every rank calls all of its methods."""
 
     def __init__(
-        self, run: Build, runtime: Runtime, monitor: Monitor, watch: Watchdog, callbacks: Callbacks, stack: ExitStack
+        self, run: Build, runtime: Runtime, monitor: Monitor, watch: Watchdog, callbacks: Callbacks, stack: ExitStack,
+        report: Reporter,
     ) -> None:  # fmt: skip
         config, engine = run.config, run.engine
         self.run, self.runtime, self.monitor, self.watch, self.callbacks = run, runtime, monitor, watch, callbacks
@@ -141,7 +149,7 @@ class Loop:
         )  # fmt: skip
         stack.callback(self.batches.close)
         self.numbers = Numbers(run, monitor)
-        self.saving = Saving(run, runtime, monitor.say, callbacks, self.numbers.state)
+        self.saving = Saving(run, runtime, monitor.say, callbacks, self.numbers.state, report.saved)
         stack.callback(self.saving.saver.close)
         monitor.forecast = forecast(run, runtime)
         monitor.begin(engine.step, run.steps, self.metrics)
@@ -222,7 +230,7 @@ class Loop:
                 found = self._evaluated(report, "evaluation")
             if found is not None and self.engine.ema is not None and self.config.ema.evaluate:
                 with self.engine.averaged():
-                    other = self._evaluated(averaged := {}, "evaluation of the average")
+                    other = self._evaluated(averaged := {}, "evaluation of the average", averaged=True)
                 found = None if other is None else found | {f"ema_{name}": value for name, value in other.items()}
                 report |= {"ema": averaged}
         self.owed = found is None
@@ -240,12 +248,20 @@ class Loop:
         self.callbacks.notify(Event("evaluation", self.engine.step, found))
         self.saving.ask()  # a callback that ends the run after an evaluation ends it here
 
-    def _evaluated(self, report: dict[str, Any], what: str) -> dict[str, float] | None:
-        run = self.run
-        return evaluate(
-            self.config, self.engine, run.data, run.blueprint, self.runtime, self.watch, self.saving, report,
+    def _evaluated(self, report: dict[str, Any], what: str, averaged: bool = False) -> dict[str, float] | None:
+        run, config, runtime = self.run, self.config, self.runtime
+        examples = None
+        if config.monitor.report and not averaged:
+            batches = -(-len(run.data.val) // (self.engine.eval_batch * runtime.data_ranks))
+            classes, count = run.data.val.classes, config.monitor.report_images
+            examples = Examples(self.engine.task, classes, runtime, count, batches)
+        found = evaluate(
+            config, self.engine, run.data, run.blueprint, runtime, self.watch, self.saving, report, examples,
             lambda batches, total: self.monitor.display.batches(what, batches, total),
         )  # fmt: skip
+        if found is not None and examples is not None:
+            examples.write(Path(config.out), self.engine.step, self.monitor.say)
+        return found
 
     def save(self) -> None:
         """Begin to save the run as it stands."""
@@ -311,12 +327,14 @@ def to_come(step: int, *, config: Config, steps: int, samples: int, length: int)
 
 def evaluate(
     config: Config, engine: Engine, data: Data, blueprint: Blueprint, runtime: Runtime, watch: Watchdog,
-    saving: Saving | None = None, report: dict[str, Any] | None = None, track: Track = lambda batches, total: batches,
+    saving: Saving | None = None, report: dict[str, Any] | None = None, examples: Examples | None = None,
+    track: Track = lambda batches, total: batches,
 ) -> dict[str, float] | None:  # fmt: skip
     """Return the mean metrics over the validation data: each sample once, whatever the number of ranks.
 
-    What the task says beyond them is put into *report*. *saving* exchanges requests with each batch; where any rank was asked
-    to stop, the evaluation is broken off, and None is returned. *track* shows progress.
+    What the task says beyond them is put into *report*, and predictions for a few images into *examples*. *saving* exchanges
+    requests with each batch; where any rank was asked to stop, the evaluation is broken off, and None is returned. *track*
+    shows progress.
     """
     watch.beat("evaluate", engine.step)
     engine.synchronize()
@@ -328,7 +346,7 @@ def evaluate(
             watch.waits_for_data(False)
             if saving:
                 engine.requests = saving.requests()
-            metrics = engine.eval_step(batch)
+            metrics = engine.eval_step(batch, examples.take(batch)) if examples is not None else engine.eval_step(batch)
             total = metrics if total is None else total + metrics
             # Of the batch before, whose numbers arrive while this one runs.
             if saving and before is not None and saving.hear(before.requests):
