@@ -372,6 +372,11 @@ class MonitorConfig:
     """Show a progress bar (on rank 0); without a terminal a line for each evaluation."""
     every: int = 10
     """Steps between the training lines of metrics.jsonl; the last step always has one."""
+    profile: tuple[int, int] | None = None
+    """The first and the last of up to 20 steps that torch's profiler records, such as [100, 103]: a trace of each rank in
+    OUT/profile, and a table of where the time went. null records nothing."""
+    memory_snapshot: bool = False
+    """In the steps of `profile` record each allocation too, and report what was allocated when the most was."""
 
 
 @dataclass(frozen=True)
