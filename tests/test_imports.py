@@ -15,7 +15,7 @@ FILES = sorted(path for folder in ("bigvision", "launch", "benchmarks") for path
 
 # A package imports itself and the packages of the lines above its own.
 LEVELS = (
-    {"__version__", "importing", "disk", "errors", "redact", "samples"},
+    {"__version__", "importing", "disk", "errors", "ranges", "redact", "samples"},
     {"config", "fragments", "muon", "signals"},
     {"runtime", "models", "data", "tasks", "optim"},
     {"pipeline"},

@@ -50,6 +50,8 @@ ABOVE_ZERO = (
     "limits.start", "limits.step", "limits.evaluate", "limits.save", "limits.grace", "optim.cooldown", "optim.power",
     "task.temperature",
 )  # fmt: skip
+PROFILED = 20
+"""Steps of a profile: of a large model in many micro-batches they are a million events, which no viewer shows any more."""
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda value: value < 2**63, "below 2**63"),
     **dict.fromkeys(("task.label_smoothing", "model.drop_path"), (lambda value: value < 1, "below 1")),
@@ -85,6 +87,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             else True
         ),
         "numbers above 0 that rise, all shares (below 1) or all steps (1 and above)",
+    ),
+    "monitor.profile": (
+        lambda ends: 1 <= ends[0] <= ends[1] < ends[0] + PROFILED,
+        f"the first step, from 1 on, and the last, at most {PROFILED} steps with both: each adds up to 30 MB to a rank's trace",
     ),
     "optim.layer_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1; null: one rate for all"),
 }
@@ -255,6 +261,13 @@ def check(config: Config) -> None:
         if group.weight_decay is not None and not 0 <= group.weight_decay < math.inf:
             raise UserError(f"optim.groups[{place}].weight_decay: {group.weight_decay} must be a finite number from 0 on")
     _check_resize(config.data.resize_schedule)
+    monitor, steps = config.monitor, config.train.steps
+    if monitor.profile is not None and steps is not None and monitor.profile[0] > steps:
+        raise UserError(
+            f"monitor.profile: {list(monitor.profile)} begins after the last step, train.steps: {steps}: name earlier steps"
+        )
+    if monitor.memory_snapshot and monitor.profile is None:
+        raise UserError("monitor.memory_snapshot: true needs monitor.profile: name the steps, such as [2, 3]")
     parallel = config.parallel
     what, fits = WHOLE.get(config.optim.name, ("", (parallel.strategy,)))
     if parallel.strategy not in fits:

@@ -385,6 +385,11 @@ class MonitorConfig:
     trackers: tuple[str, ...] = ()
     """Where the lines of metrics.jsonl go too: tensorboard, wandb, mlflow, trackio; e.g. [tensorboard]. Each is an extra of the
     package: pip install 'bigvision[tensorboard]'."""
+    profile: tuple[int, int] | None = None
+    """The first and the last of up to 20 steps that torch's profiler records, such as [100, 103]: a trace of each rank in
+    OUT/profile, and a table of where the time went. null records nothing."""
+    memory_snapshot: bool = False
+    """In the steps of `profile` record each allocation too, and report what was allocated when the most was."""
 
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")

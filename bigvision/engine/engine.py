@@ -26,6 +26,7 @@ from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint
 from bigvision.models.formats import hold_frozen
 from bigvision.optim import group_table, learning_rate
+from bigvision.ranges import BACKWARD, EMA, FORWARD, mark
 from bigvision.runtime import Runtime
 from bigvision.samples import Targets, each_tensor, seed_from
 from bigvision.tasks import Task
@@ -147,7 +148,8 @@ class Engine:
         numbers = self.stepper.update(loss_sum, weight, lr, self.requests)
         self.step, self.samples, self.statistics_differ = self.step + 1, self.samples + samples, True
         if self.ema is not None:
-            self.ema.update(numbers[2], self.step)
+            with mark(EMA):
+                self.ema.update(numbers[2], self.step)
         local, ids, waited = self._local, batch.ids, batch.waited - waited
         self._pending = StepResult(
             numbers[0], numbers[1], lr, samples, self.step, self.samples, Record(numbers),
@@ -196,13 +198,15 @@ class Engine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for number, part in enumerate(batch.split(self.micro_batch), start=1):
             part = self._on_device(part)
-            told = self.teacher(part) if self.teacher is not None else None
             with self.stepper.around(number == count):
-                outputs = self.forward(self._inputs(part))
-                if self.local_first:
-                    self._local = self._moment()  # the last backward pass is the first to exchange anything
-                loss = self._checked_loss(outputs, self._loss_targets(part), told)
-                self.stepper.backward(loss, factor)
+                with mark(FORWARD):
+                    told = self.teacher(part) if self.teacher is not None else None
+                    outputs = self.forward(self._inputs(part))
+                    if self.local_first:
+                        self._local = self._moment()  # the last backward pass is the first to exchange anything
+                    loss = self._checked_loss(outputs, self._loss_targets(part), told)
+                with mark(BACKWARD):
+                    self.stepper.backward(loss, factor)
             loss_sum += loss.detach()
         return loss_sum
 

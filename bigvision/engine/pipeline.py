@@ -18,6 +18,7 @@ from bigvision.engine.step import NativeStep
 from bigvision.errors import UserError, either
 from bigvision.models import Blocks, Blueprint
 from bigvision.pipeline import Placement, StageMemory, make_schedule, plan_stages
+from bigvision.ranges import FORWARD, mark
 from bigvision.runtime import Runtime
 from bigvision.samples import each_tensor, seed_from
 from bigvision.tasks import Task
@@ -148,7 +149,8 @@ class PipelineEngine(Engine):
             place = ("dropout", self.config.seed, self.step, self.runtime.data_rank, number, self.passes[number])
             torch.manual_seed(seed_from(*place))
             self.passes[number] += 1
-        with torch.autocast(self.runtime.device.type, self.computing.dtype) if self.computing.autocast else nullcontext():
+        autocast = torch.autocast(self.runtime.device.type, self.computing.dtype) if self.computing.autocast else nullcontext()
+        with mark(FORWARD), autocast:
             yield
 
     def _evaluate(self, batch: Batch, take: Callable[[Any, Batch], object]) -> None:

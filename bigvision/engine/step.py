@@ -22,6 +22,7 @@ from bigvision.engine.state import Statistics, allocate, average, fill, local_te
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
 from bigvision.optim import allocate_state, build_optimizer, parameter_groups, state_layout, step_counters
+from bigvision.ranges import OPTIMIZER, REDUCE, mark
 from bigvision.runtime import Runtime, gather_rows
 from bigvision.tasks import Task
 
@@ -201,18 +202,20 @@ class NativeStep:
         *loss_sum*, float64 and 0-D, is of this rank's samples; *weight* is that of the global batch's; *requests* is what this
         rank asks the others for. Returns the numbers of a `Record`, on the device.
         """
-        unreduced = (self.held[name].grad for name in self.spread.unreduced)
-        average([gradient for gradient in unreduced if gradient is not None], self.runtime)
-        for tensor, parameter in self.local:
-            tensor.grad = None if parameter.grad is None else local_tensor(parameter.grad)
-        # The third is not a number where a running statistic is not finite.
-        numbers = torch.stack([loss_sum, self._squared_norm(), self.statistics.largest() * 0.0])
-        totals = reduce_with(requests, numbers)
+        with mark(REDUCE):
+            unreduced = (self.held[name].grad for name in self.spread.unreduced)
+            average([gradient for gradient in unreduced if gradient is not None], self.runtime)
+            for tensor, parameter in self.local:
+                tensor.grad = None if parameter.grad is None else local_tensor(parameter.grad)
+            # The third is not a number where a running statistic is not finite.
+            numbers = torch.stack([loss_sum, self._squared_norm(), self.statistics.largest() * 0.0])
+            totals = reduce_with(requests, numbers)
         skipped = ~torch.isfinite(totals[:3]).all()
         norm = totals[1].sqrt() / self.scale.scale
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self._step(skipped, norm)
+        with mark(OPTIMIZER):
+            self._step(skipped, norm)
         self.optimizer.zero_grad(set_to_none=True)
         for _, parameter in self.local:
             parameter.grad = None

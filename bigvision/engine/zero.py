@@ -29,6 +29,7 @@ from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint, formats
 from bigvision.optim import build_optimizer, parameter_groups, state_layout
+from bigvision.ranges import OPTIMIZER, REDUCE, mark
 from bigvision.runtime import Runtime
 
 
@@ -137,8 +138,10 @@ class ZeroStep:
         scaler = self._scaler()
         before = copy.copy(vars(scaler)) if scaler is not None else {}
         may_fall = scaler is not None and scaler.cur_scale > scaler.min_scale
-        self.deepspeed.step()
-        totals = reduce_with(requests, torch.stack([loss_sum, (~self.finite).double()]))
+        with mark(OPTIMIZER):
+            self.deepspeed.step()
+        with mark(REDUCE):
+            totals = reduce_with(requests, torch.stack([loss_sum, (~self.finite).double()]))
         self.finite = torch.ones_like(self.finite)
         norm = self.deepspeed.get_global_grad_norm()
         skipped, overflowed = not self.deepspeed.was_step_applied(), False

@@ -17,6 +17,7 @@ from torch.distributed.pipelining._backward import stage_backward_weight
 from bigvision.config import ONE_STAGE, Config
 from bigvision.models.tracing import Cost
 from bigvision.optim import state_bytes
+from bigvision.ranges import BACKWARD, mark
 from bigvision.runtime import Runtime
 
 SCHEDULES = {
@@ -59,11 +60,12 @@ def torch_schedule(name: str, placement: Placement, count: int) -> str:
 
 class _Stage(PipelineStage):
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
-        if backward_type != "weight":
-            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        # torch's own frees what the groups of weights share after the first of them.
-        groups = bwd_kwargs["param_groups"]
-        return stage_backward_weight(self.submod.parameters(), groups, retain_graph=True), None
+        with mark(BACKWARD):
+            if backward_type != "weight":
+                return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+            # torch's own frees what the groups of weights share after the first of them.
+            groups = bwd_kwargs["param_groups"]
+            return stage_backward_weight(self.submod.parameters(), groups, retain_graph=True), None
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         # torch 2.11 also connects a rank with itself where it has two stages in a row, which gloo cannot.

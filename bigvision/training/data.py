@@ -39,6 +39,7 @@ from bigvision.data.transforms import check_channels
 from bigvision.errors import UserError
 from bigvision.models import Blueprint
 from bigvision.monitor import append_line, read_lines
+from bigvision.ranges import WAIT, mark
 from bigvision.runtime import Runtime, all_or_none, from_main, gather_json
 from bigvision.samples import from_bytes, to_bytes
 from bigvision.tasks import Task
@@ -225,7 +226,8 @@ class Feed(Iterator[StepBatch]):
         def awaited() -> Iterator[Batch]:
             while True:
                 self.waits(True)
-                part = next(self.relayed)
+                with mark(WAIT):
+                    part = next(self.relayed)
                 self.waits(False)
                 yield part
 

@@ -19,7 +19,7 @@ from bigvision.data import Batch, StepBatch
 from bigvision.engine import Engine, Metrics, StepResult
 from bigvision.errors import Stopped, UserError
 from bigvision.models import Blueprint, GivenModel
-from bigvision.monitor import Forecast, Monitor, Tracker, Trackers, open_trackers, read_lines
+from bigvision.monitor import Forecast, Monitor, Profile, Tracker, Trackers, open_trackers, read_lines
 from bigvision.monitor.examples import Examples
 from bigvision.monitor.reporter import Reporter
 from bigvision.runtime import (
@@ -152,6 +152,8 @@ class Loop:
         self.saving = Saving(run, runtime, monitor.say, callbacks, self.numbers.state, report.saved)
         stack.callback(self.saving.saver.close)
         monitor.forecast = forecast(run, runtime)
+        self.profile = Profile(config, runtime, monitor, watch, run.steps)
+        stack.callback(self.profile.close)
         monitor.begin(engine.step, run.steps, self.metrics)
         if config.faults.rollback and not from_main(checkpoint.steps_in(Path(config.out))):
             self.saving.save(self.metrics)  # a run that may have to go back needs a checkpoint from its beginning
@@ -173,6 +175,7 @@ class Loop:
                 self.save()
         while engine.step < self.steps and not saving.over:
             self.watch.beat("step", engine.step + 1)
+            self.profile.before_step(engine.step + 1)
             self._launch(next(self.batches))
             step, last = engine.step, engine.step == self.steps
             # Batches run on across epochs, so that none is short.
@@ -183,6 +186,7 @@ class Loop:
             newest, _ = self.launched[-1]
             if not self._read(0 if evaluates or saves or digests else 1):
                 continue  # rolled back
+            self.profile.after_step(step)
             if digests and not newest.skipped:
                 check_copies(engine)
             if (saving.requested or saving.over) and not self._read(0):
@@ -195,6 +199,7 @@ class Loop:
         if saving.ended_by and not saving.stopped_by and saving.evaluated != engine.step:
             self.measure()  # rolled back after a callback asked to end
             self.save()
+        self.profile.finish()
 
     def _launch(self, batch: StepBatch) -> None:
         """Take a step whose numbers are read later."""
@@ -213,6 +218,7 @@ class Loop:
             self.numbers.look(result)
             if self.numbers.back_from:
                 self.launched.clear()  # they are undone
+                self.profile.after_step(self.engine.step)
                 self.watch.beat("save", self.engine.step)
                 self.metrics = self.numbers.roll_back(self.saving, self.batches)
                 return False

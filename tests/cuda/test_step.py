@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import traceback
 from collections.abc import Callable
@@ -254,3 +255,43 @@ def test_a_background_save_hardly_stalls(results: Callable[..., Any], figure: Ca
     assert len(copied) == 3 and copied == written, "what is saved is the state of its step"
     # The first one allocates the buffers.
     assert stall < 0.5 * whole
+
+
+# A profile.
+
+PROFILED = {"name": "vit_small_patch16_224", "image_size": 32 if on_cpu() else 224}
+
+
+def profiles(folder: Path) -> list[dict[str, Any]]:
+    """The summaries of a run whose last three steps are recorded, eager and compiled."""
+    found = []
+    for compiled in (False, True):
+        out, side = folder / str(compiled), PROFILED["image_size"]
+        run(
+            plain(
+                out, parallel={"precision": "bf16", "compile": compiled},
+                train={"steps": 8, "global_batch": 16, "micro_batch": 8},
+                data={"train": f"synthetic:64x{side}", "val": f"synthetic:8x{side}"}, ema={"decay": 0.9},
+                monitor={"profile": [6, 8], "memory_snapshot": True},
+            ) | {"model": PROFILED}
+        )  # fmt: skip
+        memory = json.loads((out / "profile" / "memory-rank-0.json").read_text())
+        peak = 0 if on_cpu() else torch.cuda.max_memory_allocated()
+        found.append(json.loads((out / "profile" / "summary.json").read_text()) | {"allocated": memory, "peak": peak})
+    return found
+
+
+@job(profiles, seconds=60)
+@compiler()
+def test_a_profile_knows_the_kernels(results: Callable[..., Any], figure: Callable[[str], None]) -> None:
+    for summary, kind in zip(results(profiles), ("eager", "compiled"), strict=True):
+        (rank,), times = summary["ranks"].values(), summary["categories"]
+        figure(f"{kind}: {summary['step']:.1f} ms, " + ", ".join(f"{name} {ms:.2f}" for name, ms in times.items()))
+        assert sum(times.values()) == pytest.approx(summary["step"], rel=1e-9)
+        assert min(times[name] for name in ("matrix products", "elementwise", "optimizer")) > 0
+        assert summary["allocated"]["peak"] > 0 and summary["allocated"]["groups"]
+        if not on_cpu():
+            assert rank["device"] == torch.cuda.get_device_name()
+            assert min(times["attention"], times["normalisation"], times["copies"]) > 0
+            assert times["communication"] == 0
+            assert summary["allocated"]["peak"] <= summary["peak"] * 1.02 and summary["allocated"]["before"] > 0
