@@ -26,16 +26,19 @@ USAGE = """usage: bigvision COMMAND ...
   predict STEP_FOLDER|MODEL IMAGES --out FILE     write what a model predicts for a folder of images or a dataset
   convert IN.pth OUT.safetensors                  rewrite pickled weights, for model.weights
   export STEP_FOLDER OUT [--format timm|hf|onnx]  write a checkpoint's weights for other tools, and run them
+  doctor [RECIPE.yaml] [--section.key value ...]  look for what would keep a run from training, or slow it down
   recipe from-timm ARGS.yaml [--ranks N] [--out FILE]  turn the options of timm's train.py into a recipe
   checkpoint list|verify|diff|prune ...           look at checkpoints, check, compare and remove them
   report RUN [--out FILE]                         write the page of a run's folder again
   compare RUN RUN ... [--out FILE]                lay the curves of several runs over each other on one page
 
 --resume X is another spelling of --checkpoint.resume X; --deepspeed FILE and --deepspeed_config FILE are others of
---parallel.deepspeed FILE. train, eval and predict run under every launcher of docs/launching.md.
+--parallel.deepspeed FILE. train, doctor, eval and predict run under every launcher of docs/launching.md.
 More: bigvision COMMAND --help. Versions, for a report: bigvision --version."""
 
-COMMANDS = ("train", "eval", "predict", "ray", "submit", "convert", "export", "recipe", "checkpoint", "report", "compare")
+COMMANDS = (
+    "train", "eval", "predict", "ray", "submit", "convert", "export", "doctor", "recipe", "checkpoint", "report", "compare",
+)  # fmt: skip
 GRACE = 5.0
 """Seconds that a silent rank leaves to the one that reports a mistake."""
 
@@ -108,6 +111,11 @@ def run(command: str, arguments: list[str]) -> int:
         from bigvision.launchers import compare
 
         return compare.run(command, arguments)
+    if command == "doctor":
+        with listening():
+            from bigvision.launchers import doctor
+
+            return doctor.run(_with_our_spelling(arguments))
     if command == "recipe":
         from bigvision.launchers import from_timm
 

@@ -5,7 +5,8 @@ In come a configuration and a number of ranks, from Python or the command line; 
 
 Read ``ranks.py`` first (how many ranks, and their start on this host) and ``rank.py`` (one of them). ``ray.py`` starts them on
 Ray, ``submit.py`` hands a job to Slurm or Kubernetes. ``accelerate.py`` and ``torchrun.py`` are for those launchers;
-``evaluate.py`` is ``bigvision eval``; ``commands.py`` has the arguments that commands share.
+``evaluate.py`` is ``bigvision eval``; ``doctor.py`` is ``bigvision doctor``, with its checks in ``machine.py``,
+``placement.py`` and ``dry_run.py``; ``commands.py`` has the arguments that commands share.
 """
 
 from __future__ import annotations

@@ -88,23 +88,24 @@ def open_data(
 
     A source that is unknown, missing, empty or does not fit the other is the same `UserError` on every rank.
     """
-
-    def open_all(first: bool) -> tuple[Source, Source]:
-        train, val = open_both(
-            *(given or (config.data.train, config.data.val)), root=config.data.root, first=first,
-            class_file=config.data.classes, target=task.target, ignore=config.task.ignore,
-        )  # fmt: skip
-        if train.channels != val.channels:
-            raise UserError(f"data.val: images of {val.channels} channels, but those of data.train have {train.channels}")
-        if config.data.augment:
-            check_channels(train.channels, config.data.policy, config.data.jitter)
-        return train, val
-
-    train, val = open_on_all(open_all, runtime)
+    train, val = open_on_all(lambda first: open_sources(config, task, first, given), runtime)
     if say is not None and runtime.is_main:
         for line in describe(train, val):
             say(line)
     return Data(train, val, BadSamples(config.data.bad_budget, {"train": len(train), "val": len(val)}), task)
+
+
+def open_sources(config: Config, task: Task, first: bool, given: Given | None = None) -> tuple[Source, Source]:
+    """Open both sources on this rank; the *first* one downloads and indexes what is missing."""
+    train, val = open_both(
+        *(given or (config.data.train, config.data.val)), root=config.data.root, first=first,
+        class_file=config.data.classes, target=task.target, ignore=config.task.ignore,
+    )  # fmt: skip
+    if train.channels != val.channels:
+        raise UserError(f"data.val: images of {val.channels} channels, but those of data.train have {train.channels}")
+    if config.data.augment:
+        check_channels(train.channels, config.data.policy, config.data.jitter)
+    return train, val
 
 
 def open_validation(config: Config, runtime: Runtime, task: Task, classes: list[str]) -> Data:
