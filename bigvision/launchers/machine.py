@@ -49,8 +49,9 @@ SHOWN = ("torch", "torchvision", "timm", "deepspeed", "accelerate", "safetensors
 """Packages whose versions are printed."""
 BUILT_FOR_EACH_OTHER = {"torch", "torchvision"}
 """Packages with compiled code, of which each release fits one of the other."""
-FILES_OF_RANK, FILES_OF_WORKER, FILES_OF_PEER = 128, 16, 8
-"""Open files of a rank by itself, more for each data worker, and for each other rank (its connections in a run's groups)."""
+FILES_OF_RANK, FILES_OF_WORKER, FILES_OF_PEER = 128, 8, 4
+"""Open files of a rank by itself (some 40 were counted), for each data worker (4 were), and for each other rank: rank 0 may
+serve the store to all."""
 SEMAPHORES = 1 << 20
 """Bytes of /dev/shm that the semaphores of data workers need at most."""
 USED = 0.1

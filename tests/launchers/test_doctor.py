@@ -398,8 +398,8 @@ def few_files() -> Iterator[None]:
 def test_few_open_files(few_files: None, monkeypatch: pytest.MonkeyPatch) -> None:
     one(lines(machine.open_files, here()), "ok", "200 files")
     workers = configured(data={"workers": 16})
-    one(lines(machine.open_files, here(workers)), "error", "200 files", "16 data workers", "ulimit -n 384")
-    one(lines(machine.open_files, here(world_size=64)), "error", "64 ranks", "ulimit -n")
+    one(lines(machine.open_files, here(workers)), "error", "200 files", "16 data workers", "ulimit -n 256")
+    one(lines(machine.open_files, here(world_size=640)), "error", "640 ranks", "ulimit -n")
     shards = configured(data={"train": "webdataset:x", "val": "digits", "workers": 1})
     one(lines(machine.open_files, here(shards)), "error", "ulimit -n 256")
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (200, 200))
