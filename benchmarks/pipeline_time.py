@@ -110,7 +110,7 @@ def passes_alone(engine: PipelineEngine, whole: Batch, count: int) -> Callable[[
             for received, targets in zip(inputs, labels):
                 outputs = stage(*received)
                 if number == last:
-                    engine._checked_loss(outputs, targets).backward()
+                    engine._checked_loss(outputs, targets, len(targets)).backward()
                 else:
                     torch.autograd.backward(outputs, [torch.ones_like(sent) for sent in outputs])
         engine.stepper.optimizer.zero_grad(set_to_none=True)

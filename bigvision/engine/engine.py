@@ -204,7 +204,7 @@ class Engine:
                     outputs = self.forward(self._inputs(part))
                     if self.local_first:
                         self._local = self._moment()  # the last backward pass is the first to exchange anything
-                    loss = self._checked_loss(outputs, self._loss_targets(part), told)
+                    loss = self._checked_loss(outputs, self._loss_targets(part), len(part), told)
                 with mark(BACKWARD):
                     self.stepper.backward(loss, factor)
             loss_sum += loss.detach()
@@ -214,9 +214,9 @@ class Engine:
         """What the task's loss gets."""
         return batch.targets if batch.mix is None else self.task.mixed(batch.targets, batch.mix.partners, batch.mix.share)
 
-    def _checked_loss(self, outputs: Any, targets: Targets, told: Any = None) -> Tensor:
+    def _checked_loss(self, outputs: Any, targets: Targets, samples: int, told: Any = None) -> Tensor:
         """The sum of the task's losses; which outputs are finite is kept, in case that it is not. *told*: the teacher's."""
-        finite = finite_samples(outputs)
+        finite = finite_samples(outputs, samples, self.runtime.device)
         if self.teacher is not None:
             loss = self.task.loss_with_teacher(outputs, targets, told, self._scale)
         elif self.task.span == "global batch" and (ranks := self.runtime.data_ranks) > 1:
@@ -393,11 +393,20 @@ def offenders(checks: list[tuple[Tensor, Tensor]], ids: Tensor) -> list[int]:
     return found
 
 
-def finite_samples(outputs: Any) -> Tensor:
-    """Of which samples all *outputs* are finite, bool (B,)."""
-    found: list[Tensor] = []
-    each_tensor(lambda tensor: found.append(torch.isfinite(tensor.detach()).flatten(1).all(1)), outputs)
-    return torch.stack(found).all(0)
+def finite_samples(outputs: Any, samples: int, device: torch.device) -> Tensor:
+    """Of which of so many *samples* all *outputs* are finite, bool (samples,); a tensor that is not by sample is of all.
+
+    A model of the user's own may return what has no tensors that can be found, such as a dataclass: then the loss alone tells.
+    """
+    found = torch.ones(samples, dtype=torch.bool, device=device)
+
+    def look(tensor: Tensor) -> None:
+        finite = torch.isfinite(tensor.detach())
+        by_sample = finite.ndim > 0 and len(finite) == samples
+        found.logical_and_(finite.reshape(samples, -1).all(1) if by_sample and finite.numel() else finite.all())
+
+    each_tensor(look, outputs)
+    return found
 
 
 class _AllSamples(torch.autograd.Function):

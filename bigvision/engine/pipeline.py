@@ -136,7 +136,7 @@ class PipelineEngine(Engine):
         def loss(outputs: Tensor, places: Tensor) -> Tensor:
             begin = places.storage_offset()
             targets = each_tensor(lambda tensor: tensor[begin : begin + len(places)], self.targets)
-            return self._checked_loss(outputs, targets) * self.loss_factor
+            return self._checked_loss(outputs, targets, len(places)) * self.loss_factor
 
         sends = self.plan.sends[True, image_size]
         values = [tuple(spec.empty(size, self.computing.dtype) for spec in specs) for specs in sends]

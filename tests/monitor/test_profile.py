@@ -189,7 +189,7 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {}),
     "compiled": (1, {"strategy": "ddp", "compile": True}),
     "zero1": (2, {}),
-    "zero2": (2, {"offload": "optimizer"}),
+    "zero2": (2, {}),
     "zero3": (2, {}),
     "pipeline": (2, {}),
     "interleaved": (2, {"strategy": "pipeline", "schedule": "interleaved", "stages_per_rank": 2}),

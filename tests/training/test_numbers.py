@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from bigvision.engine import Engine
+from bigvision.engine.engine import finite_samples
 from bigvision.engine.zero import ZeroEngine
 from tests.distributed import run_ranks
 from tests.recipes import digests, lines, losses, recipe
@@ -198,3 +201,26 @@ def test_an_overflow_counts_only_at_the_least_scale(tmp_path: Path, strategy: st
         assert "fp16 overflows even at loss scale 1" in error or strategy == "zero2"
     for error in run_ranks(run_half, 2, plain("loss"), 2.0**9, "loss", [1, 2, 3]):
         assert "step 3: the loss is not finite on rank 0" in error, "no scale fixes a loss"
+
+
+@dataclass
+class Scores:
+    """What `finite_samples` finds no tensor in."""
+
+    values: torch.Tensor
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(("outputs", "finite"), [
+    (torch.tensor([[1.0, 2.0], [NAN, 0.0], [3.0, 4.0]]), [True, False, True]),
+    (torch.tensor([1.0, 2.0, NAN]), [True, True, False]),
+    ({"scores": torch.zeros(3, 0), "more": [torch.tensor([[[NAN]], [[1.0]], [[1.0]]])], "text": "a"}, [False, True, True]),
+    ((torch.zeros(3, 2), torch.tensor(NAN)), [False, False, False]),  # a loss of the model's own
+    ((torch.zeros(3, 2), torch.ones(7, 2)), [True, True, True]),  # not by sample
+    (Scores(torch.tensor([NAN])), [True, True, True]),
+    (None, [True, True, True]),
+])  # fmt: skip
+def test_the_finite_samples_of_outputs_of_any_form(outputs: Any, finite: list[bool]) -> None:
+    assert finite_samples(outputs, 3, torch.device("cpu")).tolist() == finite
