@@ -41,7 +41,8 @@ def test_the_wheel_has_types_recipes_and_deepspeed_files_and_no_tests(wheel: Pat
     for folder in ("recipes", "ds_configs"):
         assert {f"bigvision/{folder}/{file.name}" for file in (ROOT / folder).iterdir()} <= names
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "bigvision").rglob("*.py")}
-    assert modules | {"bigvision/py.typed"} <= names
+    page = {str(file.relative_to(ROOT)) for file in (ROOT / "bigvision/monitor/page").iterdir()}
+    assert modules | page | {"bigvision/py.typed"} <= names
     assert {name.partition("/")[0] for name in names} == {"bigvision", f"bigvision-{PROJECT['version']}.dist-info"}
 
 

@@ -89,7 +89,7 @@ class RunFolder:
                 "starts": starts[-200:],
                 "plan": self._file("plan.json", _public_object) or None,
                 "choice": self._file("choice.json", _public_object) or None,
-                "profile": self._file("profile.json", _public_object) or None,
+                "profile": self._file("profile/summary.json", _profile) or None,
                 "layout": facts.get("layout"),
                 "memory": facts.get("memory"),
                 "evaluation": self._file("evaluation.json", _evaluation),
@@ -126,6 +126,14 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 def _public_object(path: Path) -> dict[str, Any]:
     return redacted(_json_object(path), strict=True)
+
+
+def _profile(path: Path) -> dict[str, Any]:
+    """Where the time of the profiled steps went: the mean of all ranks, and the slowest one."""
+    found = _json_object(path)
+    slowest = found.get("ranks", {}).get(str(found.get("slowest")), {})
+    kept = {name: found[name] for name in ("steps", "step", "categories", "hidden", "slowest") if name in found}
+    return kept | {"slowest_step": slowest.get("step"), "slowest_categories": slowest.get("categories", {})}
 
 
 def _yaml_object(path: Path) -> dict[str, Any]:

@@ -151,6 +151,20 @@ def test_runs_are_laid_over_each_other_and_reports_written_again(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(told, other, ignore=shutil.ignore_patterns("step-*", "report.*"))
+    plan = {"memory": {"peak": 2**30}, "images_per_second": 123.5, "step_seconds": 0.1}
+    (other / "plan.json").write_text(json.dumps(plan))
+    facts = json.loads((told / "report.json").read_text())
+    (other / "report.json").write_text(json.dumps({"memory": facts["memory"]}))
+    parts = {"matrix products": 3.0, "idle": 1.0}
+    summary = {
+        "steps": [4, 5],
+        "step": 4.0,
+        "categories": parts,
+        "slowest": 0,
+        "ranks": {"0": {"step": 4.0, "categories": parts}},
+    }
+    (other / "profile").mkdir()
+    (other / "profile/summary.json").write_text(json.dumps(summary))
     (other / "run.yaml").write_text((other / "run.yaml").read_text().replace("lr: 0.001", "lr: 0.002"))
     page = tmp_path / "both.html"
     assert main(["compare", str(told), str(other), "--out", str(page)]) == 0
@@ -166,3 +180,7 @@ def test_runs_are_laid_over_each_other_and_reports_written_again(
     assert main(["report", str(other)]) == 0
     browser.open(other / "report.html")
     assert browser.value("charts.length") > 5 and browser.errors == []
+    rows = browser.value(CELLS.replace("'{}'", '"{}"').format("Where a step's time went"))
+    assert rows[0] == ["matrix products", "3", "75.0 %", "3", "75.0 %"] and rows[-1][0] == "a step"
+    assert browser.value("charts.find(c => c.title === 'Images per second').found.map(one => one.label)")[1] == "plan"
+    assert "% of plan" in browser.value("document.querySelector('.bar').textContent")

@@ -35,7 +35,7 @@ MOST = 2_000_000
 
 
 def write_records(path: Path, steps: int, fields: int = 12) -> np.ndarray:
-    """Records of a run of so many steps, with so many fields of random numbers; returns the first field's."""
+    """Records of a run of *steps*, with *fields* of random numbers; returns those of the first."""
     values = np.random.default_rng(0).standard_normal((steps, fields)) * 1e-3
     names = ["loss", *(f"field_{number}" for number in range(1, fields))]
     with path.open("w") as file:
@@ -279,7 +279,7 @@ def report_of(out: str, strategy: str) -> dict[str, Any]:
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["fsdp", "pipeline", "zero2"])
 def test_a_page_of_several_ranks_has_what_each_one_holds(strategy: str, tmp_path: Path) -> None:
-    run_ranks(2, report_of, str(tmp_path), strategy)
+    run_ranks(report_of, 2, str(tmp_path), strategy)
     data = RunFolder(tmp_path).data()
     ranks, stages = data["layout"]["ranks"], data["layout"]["stages"]
     assert ranks[-1][1] == 1 and data["memory"][-1][1] == 1 and all(rank[3] and rank[4] for rank in ranks)

@@ -47,7 +47,7 @@ function number(value) {
   return Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(3) : String(Number(value.toPrecision(5)));
 }
 
-const percent = (value) => (typeof value === "number" ? `${(100 * value).toFixed(1)} %` : "–");
+const percent = (value) => (Number.isFinite(value) ? `${(100 * value).toFixed(1)} %` : "–");
 
 // Tables.
 
@@ -373,9 +373,14 @@ function confusion(found) {
 
 function profile(run) {
   const found = run.profile;
-  const shares = found && (found.seconds || found.shares);
-  if (!shares || typeof shares !== "object") return null;
-  return table(["part of a step", found.seconds ? "seconds" : "share"], Object.entries(shares), { sortable: true });
+  if (!found || !found.categories || !found.step) return null;
+  const steps = found.steps || [], slowest = found.slowest_categories || {};
+  const rows = Object.entries(found.categories).filter(([name, ms]) => ms || slowest[name]).map(([name, ms]) =>
+    [name, ms, percent(ms / found.step), slowest[name] ?? null, percent(slowest[name] / found.slowest_step)]);
+  rows.push(["a step", found.step, percent(1), found.slowest_step, percent(1)]);
+  if (found.hidden) rows.push(["communication, hidden", found.hidden, percent(found.hidden / found.step), null, null]);
+  return make("div", {}, make("p", { class: "faint" }, `Of the profiled steps ${number(steps[0])} to ${number(steps[steps.length - 1])}.`),
+    table(["part of a step", "ms, mean of the ranks", "share", `ms, rank ${found.slowest}, the slowest`, "share"], rows));
 }
 
 function configuration(run) {
@@ -460,7 +465,8 @@ function curves() {
   add("Images per second", ["images_per_second"], number, (run) => run.plan && run.plan.images_per_second);
   add("MFU", ["mfu"], percent);
   add("Share of time waiting for data", ["waiting"], percent);
-  add("Peak memory of the fullest rank", ["peak_memory"], bytes, (run) => run.plan && run.plan.memory && run.plan.memory.peak);
+  const planned = (run) => (run.series.planned_memory ? null : run.plan && run.plan.memory && run.plan.memory.peak);
+  add("Peak memory of the fullest rank", ["peak_memory", "planned_memory"], bytes, planned);
   add("Gradient norm", ["grad_norm"]);
   for (const name of [...left]) add(name, [name]);
 }
