@@ -40,7 +40,7 @@ from bigvision.config.schema import (
     TaskConfig,
     TrainConfig,
 )
-from bigvision.config.values import leaves, parse_size
+from bigvision.config.values import leaves, parse_size, with_variables
 
 __all__ = [
     "ONE_STAGE",
@@ -76,4 +76,5 @@ __all__ = [
     "resolve",
     "stage_end",
     "train_size",
+    "with_variables",
 ]

@@ -64,6 +64,15 @@ def local_path(key: str, text: str) -> str:
         raise UserError(f"{key}: {text}: {PATHS[key]}")
     if text != text.strip() or not text.isprintable():
         raise UserError(f"{key}: {text!r} begins or ends with a space, or has a character that cannot be seen: remove it")
+    path = Path(with_variables(key, text))
+    try:
+        return str(path.expanduser())
+    except RuntimeError:
+        raise UserError(f"{key}: {text}: there is no home folder of {path.parts[0]!r}: write the path itself") from None
+
+
+def with_variables(key: str, text: str) -> str:
+    """The path *text* with values for components such as ``$SCRATCH``; a `UserError` where one is not set."""
     parts = []
     for part in text.split("/"):
         if found := re.fullmatch(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", part, re.ASCII):
@@ -72,11 +81,7 @@ def local_path(key: str, text: str) -> str:
                 raise UserError(f"{key}: {text}: the environment variable {name} is not set: set it, or write the path itself")
             part = os.environ[name]
         parts.append(part)
-    path = Path("/".join(parts))
-    try:
-        return str(path.expanduser())
-    except RuntimeError:
-        raise UserError(f"{key}: {text}: there is no home folder of {path.parts[0]!r}: write the path itself") from None
+    return "/".join(parts)
 
 
 def made_out(config: Config, stem: str) -> str:

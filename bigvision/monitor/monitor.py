@@ -21,6 +21,7 @@ from bigvision.monitor.progress import Display, Forecast, Pace, Pause, facts_of,
 from bigvision.monitor.records import read_lines
 from bigvision.monitor.stragglers import Own, Stragglers
 from bigvision.monitor.trackers import Trackers
+from bigvision.redact import redacted
 from bigvision.runtime import Runtime, gather_json
 
 
@@ -62,7 +63,7 @@ class Monitor:
                         self.pace.pauses["evaluation"].append(seconds)
             self.file = self.path.open("a", encoding="utf-8", buffering=1)
             self.display.begin(step, steps, [metric_text(metrics)])
-        self.trackers.put("begin", self.config.to_dict(), step)
+        self.trackers.put("begin", redacted(self.config.to_dict()), step)
         self._restart_clock()
 
     def after_step(self, result: StepResult, bad: int, waited: float | None) -> dict[str, Any] | None:

@@ -223,7 +223,12 @@ def test_a_missing_folder(tmp_path: Path, given: str, suggested: str) -> None:
         open_source(f"imagefolder:{tmp_path}/{given}", "train")
 
 
-def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "pets", CAT_DOG)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_source("imagefolder:~/pets", "train").location == f"{tmp_path}/pets"
+    monkeypatch.setenv("DATASETS", str(tmp_path))
+    monkeypatch.delenv("SCRATCHES", raising=False)
+    for spec in ("imagefolder:~/pets", "imagefolder:$DATASETS/pets", "imagefolder:${DATASETS}/pets"):
+        assert open_source(spec, "train").location == f"{tmp_path}/pets"
+    with pytest.raises(UserError, match=r"data.train: \$SCRATCHES/pets: the environment variable SCRATCHES is not set"):
+        open_source("imagefolder:$SCRATCHES/pets", "train")

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bigvision.config import with_variables
 from bigvision.data.labels import Target, read_classes
 from bigvision.data.sources.arrays import Synthetic, open_arrays, open_digits
 from bigvision.data.sources.arrow import open_parquet, open_saved
@@ -249,7 +250,7 @@ def _parsed(spec: str, key: str) -> tuple[str, str]:
         raise UserError(f"{key}: {spec!r} names no folder; write {name}:PATH")
     if colon and name not in (*FILES, "synthetic"):
         raise UserError(f"{key}: {name} takes nothing after its name, got {spec!r}; write {name!r}")
-    return name, argument
+    return name, with_variables(key, argument) if name in FILES else argument
 
 
 def _synthetic(argument: str, key: str) -> Synthetic:
