@@ -130,9 +130,7 @@ def _zero_state(profile: Profile, config: Config, layout: Layout) -> _State:
     moment = sum(dtype.itemsize for _, dtype in state_layout(config.optim, (1, 1)).values())
     counter = 4 if config.optim.name == "adamw" and offload == "none" else 0
     # Of frozen weights that are saved in another type than they compute in each rank keeps a share in host memory.
-    host = sum(
-        -(-t.numel // ranks) * t.dtype.itemsize for t in parameters if not t.trained and t.dtype != t.computes
-    )
+    host = sum(-(-t.numel // ranks) * t.dtype.itemsize for t in parameters if not t.trained and t.dtype != t.computes)
     if layout.strategy == "zero3":
         share = sum(-(-t.numel // ranks) for t in parameters if t.trained)
         held = sum(-(-t.numel // ranks) * t.computes.itemsize for t in parameters)
