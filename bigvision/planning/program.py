@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
-from bigvision.pipeline.schedules import Placement
+from bigvision.pipeline.schedules import Placement, passes_of
 from bigvision.planning.hardware import Hardware, Link
 from bigvision.planning.memory import Layout
 from bigvision.planning.profile import Part, Profile
@@ -339,14 +339,33 @@ def stages_of(profile: Profile, layout: Layout) -> list[list[int]]:
     return found
 
 
-def sharded_stage(gathers: float, scatters: float, mesh: Mesh) -> list[Instruction]:
-    found: list[Instruction] = [
-        Start("gather", Collective("all_gather", gathers, mesh.shard)), Wait("gather"),
-        Start("scatter", Collective("reduce_scatter", scatters, mesh.shard)), Wait("scatter"),
-    ]  # fmt: skip
-    if mesh.replicate.ranks > 1:
-        size = scatters / mesh.shard.ranks
-        found += [Start("replicas", Collective("all_reduce", size, mesh.replicate)), Wait("replicas")]
+def sharded_stages(
+    profile: Profile, config: Config, placement: Placement, mesh: Mesh, stages: Sequence[Sequence[int]], place: int
+) -> list[Instruction]:  # fmt: skip
+    """What FSDP exchanges within the stages of the rank *place* of a pipeline in a step.
+
+    A block is gathered by a pass that does not find it gathered. A forward pass frees it again, a backward pass does not;
+    gradients are scattered after the last micro-batch.
+    """
+    shards, size = mesh.shard.ranks, micro_batch(config, mesh.data.ranks, placement.ranks)
+    count = max(1, config.train.global_batch // mesh.data.ranks // size)
+    order = passes_of(config.parallel.schedule, placement, count)[place]
+    found: list[Instruction] = []
+    for stage in placement.numbers(place):
+        parts = [profile.parts[number] for number in stages[stage]]
+        gathers, gathered = 0, False
+        for one in (one for one in order if one.stage == stage and one.kind != "W"):
+            gathers += not gathered
+            gathered = one.kind != "F" or config.parallel.reshard == "never"
+        blocks = gathers * sum(gathered_bytes(part, shards, profile.compute) for part in parts if part.path)
+        outside = sum(gathered_bytes(part, shards, profile.compute) for part in parts if not part.path)
+        scattered = sum(scattered_bytes(part, shards) for part in parts)
+        exchanged = [Collective("all_gather", blocks + outside, mesh.shard, gathers * len(parts))]
+        exchanged.append(Collective("reduce_scatter", scattered, mesh.shard, len(parts)))
+        if mesh.replicate.ranks > 1:
+            exchanged.append(Collective("all_reduce", scattered / shards, mesh.replicate, len(parts)))
+        for number, one in enumerate(exchanged):
+            found += [Start((stage, number), one), Wait((stage, number))]
     return found
 
 
@@ -379,9 +398,7 @@ def sent(profile: Profile, config: Config, layout: Layout, rank: int = 0) -> dic
                     key = "send", "stage"
                     found[key] = found.get(key, 0.0) + profile.parts[stages[boundary][-1]].output_bytes * share
         if mesh.shard.ranks > 1:
-            gathers = sum(gathered_bytes(part, mesh.shard.ranks, profile.compute) for part in parts)
-            scatters = sum(scattered_bytes(part, mesh.shard.ranks) for part in parts)
-            add(sharded_stage(gathers, scatters, mesh))
+            add(sharded_stages(profile, config, placement, mesh, stages, place))
     else:
         count = -(-share // size)
         if count > 1:

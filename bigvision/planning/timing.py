@@ -29,10 +29,8 @@ from bigvision.planning.program import (
     Mesh,
     Start,
     computed,
-    gathered_bytes,
     passes,
-    scattered_bytes,
-    sharded_stage,
+    sharded_stages,
     stages_of,
     trained_values,
     update,
@@ -276,11 +274,7 @@ def _pipelined(
     bubble = end - sum(busy[rank].values())
     parts = [profile.parts[number] for number in mine]
     if mesh.shard.ranks > 1:
-        # torch gathers a stage once in a step, and scatters its gradients after the last micro-batch.
-        shards = mesh.shard.ranks
-        gathers = sum(gathered_bytes(part, shards, profile.compute) for part in parts)
-        scatters = sum(scattered_bytes(part, shards) for part in parts)
-        streams.run(iter(sharded_stage(gathers, scatters, mesh)))
+        streams.run(iter(sharded_stages(profile, config, placement, mesh, stages, rank)))
     streams.run(update(parts, profile, config, mesh))
     return streams, bubble
 
