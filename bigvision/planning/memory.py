@@ -9,17 +9,24 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from bigvision.config import Config, OptimConfig, deepspeed_settings, micro_batch
+import torch
+from torch import nn
+
+from bigvision.config import SPLIT_BACKWARD, Config, OptimConfig, deepspeed_settings, micro_batch, other_sizes
 from bigvision.engine.state import BUCKET
 from bigvision.errors import UserError
+from bigvision.models import find_blocks
 from bigvision.optim import state_layout
+from bigvision.pipeline import Placement, StageMemory, StagePlan, plan_stages
 from bigvision.planning.profile import Moment, Profile, Span, StateTensor
 
 MASTER = 4
 """Bytes of an fp32 value."""
 WORKSPACE = {"cpu": 0, "cuda": 150_000_000}
-"""Bytes that libraries keep in torch's allocator: the peaks of an eager ViT-L and ResNet-50 on an H100 less the predicted ones."""
+"""Bytes that libraries keep in torch's allocator: what an eager ViT-L and a ResNet-50 needed on an H100 beyond all else."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +179,12 @@ def _share(layout: Layout, tensor: StateTensor, shard: int) -> tuple[int, int]:
 
 def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> Memory:
     """What *rank* of *layout* needs for the step of *profile*, which is of the same *config*."""
-    _, _, shard = layout.place(rank)
+    stage, _, shard = layout.place(rank)
     tensors = list(profile.tensors)
+    if layout.strategy == "pipeline":
+        plan = stage_plan(profile, config, layout)
+        mine = set(plan.memory.placement.numbers(stage))
+        tensors = [tensor for tensor in tensors if mine & set(plan.owners[tensor.name])]
     if layout.strategy.startswith("zero"):
         state = _zero_state(profile, config, layout)
     else:
@@ -181,16 +192,54 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
     buffers = sum(t.nbytes * (2 if t.running else 1) for t in tensors if t.buffer)
     ema = 0
     if config.ema.decay is not None:
-        ema = 8 + _averaged(profile, layout, shard)
+        ema = 8 + _averaged(profile, layout, shard, tensors)
     images = round(layout.micro_batch(config) * (math.prod(profile.image) * (1 + MASTER) + profile.targets))
-    step = _Step(profile, config, layout, state)
     held = state.parameters + buffers + state.optimizer + ema + state.buckets + images + WORKSPACE[profile.device]
+    if layout.strategy == "pipeline":
+        return _stages_memory(rank, plan, mine, state, buffers, ema, images, held - images)
+    step = _Step(profile, config, layout, state)
     most = step.peak(shard)
     after = held + max(step.update(shard), step.averaging(ema))
     return Memory(
         rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, images, state.host,
-        round(most.working), round(most.activations), 0, max(held + round(most.total), after),
+        round(most.working), round(most.activations), 0, round(max(held + most.total, after)),
     )  # fmt: skip
+
+
+def _stages_memory(
+    rank: int, plan: StagePlan, stages: set[int], state: _State, buffers: int, ema: int, images: int, held: int
+) -> Memory:  # fmt: skip
+    """Of a rank with some *stages* of *plan*, whose state is known."""
+    memory = plan.memory
+    working, activations, boundary = (
+        round(sum(of(stage, plan.costs[stage]) for stage in stages))
+        for of in (memory.working, memory.activations, memory.boundary)
+    )
+    # All images of a step are on the device at once, but on the first stage alone.
+    images = images * memory.count if 0 in stages else 0
+    return Memory(
+        rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, images, state.host, working,
+        activations, boundary, held + images + state.gradients + working + activations + boundary,
+    )  # fmt: skip
+
+
+def stage_plan(profile: Profile, config: Config, layout: Layout) -> StagePlan:
+    """Where the engine cuts the model of *profile*."""
+    key = layout.stages, layout.stages_per_rank, layout.micro_batch(config), layout.shards
+    found = _plans.setdefault(profile.model, {}) if profile.model is not None else {}
+    if key not in found:
+        assert profile.model is not None, "the profile is of another strategy"
+        placement = Placement(layout.stages, layout.stages_per_rank, config.parallel.schedule in SPLIT_BACKWARD)
+        memory = StageMemory.of(config, placement, key[2], layout.data_ranks, layout.shards)
+        model, device = profile.model, torch.device(profile.device)
+        sizes = list(other_sizes(config.data).values())
+        blocks = find_blocks(model, profile.image[1:])
+        found[key] = plan_stages(model, blocks, profile.image, device, memory, sizes)
+    return found[key]
+
+
+_plans: WeakKeyDictionary[nn.Module, dict[Any, StagePlan]] = WeakKeyDictionary()
+"""Of each model the plans so far: ranks of one mesh share theirs."""
 
 
 @dataclass(frozen=True)
@@ -373,9 +422,9 @@ def _padded(profile: Profile, ranks: int) -> list[int]:
     return [-(-sum(sizes[name] for name in group) // (2 * ranks)) * 2 * ranks for group in profile.groups]
 
 
-def _averaged(profile: Profile, layout: Layout, shard: int) -> int:
-    """Bytes of the averages of a rank; under ZeRO of its share of the masters."""
-    averaged = [tensor for tensor in profile.tensors if tensor.averaged]
+def _averaged(profile: Profile, layout: Layout, shard: int, tensors: list[StateTensor]) -> int:
+    """Bytes of the averages of *tensors* on a rank; under ZeRO of its share of the masters."""
+    averaged = [tensor for tensor in tensors if tensor.averaged]
     total = sum(tensor.nbytes for tensor in averaged if tensor.buffer)
     parameters = [tensor for tensor in averaged if not tensor.buffer]
     if layout.strategy == "zero3":

@@ -160,6 +160,8 @@ class Profile:
     targets: float
     """Bytes of the targets of an image."""
     autocast: bool = False
+    model: nn.Module | None = None
+    """On meta, as it is before anything is applied; what pipelines are cut from."""
 
     @property
     def tensors(self) -> tuple[StateTensor, ...]:
@@ -213,6 +215,7 @@ class _Recording:
     def __init__(self, config: Config, plan: Blueprint, blocks: Blocks, task: Task) -> None:
         self.config, self.task, self.device = config, task, device_type(config)
         self.module, parallel = plan.module, config.parallel
+        self.untouched = copy.deepcopy(plan.module) if parallel.strategy == "pipeline" else None
         self.blocks: list[Block] = list(blocks)
         modules = [block.module for block in blocks]
         self.kinds = {module: number for number, group in enumerate(kinds(modules)) for module in group}
@@ -389,7 +392,7 @@ class _Recording:
             )  # fmt: skip
         return Profile(
             tuple(parts), tuple(spans), self.groups, self.shape, self.computing.dtype, self.device, self.casts, self.compiled,
-            self.target_bytes, self.computing.autocast,
+            self.target_bytes, self.computing.autocast, self.untouched,
         )  # fmt: skip
 
     @staticmethod

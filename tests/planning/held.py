@@ -67,6 +67,7 @@ def held_and_predicted(plain: dict[str, Any], outputs: int = 10) -> dict[str, An
             "optimizer": sum(storages(v for s in inner.state.values() for v in s.values() if isinstance(v, Tensor)).values()),
             "ema": sum(storages(f.values for f in engine.ema.fragments()).values()) + 8 if engine.ema else 0,
             "all": everything() - before - extra,
+            "parameters": sum(storages(getattr(stepper, "held", {}).values()).values()),
         }
         result = {"found": found, "predicted": {**vars(predicted), "state": predicted.state}, "rank": runtime.rank}
         engine.close()
