@@ -13,7 +13,7 @@ from bigvision.errors import UserError
 from bigvision.planning.memory import Layout, rank_memory, worst
 from bigvision.planning.profile import profile
 from tests.distributed import run_ranks
-from tests.planning.held import held_and_predicted
+from tests.planning.held import held_and_predicted, one_of_many
 from tests.planning.measured import difference, peak_of_step
 from tests.recipes import MODELS, recipe
 
@@ -206,3 +206,22 @@ def test_shares_of_many_ranks() -> None:
     steps = layout.shards * 4 * sum(tensor.trained for tensor in counted.tensors)
     assert held == steps + 8 * sum(tensor.numel for tensor in counted.tensors if tensor.trained)
     assert rank_memory(counted, config, layout, 300).optimizer == rank_memory(counted, config, layout, 44).optimizer
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("ranks", "rank", "parallel"),
+    [
+        (1024, 0, {"strategy": "fsdp"}),
+        (1024, 47, {"strategy": "fsdp"}),
+        (1024, 1023, {"strategy": "fsdp", "replicas": 64}),
+        (1024, 1000, {"strategy": "pipeline", "stages": 2, "replicas": 64}),
+        (1024, 13, {"strategy": "pipeline", "stages": 2, "replicas": 512}),
+    ],
+)
+def test_ranks_of_a_large_mesh(tmp_path: Path, ranks: int, rank: int, parallel: dict[str, Any]) -> None:
+    """Beside an engine whose other ranks are torch's fake process group."""
+    plain = recipe(tmp_path, train={"global_batch": 8 * ranks, "micro_batch": None}, parallel=parallel)
+    (result,) = run_ranks(one_of_many, 1, plain, rank, ranks)
+    for kind in ("parameters", "optimizer"):
+        assert result["found"][kind] == result["predicted"][kind], result
