@@ -303,7 +303,7 @@ class _Recording:
         def before(number: int, block: nn.Module, inputs: Any) -> None:
             for leaf in tensors_in(inputs):
                 if leaf.requires_grad and torch.is_grad_enabled():
-                    leaf.register_hook(lambda _: recorder.enter(True, 2 * number))
+                    leaf.register_hook(lambda _: recorder.leave(number))
             recorder.boundaries[number, False] = sum(leaf.nbytes for leaf in tensors_in(inputs))
             recorder.enter(False, 2 * number + 1)
 
@@ -481,6 +481,11 @@ class Recorder(OpCounter):
         self.stretches.append((was, at, self.flops - flops, self.moved - moved, flops, moved))
         self.events.append(("enter", len(self.stretches)))
         self._here, self.flops, self.moved, self.again = (backward, place), 0.0, 0.0, (0.0, 0.0)
+
+    def leave(self, block: int) -> None:
+        """The backward pass of *block* is over."""
+        if self._here != (True, 2 * block - 1):  # the same tensor left the block before, whose pass has begun
+            self.enter(True, 2 * block)
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
