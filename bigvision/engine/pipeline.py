@@ -18,6 +18,7 @@ from bigvision.engine.step import NativeStep
 from bigvision.errors import UserError, either
 from bigvision.models import Blocks, Blueprint
 from bigvision.pipeline import Placement, StageMemory, make_schedule, plan_stages
+from bigvision.pipeline.schedules import USABLE
 from bigvision.ranges import FORWARD, mark
 from bigvision.runtime import Runtime
 from bigvision.samples import each_tensor, seed_from
@@ -39,7 +40,12 @@ class PipelineEngine(Engine):
         self.placement = Placement(runtime.pipeline_ranks, config.parallel.per_rank, there_and_back)
         # Before blocks are wrapped: their forwards are still timm's.
         shape = blueprint.input_shape
-        memory = StageMemory.of(config, runtime, self.placement, micro_batch(config, runtime.data_ranks, self.placement.ranks))
+        size, capacity = micro_batch(config, runtime.data_ranks, self.placement.ranks), None
+        if runtime.device.type == "cuda":
+            capacity = USABLE * torch.cuda.get_device_properties(runtime.device).total_memory
+        memory = StageMemory.of(
+            config, self.placement, size, runtime.data_ranks, runtime.mesh["shard"].size(), capacity
+        )  # fmt: skip
         sizes = list(other_sizes(config.data).values())
         self.plan = plan_stages(blueprint.module, blocks, shape, runtime.device, memory, sizes)
         super().__init__(config, blueprint, blocks, task, runtime, *others)

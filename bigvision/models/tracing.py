@@ -312,6 +312,14 @@ class OpCounter(TorchDispatchMode):
         self.add(flops, moved)
 
 
+IN_FP32 = {
+    nn.functional.layer_norm, nn.functional.group_norm, nn.functional.softmax, torch.softmax, Tensor.softmax,
+    nn.functional.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.exp, Tensor.exp, torch.pow, Tensor.pow,
+    torch.sum, Tensor.sum, nn.functional.normalize,
+}  # fmt: skip
+"""Functions that CUDA's autocast computes in fp32, and the CPU's does not."""
+
+
 class FusedAttention(TorchFunctionMode):
     """Lets attention keep and compute what the fused kernels of *device* do, which keep no matrix of probabilities.
 
@@ -326,6 +334,8 @@ class FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in IN_FP32 and self.device == "cuda" and torch.is_autocast_enabled("cpu"):
+            args = tuple(one.float() if isinstance(one, Tensor) and one.is_floating_point() else one for one in args)
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), args)) | kwargs
@@ -414,7 +424,7 @@ def training_flops(module: nn.Module, image_shape: tuple[int, int, int]) -> floa
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        with torch.random.fork_rng(devices=[]), _attributes_kept(module), _Counter(1.0) as counter:
+        with torch.random.fork_rng(devices=[]), _attributes_kept(module), OpCounter() as counter:
             outputs = tree_leaves(module(torch.empty(SAMPLES, *image_shape, device="meta")))
             sums = [leaf.sum() for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
             torch.autograd.grad(sums, trained, allow_unused=True)

@@ -18,7 +18,6 @@ from bigvision.config import ONE_STAGE, Config
 from bigvision.models.tracing import Cost
 from bigvision.optim import state_bytes
 from bigvision.ranges import BACKWARD, mark
-from bigvision.runtime import Runtime
 
 SCHEDULES = {
     "gpipe": schedules.ScheduleGPipe,
@@ -102,36 +101,44 @@ class StageMemory:
     frozen: int = MASTER  # bytes in which a frozen parameter is held
 
     @classmethod
-    def of(cls, config: Config, runtime: Runtime, placement: Placement, micro_batch: int) -> StageMemory:
-        """Of a run in micro-batches of *micro_batch* samples."""
+    def of(
+        cls, config: Config, placement: Placement, micro_batch: int, data_ranks: int, shards: int, capacity: float | None = None
+    ) -> StageMemory:  # fmt: skip
+        """Of a run in micro-batches of *micro_batch*, *data_ranks* for each stage, *shards* of each of its copies."""
         parallel = config.parallel
-        count = config.train.global_batch // runtime.data_ranks // micro_batch
+        count = config.train.global_batch // data_ranks // micro_batch
         # Under autocast some activations stay fp32: there they are counted as if all did.
         compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(parallel.precision, torch.float32)
-        moments = state_bytes(config.optim)
-        capacity = None
-        if runtime.device.type == "cuda":
-            capacity = USABLE * torch.cuda.get_device_properties(runtime.device).total_memory
         return cls(
-            placement, micro_batches_kept(parallel.schedule, placement, count), count, micro_batch,
-            runtime.mesh["shard"].size(), moments, compute, parallel.recompute != "none", capacity,
+            placement, micro_batches_kept(parallel.schedule, placement, count), count, micro_batch, shards,
+            state_bytes(config.optim), compute, parallel.recompute != "none", capacity,
             2 if config.model.frozen_dtype == "bf16" else MASTER,
         )  # fmt: skip
 
     def needed(self, stage: int, cost: Cost) -> float:
         """The bytes that a stage of *cost* occupies when it occupies the most."""
-        kept, weight = self.kept[stage], self.compute.itemsize
         frozen = cost.parameters - cost.trained
         state = (self.frozen * frozen + (2 * MASTER + self.moments) * cost.trained) / self.shards
+        return state + self.working(stage, cost) + self.activations(stage, cost) + self.boundary(stage, cost)
+
+    def working(self, stage: int, cost: Cost) -> float:
+        """Bytes of weights that are gathered or cast, and of whole gradients."""
+        weight = self.compute.itemsize
         if self.shards > 1:
             # torch gathers a stage's weights once in a step and scatters its gradients after the last micro-batch.
-            state += weight * cost.parameters + MASTER * cost.trained
-        elif weight < MASTER:
-            # Each backward pass holds on to the weights that its forward pass cast; recomputed blocks cast them again.
-            state += weight * cost.parameters * (1 if self.recompute else kept)
+            return weight * cost.parameters + MASTER * cost.trained
+        # Each backward pass holds on to the weights that its forward pass cast; recomputed blocks cast them again.
+        return weight * cost.parameters * (1 if self.recompute else self.kept[stage]) if weight < MASTER else 0.0
+
+    def activations(self, stage: int, cost: Cost) -> float:
+        """Bytes that are kept for backward passes, and what a recomputed block makes again."""
+        return self.micro_batch * (self.kept[stage] * cost.activations + cost.recomputed)
+
+    def boundary(self, stage: int, cost: Cost) -> float:
+        """Bytes of what crosses to and from the neighbours."""
         # torch allocates the buffers of all micro-batches at once, and keeps what was sent until its gradient arrives.
-        crossing = self.count * (cost.received + cost.sent) + kept * cost.sent
-        return state + self.micro_batch * (kept * cost.activations + cost.recomputed + crossing)
+        crossing = self.count * (cost.received + cost.sent) + self.kept[stage] * cost.sent
+        return self.micro_batch * crossing
 
     def limits(self, even: Cost) -> list[float]:
         """The bytes that each stage may occupy: its device is divided as stages of the cost *even* would divide it."""

@@ -30,6 +30,7 @@ from bigvision.models import Block, Blocks, Blueprint, blueprint, find_blocks, k
 from bigvision.models.formats import hold_frozen
 from bigvision.models.tracing import FusedAttention, OpCounter, named_tensors, plain_attributes
 from bigvision.optim import freeze, parameter_groups
+from bigvision.planning.compiled import compile_without_code
 from bigvision.planning.operations import Log, Operation, Work, fused, per_image
 from bigvision.tasks import Classify, Task, build_task
 
@@ -165,6 +166,8 @@ class Profile:
     targets: float
     """Bytes of the targets of an image."""
     autocast: bool = False
+    model: nn.Module | None = None
+    """On meta, as it is before anything is applied; what pipelines are cut from."""
 
     @property
     def tensors(self) -> tuple[StateTensor, ...]:
@@ -218,6 +221,7 @@ class _Recording:
     def __init__(self, config: Config, plan: Blueprint, blocks: Blocks, task: Task) -> None:
         self.config, self.task, self.device = config, task, device_type(config)
         self.module, parallel = plan.module, config.parallel
+        self.untouched = copy.deepcopy(plan.module) if parallel.strategy == "pipeline" else None
         self.blocks: list[Block] = list(blocks)
         modules = [block.module for block in blocks]
         self.kinds = {module: number for number, group in enumerate(kinds(modules)) for module in group}
@@ -246,10 +250,12 @@ class _Recording:
                 parameter.data = parameter.data.to(self.computing.dtype)
         self.tensors = self._state(held)
         self.attention = FusedAttention(self.device)
-        for block in modules if parallel.recompute == "blocks" else ():
+        for block in modules if parallel.recompute == "blocks" and not self.compiled else ():
             # A backward pass runs without the modes of functions that it was called in.
             block.forward = functools.partial(_within, self.attention, block.forward)
         wrap_blocks(modules, replace(config, parallel=replace(parallel, compile=False)), here)
+        if self.compiled:
+            compile_without_code(modules, self.attention)
 
     def _whole(self, parameter: Tensor) -> bool:
         return parameter.ndim == 0 or id(parameter) in self.norms
@@ -300,21 +306,16 @@ class _Recording:
         }  # fmt: skip
         hooks: list[Any] = []
 
-        left: set[int] = set()  # what the last block returned
-
         def before(number: int, block: nn.Module, inputs: Any) -> None:
             for leaf in tensors_in(inputs):
-                # Where it comes straight from the block before, that block's backward pass follows.
-                if leaf.requires_grad and torch.is_grad_enabled() and leaf._cdata not in left:
-                    leaf.register_hook(lambda _: recorder.enter(True, 2 * number))
+                if leaf.requires_grad and torch.is_grad_enabled():
+                    leaf.register_hook(lambda _: recorder.leave(number))
             recorder.boundaries[number, False] = sum(leaf.nbytes for leaf in tensors_in(inputs))
             recorder.enter(False, 2 * number + 1)
 
         def after(number: int, block: nn.Module, inputs: Any, output: Any) -> None:
-            left.clear()
             for leaf in tensors_in(output):
                 if leaf.requires_grad:
-                    left.add(leaf._cdata)
                     leaf.register_hook(lambda _: recorder.enter(True, 2 * number + 1))
             recorder.boundaries[number, True] = sum(leaf.nbytes for leaf in tensors_in(output))
             recorder.enter(False, 2 * number + 2)
@@ -406,7 +407,7 @@ class _Recording:
             )  # fmt: skip
         return Profile(
             tuple(parts), tuple(spans), self.groups, self.shape, self.computing.dtype, self.device, self.casts, self.compiled,
-            self.target_bytes, self.computing.autocast,
+            self.target_bytes, self.computing.autocast, self.untouched,
         )  # fmt: skip
 
     @staticmethod
@@ -480,6 +481,8 @@ class Recorder(OpCounter):
         self.log = Log()
         self.logged: list[int] = []
         """How many operations the log had at the end of each stretch."""
+        self.fused = False
+        """Whether what is computed now becomes part of another kernel, and gets no memory."""
         self.boundaries: dict[tuple[int, bool], float] = {}
         """Bytes of what enters (False) and leaves (True) each block."""
         self.watched: dict[int, str] = {}
@@ -497,6 +500,11 @@ class Recorder(OpCounter):
         self.logged.append(len(self.log.operations))
         self.events.append(("enter", len(self.stretches)))
         self._here, self.flops, self.moved, self.again = (backward, place), 0.0, 0.0, (0.0, 0.0)
+
+    def leave(self, block: int) -> None:
+        """The backward pass of *block* is over."""
+        if self._here != (True, 2 * block - 1):  # the same tensor left the block before, whose pass has begun
+            self.enter(True, 2 * block)
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -527,6 +535,11 @@ class Recorder(OpCounter):
         if number >= 0:
             self.events.append(("gradient", number))
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """torch.compile would leave code alone that runs in any other mode."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.watched:
             for leaf in tensors_in((args, kwargs)):
@@ -543,7 +556,7 @@ class Recorder(OpCounter):
         if key in self._alive:
             return
         number = len(self.sizes)
-        self.sizes.append(storage.nbytes())
+        self.sizes.append(0 if self.fused else storage.nbytes())
         self.events.append(("allocate", number))
 
         def freed(_: Any) -> None:

@@ -67,7 +67,26 @@ def held_and_predicted(plain: dict[str, Any], outputs: int = 10) -> dict[str, An
             "optimizer": sum(storages(v for s in inner.state.values() for v in s.values() if isinstance(v, Tensor)).values()),
             "ema": sum(storages(f.values for f in engine.ema.fragments()).values()) + 8 if engine.ema else 0,
             "all": everything() - before - extra,
+            "parameters": sum(storages(getattr(stepper, "held", {}).values()).values()),
         }
         result = {"found": found, "predicted": {**vars(predicted), "state": predicted.state}, "rank": runtime.rank}
         engine.close()
         return result
+
+
+def one_of_many(plain: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+    """What *rank* of *ranks* holds, of which the others are torch's fake process group; and what is predicted."""
+    import os
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import FakeProcessGroup  # type: ignore[attr-defined]
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        with patch.object(FakeProcessGroup, "_set_default_timeout", lambda group, timeout: None, create=True):
+            return held_and_predicted(plain)
+    finally:
+        dist.destroy_process_group()
