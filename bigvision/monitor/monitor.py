@@ -40,7 +40,7 @@ class Monitor:
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""
         self.line: dict[str, Any] = {}
-        """The last one of a logged step."""
+        """The last one of a logged step, with the loss of the last step."""
         self.file: IO[str] | None = None
         self.stragglers = Stragglers()
         self.peaks: list[int] = []
@@ -73,13 +73,14 @@ class Monitor:
         """
         self.seen, self.taken = self.seen + result.samples, self.taken + 1
         loss, grad_norm = result.numbers
+        self.line["loss"] = loss
         self.pace.step()
         if self.first_step and not result.skipped:
             self.first_step = False
             seconds = time.monotonic() - self.began
             self.say(f"step {result.step} of {self.steps}: loss {loss:.4f}, {seconds:.1f} s after the start")
         if not self.due(result.step):
-            self._show(result.step, loss)
+            self._show(result.step)
             return None
         gathered = gather_json([_peak_memory(self.runtime.device), waited, result.seconds()])
         self.peaks = [peak for peak, *_ in gathered]
@@ -104,9 +105,9 @@ class Monitor:
         stragglers = {str(rank): round(seconds, 4) for rank, seconds in slow.items()}
         more = {"planned_memory": self.forecast.memory, "skipped": result.skipped, "bad_samples": bad, "stragglers": stragglers}
         line |= {name: value for name, value in more.items() if value}
-        self.line = line
         self._write("record", line)
-        self._show(result.step, loss)
+        self.line = dict(line)
+        self._show(result.step)
         self._restart_clock()
         return line
 
@@ -128,7 +129,7 @@ class Monitor:
         self.metrics = metrics
         values = {f"val_{name}": value for name, value in metrics.items()}
         self._write("evaluation", {"step": step, "samples": samples, "seconds": round(seconds, 3)} | values)
-        self._show(step, self.line.get("loss"), at_once=True)
+        self._show(step, evaluated=True)
 
     def event(self, step: int, samples: int, facts: dict[str, Any], text: str) -> None:
         """Write *facts* down, and print *text*."""
@@ -165,11 +166,13 @@ class Monitor:
         else:
             self.say(f'load        accelerate.load_checkpoint_in_model(model, "{folder}")')
 
-    def _show(self, step: int, loss: float | None, at_once: bool = False) -> None:
+    def _show(self, step: int, evaluated: bool = False) -> None:
         if self.display.shown:
-            facts = facts_of(self.line | {"loss": loss}, self.metrics)
+            facts = facts_of(self.line, self.metrics)
             left = self.pace.left(step, self.steps, self.config.train.global_batch, self.forecast)
-            self.display.step(step, self.steps, facts, left, at_once)
+            if evaluated and self.display.plain:
+                facts, left = facts[:3], left or None  # a line of its own, which is short
+            self.display.step(step, self.steps, facts, left, at_once=evaluated)
 
     def _write(self, kind: str, line: dict[str, Any]) -> None:
         line["time"] = round(time.time(), 3)

@@ -77,7 +77,8 @@ class Display:
     def __init__(self, console: Console, shown: bool) -> None:
         self.console, self.shown = console, shown and not console.quiet
         self.plain = self.shown and not console.is_terminal
-        self.next_line = time.monotonic() + FIRST
+        self.next_line: float | None = None
+        """When the next plain line is due; None before anything was done."""
         self.bar = Progress(
             TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[facts]}"),
             _TimeLeft(), console=console, disable=not self.shown or self.plain,
@@ -127,8 +128,11 @@ class Display:
             self.bar.stop()
 
     def _line(self, what: str, facts: Sequence[str], left: float | None, at_once: bool = False) -> None:
-        if at_once or time.monotonic() >= self.next_line:
-            self.next_line = time.monotonic() + EVERY
+        now = time.monotonic()
+        if self.next_line is None:
+            self.next_line = now + FIRST
+        if at_once or now >= self.next_line:
+            self.next_line = now + EVERY
             ending = () if left is None else (f"{duration(left)} left",)
             self.console.print("  ".join([what, *facts, *ending]), markup=False)
 

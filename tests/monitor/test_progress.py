@@ -97,7 +97,7 @@ def test_a_bar_in_a_terminal_and_lines_without(monkeypatch: pytest.MonkeyPatch) 
     for _ in display.batches("evaluation", range(40), 40):
         now[0] += 2.0
     assert text.getvalue().splitlines() == [
-        *(f"step {step}/100  loss 0.5000  {duration(100 - step)} left" for step in (5, 35, 65, 95)),
+        *(f"step {step}/100  loss 0.5000  {duration(100 - step)} left" for step in (6, 36, 66, 96)),
         "evaluation 13/40 batches  0:54 left",
         "evaluation 28/40 batches  0:24 left",
     ]

@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -144,6 +145,9 @@ def scalars_of_wandb(out: Path) -> dict[str, list[tuple[int, float]]]:
     id = json.loads((out / "trackers.json").read_text())["wandb"]
     assert [path.name for path in files] == [f"run-{id}.wandb"] * 2, "the same run twice"
     for path in files:
+        deadline = time.monotonic() + 60  # wandb's own process writes what is left
+        while not any(record.HasField("exit") for record in wandb_records(path)) and time.monotonic() < deadline:
+            time.sleep(0.1)
         for record in wandb_records(path):
             if record.WhichOneof("record_type") == "run":
                 assert (record.run.host, record.run.git.remote_url, record.run.run_id) == ("", "", id)
@@ -164,6 +168,7 @@ def test_libraries_have_the_values_of_metrics_over_a_restart(
 ) -> None:
     """Steps come twice: TensorBoard drops the first ones, the others have both, those that count last."""
     pytest.importorskip(name)
+    monkeypatch.setattr(trackers, "TO_END", dict.fromkeys(trackers.TO_END, 120.0))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'mlruns'}")
