@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
+from bigvision.engine.step import REQUESTS
 from bigvision.pipeline.schedules import Placement, passes_of
 from bigvision.planning.hardware import Hardware, Link
 from bigvision.planning.memory import Layout
@@ -27,7 +28,7 @@ NORM_BYTES, EMA_BYTES, SUM_BYTES = 4, 36, 12
 """For a trained value: the gradient's norm; an update of an average (measured on an H100); adding a micro-batch's gradient."""
 BUCKET = 25 << 20
 """Bytes of DistributedDataParallel's buckets."""
-NUMBERS = 8 * 6
+NUMBERS = 8 * (3 + len(REQUESTS))
 """Bytes of the numbers that all ranks add up in a step (`engine/step.py: reduce_with`)."""
 
 
