@@ -167,8 +167,14 @@ def _statistics_held(norms: list[BatchNorm]) -> Iterator[None]:
             buffer.data.copy_(value)
 
 
-def why_eager(config: Config, blocks: Sequence[nn.Module], device: torch.device) -> str | None:
-    """Why *blocks* are not compiled; None where they are. Nothing is measured, so the answer is the same at each restart."""
+def why_eager(
+    config: Config, blocks: Sequence[nn.Module], device: torch.device,
+    missing: Callable[[torch.device], str | None] | None = lambda device: lacks_for_compile(device),
+) -> str | None:  # fmt: skip
+    """Why *blocks* are not compiled; None where they are. Nothing is measured, so the answer is the same at each restart.
+
+    *missing* is what this machine lacks for it; None where another machine's is asked for.
+    """
     if isinstance(config.parallel.compile, bool):
         return None if config.parallel.compile else "parallel.compile: false"
     parallel, count = config.parallel, len(kinds(blocks))
@@ -184,7 +190,8 @@ def why_eager(config: Config, blocks: Sequence[nn.Module], device: torch.device)
         return "SyncBatchNorm exchanges statistics within the blocks"
     if len(blocks) < 2 * count:
         return f"{len(blocks)} blocks of {count} kinds do not repeat enough to be worth {count} graphs"
-    return (missing := lacks_for_compile(device)) and f"it needs {missing}"
+    lacks = missing and missing(device)
+    return lacks and f"it needs {lacks}"
 
 
 def lacks_for_compile(device: torch.device) -> str | None:

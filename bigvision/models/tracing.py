@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch.fx.immutable_collections import immutable_list
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 SAMPLES = 2  # images with which a graph is run; BatchNorm refuses single values
@@ -276,50 +277,93 @@ class Cost:
         return Cost(**sums)
 
 
-class _Counter(TorchDispatchMode):
-    """Adds up the operations performed on meta tensors (the roofline of Williams et al. 2009, one operation at a time)."""
+class OpCounter(TorchDispatchMode):
+    """Adds up the operations performed on tensors without values (the roofline of Williams et al. 2009, each by itself)."""
 
-    def __init__(self, flops_per_byte: float) -> None:
+    def __init__(self, flops_per_byte: float = 0.0) -> None:
         super().__init__()
         self.flops_per_byte = flops_per_byte
-        self.flops = self.work = 0.0
+        self.flops = self.work = self.moved = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
-        flops = float(formula(*args, **(kwargs or {}), out_val=result)) if formula is not None else 0.0
+        flops = 0.0
+        if func._overloadpacket is torch.ops.aten.convolution_backward:
+            # torch's formula counts the gradient of a grouped convolution's weight as if it were not grouped.
+            gradient, images, weight, *_, transposed, _, _, asked = args
+            forward = conv_flop_count(images.shape, weight.shape, gradient.shape, transposed)
+            flops = float(forward * (asked[0] + asked[1]))
+        elif formula is not None:
+            flops = float(formula(*args, **(kwargs or {}), out_val=result))
         moved = 0.0
         if formula is not None or not func.is_view:
             moved = float(sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)))
-        self.flops += flops
-        self.work += max(flops, moved * self.flops_per_byte)
+        self.add(flops, moved)
         return result
 
+    def add(self, flops: float, moved: float) -> None:
+        self.flops += flops
+        self.moved += moved
+        self.work += max(flops, moved * self.flops_per_byte)
 
-class _FusedAttention(TorchFunctionMode):
-    """Lets attention keep what the fused kernels of CPU and CUDA keep: on meta it would keep its matrix of probabilities."""
+
+class FusedAttention(TorchFunctionMode):
+    """Lets attention keep and compute what the fused kernels of *device* do, which keep no matrix of probabilities.
+
+    On meta it would keep that; on fake tensors of the CPU torch chooses what the CPU's kernel takes.
+    """
+
+    counter: OpCounter
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        with torch.no_grad():
-            output = func(*args, **(kwargs or {}))
-        heads_last = torch.empty_like(output.transpose(-2, -3), memory_format=torch.contiguous_format)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        return _KeepForBackward.apply(heads_last.transpose(-2, -3), *inputs)
+            return func(*args, **kwargs)
+        named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), args)) | kwargs
+        query, key, value, mask = (named.get(name) for name in ("query", "key", "value", "attn_mask"))
+        if self.device == "cpu" and (named.get("dropout_p") or (mask is not None and mask.requires_grad)):
+            return func(*args, **kwargs)  # the CPU's kernel has neither
+        if torch.is_autocast_enabled("cpu"):
+            query, key, value = (one.to(torch.get_autocast_dtype("cpu")) for one in (query, key, value))
+        return _Attention.apply(self.counter, query, key, value, mask)
 
 
-class _KeepForBackward(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(output, *inputs)
-        return output.view_as(output)
+    def forward(ctx: Any, counter: OpCounter, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.counter = counter
+        *batch, length, _ = query.shape
+        ctx.flops = 2.0 * math.prod(batch) * length * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        # As the kernels lay it out: the heads of a place lie together.
+        shape = (*batch[:-1], length, *batch[-1:], value.shape[-1])
+        output = (
+            query.new_empty(shape).transpose(-2, -3) if len(batch) > 1 else query.new_empty(*batch, length, value.shape[-1])
+        )
+        sums = query.new_empty((*batch, length), dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, output.detach(), sums)
+        ctx.moved = sum(one.nbytes for one in (query, key, value, output, mask) if one is not None)
+        counter.add(ctx.flops, ctx.moved)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, *_ = ctx.saved_tensors
+        # The kernels compute the probabilities again: five products where the forward pass has two.
+        ctx.counter.add(2.5 * ctx.flops, 2 * ctx.moved)
+        wanted = zip((query, key, value, mask), ctx.needs_input_grad[1:])
+        return None, *(torch.empty_like(one) if one is not None and needed else None for one, needed in wanted)
 
 
 class _CostRunner(Runner):
-    def __init__(self, graph: fx.GraphModule, flops_per_byte: float, compute: torch.dtype, recomputed: Iterable[str]) -> None:
+    def __init__(self, graph: fx.GraphModule, device: str, compute: torch.dtype, recomputed: Iterable[str]) -> None:
         super().__init__(copy.deepcopy(graph))
-        self.flops_per_byte, self.compute, self.recomputed = flops_per_byte, compute, set(recomputed)
+        self.attention, self.flops_per_byte = FusedAttention(device), FLOPS_PER_BYTE[device]
+        self.compute, self.recomputed = compute, set(recomputed)
         self.costs: dict[str, Cost] = {}
         self.kept: dict[int, Tensor] = {}  # by storage: a tensor that two nodes need is kept once
         self.counted: set[nn.Parameter] = set()
@@ -332,7 +376,8 @@ class _CostRunner(Runner):
                 saved[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
-        with _Counter(self.flops_per_byte) as counter, _FusedAttention(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        self.attention.counter = counter = OpCounter(self.flops_per_byte)
+        with counter, self.attention, saved_tensors_hooks(pack, lambda tensor: tensor):
             value = super().run_node(n)
         recomputed = 0.0
         if n.op == "call_module" and str(n.target) in self.recomputed:
@@ -364,7 +409,7 @@ def node_costs(
     A parameter counts where it is used first. *device* is where the graph will run: it decides what an operation that only
     moves memory costs. *compute* is the type of activations; the modules at the paths *recomputed* keep only their inputs.
     """
-    runner = _CostRunner(graph, FLOPS_PER_BYTE[device.type], compute, recomputed)
+    runner = _CostRunner(graph, device.type, compute, recomputed)
     with torch.random.fork_rng(devices=[]):
         runner.run(torch.empty(SAMPLES, *image_shape, device="meta"))
     return runner.costs

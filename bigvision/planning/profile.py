@@ -1,0 +1,552 @@
+"""What one training step of a model computes, moves and keeps, counted on the meta device.
+
+The model is built as the engine builds it (number format, frozen parts, adapters, recompute, the task's loss) and runs forward
+and backward without memory, with two sizes of micro-batch. Each allocation of the two passes is recorded in its order. What
+both have alike is fixed, the rest belongs to the images, so that one profile gives the memory of every micro-batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from bigvision.config import Config, other_sizes, pair
+from bigvision.engine.parallelize import Computing, choose_computing, why_eager, wrap_blocks
+from bigvision.engine.state import RUNNING, allocate, is_frozen, make_contiguous
+from bigvision.models import Block, Blocks, Blueprint, blueprint, find_blocks, kinds
+from bigvision.models.formats import hold_frozen
+from bigvision.models.tracing import FusedAttention, OpCounter, named_tensors, plain_attributes
+from bigvision.optim import freeze, parameter_groups
+from bigvision.tasks import Classify, Task, build_task
+
+SAMPLES = (2, 4)
+"""The two micro-batches that are recorded. BatchNorm refuses a single image."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A number of bytes or operations that grows with the images."""
+
+    fixed: float = 0.0
+    per_image: float = 0.0
+
+    def at(self, images: float) -> float:
+        return self.fixed + self.per_image * images
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(self.fixed + other.fixed, self.per_image + other.per_image)
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One parameter or buffer of the model, whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: bool
+    buffer: bool = False
+    saved: bool = True
+    """Whether checkpoints have it; persistent buffers and parameters are."""
+    running: bool = False
+    """Whether a forward pass changes it (BatchNorm's statistics)."""
+    whole: bool = False
+    """Whether ``fully_shard`` leaves it whole on every rank: a scalar, or BatchNorm's."""
+    computes: torch.dtype = torch.float32
+    """The type in which it is multiplied."""
+    averaged: bool = False
+    """Whether an EMA follows it."""
+
+    @property
+    def numel(self) -> int:
+        return functools.reduce(lambda product, side: product * side, self.shape, 1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Part:
+    """One block, or what runs between two blocks."""
+
+    path: str
+    """Of the block; empty for what lies outside of blocks."""
+    kind: int
+    """Equal blocks have the same number; what lies outside of blocks has a negative one."""
+    tensors: tuple[StateTensor, ...]
+    forward_flops: float = 0.0
+    """For one image."""
+    backward_flops: float = 0.0
+    """For one image, without what is recomputed."""
+    recomputed_flops: float = 0.0
+    """For one image, in the backward pass: less than the forward pass's, since the last operations are left out."""
+    forward_bytes: Amount = Amount()
+    """Read and written by the operations of the pass."""
+    backward_bytes: Amount = Amount()
+    recomputed_bytes: Amount = Amount()
+    saved: Amount = Amount()
+    """Bytes that are kept from the forward pass to the backward pass, with the output."""
+    input_bytes: float = 0.0
+    """For one image."""
+    output_bytes: float = 0.0
+    """For one image."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameters."""
+        return sum(tensor.numel for tensor in self.tensors if not tensor.buffer)
+
+    @property
+    def trained(self) -> int:
+        """Elements of the trained parameters."""
+        return sum(tensor.numel for tensor in self.tensors if tensor.trained)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is allocated at one moment of the passes, beside the state of the model."""
+
+    fixed: float
+    per_image: float
+    gradients: float
+    """Bytes of the parameters' gradients that the pass has completed so far."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part's pass, forward or backward."""
+
+    part: int
+    """Its place among the profile's parts."""
+    backward: bool
+    begin: Moment
+    peaks: tuple[Moment, ...]
+    """The moments of which one is the highest, whatever the micro-batch and whatever a gradient costs."""
+    end: Moment
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A training step of one micro-batch."""
+
+    parts: tuple[Part, ...]
+    """In the order of the forward pass. Each tensor is in one; those that lie outside of blocks where they are used first."""
+    spans: tuple[Span, ...]
+    """In the order of the step: forward passes, then backward passes."""
+    groups: tuple[tuple[str, ...], ...]
+    """The names in each of the optimizer's parameter groups."""
+    image: tuple[int, int, int]
+    """Channels, height and width."""
+    compute: torch.dtype
+    device: str
+    """The type of the device: cpu or cuda."""
+    casts: bool
+    """Whether weights are cast where they are read; otherwise the strategy holds or gathers them in the compute type."""
+    compiled: bool
+    targets: float
+    """Bytes of the targets of an image."""
+    autocast: bool = False
+
+    @property
+    def tensors(self) -> tuple[StateTensor, ...]:
+        return tuple(tensor for part in self.parts for tensor in part.tensors)
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.numel for part in self.parts)
+
+    @property
+    def flops(self) -> float:
+        """Of the forward and the backward pass of an image, without what is recomputed."""
+        return sum(part.forward_flops + part.backward_flops for part in self.parts)
+
+
+def profile(config: Config, outputs: int | None = None, task: Task | None = None, plan: Blueprint | None = None) -> Profile:
+    """Count a training step of *config* on the type of device that ``parallel.device`` names (auto: cuda).
+
+    *outputs* are the data's classes or numbers; None takes ``model.num_classes``, or as many as timm's model has. *task* is the
+    caller's own. *plan* is its blueprint where there is one already: it is copied. Nothing is allocated, started or compiled.
+    """
+    learned = build_task(config.task, task)
+    if plan is None:
+        plan, blocks = planned(config, outputs, learned)
+    else:
+        plan = copy.copy(plan)
+        plan.module = copy.deepcopy(plan.module)
+        blocks = find_blocks(plan.module, plan.image_size)
+    return _Recording(config, plan, blocks, learned).profile()
+
+
+def planned(config: Config, outputs: int | None, task: Task) -> tuple[Blueprint, Blocks]:
+    """The model of *config* on meta with what is frozen in it, and its blocks; no weights are looked for."""
+    model = replace(config.model, pretrained=False, weights=None)
+    if outputs is None and config.model.num_classes is None:
+        named = blueprint(replace(model, lora=None, image_size=None, options={}), None).module
+        outputs = getattr(named, "pretrained_cfg", {}).get("num_classes") or 1000
+    plan = blueprint(model, config.model.num_classes or outputs, around=task.model(config), sizes=other_sizes(config.data))
+    freeze(plan.module, config.model.trainable, plan.adapters)
+    return plan, find_blocks(plan.module, plan.image_size)
+
+
+def device_type(config: Config) -> str:
+    """The type of the devices that are planned for."""
+    return "cpu" if config.parallel.device == "cpu" else "cuda"
+
+
+class _Recording:
+    """A model prepared as the engine prepares it, without memory, and what its passes do."""
+
+    def __init__(self, config: Config, plan: Blueprint, blocks: Blocks, task: Task) -> None:
+        self.config, self.task, self.device = config, task, device_type(config)
+        self.module, parallel = plan.module, config.parallel
+        self.blocks: list[Block] = list(blocks)
+        modules = [block.module for block in blocks]
+        self.kinds = {module: number for number, group in enumerate(kinds(modules)) for module in group}
+        channels_last = make_contiguous(self.module)
+        target, here = torch.device(self.device), torch.device("cpu")
+        self.computing: Computing = choose_computing(config, plan, blocks, target, channels_last)
+        if config.model.frozen_dtype == "bf16":
+            hold_frozen(self.module, plan.input_shape)
+        self.shape = _largest(plan.input_shape, config)
+        held = {name: tensor.dtype for name, tensor in named_tensors(self.module)}
+        optim = config.optim
+        groups = parameter_groups(self.module, optim.weight_decay, optim.layer_decay, rules=optim.groups)
+        self.groups = tuple(tuple(group["names"]) for group in groups)
+        self.compiled = why_eager(config, modules, target, missing=None) is None
+        self.module.train()
+        # DeepSpeed holds, and fully_shard gathers, weights in the compute type.
+        self.casts = not (parallel.strategy.startswith("zero") or parallel.strategy == "fsdp")
+        self.computing.apply([self.module], modules, parallel.strategy != "fsdp", here)
+        self.norms = {id(p) for m in self.module.modules() if isinstance(m, BatchNorm) for p in m.parameters(recurse=False)}
+        for parameter in self.module.parameters() if not self.casts else ():
+            if parallel.strategy == "fsdp":
+                changes = not self._whole(parameter) and self.computing.dtype != torch.float32
+            else:
+                changes = parameter.requires_grad or self.computing.dtype.itemsize <= parameter.dtype.itemsize
+            if changes:
+                parameter.data = parameter.data.to(self.computing.dtype)
+        self.tensors = self._state(held)
+        self.attention = FusedAttention(self.device)
+        for block in modules if parallel.recompute == "blocks" else ():
+            # A backward pass runs without the modes of functions that it was called in.
+            block.forward = functools.partial(_within, self.attention, block.forward)
+        wrap_blocks(modules, replace(config, parallel=replace(parallel, compile=False)), here)
+
+    def _whole(self, parameter: Tensor) -> bool:
+        return parameter.ndim == 0 or id(parameter) in self.norms
+
+    def _state(self, held: Mapping[str, torch.dtype]) -> dict[str, StateTensor]:
+        """The parameters and buffers by name, each tied one once; *held*: the types in which they are saved."""
+        found: dict[str, StateTensor] = {}
+        saved = self.module.state_dict(keep_vars=True).keys()
+        still = {f"{path}.{name}" for path, part in self.module.named_modules() if is_frozen(part) for name in RUNNING}
+        counted = {f"{path}.{name}" for path, part in self.module.named_modules() if isinstance(part, BatchNorm)
+                   and not is_frozen(part) for name in (*RUNNING, "num_batches_tracked")}  # fmt: skip
+        for name, p in self.module.named_parameters():
+            computes = self.computing.dtype if self.casts and id(p) not in self.norms else p.dtype
+            found[name] = StateTensor(
+                name, tuple(p.shape), held[name], p.requires_grad, whole=self._whole(p), computes=computes,
+                averaged=p.requires_grad,
+            )  # fmt: skip
+        for name, b in self.module.named_buffers():
+            averaged = name in saved and b.is_floating_point() and name not in still
+            found[name] = StateTensor(
+                name, tuple(b.shape), b.dtype, False, True, name in saved, name in counted, True, b.dtype, averaged
+            )  # fmt: skip
+        return found
+
+    def profile(self) -> Profile:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+            here = torch.device("cpu")
+            allocate(self.module, here)
+            for part in self.module.modules():
+                for name, value in plain_attributes(part).items():
+                    if type(value) is Tensor and value.is_meta:
+                        setattr(part, name, torch.empty_like(value, device=here))
+                if is_frozen(part):
+                    part.training = False
+            records = [self._record(samples) for samples in SAMPLES]
+        return self._joined(*records)
+
+    def _record(self, samples: int) -> Recorder:
+        """Run forward and backward with *samples* images."""
+        layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
+        images = torch.empty(samples, *self.shape).contiguous(memory_format=layout)
+        parameters = {p: name for name, p in self.module.named_parameters()}
+        recorder = Recorder([images, *(tensor for _, tensor in named_tensors(self.module))])
+        owned = {p for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
+        recorder.watched = {
+            t.untyped_storage()._cdata: name
+            for name, t in (*self.module.named_parameters(), *self.module.named_buffers()) if t not in owned
+        }  # fmt: skip
+        hooks: list[Any] = []
+
+        def before(number: int, block: nn.Module, inputs: Any) -> None:
+            for leaf in tensors_in(inputs):
+                if leaf.requires_grad and torch.is_grad_enabled():
+                    leaf.register_hook(lambda _: recorder.enter(True, 2 * number))
+            recorder.boundaries[number, False] = sum(leaf.nbytes for leaf in tensors_in(inputs))
+            recorder.enter(False, 2 * number + 1)
+
+        def after(number: int, block: nn.Module, inputs: Any, output: Any) -> None:
+            for leaf in tensors_in(output):
+                if leaf.requires_grad:
+                    leaf.register_hook(lambda _: recorder.enter(True, 2 * number + 1))
+            recorder.boundaries[number, True] = sum(leaf.nbytes for leaf in tensors_in(output))
+            recorder.enter(False, 2 * number + 2)
+
+        for number, block in enumerate(self.blocks):
+            hooks.append(block.module.register_forward_pre_hook(functools.partial(before, number)))
+            hooks.append(block.module.register_forward_hook(functools.partial(after, number)))
+        hooks += [p.register_post_accumulate_grad_hook(recorder.gradient) for p in parameters if p.requires_grad]
+        gc.collect()
+        gc.disable()
+        try:
+            self.attention.counter = recorder
+            with recorder, self.attention:
+                outputs = self.module(images)
+                loss = self._loss(outputs, samples)
+                recorder.loss = loss
+                del outputs
+                recorder.enter(True, 2 * len(self.blocks))
+                loss.backward()
+                recorder.enter(True, 0)
+        finally:
+            gc.enable()
+            for hook in hooks:
+                hook.remove()
+        recorder.done = True
+        for parameter in parameters:
+            parameter.grad = None
+        return recorder
+
+    def _loss(self, outputs: Any, samples: int) -> Tensor:
+        """The task's loss, where its targets are known; else a sum over all outputs."""
+        first = next(iter(tensors_in(outputs)))
+        targets = example_targets(self.task, first, samples, bool(self.config.task.mixup or self.config.task.cutmix))
+        self.target_bytes = sum(one.nbytes for one in tensors_in(targets)) / samples
+        if targets is not None:
+            if self.task.teacher is not None and not isinstance(outputs, Tensor):
+                outputs = outputs[0]
+            return self.task.loss(outputs, targets) * torch.ones(())
+        return torch.stack([one.float().sum() for one in tensors_in(outputs) if one.requires_grad]).sum()
+
+    def _joined(self, small: Recorder, large: Recorder) -> Profile:
+        """What the two recordings say of any number of images."""
+        low, high = SAMPLES
+        alike = [kind for kind, _ in small.events] == [kind for kind, _ in large.events]
+        if alike:
+            rates = [(b - a) / (high - low) for a, b in zip(small.sizes, large.sizes)]
+            fixed = [a - rate * low for a, rate in zip(small.sizes, rates)]
+        else:  # a model that does something else for other numbers of images
+            small, rates, fixed = large, [size / high for size in large.sizes], [0.0] * len(large.sizes)
+        places = sorted({place for _, place, *_ in small.stretches})
+        index = {place: number for number, place in enumerate(places)}
+        spans = list(_spans(small, index, fixed, rates))
+        used: dict[int, list[StateTensor]] = {}
+        for name, tensor in self.tensors.items():
+            block = next((n for n, block in enumerate(self.blocks) if name.startswith(f"{block.path}.")), None)
+            place = 2 * block + 1 if block is not None else small.used.get(name, 0)
+            used.setdefault(index.get(place, 0), []).append(tensor)
+        work: dict[tuple[str, int], list[float]] = {}
+        for one, other in zip(small.stretches, large.stretches if alike else small.stretches):
+            for kind, begin in (("backward" if one[0] else "forward", 2), ("recompute", 4)):
+                sums = work.setdefault((kind, index[one[1]]), [0.0] * 4)
+                for place, value in enumerate((one[begin], other[begin], one[begin + 1], other[begin + 1])):
+                    sums[place] += value
+        parts = []
+        for place, number in index.items():
+            block = self.blocks[place // 2] if place % 2 else None
+            ahead, back, again = (self._work(work.get((kind, number)), alike) for kind in ("forward", "backward", "recompute"))
+            mine = [span for span in spans if span.part == number and not span.backward]
+            saved = Amount(
+                sum(span.end.fixed - span.begin.fixed for span in mine),
+                sum(span.end.per_image - span.begin.per_image for span in mine),
+            )
+            boundaries = [small.boundaries.get((place // 2, out), 0.0) / (low if alike else high) for out in (False, True)]
+            path, kind = (block.path, self.kinds[block.module]) if block else ("", -1 - number)
+            parts.append(
+                Part(
+                    path, kind, tuple(used.get(number, ())),
+                    ahead[0], back[0], again[0], ahead[1], back[1], again[1], saved, *(boundaries if block else (0.0, 0.0)),
+                )
+            )  # fmt: skip
+        return Profile(
+            tuple(parts), tuple(spans), self.groups, self.shape, self.computing.dtype, self.device, self.casts, self.compiled,
+            self.target_bytes, self.computing.autocast,
+        )  # fmt: skip
+
+    @staticmethod
+    def _work(sums: list[float] | None, alike: bool) -> tuple[float, Amount]:
+        """(operations for an image, bytes moved) of (operations, operations, bytes, bytes) with both numbers of images."""
+        if sums is None:
+            return 0.0, Amount()
+        low, high = SAMPLES
+        if not alike:
+            return sums[1] / high, Amount(0.0, sums[3] / high)
+        rate = (sums[3] - sums[2]) / (high - low)
+        return (sums[1] - sums[0]) / (high - low), Amount(sums[2] - rate * low, rate)
+
+
+def _within(mode: FusedAttention, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    assert isinstance(mode.counter, Recorder)
+    with mode, mode.counter.recomputing():
+        return forward(*args, **kwargs)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _largest(shape: tuple[int, int, int], config: Config) -> tuple[int, int, int]:
+    """The shape of the largest images that are trained on."""
+    trained = [pair(stage.image_size) for stage in config.data.resize_schedule]
+    height, width = max([shape[1:], *trained], key=lambda size: size[0] * size[1])
+    return shape[0], height, width
+
+
+def example_targets(task: Task, outputs: Tensor, samples: int, mixed: bool = False) -> Any:
+    """Targets of *samples* images as the data of *task* gives them, without values; None where only the data knows."""
+    classes = outputs.shape[1] if outputs.ndim > 1 else 1
+    if type(task).__module__.partition(".")[0] != "bigvision":
+        return None
+    facts = {"class_weights": [1.0] * classes}
+    if isinstance(task, Classify) and task.class_weights is not None:
+        task.class_weights = "balanced"
+    task.prepare([str(number) for number in range(classes)], facts)
+    if task.target == "label":
+        targets: Any = torch.empty(samples, dtype=torch.int64)
+    elif task.target == "labels":
+        targets = torch.empty(samples, classes, dtype=torch.uint8)
+    elif task.target == "numbers":
+        targets = torch.empty(samples, classes, dtype=torch.float64)
+    elif task.target == "mask":
+        targets = torch.empty(samples, *outputs.shape[-2:], dtype=torch.uint8)
+    else:
+        return None
+    return task.mixed(targets, lambda values: values.clone(), torch.empty(samples)) if mixed else targets
+
+
+class Recorder(OpCounter):
+    """Counts the operations of each part's passes, and records in their order what is allocated and freed."""
+
+    loss: Tensor
+    done = False
+
+    def __init__(self, ignored: Iterable[Tensor]) -> None:
+        """Memory of the tensors *ignored* is left out."""
+        super().__init__()
+        self.sizes: list[int] = []
+        """Of each allocation."""
+        self.events: list[tuple[str, int]] = [("enter", 0)]
+        """("allocate" | "free" | "gradient", number of the allocation), or ("enter", number of the stretch)."""
+        self.stretches: list[tuple[bool, int, float, float, float, float]] = []
+        """(backward, place, operations, bytes moved, and both of what was recomputed); the block n has the place 2 n + 1, what
+        is behind it 2 n + 2."""
+        self.again = (0.0, 0.0)
+        self.boundaries: dict[tuple[int, bool], float] = {}
+        """Bytes of what enters (False) and leaves (True) each block."""
+        self.watched: dict[int, str] = {}
+        """Tensors outside of blocks that no operation has used yet, by their memory."""
+        self.used: dict[str, int] = {}
+        """The place at which each of them was used first."""
+        self._here = (False, 0)
+        self._alive: dict[int, tuple[int, Any]] = {}
+        self._alive.update({tensor.untyped_storage()._cdata: (-1, None) for tensor in ignored})
+
+    def enter(self, backward: bool, place: int) -> None:
+        """The stretch so far ends; another one begins."""
+        (flops, moved), (was, at) = self.again, self._here
+        self.stretches.append((was, at, self.flops - flops, self.moved - moved, flops, moved))
+        self.events.append(("enter", len(self.stretches)))
+        self._here, self.flops, self.moved, self.again = (backward, place), 0.0, 0.0, (0.0, 0.0)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """What is counted in here was, in a backward pass, counted before."""
+        flops, moved = self.flops, self.moved
+        try:
+            yield
+        finally:
+            if self._here[0]:
+                self.again = (self.again[0] + self.flops - flops, self.again[1] + self.moved - moved)
+
+    def gradient(self, parameter: Tensor) -> None:
+        """The gradient of *parameter* is complete."""
+        assert parameter.grad is not None
+        number, _ = self._alive.get(parameter.grad.untyped_storage()._cdata, (-1, None))
+        if number >= 0:
+            self.events.append(("gradient", number))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.watched:
+            for leaf in tensors_in((args, kwargs)):
+                if (name := self.watched.pop(leaf.untyped_storage()._cdata, None)) is not None:
+                    self.used[name] = self._here[1]
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for leaf in tensors_in(result):
+            self._allocated(leaf.untyped_storage())
+        return result
+
+    def _allocated(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        number = len(self.sizes)
+        self.sizes.append(storage.nbytes())
+        self.events.append(("allocate", number))
+
+        def freed(_: Any) -> None:
+            self._alive.pop(key, None)
+            if not self.done:
+                self.events.append(("free", number))
+
+        self._alive[key] = number, weakref.ref(storage, freed)
+
+
+def _spans(recorder: Recorder, index: Mapping[int, int], fixed: Sequence[float], rates: Sequence[float]) -> Iterator[Span]:
+    """The passes of all parts in their order; *fixed* and *rates* are bytes of each allocation, and bytes for each image."""
+    now = Moment(0.0, 0.0, 0.0)
+    gradients = set[int]()
+    begin, peaks, stretch = now, [now], 0
+    for kind, number in [*recorder.events[1:], ("enter", -1)]:
+        if kind == "enter":
+            if stretch < len(recorder.stretches):
+                backward, place, *_ = recorder.stretches[stretch]
+                yield Span(index[place], backward, begin, tuple(highest(peaks)), now)
+            begin, peaks, stretch = now, [now], number
+        elif kind == "gradient":
+            if number not in gradients:
+                gradients.add(number)
+                size = fixed[number]
+                now = Moment(now.fixed - size, now.per_image, now.gradients + size)
+        else:
+            sign = 1 if kind == "allocate" else -1
+            if number in gradients:
+                now = replace(now, gradients=now.gradients + sign * fixed[number])
+            else:
+                now = replace(now, fixed=now.fixed + sign * fixed[number], per_image=now.per_image + sign * rates[number])
+        if kind != "free":
+            peaks.append(now)
+
+
+def highest(moments: Iterable[Moment]) -> list[Moment]:
+    """Those that no other one exceeds in all respects."""
+    found: list[Moment] = []
+    for one in sorted(set(moments), key=lambda m: (m.per_image, m.fixed, m.gradients), reverse=True):
+        if not any(o.fixed >= one.fixed and o.per_image >= one.per_image and o.gradients >= one.gradients for o in found):
+            found.append(one)
+    return found
