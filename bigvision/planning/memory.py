@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bigvision.config import Config, OptimConfig, micro_batch
+from bigvision.config import Config, OptimConfig, deepspeed_settings, micro_batch
 from bigvision.errors import UserError
 from bigvision.optim import state_layout
 from bigvision.planning.profile import Profile, StateTensor
@@ -95,31 +95,111 @@ class Memory:
         return self.parameters + self.buffers + self.optimizer + self.ema + self.buckets
 
 
+@dataclass(frozen=True)
+class _State:
+    """What a rank holds between steps, in bytes."""
+
+    parameters: int = 0
+    optimizer: int = 0
+    gradients: int = 0
+    """When the backward pass is over."""
+    buckets: int = 0
+    host: int = 0
+
+
+def _fragments_state(profile: Profile, config: Config, layout: Layout, tensors: list[StateTensor], shard: int) -> _State:
+    """Of ddp, fsdp and pipelines: a rank's shards of *tensors*, or all of them."""
+    parameters = optimizer = gradients = 0
+    for tensor in tensors:
+        if not tensor.buffer:
+            stored, local = _share(layout, tensor, shard)
+            parameters += stored * tensor.dtype.itemsize
+            if tensor.trained:
+                optimizer += optimizer_bytes(config.optim, tensor, local)
+                gradients += stored * MASTER
+    # DistributedDataParallel keeps its buckets, and gradients are views of them.
+    buckets = gradients if layout.strategy == "ddp" and layout.ranks > 1 else 0
+    return _State(parameters, optimizer, gradients, buckets)
+
+
+def _zero_state(profile: Profile, config: Config, layout: Layout) -> _State:
+    """Of DeepSpeed's stages; all ranks hold as much. Weights in the compute type, fp32 masters and moments of a share."""
+    ranks, offload = layout.ranks, config.parallel.offload
+    parameters = [tensor for tensor in profile.tensors if not tensor.buffer]
+    knobs = zero_settings(profile, config, layout)
+    moment = sum(dtype.itemsize for _, dtype in state_layout(config.optim, (1, 1)).values())
+    counter = 4 if config.optim.name == "adamw" and offload == "none" else 0
+    # Of frozen weights that are saved in another type than they compute in each rank keeps a share in host memory.
+    host = sum(
+        -(-t.numel // ranks) * t.dtype.itemsize for t in parameters if not t.trained and t.dtype != t.computes
+    )
+    if layout.strategy == "zero3":
+        share = sum(-(-t.numel // ranks) for t in parameters if t.trained)
+        held = sum(-(-t.numel // ranks) * t.computes.itemsize for t in parameters)
+        whole = sum(t.numel * t.computes.itemsize for t in parameters if t.numel <= knobs["stage3_param_persistence_threshold"])
+        masters, moments, gradients, flats = MASTER * share, moment * share, MASTER * share, 1
+        bucket = MASTER * knobs["reduce_bucket_size"]
+    else:
+        # Each group is one flat tensor, a multiple of two numbers for each rank.
+        sizes = {t.name: t.numel for t in parameters}
+        groups = [sum(sizes[name] for name in group) for group in profile.groups]
+        padded = [-(-numel // (2 * ranks)) * 2 * ranks for numel in groups]
+        held = sum(padded) * profile.compute.itemsize
+        held += sum(t.numel * t.computes.itemsize for t in parameters if not t.trained)
+        whole, masters, moments, flats = 0, MASTER * sum(padded) // ranks, moment * sum(padded) // ranks, len(groups)
+        gradients = MASTER * sum(groups) // (ranks if layout.strategy == "zero2" else 1)
+        bucket = 0
+    if offload == "all":
+        host, held = host + held, 0
+    if offload != "none":
+        return _State(held + whole, 0, 0, bucket, host + masters + moments + gradients)
+    persistent = gradients if layout.strategy == "zero3" else 0
+    return _State(held + whole + masters, moments + counter * flats, gradients, bucket + persistent, host)
+
+
+def zero_settings(profile: Profile, config: Config, layout: Layout) -> dict[str, int]:
+    """DeepSpeed's sizes of buckets and thresholds, as the engine sets them."""
+    largest = max((part.numel for part in profile.parts if part.path), default=0)
+    return deepspeed_settings(config, layout.ranks, profile.device, profile.parameters, largest)["zero_optimization"]
+
+
+def _share(layout: Layout, tensor: StateTensor, shard: int) -> tuple[int, int]:
+    """(elements that a rank allocates, elements that it has) of a parameter."""
+    sharded = layout.strategy == "pipeline" or (layout.strategy == "fsdp" and layout.ranks > 1)
+    return share_of(tensor, layout.shards, shard) if sharded else (tensor.numel, tensor.numel)
+
+
 def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> Memory:
     """What *rank* of *layout* needs for the step of *profile*, which is of the same *config*."""
     _, _, shard = layout.place(rank)
-    tensors = profile.tensors
-    sharded = layout.strategy == "fsdp" and layout.ranks > 1
-    held = [share_of(tensor, layout.shards, shard) if sharded else (tensor.numel, tensor.numel) for tensor in tensors]
-    parameters = sum(stored * t.dtype.itemsize for t, (stored, _) in zip(tensors, held) if not t.buffer)
+    tensors = list(profile.tensors)
+    if layout.strategy.startswith("zero"):
+        state = _zero_state(profile, config, layout)
+    else:
+        state = _fragments_state(profile, config, layout, tensors, shard)
     buffers = sum(t.nbytes * (2 if t.running else 1) for t in tensors if t.buffer)
-    optimizer = sum(optimizer_bytes(config.optim, t, local) for t, (_, local) in zip(tensors, held) if t.trained)
     ema = 0
     if config.ema.decay is not None:
-        ema = 8 + sum(local * t.dtype.itemsize for t, (_, local) in zip(tensors, held) if t.averaged)
-    gradients = sum(stored * MASTER for t, (stored, _) in zip(tensors, held) if t.trained)
+        ema = 8 + sum(_averaged(layout, t, shard) * t.dtype.itemsize for t in tensors if t.averaged)
     count = layout.micro_batch(config)
     images = round(count * (math.prod(profile.image) * (1 + MASTER) + profile.targets))
     most = max(
         (moment for span in profile.spans for moment in span.peaks),
         key=lambda m: m.fixed + m.per_image * count + m.gradients,
     )
-    state = parameters + buffers + optimizer + ema
     activations = round(most.per_image * count)
+    held = state.parameters + buffers + state.optimizer + ema + state.buckets
     return Memory(
-        rank, parameters, buffers, optimizer, ema, gradients, 0, images, 0, round(most.fixed), activations, 0,
-        state + images + round(most.fixed + most.gradients) + activations,
+        rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, images, state.host,
+        round(most.fixed), activations, 0, held + images + round(most.fixed + most.gradients) + activations,
     )  # fmt: skip
+
+
+def _averaged(layout: Layout, tensor: StateTensor, shard: int) -> int:
+    """Elements of a tensor that a rank averages; under ZeRO those of its share of the masters."""
+    if layout.strategy.startswith("zero") and not tensor.buffer:
+        return -(-tensor.numel // layout.ranks)
+    return tensor.numel if tensor.buffer else _share(layout, tensor, shard)[1]
 
 
 def worst(profile: Profile, config: Config, layout: Layout) -> Memory:

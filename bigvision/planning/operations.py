@@ -6,10 +6,11 @@ bytes, whichever is longer. Operations of a kind reach the same share of a devic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -41,61 +42,32 @@ KINDS = {
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 FREE = {
     "detach", "alias", "_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty",
-    "new_empty_strided", "lift_fresh", "set_", "resize_", "_local_scalar_dense",
+    "new_empty_strided", "lift_fresh", "set_", "resize_",
 }  # fmt: skip
 """Operations that move nothing, beside views."""
 
 
+FILLING = {"zero", "fill", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full", "full_like"}
+"""Operations that write without reading."""
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a recorded pass: its FLOPs, and the bytes that it reads and writes."""
+    """One operation of a recorded pass."""
 
     kind: str
     """Of `KINDS`; or "grouped", "attention", "add"."""
     format: str
     """Number format of what is multiplied: fp32, bf16, fp16."""
     flops: float
-    moved: float
+    reads: Mapping[int, float]
+    """Bytes, by the tensor's number."""
+    writes: Mapping[int, float]
 
-
-FORMATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp32"}
-
-
-def format_of(tensors: Iterable[Tensor]) -> str:
-    return next((FORMATS[name] for one in tensors if (name := str(one.dtype).rpartition(".")[2]) in FORMATS), "fp32")
-
-
-def operation(func: Any, args: Any, kwargs: Any, result: Any) -> Operation | None:
-    """What the call of an aten operator has computed and moved; None where that is nothing."""
-    packet = func._overloadpacket
-    name = packet.__name__
-    if func.is_view or name in FREE:
-        return None
-    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    # Of an expanded tensor there is one copy.
-    moved = float(sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in (*inputs, *outputs)))
-    if not moved:
-        return None
-    kind, flops = KIND_OF.get(name.removesuffix("_"), "add"), 0.0
-    if (formula := flop_registry.get(packet)) is not None:
-        flops = float(formula(*args, **(kwargs or {}), out_val=result))
-        if kind == "convolution":
-            groups = args[8] if name != "convolution_backward" else args[9]
-            kind = "grouped" if groups > 1 else kind
-        elif kind not in PRODUCTS:
-            kind = "attention"
-    return Operation(kind, format_of(inputs or outputs), flops, moved)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, backward: bool) -> Operation:
-    """Fused attention, which never writes its scores. The backward pass has five products where the forward pass has two."""
-    *batch, length, width = query.shape
-    flops = 2.0 * length * key.shape[-2] * (width + value.shape[-1])
-    for size in batch:
-        flops *= size
-    tensors = float(query.nbytes + key.nbytes + value.nbytes + query.nbytes)
-    return Operation("attention", format_of((query,)), flops * (2.5 if backward else 1.0), tensors * (2.0 if backward else 1.0))
+    @property
+    def moved(self) -> float:
+        return sum(self.reads.values()) + sum(self.writes.values())
 
 
 @dataclass(frozen=True)
@@ -103,6 +75,7 @@ class Work:
     """*count* equal operations, as a function of the number of images."""
 
     kind: str
+    """As of `Operation`, or "fused": what compiled code computes between two products."""
     format: str
     flops: float
     """For one image."""
@@ -113,15 +86,101 @@ class Work:
     count: int = 1
 
 
+class Log:
+    """The operations of a pass, in their order."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self._numbers: dict[int, int] = {}  # of tensors, by their storage; a storage's key is used again after its end
+        self._count = 0
+
+    def add(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Take the call of an aten operator, unless it moves nothing."""
+        name = func._overloadpacket.__name__
+        plain = name.removesuffix("_")
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        reads = {self._number(tensor): _bytes(tensor) for tensor in inputs}
+        old = {tensor.untyped_storage()._cdata for tensor in inputs}
+        writes = {self._number(tensor, tensor.untyped_storage()._cdata not in old): _bytes(tensor) for tensor in outputs}
+        if func.is_view or name in FREE or not writes:
+            return
+        kind, flops = KIND_OF.get(plain, "add"), 0.0
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            flops = float(formula(*args, **(kwargs or {}), out_val=result))
+            if kind == "convolution":
+                backward = name == "convolution_backward"
+                if args[9 if backward else 8] > 1:
+                    kind = "grouped"
+                    if backward:  # torch counts a weight's gradient as if each group had the channels of all
+                        flops = 4.0 * args[0].numel() * args[2][0].numel()
+            elif kind not in PRODUCTS:
+                kind = "attention"
+        if plain in FILLING:
+            reads = {}
+        self.operations.append(Operation(kind, _format(inputs or outputs), flops, reads, writes))
+
+    def attention(self, flops: float, moved: float, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Take a pass of fused attention, which never writes its scores."""
+        reads = {self._number(tensor): 0.0 for tensor in inputs}
+        writes = {self._number(tensor, True): moved / len(outputs) for tensor in outputs}
+        self.operations.append(Operation("attention", _format(inputs), flops, reads, writes))
+
+    def _number(self, tensor: Tensor, new: bool = False) -> int:
+        key = tensor.untyped_storage()._cdata
+        if new or key not in self._numbers:
+            self._count += 1
+            self._numbers[key] = self._count
+        return self._numbers[key]
+
+
+def _bytes(tensor: Tensor) -> float:
+    """Of an expanded tensor there is one copy."""
+    return float(min(tensor.nbytes, tensor.untyped_storage().nbytes()))
+
+
+def _format(tensors: Iterable[Tensor]) -> str:
+    return next((FORMATS[tensor.dtype] for tensor in tensors if tensor.dtype in FORMATS), "fp32")
+
+
+def fused(operations: Sequence[Operation]) -> list[Operation]:
+    """*operations* as compiled code does them: between two products each tensor is read once, and written if it is used later.
+
+    What nobody uses among them is the pass's result, or kept for the backward pass.
+    """
+    uses: dict[int, int] = {}
+    stretches: list[list[Operation]] = [[]]
+    for one in operations:
+        if one.kind in PRODUCTS or one.kind == "pool":
+            stretches += [[one], []]
+        else:
+            stretches[-1].append(one)
+    for at, stretch in enumerate(stretches):
+        for one in stretch:
+            uses.update(dict.fromkeys(one.reads, at))
+    found: list[Operation] = []
+    for at, stretch in enumerate(stretches):
+        if not stretch or stretch[0].kind in PRODUCTS or stretch[0].kind == "pool":
+            found += stretch
+            continue
+        reads: dict[int, float] = {}
+        writes: dict[int, float] = {}
+        for one in stretch:
+            reads.update({number: size for number, size in one.reads.items() if number not in writes})
+            writes.update(one.writes)
+        used = {number for one in stretch for number in one.reads}
+        writes = {number: size for number, size in writes.items() if uses.get(number, -1) > at or number not in used}
+        found.append(Operation("fused", stretch[0].format, 0.0, reads, writes))
+    return found
+
+
 def per_image(few: Sequence[Operation], many: Sequence[Operation], sizes: tuple[int, int]) -> tuple[Work, ...]:
     """The work of a pass that was recorded with two numbers of images, equal operations counted together."""
     counts: dict[tuple[str, str, float, float, float], int] = {}
-    pairs = zip(few, many) if len(few) == len(many) else ((one, one) for one in many)
-    for one, other in pairs:
-        moved, flops, fixed = other.moved / sizes[1], other.flops / sizes[1], 0.0
-        if one is not other:
-            moved = max(0.0, (other.moved - one.moved) / (sizes[1] - sizes[0]))
-            fixed = max(0.0, one.moved - moved * sizes[0])
-        key = other.kind, other.format, flops, moved, fixed
+    alike = [one.kind for one in few] == [other.kind for other in many]
+    for one, other in zip(few if alike else many, many):
+        moved = max(0.0, (other.moved - one.moved) / (sizes[1] - sizes[0])) if alike else other.moved / sizes[1]
+        fixed = max(0.0, one.moved - moved * sizes[0]) if alike else 0.0
+        key = other.kind, other.format, other.flops / sizes[1], moved, fixed
         counts[key] = counts.get(key, 0) + 1
     return tuple(Work(*key, count) for key, count in counts.items())

@@ -1,0 +1,392 @@
+"""What a rank does in a step, in order: what it computes, which collectives it starts, and what it waits for.
+
+Each strategy's program is written down here as the engine runs it. `timing.py` runs it on clocks; `sent` adds up its traffic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
+from bigvision.pipeline.schedules import Placement
+from bigvision.planning.hardware import Hardware, Link
+
+LINK_SHARE = 0.8
+"""Of a link's datasheet, what collectives are assumed to reach; nobody has measured it with bigvision."""
+COLLECTIVE = 8.4e-6
+"""Seconds that a collective takes before anything moves: the base of NCCL's ring in its src/graph/tuning.cc."""
+OPTIMIZER_BYTES = {"adamw": 28, "sgd": 20, "lion": 20, "lamb": 44, "adafactor": 24, "muon": 20}
+"""Read and written by an update, for a trained value."""
+NORM_BYTES, EMA_BYTES, SUM_BYTES = 4, 36, 12
+"""For a trained value: the gradient's norm; an update of an average (measured on an H100); adding a micro-batch's gradient."""
+BUCKET = 25 << 20
+"""Bytes of DistributedDataParallel's buckets."""
+NUMBERS = 8 * 6
+"""Bytes of the numbers that all ranks add up in a step (`engine/step.py: reduce_with`)."""
+
+
+# Collectives.
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate: *ranks* of them, *stride* apart."""
+
+    name: str
+    ranks: int
+    stride: int = 1
+
+    def hosts(self, per_host: int) -> tuple[int, int]:
+        """(hosts, ranks on each of them)."""
+        there = max(1, min(self.ranks, per_host // self.stride))
+        return -(-self.ranks // there), there
+
+
+@dataclass(frozen=True)
+class Collective:
+    kind: str
+    """all_gather, reduce_scatter, all_reduce, send."""
+    size: float
+    """Bytes of the whole tensor: what is gathered, what is reduced, what is sent."""
+    group: Group
+    calls: int = 1
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each rank sends, in a ring."""
+        if self.kind == "send":
+            return self.size
+        ranks = self.group.ranks
+        return self.size * (ranks - 1) / ranks * (2 if self.kind == "all_reduce" else 1)
+
+    def seconds(self, hardware: Hardware) -> float:
+        """As NCCL does it: rings within the hosts, one through each link between them; an all-reduce in trees between hosts."""
+        hosts, there = self.group.hosts(hardware.per_host)
+        within, between = hardware.within, hardware.between
+        if self.kind == "send":
+            link = within if hosts == 1 else between
+            return link.latency + self.size / _speed(link)
+        if self.group.ranks == 1:
+            return 0.0
+        if hardware.device.kind == "cpu" and self.kind == "reduce_scatter":
+            # gloo has none: torch reduces all and takes a part.
+            return Collective("all_reduce", self.size, self.group, self.calls).seconds(hardware)
+        speed = _speed(within) if hosts == 1 else _speed(between) * there
+        if hosts > 1 and there > 1:
+            speed = min(speed, _speed(within))
+        steps = (there - 1) * within.latency * max(1, hosts if self.kind != "all_reduce" else 1)
+        steps += (
+            between.latency * (math.ceil(math.log2(hosts)) if self.kind == "all_reduce" else hosts - 1) if hosts > 1 else 0.0
+        )
+        steps *= 2 if self.kind == "all_reduce" else 1
+        start = COLLECTIVE if hardware.device.kind == "cuda" else 0.0
+        return self.sent / speed + self.calls * (steps + start)
+
+
+def _speed(link: Link) -> float:
+    return link.bandwidth * (1.0 if link.measured else LINK_SHARE)
+
+
+# The program of a rank.
+
+
+@dataclass(frozen=True)
+class Compute:
+    part: int
+    """Its place among the profile's parts; -1 computes *moved* bytes of copies alone."""
+    what: str
+    """forward, backward, recompute, optimizer or copy."""
+    moved: float = 0.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Begin a collective, behind all that was computed and begun before."""
+
+    key: object
+    collective: Collective
+    inline: float = 0.0
+    """Bytes that the link's stream copies first."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    key: object
+
+
+Instruction = Compute | Start | Wait
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The groups of a layout."""
+
+    data: Group
+    shard: Group
+    replicate: Group
+    everyone: Group
+
+    @classmethod
+    def of(cls, layout: Any) -> Mesh:
+        data = layout.ranks // layout.stages
+        shards = data // layout.replicas
+        return cls(
+            Group("data", data), Group("shard", shards), Group("replicate", layout.replicas, shards), Group("all", layout.ranks)
+        )
+
+
+def gathered_bytes(part: Any, shards: int, compute: torch.dtype) -> float:
+    """Of the parameters of *part* that ``fully_shard`` gathers, padded to equal shards of dimension 0."""
+    total = 0.0
+    for tensor in part.tensors:
+        if not tensor.buffer and not tensor.whole:
+            itemsize = compute.itemsize if compute != torch.float32 else tensor.dtype.itemsize
+            total += _padded(tensor.shape, shards) * itemsize
+    return total
+
+
+def scattered_bytes(part: Any, shards: int) -> float:
+    """Of the gradients of *part*, fp32, padded likewise."""
+    return sum(4.0 * _padded(tensor.shape, shards) for tensor in part.tensors if tensor.trained and not tensor.whole)
+
+
+def _padded(shape: tuple[int, ...], shards: int) -> int:
+    rows, rest = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    return -(-rows // shards) * shards * rest
+
+
+def trained_values(parts: Sequence[Any], whole: bool | None = None) -> int:
+    """Trained values of *parts*; *whole*: those that `fully_shard` leaves whole, or not."""
+    return sum(
+        math.prod(tensor.shape)
+        for part in parts
+        for tensor in part.tensors
+        if tensor.trained and (whole is None or tensor.whole == whole)
+    )
+
+
+def _averaged(size: float, group: Group) -> list[Instruction]:
+    """Gradients that are averaged after the passes, while nothing else runs."""
+    if not size or group.ranks == 1:
+        return []
+    calls = -(-int(size) // BUCKET)
+    return [Start("averaged", Collective("all_reduce", size, group, calls)), Wait("averaged")]
+
+
+def passes(profile: Any, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
+    """One micro-batch, forward and backward, of a model that is not cut into stages."""
+    strategy = config.parallel.strategy
+    if strategy == "fsdp" and mesh.data.ranks > 1:
+        yield from _fsdp(profile, config, mesh, last)
+    elif strategy == "zero3":
+        yield from _zero3(profile, mesh)
+    else:
+        yield from _whole(profile, config, mesh, last)
+
+
+def computed(profile: Any, config: Config, number: int) -> Iterator[Compute]:
+    """The backward pass of a part."""
+    if config.parallel.recompute == "blocks" and profile.parts[number].path:
+        yield Compute(number, "recompute")
+    yield Compute(number, "backward")
+
+
+def _whole(profile: Any, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
+    """ddp, zero1 and zero2: gradients are reduced in buckets while the backward pass goes on."""
+    numbers, strategy = range(len(profile.parts)), config.parallel.strategy
+    yield from (Compute(number, "forward") for number in numbers)
+    # What DeepSpeed has in one bucket travels as fp32 whole, and each rank keeps its share.
+    reduces = mesh.data.ranks > 1 and (last or strategy == "zero2")
+    bucket = BUCKET if strategy in ("ddp", "fsdp") else 4 * min(50_000_000, max(1, trained_values(profile.parts)))
+    waiting, started = 0.0, 0
+    for number in reversed(numbers):
+        yield from computed(profile, config, number)
+        waiting += 4.0 * trained_values([profile.parts[number]])
+        if reduces and waiting and (waiting >= bucket or number == 0):
+            yield Start(("bucket", started), Collective("all_reduce", waiting, mesh.data, max(1, round(waiting / bucket))))
+            waiting, started = 0.0, started + 1
+    yield from (Wait(("bucket", number)) for number in range(started))
+
+
+def _fsdp(profile: Any, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
+    """`fully_shard`: each block is gathered one block ahead, forward and again backward; gradients are scattered behind it."""
+    parts, shards = profile.parts, mesh.shard.ranks
+    blocks = [number for number, part in enumerate(parts) if part.path]
+    outside = [number for number, part in enumerate(parts) if not part.path]
+    again, scatters = config.parallel.reshard == "forward", last or config.parallel.scatter == "each"
+
+    def gather(numbers: Sequence[int], when: str) -> Start:
+        size = sum(gathered_bytes(parts[number], shards, profile.compute) for number in numbers)
+        # Cast, and copied together.
+        return Start((when, *numbers), Collective("all_gather", size, mesh.shard), 5 * size / shards)
+
+    def arrived(numbers: Sequence[int], when: str) -> Iterator[Instruction]:
+        yield Wait((when, *numbers))
+        yield Compute(-1, "copy", 2.0 * sum(gathered_bytes(parts[number], shards, profile.compute) for number in numbers))
+
+    def scatter(numbers: Sequence[int]) -> Iterator[Instruction]:
+        size = sum(scattered_bytes(parts[number], shards) for number in numbers)
+        if not size:
+            return
+        yield Compute(-1, "copy", size * (1 + profile.compute.itemsize / 4))
+        yield Start(("scatter", *numbers), Collective("reduce_scatter", size, mesh.shard))
+        if last and mesh.replicate.ranks > 1:
+            yield Start(("replicas", *numbers), Collective("all_reduce", size / shards, mesh.replicate))
+
+    yield gather(outside, "forward")
+    yield from arrived(outside, "forward")
+    if blocks:
+        yield gather(blocks[:1], "forward")
+    for number in range(len(parts)):
+        if parts[number].path:
+            place = blocks.index(number)
+            yield from arrived([number], "forward")
+            if place + 1 < len(blocks):
+                yield gather([blocks[place + 1]], "forward")
+        yield Compute(number, "forward")
+    if again and blocks:
+        yield gather(blocks[-1:], "backward")
+    for number in reversed(range(len(parts))):
+        if parts[number].path and again:
+            place = blocks.index(number)
+            yield from arrived([number], "backward")
+            if place:
+                yield gather([blocks[place - 1]], "backward")
+        yield from computed(profile, config, number)
+        if scatters and parts[number].path:
+            yield from scatter([number])
+    if scatters:
+        yield from scatter(outside)
+    for numbers in ([number] for number in blocks):
+        yield Wait(("scatter", *numbers))
+        yield Wait(("replicas", *numbers))
+    yield Wait(("scatter", *outside))
+    yield Wait(("replicas", *outside))
+
+
+def _zero3(profile: Any, mesh: Mesh) -> Iterator[Instruction]:
+    """DeepSpeed gathers the parameters of a module before it runs, in both passes, and scatters its gradients."""
+    parts, group = profile.parts, mesh.data
+    kept = min(profile.parameters // 1000, 100_000)
+
+    def size(number: int) -> float:
+        found = [tensor for tensor in parts[number].tensors if not tensor.buffer and math.prod(tensor.shape) > kept]
+        return sum(
+            -(-math.prod(tensor.shape) // group.ranks) * group.ranks * float(profile.compute.itemsize) for tensor in found
+        )
+
+    numbers = range(len(parts))
+    for when, order in (("forward", numbers), ("backward", reversed(numbers))):
+        ordered = list(order)
+        yield Start((when, ordered[0]), Collective("all_gather", size(ordered[0]), group))
+        for place, number in enumerate(ordered):
+            yield Wait((when, number))
+            if place + 1 < len(ordered):
+                following = ordered[place + 1]
+                yield Start((when, following), Collective("all_gather", size(following), group))
+            if when == "forward":
+                yield Compute(number, "forward")
+                continue
+            if parts[number].recomputed:
+                yield Compute(number, "recompute")
+            yield Compute(number, "backward")
+            if gradients := 4.0 * trained_values([parts[number]]):
+                yield Start(("scatter", number), Collective("reduce_scatter", gradients, group))
+    yield from (Wait(("scatter", number)) for number in numbers)
+
+
+def update(parts: Sequence[Any], profile: Any, config: Config, mesh: Mesh) -> Iterator[Instruction]:
+    """After the passes: what is averaged then, the numbers of the step, the optimizer, the average of the weights."""
+    strategy, data = config.parallel.strategy, mesh.data
+    sharded = mesh.shard.ranks > 1 and strategy in ("fsdp", "pipeline")
+    if sharded:
+        yield from _averaged(4.0 * trained_values(parts, whole=True), data)
+    elif strategy == "pipeline":
+        yield from _averaged(4.0 * trained_values(parts), data)
+    if mesh.everyone.ranks > 1:
+        yield Start("numbers", Collective("all_reduce", NUMBERS, mesh.everyone))
+        yield Wait("numbers")
+    trained = float(trained_values(parts))
+    if sharded:
+        trained = trained_values(parts, whole=False) / mesh.shard.ranks + trained_values(parts, whole=True)
+    elif strategy.startswith("zero"):
+        trained /= data.ranks
+    bytes_each = OPTIMIZER_BYTES.get(config.optim.name, 28) + NORM_BYTES
+    yield Compute(-1, "optimizer", trained * bytes_each)
+    if config.ema.decay is not None:
+        yield Compute(-1, "copy", trained * EMA_BYTES / config.ema.every)
+    if strategy in ("zero1", "zero2") and data.ranks > 1:
+        size = float(trained_values(parts) * profile.compute.itemsize)
+        yield Start("weights", Collective("all_gather", size, data))
+        yield Wait("weights")
+
+
+# Pipelines.
+
+
+def stages_of(profile: Any, layout: Any) -> list[list[int]]:
+    """The parts on each stage, in order: as equal in FLOPs as whole parts allow."""
+    parts, stages = profile.parts, layout.stages * layout.stages_per_rank
+    work = [part.forward_flops + part.backward_flops for part in parts]
+    total, so_far, found = sum(work), 0.0, [[] for _ in range(stages)]
+    for number, cost in enumerate(work):
+        found[min(stages - 1, int((so_far + cost / 2) / total * stages))].append(number)
+        so_far += cost
+    return found
+
+
+def sharded_stage(gathers: float, scatters: float, mesh: Mesh) -> list[Instruction]:
+    found: list[Instruction] = [
+        Start("gather", Collective("all_gather", gathers, mesh.shard)), Wait("gather"),
+        Start("scatter", Collective("reduce_scatter", scatters, mesh.shard)), Wait("scatter"),
+    ]  # fmt: skip
+    if mesh.replicate.ranks > 1:
+        size = scatters / mesh.shard.ranks
+        found += [Start("replicas", Collective("all_reduce", size, mesh.replicate)), Wait("replicas")]
+    return found
+
+
+# Traffic.
+
+
+def sent(profile: Any, config: Config, layout: Any, rank: int = 0) -> dict[tuple[str, str], float]:
+    """Bytes that *rank* sends in a step, by (kind of collective, group of ranks)."""
+    mesh = Mesh.of(layout)
+    share = config.train.global_batch // mesh.data.ranks
+    size = micro_batch(config, mesh.data.ranks, layout.stages)
+    found: dict[tuple[str, str], float] = {}
+
+    def add(instructions: Iterator[Instruction] | list[Instruction], times: int = 1) -> None:
+        for one in instructions:
+            if isinstance(one, Start) and one.collective.group.ranks > 1:
+                key = one.collective.kind, one.collective.group.name
+                found[key] = found.get(key, 0.0) + one.collective.sent * times
+
+    parts = list(profile.parts)
+    if config.parallel.strategy == "pipeline":
+        placement = Placement(layout.stages, layout.stages_per_rank, config.parallel.schedule in SPLIT_BACKWARD)
+        stages = getattr(layout, "stage_parts", None) or stages_of(profile, layout)
+        place = rank // mesh.data.ranks
+        here = placement.numbers(place)
+        parts = [profile.parts[number] for stage in here for number in stages[stage]]
+        for stage in here:
+            for other, boundary in ((stage + 1, stage), (stage - 1, stage - 1)):  # activations onwards, gradients back
+                if 0 <= other < placement.stages and placement.rank_of(other) != place:
+                    key = "send", "stage"
+                    found[key] = found.get(key, 0.0) + profile.parts[stages[boundary][-1]].output_bytes * share
+        if mesh.shard.ranks > 1:
+            gathers = sum(gathered_bytes(part, mesh.shard.ranks, profile.compute) for part in parts)
+            scatters = sum(scattered_bytes(part, mesh.shard.ranks) for part in parts)
+            add(sharded_stage(gathers, scatters, mesh))
+    else:
+        count = -(-share // size)
+        if count > 1:
+            add(passes(profile, config, mesh, False), count - 1)
+        add(passes(profile, config, mesh, True))
+    add(update(parts, profile, config, mesh))
+    return found

@@ -1,0 +1,340 @@
+"""How long a training step takes: on paper, for one rank or ten thousand.
+
+The program of a rank (`program.py`) runs on three clocks: of the host, the device and the link. Operations take the time of
+their kind's share of the datasheet's peaks, or what was measured on this machine (`calibrate.py`).
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
+from bigvision.pipeline.schedules import Placement, passes_of
+from bigvision.planning.hardware import Curve, Device, Hardware, Rates
+from bigvision.planning.operations import PRODUCTS, Work
+from bigvision.planning.program import (
+    SUM_BYTES,
+    Collective,
+    Compute,
+    Group,
+    Instruction,
+    Mesh,
+    Start,
+    computed,
+    gathered_bytes,
+    passes,
+    scattered_bytes,
+    sharded_stage,
+    stages_of,
+    trained_values,
+    update,
+)
+
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHARES = {
+    "product": 0.73, "attention": 0.141, "convolution": 0.21, "grouped": 0.071, "bytes": 0.73, "optimizer": 0.46,
+}  # fmt: skip
+"""Of the peaks, what kinds of operations reach. From three of the times measured on an H100: ViT-H/14 with compiled blocks, of
+which a profile gave the products, attention, the code between them and the optimizer; ResNet-50 (convolutions); ConvNeXt-L
+(grouped convolutions, of the peak of fp32)."""
+KERNEL = 3e-6
+"""Seconds between two kernels of one device."""
+GAPS = 1.045
+"""What a step takes over the sum of its kernels, from the same profile of the ViT-H."""
+HOST = 3e-5
+"""Seconds of the host for an operation of eager code, and for all that is compiled between two products."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step on the slowest rank."""
+
+    forward: float
+    backward: float
+    recompute: float
+    optimizer: float
+    communication: float
+    """All collectives, as if nothing ran beside them."""
+    exposed: float
+    """What of that computing waits for."""
+    bubble: float
+    """Of a pipeline: waiting for other stages."""
+    total: float
+    images_per_second: float
+    """Of all ranks."""
+    mfu: float | None
+    """FLOPs of the model, without what is recomputed, over the peak of the number format; None where that is not known."""
+
+
+# What a device takes for operations.
+
+
+def rates_of(device: Device) -> Rates:
+    """What was measured, or the shares of the datasheet."""
+    if device.rates is not None:
+        return device.rates
+    work: dict[str, Curve] = {"bytes": ((1.0, SHARES["bytes"] * device.bandwidth),)}
+    work["optimizer"] = ((1.0, SHARES["optimizer"] * device.bandwidth),)
+    for kind in PRODUCTS:
+        for name, peak in device.flops.items():
+            # Grouped convolutions do not use the units for matrix products.
+            peak = device.flops.get("fp32", peak) if kind == "grouped" else peak
+            work[f"{kind} {name}"] = ((1.0, SHARES[kind] * peak),)
+    return Rates(work, HOST if device.kind == "cuda" else 0.0)
+
+
+def rate_at(curve: Curve, size: float) -> float:
+    """The rate of an operation of *size*, between the measured ones linear in the logarithms."""
+    sizes = [one for one, _ in curve]
+    place = bisect.bisect_left(sizes, size)
+    if place in (0, len(curve)):
+        return curve[min(place, len(curve) - 1)][1]
+    (below, low), (above, high) = curve[place - 1 : place + 1]
+    share = math.log(size / below) / math.log(above / below)
+    return math.exp(math.log(low) + share * math.log(high / low))
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of a pass: what the device works, and what the host needs to launch it."""
+
+    device: float = 0.0
+    host: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.device + other.device, self.host + other.host)
+
+
+class Clock:
+    """What operations take on one device."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.rates = device, rates_of(device)
+        self._known: dict[object, Seconds] = {}
+
+    def works(self, works: Sequence[Work], images: float) -> Seconds:
+        total = sum((self._work(work, images) for work in works), 0.0)
+        count = sum(work.count for work in works)
+        if self.device.kind == "cpu":
+            return Seconds(total + self.rates.overhead * count)
+        return Seconds(GAPS * (total + KERNEL * count), self.rates.overhead * count)
+
+    def _work(self, work: Work, images: float) -> float:
+        moved = work.moved * images + work.fixed
+        seconds = self.bytes(moved, work.kind)
+        if work.kind in PRODUCTS and (flops := work.flops * images):
+            known = self.rates.work
+            curve = known.get(f"{work.kind} {work.format}") or known.get(f"{work.kind} fp32") or known[f"product {work.format}"]
+            seconds = max(flops / rate_at(curve, flops), seconds)
+        return seconds * work.count
+
+    def part(self, profile: Any, number: int, what: str, images: float) -> Seconds:
+        """Of one pass through one part; equal ones are counted once."""
+        part = profile.parts[number]
+        key = part.kind if part.path else ("outside", number), what, images
+        if key not in self._known:
+            self._known[key] = self.works(part.backward_operations if what == "backward" else part.forward_operations, images)
+        return self._known[key]
+
+    def bytes(self, moved: float, kind: str = "bytes") -> float:
+        curve = self.rates.work.get(kind) or self.rates.work["bytes"]
+        return moved / rate_at(curve, moved) if moved else 0.0
+
+
+# The clocks.
+
+
+@dataclass
+class Streams:
+    """The clocks of one rank."""
+
+    hardware: Hardware
+    clock: Clock
+    profile: Any
+    images: int
+    host: float = 0.0
+    compute: float = 0.0
+    link: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
+    exposed: float = 0.0
+    communication: float = 0.0
+    ready: dict[object, float] = field(default_factory=dict)
+
+    def run(self, instructions: Iterator[Instruction]) -> None:
+        for one in instructions:
+            if isinstance(one, Compute):
+                self._compute(one)
+            elif isinstance(one, Start):
+                self._start(one)
+            elif (until := self.ready.pop(one.key, None)) is not None and until > self.compute:
+                self.exposed += until - self.compute
+                self.compute = until
+
+    def repeat(self, before: Streams, times: int) -> None:
+        """Add what happened since *before* another *times*."""
+        for name in ("host", "compute", "link", "exposed", "communication"):
+            now = getattr(self, name)
+            setattr(self, name, now + times * (now - getattr(before, name)))
+        for what, seconds in self.spent.items():
+            self.spent[what] = seconds + times * (seconds - before.spent.get(what, 0.0))
+
+    def _compute(self, one: Compute) -> None:
+        if one.part < 0:
+            kind = "optimizer" if one.what == "optimizer" else "bytes"
+            seconds = Seconds(self.clock.bytes(one.moved, kind))
+        else:
+            seconds = self.clock.part(self.profile, one.part, one.what, self.images)
+        self.host += seconds.host
+        before = self.compute
+        self.compute = max(self.compute + seconds.device, self.host)
+        self.spent[one.what] = self.spent.get(one.what, 0.0) + self.compute - before
+
+    def _start(self, one: Start) -> None:
+        seconds = one.collective.seconds(self.hardware)
+        copies = self.clock.bytes(one.inline)
+        if one.collective.group.ranks == 1:  # a copy within the device
+            copies += self.clock.bytes(2 * one.collective.size)
+        self.communication += seconds
+        if self.hardware.device.kind == "cpu":
+            # The threads that communicate and those that compute share the cores.
+            self.compute += seconds + copies
+            self.exposed += seconds
+            self.ready[one.key] = self.compute
+            return
+        self.link = max(self.link, self.compute) + seconds + copies
+        self.ready[one.key] = self.link
+
+
+def step_time(profile: Any, config: Config, layout: Any, hardware: Hardware) -> StepTime:
+    """The time of an optimizer step of *config* on *layout*, a mesh on paper, and what it is spent on."""
+    mesh, clock = Mesh.of(layout), Clock(hardware.device)
+    size = micro_batch(config, mesh.data.ranks, layout.stages)
+    count, rest = divmod(config.train.global_batch // mesh.data.ranks, size)
+    if config.parallel.strategy == "pipeline":
+        streams, bubble = _pipelined(profile, config, layout, mesh, Streams(hardware, clock, profile, size), count, rest)
+    else:
+        streams, bubble = _accumulated(config, mesh, Streams(hardware, clock, profile, size), count, rest), 0.0
+        streams.run(update(profile.parts, profile, config, mesh))
+    total = streams.compute + clock.rates.step
+    batch = config.train.global_batch
+    peak = hardware.device.flops.get(FORMATS.get(profile.compute, "fp32"))
+    flops = sum(part.forward_flops + part.backward_flops for part in profile.parts)
+    spent = {what: streams.spent.get(what, 0.0) for what in ("forward", "backward", "recompute", "optimizer")}
+    return StepTime(
+        **spent, communication=streams.communication, exposed=streams.exposed, bubble=bubble, total=total,
+        images_per_second=batch / total, mfu=flops * batch / (total * hardware.ranks * peak) if peak else None,
+    )  # fmt: skip
+
+
+def _accumulated(config: Config, mesh: Mesh, streams: Streams, count: int, rest: int) -> Streams:
+    """The clocks after all micro-batches; those between the second and the last take as long as the second."""
+    profile, size = streams.profile, streams.images
+    sizes = [size] * count + [rest] * bool(rest)
+    sharded = config.parallel.strategy in ("fsdp", "zero2", "zero3")
+    added = SUM_BYTES * trained_values(profile.parts) / (mesh.shard.ranks if sharded else 1)
+    for number, images in enumerate(sizes):
+        first, last = number == 0, number == len(sizes) - 1
+        if number > 1 and not last and images == size:
+            continue
+        before = replace(streams, spent=dict(streams.spent))
+        streams.images = images
+        streams.run(iter([Compute(-1, "copy", 13.0 * math.prod(profile.image) * images)]))  # the images as the model gets them
+        streams.run(passes(profile, config, mesh, last))
+        if not first:
+            streams.run(iter([Compute(-1, "copy", added)]))
+        if number == 1 and len(sizes) > 3:
+            streams.repeat(before, len(sizes) - 3)
+    return streams
+
+
+# Pipelines.
+
+
+def _pipelined(
+    profile: Any, config: Config, layout: Any, mesh: Mesh, streams: Streams, count: int, rest: int
+) -> tuple[Streams, float]:
+    """The clocks of the busiest rank after a step, and how long it waits for other stages."""
+    parallel, hardware, clock = config.parallel, streams.hardware, streams.clock
+    placement = Placement(layout.stages, layout.stages_per_rank, parallel.schedule in SPLIT_BACKWARD)
+    stages = getattr(layout, "stage_parts", None) or stages_of(profile, layout)
+    busy: dict[int, dict[str, float]] = {rank: {} for rank in range(placement.ranks)}
+    end = 0.0
+    for batches, images in ((count, streams.images), (1, rest)):
+        if batches and images:
+            end += _schedule(profile, config, placement, stages, clock, hardware, batches, images, busy, streams)
+    rank = max(busy, key=lambda one: sum(busy[one].values()))
+    mine = [number for stage in placement.numbers(rank) for number in stages[stage]]
+    streams.spent, streams.compute = busy[rank], end
+    bubble = end - sum(busy[rank].values())
+    parts = [profile.parts[number] for number in mine]
+    if mesh.shard.ranks > 1:
+        # torch gathers a stage once in a step, and scatters its gradients after the last micro-batch.
+        shards = mesh.shard.ranks
+        gathers = sum(gathered_bytes(part, shards, profile.compute) for part in parts)
+        scatters = sum(scattered_bytes(part, shards) for part in parts)
+        streams.run(iter(sharded_stage(gathers, scatters, mesh)))
+    streams.run(update(parts, profile, config, mesh))
+    return streams, bubble
+
+
+def _schedule(
+    profile: Any, config: Config, placement: Placement, stages: Sequence[Sequence[int]], clock: Clock, hardware: Hardware,
+    count: int, images: int, busy: dict[int, dict[str, float]], streams: Streams,
+) -> float:  # fmt: skip
+    """Simulate a schedule of *count* micro-batches; add each rank's seconds to *busy*, and return when the last one ends."""
+    seconds: list[dict[str, float]] = []
+    for parts in stages:
+        found: dict[str, float] = dict.fromkeys(("forward", "backward", "recompute"), 0.0)
+        for number in parts:
+            for one in (Compute(number, "forward"), *computed(profile, config, number)):
+                took = clock.part(profile, number, one.what, images)
+                found[one.what] += max(took.device, took.host)
+        seconds.append(found)
+    group = Group("stage", placement.ranks, hardware.ranks // placement.ranks)
+    travel = [0.0] * placement.stages
+    for stage in range(placement.stages - 1):
+        size = profile.parts[stages[stage][-1]].output_bytes * images if stages[stage] else 0.0
+        if placement.rank_of(stage) != placement.rank_of(stage + 1):
+            sent = Collective("send", size, group).seconds(hardware)
+            travel[stage] = sent
+            streams.communication += 2 * count * sent / placement.ranks
+    last, now = placement.stages - 1, dict.fromkeys(range(placement.ranks), 0.0)
+    ended: dict[tuple[int, str, int], float] = {}
+    waiting = {rank: deque(passes) for rank, passes in passes_of(config.parallel.schedule, placement, count).items()}
+    while any(waiting.values()):
+        moved = False
+        for rank, queue in waiting.items():
+            while queue:
+                one = queue[0]
+                stage, batch = one.stage, one.micro_batch
+                if one.kind == "F":
+                    ready = ended.get((stage - 1, "F", batch)) if stage else 0.0
+                    ready = None if ready is None else ready + (travel[stage - 1] if stage else 0.0)
+                elif one.kind == "W":
+                    ready = ended.get((stage, "B", batch))
+                else:
+                    ready = ended.get((stage + 1, "B", batch)) if stage < last else ended.get((stage, "F", batch))
+                    ready = None if ready is None else ready + (travel[stage] if stage < last else 0.0)
+                if ready is None:
+                    break
+                costs = seconds[stage]
+                took = {"forward": costs["forward"]} if one.kind == "F" else {
+                    "backward": costs["backward"] / (1 if one.kind == "B" else 2),
+                    "recompute": costs["recompute"] if one.kind != "W" else 0.0,
+                }  # fmt: skip
+                for what, value in took.items():
+                    busy[rank][what] = busy[rank].get(what, 0.0) + value
+                now[rank] = max(now[rank], ready) + sum(took.values())
+                # The stage before goes on after the gradient of what entered.
+                ended[stage, {"I": "B", "W": "W"}.get(one.kind, one.kind), batch] = now[rank]
+                queue.popleft()
+                moved = True
+        assert moved, "torch's order of passes cannot run"
+    return max(now.values())
