@@ -308,6 +308,14 @@ class OpCounter(TorchDispatchMode):
         self.work += max(flops, moved * self.flops_per_byte)
 
 
+IN_FP32 = {
+    nn.functional.layer_norm, nn.functional.group_norm, nn.functional.softmax, torch.softmax, Tensor.softmax,
+    nn.functional.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.exp, Tensor.exp, torch.pow, Tensor.pow,
+    torch.sum, Tensor.sum, nn.functional.normalize,
+}  # fmt: skip
+"""Functions that CUDA's autocast computes in fp32, and the CPU's does not."""
+
+
 class FusedAttention(TorchFunctionMode):
     """Lets attention keep and compute what the fused kernels of *device* do, which keep no matrix of probabilities.
 
@@ -322,6 +330,8 @@ class FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in IN_FP32 and self.device == "cuda" and torch.is_autocast_enabled("cpu"):
+            args = tuple(one.float() if isinstance(one, Tensor) and one.is_floating_point() else one for one in args)
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), args)) | kwargs

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bigvision.config import Config, OptimConfig, deepspeed_settings, micro_batch
+from bigvision.engine.state import BUCKET
 from bigvision.errors import UserError
 from bigvision.optim import state_layout
-from bigvision.planning.profile import Profile, StateTensor
+from bigvision.planning.profile import Moment, Profile, Span, StateTensor
 
 MASTER = 4
 """Bytes of an fp32 value."""
+WORKSPACE = {"cpu": 0, "cuda": 150_000_000}
+"""Bytes that libraries keep in torch's allocator: the peaks of an eager ViT-L and ResNet-50 on an H100 less the predicted ones."""
 
 
 @dataclass(frozen=True)
@@ -130,30 +133,28 @@ def _zero_state(profile: Profile, config: Config, layout: Layout) -> _State:
     moment = sum(dtype.itemsize for _, dtype in state_layout(config.optim, (1, 1)).values())
     counter = 4 if config.optim.name == "adamw" and offload == "none" else 0
     # Of frozen weights that are saved in another type than they compute in each rank keeps a share in host memory.
-    host = sum(
-        -(-t.numel // ranks) * t.dtype.itemsize for t in parameters if not t.trained and t.dtype != t.computes
-    )
+    host = sum(-(-t.numel // ranks) * t.dtype.itemsize for t in parameters if not t.trained and t.dtype != t.computes)
     if layout.strategy == "zero3":
         share = sum(-(-t.numel // ranks) for t in parameters if t.trained)
         held = sum(-(-t.numel // ranks) * t.computes.itemsize for t in parameters)
         whole = sum(t.numel * t.computes.itemsize for t in parameters if t.numel <= knobs["stage3_param_persistence_threshold"])
-        masters, moments, gradients, flats = MASTER * share, moment * share, MASTER * share, 1
+        masters, moments, gradients, flats = MASTER * share, moment * share, MASTER * share, len(profile.groups)
         bucket = MASTER * knobs["reduce_bucket_size"]
     else:
         # Each group is one flat tensor, a multiple of two numbers for each rank.
-        sizes = {t.name: t.numel for t in parameters}
-        groups = [sum(sizes[name] for name in group) for group in profile.groups]
-        padded = [-(-numel // (2 * ranks)) * 2 * ranks for numel in groups]
+        padded = _padded(profile, ranks)
         held = sum(padded) * profile.compute.itemsize
         held += sum(t.numel * t.computes.itemsize for t in parameters if not t.trained)
-        whole, masters, moments, flats = 0, MASTER * sum(padded) // ranks, moment * sum(padded) // ranks, len(groups)
-        gradients = MASTER * sum(groups) // (ranks if layout.strategy == "zero2" else 1)
+        whole, masters, moments, flats = 0, MASTER * sum(padded) // ranks, moment * sum(padded) // ranks, len(padded)
+        gradients = MASTER * sum(t.numel for t in parameters if t.trained) // (ranks if layout.strategy == "zero2" else 1)
         bucket = 0
     if offload == "all":
         host, held = host + held, 0
     if offload != "none":
         return _State(held + whole, 0, 0, bucket, host + masters + moments + gradients)
-    persistent = gradients if layout.strategy == "zero3" else 0
+    # Stage 1 accumulates gradients in fp32 beside those that the backward pass makes in another type.
+    keeps = layout.strategy == "zero3" or (layout.strategy == "zero1" and profile.compute.itemsize < MASTER)
+    persistent = gradients if keeps else 0
     return _State(held + whole + masters, moments + counter * flats, gradients, bucket + persistent, host)
 
 
@@ -180,26 +181,212 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
     buffers = sum(t.nbytes * (2 if t.running else 1) for t in tensors if t.buffer)
     ema = 0
     if config.ema.decay is not None:
-        ema = 8 + sum(_averaged(layout, t, shard) * t.dtype.itemsize for t in tensors if t.averaged)
-    count = layout.micro_batch(config)
-    images = round(count * (math.prod(profile.image) * (1 + MASTER) + profile.targets))
-    most = max(
-        (moment for span in profile.spans for moment in span.peaks),
-        key=lambda m: m.fixed + m.per_image * count + m.gradients,
-    )
-    activations = round(most.per_image * count)
-    held = state.parameters + buffers + state.optimizer + ema + state.buckets
+        ema = 8 + _averaged(profile, layout, shard)
+    images = round(layout.micro_batch(config) * (math.prod(profile.image) * (1 + MASTER) + profile.targets))
+    step = _Step(profile, config, layout, state)
+    held = state.parameters + buffers + state.optimizer + ema + state.buckets + images + WORKSPACE[profile.device]
+    most = step.peak(shard)
+    after = held + max(step.update(shard), step.averaging(ema))
     return Memory(
         rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, images, state.host,
-        round(most.fixed), activations, 0, held + images + round(most.fixed + most.gradients) + activations,
+        round(most.working), round(most.activations), 0, max(held + round(most.total), after),
     )  # fmt: skip
 
 
-def _averaged(layout: Layout, tensor: StateTensor, shard: int) -> int:
-    """Elements of a tensor that a rank averages; under ZeRO those of its share of the masters."""
-    if layout.strategy.startswith("zero") and not tensor.buffer:
-        return -(-tensor.numel // layout.ranks)
-    return tensor.numel if tensor.buffer else _share(layout, tensor, shard)[1]
+@dataclass(frozen=True)
+class _Most:
+    """What is allocated at the peak of a step, beside what is held between steps and the images."""
+
+    activations: float
+    working: float
+    total: float
+
+
+class _Step:
+    """What the passes of a step and its update allocate on a rank."""
+
+    def __init__(self, profile: Profile, config: Config, layout: Layout, state: _State) -> None:
+        self.profile, self.config, self.layout, self.state = profile, config, layout, state
+        self.images = layout.micro_batch(config)
+        share = config.train.global_batch // layout.data_ranks
+        self.repeats = -(-share // self.images) > 1
+        """Whether gradients of earlier micro-batches are there already."""
+        self.trained = sum(part.trained for part in profile.parts)
+
+    def peak(self, shard: int) -> _Most:
+        """The most of the passes of the step's last micro-batch."""
+        extra = self._extra(shard)
+        found = [(moment, more) for place, span in enumerate(self.profile.spans) for moment, more in extra(place, span)]
+        moment, more = max(found, key=lambda one: self._live(one[0]) + one[1])
+        return _Most(moment.per_image * self.images, moment.fixed + more, self._live(moment) + more)
+
+    def _live(self, moment: Moment) -> float:
+        return moment.fixed + moment.per_image * self.images
+
+    def _extra(self, shard: int) -> Callable[[int, Span], Iterator[tuple[Moment, float]]]:
+        """The moments of a span with what a strategy allocates beside them."""
+        strategy, ranks = self.layout.strategy, self.layout.ranks
+        if strategy == "fsdp" and ranks > 1:
+            return _Gathered(self, shard).moments
+        if strategy.startswith("zero"):
+            return _Partitioned(self).moments
+        whole = float(self.state.gradients)
+        if strategy == "ddp" and ranks > 1:
+            # Gradients of earlier micro-batches are no views of buckets; each becomes one in the last backward pass.
+            return lambda _, span: ((moment, max(0.0, whole - moment.gradients) * self.repeats) for moment in span.peaks)
+        return lambda _, span: ((moment, whole if self.repeats else moment.gradients) for moment in span.peaks)
+
+    def update(self, shard: int) -> float:
+        """Gradients, and what the optimizer's step allocates."""
+        strategy = self.layout.strategy
+        if strategy in ("zero1", "zero2"):
+            # The share of the gradients, from which the flat gradient is made; it is not smaller than all of zero1's.
+            part = MASTER * sum(_padded(self.profile, self.layout.ranks)) / self.layout.ranks
+            return (self.state.gradients if strategy == "zero1" else part) + part
+        return 0.0 if self.state.buckets else float(self.state.gradients)
+
+    def averaging(self, ema: int) -> float:
+        """What an update of the EMA allocates: the differences of one bucket."""
+        return min(ema, MASTER * BUCKET)
+
+
+class _Gathered:
+    """fsdp: gathered weights, those that are on their way, and gradients on their way back."""
+
+    def __init__(self, step: _Step, shard: int) -> None:
+        profile, layout, parallel = step.profile, step.layout, step.config.parallel
+        self.step, self.spans = step, profile.spans
+        self.keeps, self.late = parallel.reshard == "never", parallel.scatter == "last" and step.repeats
+        self.weights: list[float] = []
+        """Of each part, gathered."""
+        self.gradients: list[float] = []
+        """Of each part, in fp32, padded."""
+        self.shards: list[float] = []
+        """Of each part's gradients, this rank's."""
+        for part in profile.parts:
+            cut = [tensor for tensor in part.tensors if not tensor.buffer and not tensor.whole]
+            chunks = [(share_of(tensor, layout.shards, shard)[0], tensor) for tensor in cut]
+            self.weights.append(sum(chunk * layout.shards * tensor.computes.itemsize for chunk, tensor in chunks))
+            self.shards.append(sum(MASTER * chunk for chunk, tensor in chunks if tensor.trained))
+            self.gradients.append(self.shards[-1] * layout.shards)
+        self.blocks = [number for number, part in enumerate(profile.parts) if part.path]
+        self.root = sum(weight for weight, part in zip(self.weights, profile.parts) if not part.path)
+        self.whole = sum(t.numel * MASTER for t in profile.tensors if t.whole and t.trained)
+
+    def moments(self, place: int, span: Span) -> Iterator[tuple[Moment, float]]:
+        begin = self.spans[place].begin.gradients
+        part, block = span.part, bool(self.step.profile.parts[span.part].path)
+        before = [number for number in self.blocks if number < part]
+        after = [number for number in self.blocks if number > part]
+        single = self.step.layout.shards == 1
+        here = self.weights[part] if block else 0.0
+        held = self.root
+        if self.keeps:
+            held += sum(self.weights[number] for number in (before if not span.backward else [*before]))
+        if not span.backward:
+            coming = self.weights[after[0]] if after else 0.0
+            copied = here if block else self.weights[before[-1]] if before else 0.0
+            held += here + (0.0 if single else coming + copied)
+            for moment in span.peaks:
+                yield moment, held + self._scattered([])
+            return
+        # What lies outside of blocks keeps its gradients, and the weights, to the end of the pass.
+        outside = sum(
+            other.end.gradients - other.begin.gradients
+            for other in self.spans[:place]
+            if other.backward and not self.step.profile.parts[other.part].path
+        )
+        coming = self.weights[before[-1]] if before and not self.keeps else 0.0
+        leaving = self.gradients[after[0]] if after else 0.0
+        done = self._scattered(after)
+        for moment in span.peaks:
+            yield moment, held + here + coming + leaving + outside + done + moment.gradients - begin
+        if block:
+            yield (
+                span.end,
+                held + coming + outside + done + span.end.gradients - begin + self.gradients[part] + self.shards[part],
+            )
+        elif place == len(self.spans) - 1:
+            total = outside + span.end.gradients - begin
+            root = sum(g for g, part in zip(self.gradients, self.step.profile.parts) if not part.path)
+            yield span.end, total + done + root + leaving
+
+    def _scattered(self, done: list[int]) -> float:
+        """This rank's gradients when those of the blocks *done* have been exchanged."""
+        if self.late:
+            return sum(self.gradients)
+        return (sum(self.shards) if self.step.repeats else sum(self.shards[number] for number in done)) + self.whole
+
+
+class _Partitioned:
+    """DeepSpeed: gradients, the bucket in which they are exchanged, and the weights that stage 3 gathers."""
+
+    def __init__(self, step: _Step) -> None:
+        self.step, self.parts = step, step.profile.parts
+        layout = step.layout
+        knobs = zero_settings(step.profile, step.config, layout)
+        self.stage, self.size = layout.strategy, knobs["reduce_bucket_size"]
+        self.half = step.profile.compute.itemsize < MASTER
+        # Stage 1 copies gradients into its buckets in the type that they come in, if that is half of fp32.
+        width = step.profile.compute.itemsize if self.stage == "zero1" else MASTER
+        self.bucket = width * self.size * (2 if knobs["overlap_comm"] else 1)
+        self.wider = MASTER / step.profile.compute.itemsize
+        self.share = 1 / layout.ranks
+        self.whole = MASTER * step.trained * (self.share if self.stage == "zero2" else 1.0)
+        limit = knobs.get("stage3_param_persistence_threshold", 0)
+        self.weights = [
+            sum(t.numel * t.computes.itemsize for t in part.tensors if not t.buffer and t.numel > limit) for part in self.parts
+        ]
+
+    def moments(self, place: int, span: Span) -> Iterator[tuple[Moment, float]]:
+        return self._gathered(place, span) if self.stage == "zero3" else self._replicated(place, span)
+
+    def _replicated(self, place: int, span: Span) -> Iterator[tuple[Moment, float]]:
+        begin = self.step.profile.spans[place].begin.gradients
+        exchanged = self.bucket * span.backward
+        for moment in span.peaks:
+            if self.stage == "zero2":
+                gradients = (moment.gradients - begin) + begin * self.wider * self.share
+            else:
+                gradients = moment.gradients  # in fp32 they are kept between steps, where that is another type
+            repeated = self.step.repeats and not (self.stage == "zero1" and self.half)
+            yield moment, exchanged + (self.whole if repeated else gradients)
+
+    def _gathered(self, place: int, span: Span) -> Iterator[tuple[Moment, float]]:
+        spans = self.step.profile.spans
+        begin, part = spans[place].begin.gradients, span.part
+        following = part + (-1 if span.backward else 1)
+        weights = self.weights[part] + (self.weights[following] if 0 <= following < len(self.parts) else 0.0)
+        for moment in span.peaks:
+            yield moment, weights + moment.gradients - begin
+        full = self.size * self.step.profile.compute.itemsize
+        last = place == len(spans) - 1
+        if span.backward and (last or begin // full < span.end.gradients // full):
+            # What is exchanged is a flat copy; gloo makes another one.
+            copies = 2 if self.step.profile.device == "cpu" else 1
+            yield span.end, weights * (not last) + copies * MASTER * min(self.size, self.step.trained)
+
+
+def _padded(profile: Profile, ranks: int) -> list[int]:
+    """Elements of each parameter group as DeepSpeed lays it out: a multiple of two for each rank."""
+    sizes = {tensor.name: tensor.numel for tensor in profile.tensors}
+    return [-(-sum(sizes[name] for name in group) // (2 * ranks)) * 2 * ranks for group in profile.groups]
+
+
+def _averaged(profile: Profile, layout: Layout, shard: int) -> int:
+    """Bytes of the averages of a rank; under ZeRO of its share of the masters."""
+    averaged = [tensor for tensor in profile.tensors if tensor.averaged]
+    total = sum(tensor.nbytes for tensor in averaged if tensor.buffer)
+    parameters = [tensor for tensor in averaged if not tensor.buffer]
+    if layout.strategy == "zero3":
+        sizes = [(tensor.numel, -(-tensor.numel // layout.ranks)) for tensor in parameters]
+    elif layout.strategy.startswith("zero"):
+        numel = {tensor.name: tensor.numel for tensor in parameters}
+        wholes = [sum(numel[name] for name in group) for group in profile.groups]
+        sizes = list(zip(wholes, (padded // layout.ranks for padded in _padded(profile, layout.ranks))))
+    else:
+        return total + sum(_share(layout, tensor, shard)[1] * tensor.dtype.itemsize for tensor in parameters)
+    return total + MASTER * sum(max(0, min(size, whole - size * shard)) for whole, size in sizes)
 
 
 def worst(profile: Profile, config: Config, layout: Layout) -> Memory:

@@ -29,6 +29,7 @@ from bigvision.models import Block, Blocks, Blueprint, blueprint, find_blocks, k
 from bigvision.models.formats import hold_frozen
 from bigvision.models.tracing import FusedAttention, OpCounter, named_tensors, plain_attributes
 from bigvision.optim import freeze, parameter_groups
+from bigvision.planning.compiled import compile_without_code
 from bigvision.tasks import Classify, Task, build_task
 
 SAMPLES = (2, 4)
@@ -240,10 +241,12 @@ class _Recording:
                 parameter.data = parameter.data.to(self.computing.dtype)
         self.tensors = self._state(held)
         self.attention = FusedAttention(self.device)
-        for block in modules if parallel.recompute == "blocks" else ():
+        for block in modules if parallel.recompute == "blocks" and not self.compiled else ():
             # A backward pass runs without the modes of functions that it was called in.
             block.forward = functools.partial(_within, self.attention, block.forward)
         wrap_blocks(modules, replace(config, parallel=replace(parallel, compile=False)), here)
+        if self.compiled:
+            compile_without_code(modules, self.attention)
 
     def _whole(self, parameter: Tensor) -> bool:
         return parameter.ndim == 0 or id(parameter) in self.norms
@@ -457,6 +460,8 @@ class Recorder(OpCounter):
         """(backward, place, operations, bytes moved, and both of what was recomputed); the block n has the place 2 n + 1, what
         is behind it 2 n + 2."""
         self.again = (0.0, 0.0)
+        self.fused = False
+        """Whether what is computed now becomes part of another kernel, and gets no memory."""
         self.boundaries: dict[tuple[int, bool], float] = {}
         """Bytes of what enters (False) and leaves (True) each block."""
         self.watched: dict[int, str] = {}
@@ -491,6 +496,11 @@ class Recorder(OpCounter):
         if number >= 0:
             self.events.append(("gradient", number))
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """torch.compile would leave code alone that runs in any other mode."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.watched:
             for leaf in tensors_in((args, kwargs)):
@@ -506,7 +516,7 @@ class Recorder(OpCounter):
         if key in self._alive:
             return
         number = len(self.sizes)
-        self.sizes.append(storage.nbytes())
+        self.sizes.append(0 if self.fused else storage.nbytes())
         self.events.append(("allocate", number))
 
         def freed(_: Any) -> None:

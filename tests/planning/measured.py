@@ -1,0 +1,51 @@
+"""The most that a step allocates, measured at the allocator by torch's profiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_of_step(plain: dict[str, Any], outputs: int = 10) -> dict[str, Any]:
+    """Bytes that a rank of this run holds at most during a step, and what is predicted. Called on every rank."""
+    from bigvision.config import load_config
+    from bigvision.planning.memory import Layout, rank_memory
+    from bigvision.planning.profile import profile as planned
+    from bigvision.runtime import start
+    from bigvision.training.build import build_model
+    from tests.planning.held import batch_of, everything
+
+    config = load_config(plain)
+    with start("cpu", config.parallel.replicas, config.parallel.pipeline_ranks) as runtime:
+        layout = Layout.of(config, runtime.world_size)
+        memory = rank_memory(planned(config, outputs), config, layout, runtime.rank)
+        if config.parallel.strategy.startswith("zero"):
+            from bigvision.engine.zero import load_deepspeed
+
+            load_deepspeed(runtime.device)
+        before = everything()
+        engine, plan, _ = build_model(config, outputs, runtime, 9, say=lambda text: None)
+        batch = batch_of(plan, engine, config.train.global_batch // runtime.data_ranks)
+        for _ in range(2):
+            engine.train_step(batch)
+        rest = everything() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
+            engine.train_step(batch)
+        now = most = 0
+        results: Any = found.profiler.kineto_results  # type: ignore[union-attr]
+        events = [event for event in results.events() if event.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        engine.close()
+        return {"rank": runtime.rank, "rest": rest, "step": most, "measured": rest + most, **vars(memory)}
+
+
+def difference(found: dict[str, Any]) -> float:
+    """Of the predicted peak from the measured one, as a share."""
+    return found["peak"] / found["measured"] - 1
+
+
+torch.set_num_threads(1)
