@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -307,6 +307,10 @@ class OpCounter(TorchDispatchMode):
         self.moved += moved
         self.work += max(flops, moved * self.flops_per_byte)
 
+    def attention(self, flops: float, moved: float, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Count one pass of a fused kernel."""
+        self.add(flops, moved)
+
 
 IN_FP32 = {
     nn.functional.layer_norm, nn.functional.group_norm, nn.functional.softmax, torch.softmax, Tensor.softmax,
@@ -357,16 +361,18 @@ class _Attention(torch.autograd.Function):
         sums = query.new_empty((*batch, length), dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, output.detach(), sums)
         ctx.moved = sum(one.nbytes for one in (query, key, value, output, mask) if one is not None)
-        counter.add(ctx.flops, ctx.moved)
+        counter.attention(ctx.flops, ctx.moved, (query, key, value), (output,))
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, *_ = ctx.saved_tensors
         # The kernels compute the probabilities again: five products where the forward pass has two.
-        ctx.counter.add(2.5 * ctx.flops, 2 * ctx.moved)
         wanted = zip((query, key, value, mask), ctx.needs_input_grad[1:])
-        return None, *(torch.empty_like(one) if one is not None and needed else None for one, needed in wanted)
+        found = [torch.empty_like(one) if one is not None and needed else None for one, needed in wanted]
+        outputs = [one for one in found if one is not None]
+        ctx.counter.attention(2.5 * ctx.flops, 2 * ctx.moved, (query, key, value, *gradients), outputs)
+        return None, *found
 
 
 class _CostRunner(Runner):

@@ -152,13 +152,18 @@ class Pass:
 def passes_of(name: str, placement: Placement, count: int) -> dict[int, list[Pass]]:
     """The passes of each rank of a pipeline with *count* micro-batches, in torch's order."""
     schedule, total = torch_schedule(name, placement, count), placement.stages
-    if schedule in ONE_STAGE:
-        order = SCHEDULES[schedule]._get_pipeline_order(SimpleNamespace(_num_stages=total, _n_microbatches=count))  # type: ignore
-    else:
-        # torch makes the order of the passes of all ranks out of these numbers alone.
-        fields = {"num_stages": total, "group_size": placement.ranks, "group_rank": 0, "submod": None, "is_last": False}
-        stages: Any = [SimpleNamespace(**fields) for _ in range(placement.per_rank)]
-        order = SCHEDULES[schedule](stages, count).pipeline_order
+    if schedule in ONE_STAGE:  # which torch runs without writing the order down
+        found = {}
+        for stage in range(total):
+            ahead = count if schedule == "gpipe" else min(count, total - stage)
+            found[stage] = [Pass(stage, "F", number) for number in range(ahead)]
+            for number in range(count - ahead):
+                found[stage] += [Pass(stage, "B", number), Pass(stage, "F", ahead + number)]
+            found[stage] += [Pass(stage, "B", number) for number in range(count - ahead, count)]
+        return found
+    # torch makes the order of the passes of all ranks out of these numbers alone.
+    fields = {"num_stages": total, "group_size": placement.ranks, "group_rank": 0, "submod": None, "is_last": False}
+    stages: Any = [SimpleNamespace(**fields) for _ in range(placement.per_rank)]
     return {
         rank: [
             Pass(one.stage_index, one.computation_type.value, one.microbatch_index)
@@ -167,7 +172,7 @@ def passes_of(name: str, placement: Placement, count: int) -> dict[int, list[Pas
             for one in action.sub_actions or (action,)
             if one.computation_type.value in ("F", "B", "I", "W")
         ]
-        for rank, actions in order.items()
+        for rank, actions in SCHEDULES[schedule](stages, count).pipeline_order.items()
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from bigvision.models.formats import hold_frozen
 from bigvision.models.tracing import FusedAttention, OpCounter, named_tensors, plain_attributes
 from bigvision.optim import freeze, parameter_groups
 from bigvision.planning.compiled import compile_without_code
+from bigvision.planning.operations import Log, Operation, Work, fused, per_image
 from bigvision.tasks import Classify, Task, build_task
 
 SAMPLES = (2, 4)
@@ -104,6 +106,10 @@ class Part:
     """For one image."""
     output_bytes: float = 0.0
     """For one image."""
+    forward_operations: tuple[Work, ...] = ()
+    """Of compiled blocks as compiled code runs them."""
+    backward_operations: tuple[Work, ...] = ()
+    """Without what is recomputed."""
 
     @property
     def numel(self) -> int:
@@ -297,16 +303,21 @@ class _Recording:
         }  # fmt: skip
         hooks: list[Any] = []
 
+        left: set[int] = set()  # what the last block returned
+
         def before(number: int, block: nn.Module, inputs: Any) -> None:
             for leaf in tensors_in(inputs):
-                if leaf.requires_grad and torch.is_grad_enabled():
+                # Where it comes straight from the block before, that block's backward pass follows.
+                if leaf.requires_grad and torch.is_grad_enabled() and leaf._cdata not in left:
                     leaf.register_hook(lambda _: recorder.enter(True, 2 * number))
             recorder.boundaries[number, False] = sum(leaf.nbytes for leaf in tensors_in(inputs))
             recorder.enter(False, 2 * number + 1)
 
         def after(number: int, block: nn.Module, inputs: Any, output: Any) -> None:
+            left.clear()
             for leaf in tensors_in(output):
                 if leaf.requires_grad:
+                    left.add(leaf._cdata)
                     leaf.register_hook(lambda _: recorder.enter(True, 2 * number + 1))
             recorder.boundaries[number, True] = sum(leaf.nbytes for leaf in tensors_in(output))
             recorder.enter(False, 2 * number + 2)
@@ -370,6 +381,7 @@ class _Recording:
                 sums = work.setdefault((kind, index[one[1]]), [0.0] * 4)
                 for place, value in enumerate((one[begin], other[begin], one[begin + 1], other[begin + 1])):
                     sums[place] += value
+        few, many = small.operations(), large.operations()
         parts = []
         for place, number in index.items():
             block = self.blocks[place // 2] if place % 2 else None
@@ -381,10 +393,18 @@ class _Recording:
             )
             boundaries = [small.boundaries.get((place // 2, out), 0.0) / (low if alike else high) for out in (False, True)]
             path, kind = (block.path, self.kinds[block.module]) if block else ("", -1 - number)
+            as_run = fused if block and self.compiled else list
+            ran = {
+                f"{'backward' if backward else 'forward'}_operations": per_image(
+                    as_run(few.get((backward, place), [])), as_run(many.get((backward, place), [])), SAMPLES
+                )
+                for backward in (False, True)
+            }
             parts.append(
                 Part(
                     path, kind, tuple(used.get(number, ())),
-                    ahead[0], back[0], again[0], ahead[1], back[1], again[1], saved, *(boundaries if block else (0.0, 0.0)),
+                    ahead[0], back[0], again[0], ahead[1], back[1], again[1], saved,
+                    boundaries[0] if block else 0.0, boundaries[1] if block else 0.0, **ran,
                 )
             )  # fmt: skip
         return Profile(
@@ -462,6 +482,9 @@ class Recorder(OpCounter):
         self.again = (0.0, 0.0)
         self.fused = False
         """Whether what is computed now becomes part of another kernel, and gets no memory."""
+        self.log = Log()
+        self.logged: list[int] = []
+        """How many operations the log had at the end of each stretch."""
         self.boundaries: dict[tuple[int, bool], float] = {}
         """Bytes of what enters (False) and leaves (True) each block."""
         self.watched: dict[int, str] = {}
@@ -476,18 +499,31 @@ class Recorder(OpCounter):
         """The stretch so far ends; another one begins."""
         (flops, moved), (was, at) = self.again, self._here
         self.stretches.append((was, at, self.flops - flops, self.moved - moved, flops, moved))
+        self.logged.append(len(self.log.operations))
         self.events.append(("enter", len(self.stretches)))
         self._here, self.flops, self.moved, self.again = (backward, place), 0.0, 0.0, (0.0, 0.0)
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """What is counted in here was, in a backward pass, counted before."""
-        flops, moved = self.flops, self.moved
+        flops, moved, logged = self.flops, self.moved, len(self.log.operations)
         try:
             yield
         finally:
             if self._here[0]:
                 self.again = (self.again[0] + self.flops - flops, self.again[1] + self.moved - moved)
+                del self.log.operations[logged:]
+
+    def attention(self, flops: float, moved: float, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        super().attention(flops, moved, inputs, outputs)
+        self.log.attention(flops, moved, inputs, outputs)
+
+    def operations(self) -> dict[tuple[bool, int], list[Operation]]:
+        """The operations by (backward, place)."""
+        found: dict[tuple[bool, int], list[Operation]] = {}
+        for (backward, place, *_), (begin, end) in zip(self.stretches, itertools.pairwise([0, *self.logged])):
+            found.setdefault((backward, place), []).extend(self.log.operations[begin:end])
+        return found
 
     def gradient(self, parameter: Tensor) -> None:
         """The gradient of *parameter* is complete."""
@@ -507,6 +543,7 @@ class Recorder(OpCounter):
                 if (name := self.watched.pop(leaf.untyped_storage()._cdata, None)) is not None:
                     self.used[name] = self._here[1]
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.log.add(func, args, kwargs, result)
         for leaf in tensors_in(result):
             self._allocated(leaf.untyped_storage())
         return result

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
 from bigvision.pipeline.schedules import Placement
 from bigvision.planning.hardware import Hardware, Link
+from bigvision.planning.memory import Layout
+from bigvision.planning.profile import Part, Profile
 
 LINK_SHARE = 0.8
 """Of a link's datasheet, what collectives are assumed to reach; nobody has measured it with bigvision."""
@@ -132,7 +133,7 @@ class Mesh:
     everyone: Group
 
     @classmethod
-    def of(cls, layout: Any) -> Mesh:
+    def of(cls, layout: Layout) -> Mesh:
         data = layout.ranks // layout.stages
         shards = data // layout.replicas
         return cls(
@@ -140,7 +141,7 @@ class Mesh:
         )
 
 
-def gathered_bytes(part: Any, shards: int, compute: torch.dtype) -> float:
+def gathered_bytes(part: Part, shards: int, compute: torch.dtype) -> float:
     """Of the parameters of *part* that ``fully_shard`` gathers, padded to equal shards of dimension 0."""
     total = 0.0
     for tensor in part.tensors:
@@ -150,7 +151,7 @@ def gathered_bytes(part: Any, shards: int, compute: torch.dtype) -> float:
     return total
 
 
-def scattered_bytes(part: Any, shards: int) -> float:
+def scattered_bytes(part: Part, shards: int) -> float:
     """Of the gradients of *part*, fp32, padded likewise."""
     return sum(4.0 * _padded(tensor.shape, shards) for tensor in part.tensors if tensor.trained and not tensor.whole)
 
@@ -160,7 +161,7 @@ def _padded(shape: tuple[int, ...], shards: int) -> int:
     return -(-rows // shards) * shards * rest
 
 
-def trained_values(parts: Sequence[Any], whole: bool | None = None) -> int:
+def trained_values(parts: Sequence[Part], whole: bool | None = None) -> int:
     """Trained values of *parts*; *whole*: those that `fully_shard` leaves whole, or not."""
     return sum(
         math.prod(tensor.shape)
@@ -178,25 +179,25 @@ def _averaged(size: float, group: Group) -> list[Instruction]:
     return [Start("averaged", Collective("all_reduce", size, group, calls)), Wait("averaged")]
 
 
-def passes(profile: Any, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
+def passes(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
     """One micro-batch, forward and backward, of a model that is not cut into stages."""
     strategy = config.parallel.strategy
     if strategy == "fsdp" and mesh.data.ranks > 1:
         yield from _fsdp(profile, config, mesh, last)
     elif strategy == "zero3":
-        yield from _zero3(profile, mesh)
+        yield from _zero3(profile, config, mesh)
     else:
         yield from _whole(profile, config, mesh, last)
 
 
-def computed(profile: Any, config: Config, number: int) -> Iterator[Compute]:
+def computed(profile: Profile, config: Config, number: int) -> Iterator[Compute]:
     """The backward pass of a part."""
     if config.parallel.recompute == "blocks" and profile.parts[number].path:
         yield Compute(number, "recompute")
     yield Compute(number, "backward")
 
 
-def _whole(profile: Any, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
+def _whole(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
     """ddp, zero1 and zero2: gradients are reduced in buckets while the backward pass goes on."""
     numbers, strategy = range(len(profile.parts)), config.parallel.strategy
     yield from (Compute(number, "forward") for number in numbers)
@@ -213,7 +214,7 @@ def _whole(profile: Any, config: Config, mesh: Mesh, last: bool) -> Iterator[Ins
     yield from (Wait(("bucket", number)) for number in range(started))
 
 
-def _fsdp(profile: Any, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
+def _fsdp(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
     """`fully_shard`: each block is gathered one block ahead, forward and again backward; gradients are scattered behind it."""
     parts, shards = profile.parts, mesh.shard.ranks
     blocks = [number for number, part in enumerate(parts) if part.path]
@@ -269,7 +270,7 @@ def _fsdp(profile: Any, config: Config, mesh: Mesh, last: bool) -> Iterator[Inst
     yield Wait(("replicas", *outside))
 
 
-def _zero3(profile: Any, mesh: Mesh) -> Iterator[Instruction]:
+def _zero3(profile: Profile, config: Config, mesh: Mesh) -> Iterator[Instruction]:
     """DeepSpeed gathers the parameters of a module before it runs, in both passes, and scatters its gradients."""
     parts, group = profile.parts, mesh.data
     kept = min(profile.parameters // 1000, 100_000)
@@ -292,15 +293,13 @@ def _zero3(profile: Any, mesh: Mesh) -> Iterator[Instruction]:
             if when == "forward":
                 yield Compute(number, "forward")
                 continue
-            if parts[number].recomputed:
-                yield Compute(number, "recompute")
-            yield Compute(number, "backward")
+            yield from computed(profile, config, number)
             if gradients := 4.0 * trained_values([parts[number]]):
                 yield Start(("scatter", number), Collective("reduce_scatter", gradients, group))
     yield from (Wait(("scatter", number)) for number in numbers)
 
 
-def update(parts: Sequence[Any], profile: Any, config: Config, mesh: Mesh) -> Iterator[Instruction]:
+def update(parts: Sequence[Part], profile: Profile, config: Config, mesh: Mesh) -> Iterator[Instruction]:
     """After the passes: what is averaged then, the numbers of the step, the optimizer, the average of the weights."""
     strategy, data = config.parallel.strategy, mesh.data
     sharded = mesh.shard.ranks > 1 and strategy in ("fsdp", "pipeline")
@@ -329,7 +328,7 @@ def update(parts: Sequence[Any], profile: Any, config: Config, mesh: Mesh) -> It
 # Pipelines.
 
 
-def stages_of(profile: Any, layout: Any) -> list[list[int]]:
+def stages_of(profile: Profile, layout: Layout) -> list[list[int]]:
     """The parts on each stage, in order: as equal in FLOPs as whole parts allow."""
     parts, stages = profile.parts, layout.stages * layout.stages_per_rank
     work = [part.forward_flops + part.backward_flops for part in parts]
@@ -354,7 +353,7 @@ def sharded_stage(gathers: float, scatters: float, mesh: Mesh) -> list[Instructi
 # Traffic.
 
 
-def sent(profile: Any, config: Config, layout: Any, rank: int = 0) -> dict[tuple[str, str], float]:
+def sent(profile: Profile, config: Config, layout: Layout, rank: int = 0) -> dict[tuple[str, str], float]:
     """Bytes that *rank* sends in a step, by (kind of collective, group of ranks)."""
     mesh = Mesh.of(layout)
     share = config.train.global_batch // mesh.data.ranks

@@ -11,14 +11,15 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
 from bigvision.pipeline.schedules import Placement, passes_of
 from bigvision.planning.hardware import Curve, Device, Hardware, Rates
+from bigvision.planning.memory import Layout
 from bigvision.planning.operations import PRODUCTS, Work
+from bigvision.planning.profile import Profile
 from bigvision.planning.program import (
     SUM_BYTES,
     Collective,
@@ -135,7 +136,7 @@ class Clock:
             seconds = max(flops / rate_at(curve, flops), seconds)
         return seconds * work.count
 
-    def part(self, profile: Any, number: int, what: str, images: float) -> Seconds:
+    def part(self, profile: Profile, number: int, what: str, images: float) -> Seconds:
         """Of one pass through one part; equal ones are counted once."""
         part = profile.parts[number]
         key = part.kind if part.path else ("outside", number), what, images
@@ -157,7 +158,7 @@ class Streams:
 
     hardware: Hardware
     clock: Clock
-    profile: Any
+    profile: Profile
     images: int
     host: float = 0.0
     compute: float = 0.0
@@ -212,7 +213,7 @@ class Streams:
         self.ready[one.key] = self.link
 
 
-def step_time(profile: Any, config: Config, layout: Any, hardware: Hardware) -> StepTime:
+def step_time(profile: Profile, config: Config, layout: Layout, hardware: Hardware) -> StepTime:
     """The time of an optimizer step of *config* on *layout*, a mesh on paper, and what it is spent on."""
     mesh, clock = Mesh.of(layout), Clock(hardware.device)
     size = micro_batch(config, mesh.data.ranks, layout.stages)
@@ -258,7 +259,7 @@ def _accumulated(config: Config, mesh: Mesh, streams: Streams, count: int, rest:
 
 
 def _pipelined(
-    profile: Any, config: Config, layout: Any, mesh: Mesh, streams: Streams, count: int, rest: int
+    profile: Profile, config: Config, layout: Layout, mesh: Mesh, streams: Streams, count: int, rest: int
 ) -> tuple[Streams, float]:
     """The clocks of the busiest rank after a step, and how long it waits for other stages."""
     parallel, hardware, clock = config.parallel, streams.hardware, streams.clock
@@ -285,7 +286,7 @@ def _pipelined(
 
 
 def _schedule(
-    profile: Any, config: Config, placement: Placement, stages: Sequence[Sequence[int]], clock: Clock, hardware: Hardware,
+    profile: Profile, config: Config, placement: Placement, stages: Sequence[Sequence[int]], clock: Clock, hardware: Hardware,
     count: int, images: int, busy: dict[int, dict[str, float]], streams: Streams,
 ) -> float:  # fmt: skip
     """Simulate a schedule of *count* micro-batches; add each rank's seconds to *busy*, and return when the last one ends."""

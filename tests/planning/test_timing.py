@@ -1,0 +1,100 @@
+"""Predicted times beside those that were measured, and what they must do whatever the hardware."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from bigvision import load_config
+from bigvision.config import Config
+from bigvision.planning.hardware import parse_hardware
+from bigvision.planning.memory import Layout
+from bigvision.planning.profile import Profile, profile
+from bigvision.planning.timing import step_time
+
+MEASURED = {
+    ("vit_large_patch16_224", 192, False): (212.0, False),
+    ("vit_large_patch16_224", 192, True): (175.0, False),
+    ("vit_huge_patch14_224", 96, True): (240.5, True),
+    ("resnet50", 256, False): (64.8, True),
+    ("convnext_large", 96, False): (118.0, True),
+    ("convnext_large", 128, True): (137.1, False),
+}
+"""Model, batch, whether blocks are compiled: ms of a step on one H100 in bf16 (docs/measurements.md), and whether the shares of
+the H100's peaks come from it."""
+
+
+def configured(name: str, batch: int, **parallel: Any) -> Config:
+    model = {"name": name, "num_classes": 1000}
+    return load_config({"model": model, "parallel": {"strategy": "ddp"} | parallel, "train": {"global_batch": batch}})
+
+
+@pytest.mark.long
+def test_times_of_an_h100() -> None:
+    hardware = parse_hardware("H100")
+    found = {}
+    for name, batch, compiled in MEASURED:
+        config = configured(name, batch, compile=compiled)
+        found[name, batch, compiled] = step_time(profile(config, 1000), config, Layout.of(config, 1), hardware).total * 1e3
+    for key, (measured, calibrates) in MEASURED.items():
+        assert found[key] == pytest.approx(measured, rel=0.05 if calibrates else 0.15), (key, found[key])
+    for one, (measured, _) in MEASURED.items():
+        for other, (slower, _) in MEASURED.items():
+            assert slower < 1.1 * measured or found[one] < found[other], (one, other)
+
+
+@cache
+def small(**parallel: Any) -> tuple[Config, Profile]:
+    """A ViT of four blocks, and a config that does not say how large the batch is."""
+    config = load_config(
+        {
+            "model": {"name": "vit_small_patch16_224", "num_classes": 10, "options": {"depth": 4}},
+            "parallel": {"strategy": "fsdp"} | parallel,
+        }
+    )
+    return config, profile(config, 10)
+
+
+def timed(hardware: str, batch: int, micro: int | None = None, **parallel: Any) -> Any:
+    config, counted = small(**parallel)
+    config = replace(config, train=replace(config.train, global_batch=batch, micro_batch=micro))
+    here = parse_hardware(hardware)
+    return step_time(counted, config, Layout.of(config, here.ranks), here)
+
+
+def test_what_must_hold_on_any_hardware() -> None:
+    base = timed("8xH100", 1024)
+    assert base.total == pytest.approx(base.forward + base.backward + base.optimizer + base.exposed, rel=0.2)
+    assert timed("8xH100", 1024, 32).communication == pytest.approx(4 * base.communication, rel=0.3)  # gathered four times
+    assert timed("8xL40S", 1024).total > 2 * base.total
+    assert timed("2x8xH100", 2048).exposed >= base.exposed
+    again = timed("8xH100", 1024, recompute="blocks")
+    assert again.recompute == pytest.approx(again.forward, rel=0.2) and again.total > base.total
+    assert 0 < again.mfu < base.mfu < 1
+    assert timed("8xH100", 1024, compile=False).total > base.total
+    # Copies of the model in each host need the links between hosts once in a step.
+    whole, hybrid = (timed("64x8xH100", 64 * 1024, 16, replicas=replicas) for replicas in (1, 64))
+    assert hybrid.exposed < whole.exposed
+    assert timed("8xH100", 1024, strategy="ddp").communication < base.communication
+
+
+@pytest.mark.parametrize(("schedule", "ideal"), [("gpipe", 3 / 11), ("1f1b", 3 / 11), ("interleaved", 3 / 19), ("zbv", 0.0)])
+def test_bubbles_are_those_of_torchs_order(schedule: str, ideal: float) -> None:
+    config, counted = small(strategy="pipeline", schedule=schedule, stages=4, compile=False)
+    block = replace(counted.parts[1], output_bytes=0.0)
+    equal = replace(counted, parts=(replace(block, backward_operations=block.forward_operations * 2),) * 8)
+    config = replace(config, train=replace(config.train, global_batch=8 * 64, micro_batch=64))
+    found = step_time(equal, config, Layout.of(config, 4), parse_hardware("4xH100"))
+    share = found.bubble / (found.bubble + found.forward + found.backward)
+    assert share == pytest.approx(ideal, abs=0.07 if schedule == "zbv" else 0.02)
+
+
+def test_ten_thousand_ranks_take_no_longer_than_one() -> None:
+    small()
+    began = time.process_time()
+    found = timed("16384xH100", 16384 * 64, 16)
+    assert time.process_time() - began < 2 and found.total > 0
