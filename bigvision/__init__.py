@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigvision.api import Engine, predict, train
+    from bigvision.api import Engine, plan, predict, train
     from bigvision.config import Config, load_config
     from bigvision.errors import Stopped, UserError
     from bigvision.training import Event, Result
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Engine", "Event", "Result", "Stopped", "UserError", "load_config", "predict", "train"]
+__all__ = ["Config", "Engine", "Event", "Result", "Stopped", "UserError", "load_config", "plan", "predict", "train"]
 
 _HOMES = {
     "Config": "bigvision.config",
@@ -28,6 +28,7 @@ _HOMES = {
     "Stopped": "bigvision.errors",
     "UserError": "bigvision.errors",
     "load_config": "bigvision.config",
+    "plan": "bigvision.api",
     "predict": "bigvision.api",
     "train": "bigvision.api",
 }

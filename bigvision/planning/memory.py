@@ -19,7 +19,7 @@ from bigvision.planning.profile import Moment, Profile, Span, StateTensor
 MASTER = 4
 """Bytes of an fp32 value."""
 WORKSPACE = {"cpu": 0, "cuda": 150_000_000}
-"""Bytes that libraries keep in torch's allocator: the peaks of an eager ViT-L and ResNet-50 on an H100 less the predicted ones."""
+"""Bytes that libraries keep in torch's allocator: peaks of an eager ViT-L and ResNet-50 on an H100 less the predicted ones."""
 
 
 @dataclass(frozen=True)

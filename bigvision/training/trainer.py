@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bigvision import checkpoint
-from bigvision.config import Config
+from bigvision.config import Config, without_auto
 from bigvision.data import StepBatch
 from bigvision.engine import Engine, Metrics, StepResult
 from bigvision.errors import Stopped, UserError
@@ -75,7 +75,7 @@ def train_on_rank(
     began = time.monotonic() if began is None else began
     config, given = with_data(config, data, val)
     config = with_task(with_model(config, model), task)
-    parallel = config.parallel
+    parallel = without_auto(config).parallel
     with ExitStack() as stack:
         stack.enter_context(listening())
         # Before CUDA and the process group start, and around what names other ranks' errors.
@@ -89,8 +89,8 @@ def train_on_rank(
         notified = Callbacks(callbacks, runtime)
         with watch.naming():
             run = build(config, runtime, monitor.say, stack, given, model, task)
-            with explain_errors(run.config, run.engine, run.blueprint, runtime, run.starts):
-                loop = Loop(run, runtime, monitor, watch, notified, stack)
+            with explain_errors(run.config, run.engine, run.blueprint, run.runtime, run.starts):
+                loop = Loop(run, run.runtime, monitor, watch, notified, stack)
                 loop.run_steps()
                 folder = loop.finish()
         monitor.close()
