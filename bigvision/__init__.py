@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigvision.api import Engine, predict, train
+    from bigvision.api import Engine, plan, predict, train
     from bigvision.config import Config, load_config
     from bigvision.errors import Stopped, UserError
     from bigvision.monitor import Tracker
@@ -29,6 +29,7 @@ __all__ = [
     "Tracker",
     "UserError",
     "load_config",
+    "plan",
     "predict",
     "train",
 ]
@@ -43,6 +44,7 @@ _HOMES = {
     "Tracker": "bigvision.monitor",
     "UserError": "bigvision.errors",
     "load_config": "bigvision.config",
+    "plan": "bigvision.api",
     "predict": "bigvision.api",
     "train": "bigvision.api",
 }

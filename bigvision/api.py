@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bigvision import checkpoint, training
-from bigvision.config import Config, DataConfig, resolve
+from bigvision.config import Config, DataConfig, resolve, without_auto
 from bigvision.config.resolve import flatten
 from bigvision.config.values import AUTO, leaves
 from bigvision.data import Batch, StepBatch
@@ -33,6 +33,7 @@ from bigvision.errors import UserError, either, nearest
 from bigvision.launchers.ranks import Devices, check_parent, forked_ranks, fresh_ranks, place
 from bigvision.models import GivenModel, check_model, given_name
 from bigvision.monitor import Tracker
+from bigvision.planning.start import Planner, with_mesh
 from bigvision.runtime import all_or_none, deterministic, from_main, identify, operations_named, start, warn_of_shared_memory
 from bigvision.tasks import Task, build_task, task_name
 from bigvision.training import Callback, Result
@@ -40,6 +41,9 @@ from bigvision.training.build import build_model, take_folder, with_model, with_
 from bigvision.training.data import name_of_data, open_data, prepare_task
 from bigvision.training.run_folder import check_same_run, check_same_scale, data_facts, why_other_tensors
 from bigvision.training.saving import new_saver, progress_of
+
+if TYPE_CHECKING:
+    from bigvision.planning.choice import Plan
 
 Recipe = str | Path | Mapping[str, Any] | Config | None
 """The path of a YAML file, a mapping like one, a configuration, or None for the defaults."""
@@ -193,14 +197,15 @@ class Engine:
             raise
 
     def _build(self, objects: Objects, resume: bool | str | Path) -> None:
-        parallel, steps, model = self.config.parallel, self.config.train.steps or 0, objects.model
+        asked = without_auto(self.config)
+        parallel, steps, model = asked.parallel, self.config.train.steps or 0, objects.model
         self._stack.enter_context(deterministic(self.config.train.deterministic, parallel.device))
         self.runtime = self._stack.enter_context(start(parallel.device, parallel.replicas, parallel.pipeline_ranks))
         self.rank, self.world_size, self.device = self.runtime.rank, self.runtime.world_size, self.runtime.device
         self.is_main = self.runtime.is_main
         """Whether this is rank 0, which prints and writes."""
         self._task: Task = all_or_none(lambda: build_task(self.config.task, objects.task))
-        all_or_none(lambda: check_engine(self.config, self.runtime, self._task))
+        all_or_none(lambda: check_engine(asked, self.runtime, self._task))
         warn_of_shared_memory(self.runtime, self._say)
         self._facts: dict[str, Any] | None = None
         """The fingerprints of the data, where they are known."""
@@ -211,6 +216,9 @@ class Engine:
             self._take_data(objects)
         if not self._classes and (outputs := self.config.model.num_classes) is not None:
             all_or_none(lambda: self._task.prepare([str(label) for label in range(outputs)], {}))
+        planner = Planner(self.runtime, self._say, model, objects.task, self.config.model.num_classes)
+        self.config, self._keep_choice = planner.settle(self.config)
+        self.runtime = self._stack.enter_context(with_mesh(self.config, self.runtime))
         found = self._find(None if resume is True else resume) if resume else None
         config = self.config if found is None else without_weights(self.config)
         all_or_none(lambda: check_model(config.model, model))
@@ -307,6 +315,7 @@ class Engine:
         folder, keep = Path(out or self.config.out), self.config.checkpoint
         if folder not in self._savers:
             take_folder(folder, self.runtime, self._stack, self._say)
+            all_or_none(lambda: self._keep_choice(folder))
             self._savers[folder] = new_saver(folder, replace(keep, keep_best=None, background=False), self._say)
         self._out = folder
         self.engine.synchronize()
@@ -443,6 +452,37 @@ def predict(
     # A call shows nothing unless it is asked to.
     flags = [part for name, value in ({"monitor.progress": "false"} | keys).items() for part in (f"--{name}", str(value))]
     return predict_subject(str(model), flags, asked, ema, lambda line: None)
+
+
+def plan(
+    config: Recipe = None, hardware: str | Path | None = None, *, model: str | GivenModel | None = None,
+    task: str | Mapping[str, Any] | Task | None = None, image_size: int | tuple[int, int] | None = None, **keys: Any,
+) -> Plan:  # fmt: skip
+    """Look at every layout of a run on some devices, which need not be here: what fits, and how fast it is predicted to be.
+
+    ``bigvision.plan(model="vit_giant_patch14_dinov2", hardware="8xRTX4090", train={"global_batch": 256}).rows[0].values``
+
+    Args:
+        config: a recipe's path, a mapping like one, a `Config`, or nothing: the defaults. Its data are not looked for.
+        hardware: ``8xH200``, ``16x8xH100`` (hosts x devices), ``cpu``, or a YAML file that describes one's own; by default the
+            devices of this machine.
+        model, task, image_size, keys: as in :func:`train`.
+
+    Returns:
+        ``rows`` of what fits, the fastest first, each with its keys, memory and time; ``refusals``, each with the reason and
+        the smallest change that would make it fit; and ``advice`` where nothing fits.
+
+    Raises:
+        UserError: an unknown device, a model that cannot be built, or a mesh that the number of devices does not allow.
+    """
+    from bigvision.planning.choice import plan as plan_layouts  # `train` does without
+    from bigvision.planning.command import here
+    from bigvision.planning.hardware import parse_hardware
+
+    made, objects = configured("bigvision.plan", config, model, None, None, task, image_size, keys)
+    made = with_task(with_model(made, objects.model), objects.task)
+    devices = here(made) if hardware is None else parse_hardware(str(hardware))
+    return plan_layouts(made, devices, model=objects.model, task=objects.task, outputs=made.model.num_classes)
 
 
 def train(

@@ -17,6 +17,8 @@ from bigvision.signals import listening
 USAGE = """usage: bigvision COMMAND ...
 
   train [RECIPE.yaml] [--section.key value ...]   train; without a recipe, the handwritten digits
+  plan [RECIPE.yaml] [--hardware 8xH200] [--section.key value ...]
+                                                  print what fits, how fast it would be, and what would make the rest fit
   ray [RECIPE.yaml] [--workers N] ...             train on Ray's workers
   submit --to local|slurm|k8s RECIPE.yaml ...     hand a run to this machine, to Slurm or to Kubernetes
   eval STEP_FOLDER [--ema] [--report FILE] [--section.key value ...]
@@ -37,7 +39,8 @@ USAGE = """usage: bigvision COMMAND ...
 More: bigvision COMMAND --help. Versions, for a report: bigvision --version."""
 
 COMMANDS = (
-    "train", "eval", "predict", "ray", "submit", "convert", "export", "doctor", "recipe", "checkpoint", "report", "compare",
+    "train", "plan", "doctor", "eval", "predict", "ray", "submit", "convert", "export", "recipe", "checkpoint", "report",
+    "compare",
 )  # fmt: skip
 GRACE = 5.0
 """Seconds that a silent rank leaves to the one that reports a mistake."""
@@ -80,6 +83,8 @@ def run(command: str, arguments: list[str]) -> int:
     if command == "train":
         with listening():
             return _train(arguments)
+    if command == "plan":
+        return _plan(_with_our_spelling(arguments))
     if command == "ray":
         with listening():
             from bigvision.launchers import ray
@@ -148,6 +153,43 @@ def _train(arguments: list[str]) -> int:
 
     train_on_rank(config, began=began, origins=origins)
     return Exit.DONE
+
+
+PLAN_USAGE = """usage: bigvision plan [RECIPE.yaml] [--section.key value ...] [--hardware HARDWARE] [--json]
+       bigvision plan --calibrate
+
+Print which strategies fit, ranked by the images/s that are predicted for them, and what would make the others fit.
+Nothing is trained, and the devices need not be here.
+
+  --hardware HARDWARE   8xH200, 16x8xH100 (hosts x devices), cpu, or a YAML file that describes your own; by default the
+                        devices of this machine
+  --calibrate           measure the machine at hand, and keep it for later plans
+  --json                everything that was found, for programs"""
+
+
+def _plan(arguments: list[str]) -> int:
+    """``bigvision plan``."""
+    from bigvision.launchers.commands import take, take_recipe
+
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(PLAN_USAGE)
+        return Exit.DONE
+    named, rest = take(arguments, ("--hardware",))
+    if len(named) > 1:
+        raise UserError(f"--hardware: {named[0][1]} and {named[1][1]}: name one")
+    as_json, calibrates = "--json" in rest, "--calibrate" in rest
+    rest = [argument for argument in rest if argument not in ("--json", "--calibrate")]
+    if calibrates:
+        if named or rest or as_json:
+            other = ("--hardware" if named else "--json", *rest)[-1]
+            raise UserError(f"--calibrate: it measures this machine, and has no use for {other}: leave that out")
+        from bigvision.planning import calibrate
+
+        return calibrate.run()
+    recipe, flags, note = take_recipe(rest)
+    from bigvision.planning import command
+
+    return command.run(recipe, flags, named[0][1] if named else None, as_json, [note] if note else [])
 
 
 def _versions() -> str:

@@ -9,8 +9,11 @@ single values, ``checks.py`` those that exclude each other. ``ds_file.py`` reads
 """
 
 from bigvision.config.checks import (
+    AUTO_KEYS,
     WHOLE,
     Size,
+    admitted,
+    auto_keys,
     check_batches,
     micro_batch,
     other_sizes,
@@ -18,6 +21,7 @@ from bigvision.config.checks import (
     peak_rate,
     stage_end,
     train_size,
+    without_auto,
 )
 from bigvision.config.ds_file import deepspeed_settings, read_ds_file
 from bigvision.config.resolve import describe, load_config, resolve
@@ -40,9 +44,10 @@ from bigvision.config.schema import (
     TaskConfig,
     TrainConfig,
 )
-from bigvision.config.values import leaves, parse_size, with_variables
+from bigvision.config.values import leaves, parse_size, with_values, with_variables
 
 __all__ = [
+    "AUTO_KEYS",
     "ONE_STAGE",
     "SPLIT_BACKWARD",
     "WHOLE",
@@ -62,6 +67,8 @@ __all__ = [
     "Size",
     "TaskConfig",
     "TrainConfig",
+    "admitted",
+    "auto_keys",
     "check_batches",
     "deepspeed_settings",
     "describe",
@@ -76,5 +83,7 @@ __all__ = [
     "resolve",
     "stage_end",
     "train_size",
+    "with_values",
     "with_variables",
+    "without_auto",
 ]

@@ -23,7 +23,7 @@ from bigvision.config.schema import (
     ResizeConfig,
     TaskConfig,
 )
-from bigvision.config.values import get, parse_size, spell
+from bigvision.config.values import get, parse_size, spell, with_values
 from bigvision.errors import UserError, either, nearest
 
 WHOLE = {
@@ -114,6 +114,9 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "segment": ("ce", "dice", "ce+dice"),
 }
 """The values of `task.loss` that each task has; null is the first."""
+AUTO_KEYS: dict[str, Any] = {"parallel.strategy": "fsdp", "parallel.recompute": "none", "train.micro_batch": None}
+"""The keys that auto leaves to the planner, and what they are where nothing is planned: in evaluations, for models that it
+cannot profile."""
 PIPELINE_KEYS = ("stages", "stages_per_rank", "microbatches", "schedule")
 """Keys of `parallel` that only a pipeline has a use for."""
 SHARDED_KEYS = ("replicas", "reshard", "scatter")
@@ -130,12 +133,18 @@ def micro_batch(config: Config, ranks: int, stages: int) -> int:
     share = total // ranks
     if config.parallel.strategy == "pipeline":
         return _in_pipeline(config, share, stages)
-    return min(config.train.micro_batch or share, share)
+    return min(_settled(config) or share, share)
+
+
+def _settled(config: Config) -> int | None:
+    """``train.micro_batch`` once a run has settled what auto is."""
+    assert config.train.micro_batch != "auto"
+    return config.train.micro_batch
 
 
 def _in_pipeline(config: Config, share: int, stages: int) -> int:
     """Samples in a micro-batch of a pipeline of *stages* ranks whose step has *share* samples."""
-    parallel, asked = config.parallel, config.train.micro_batch
+    parallel, asked = config.parallel, _settled(config)
     count = parallel.microbatches
     if count is not None:
         if share % count:
@@ -240,7 +249,7 @@ def check(config: Config) -> None:
     """Values that no run can have. What depends on ranks, model or data is checked where those are known."""
     for key, lowest in LOWEST.items():
         value = get(config, key)
-        if value is not None and not lowest <= value < math.inf:
+        if value is not None and value != "auto" and not lowest <= value < math.inf:
             raise UserError(f"{key}: {value} must be a finite number from {lowest} on")
     for key, (fits, text) in RANGES.items():
         value = get(config, key)
@@ -268,25 +277,10 @@ def check(config: Config) -> None:
         )
     if monitor.memory_snapshot and monitor.profile is None:
         raise UserError("monitor.memory_snapshot: true needs monitor.profile: name the steps, such as [2, 3]")
-    parallel = config.parallel
-    what, fits = WHOLE.get(config.optim.name, ("", (parallel.strategy,)))
-    if parallel.strategy not in fits:
-        part = "some rows" if parallel.strategy in ("fsdp", "pipeline") else "a flat piece"
-        raise UserError(
-            f"optim.name: {config.optim.name} {what}, but parallel.strategy: {parallel.strategy} gives each rank {part} of "
-            f"them: use {either(fits)}, or adamw"
-        )
-    if parallel.offload != "none" and not parallel.strategy.startswith("zero"):
-        raise UserError(f"parallel.offload: {parallel.offload} needs parallel.strategy zero1, zero2 or zero3")
-    if parallel.offload == "all" and parallel.strategy != "zero3":
-        raise UserError("parallel.offload: all needs parallel.strategy zero3; optimizer works with each ZeRO stage")
-    unused = {"pipeline": (), "fsdp": PIPELINE_KEYS}.get(parallel.strategy, SHARDED_KEYS + PIPELINE_KEYS)
-    for key in unused:
-        if (value := getattr(parallel, key)) != getattr(ParallelConfig, key):
-            fits = "pipeline" if key in PIPELINE_KEYS else "fsdp or pipeline"
-            raise UserError(f"parallel.{key}: {value} needs parallel.strategy {fits}")
-    if parallel.strategy == "pipeline":
-        _check_schedule(parallel)
+    if config.parallel.strategy == "auto":
+        admitted(config)
+    else:
+        _check_strategy(config)
     trainable = config.model.trainable
     if isinstance(trainable, str) and not re.fullmatch(r"all|head|last:0*[1-9][0-9]*", trainable):
         raise UserError(
@@ -316,6 +310,58 @@ def check(config: Config) -> None:
     allow = config.checkpoint.allow
     if allow is not None and not {name.strip() for name in allow.split(",")} <= {"data", "classes"}:
         raise UserError(f"checkpoint.allow: {allow!r} must be data, classes, or both: data,classes")
+
+
+def _check_strategy(config: Config) -> None:
+    """Settings that contradict ``parallel.strategy``, and those of a pipeline that contradict each other."""
+    parallel = config.parallel
+    what, fits = WHOLE.get(config.optim.name, ("", (parallel.strategy,)))
+    if parallel.strategy not in fits:
+        part = "some rows" if parallel.strategy in ("fsdp", "pipeline") else "a flat piece"
+        raise UserError(
+            f"optim.name: {config.optim.name} {what}, but parallel.strategy: {parallel.strategy} gives each rank {part} of "
+            f"them: use {either(fits)}, or adamw"
+        )
+    if parallel.offload != "none" and not parallel.strategy.startswith("zero"):
+        raise UserError(f"parallel.offload: {parallel.offload} needs parallel.strategy zero1, zero2 or zero3")
+    if parallel.offload == "all" and parallel.strategy != "zero3":
+        raise UserError("parallel.offload: all needs parallel.strategy zero3; optimizer works with each ZeRO stage")
+    unused = {"pipeline": (), "fsdp": PIPELINE_KEYS}.get(parallel.strategy, SHARDED_KEYS + PIPELINE_KEYS)
+    for key in unused:
+        if (value := getattr(parallel, key)) != getattr(ParallelConfig, key):
+            fits = "pipeline" if key in PIPELINE_KEYS else "fsdp or pipeline"
+            raise UserError(f"parallel.{key}: {value} needs parallel.strategy {fits}")
+    if parallel.strategy == "pipeline":
+        _check_schedule(parallel)
+
+
+def auto_keys(config: Config) -> list[str]:
+    """The keys of `AUTO_KEYS` that are auto."""
+    return [key for key in AUTO_KEYS if get(config, key) == "auto"]
+
+
+def admitted(config: Config) -> list[str]:
+    """The strategies that the other keys of *config* allow, the simplest first. A `UserError` where they allow none."""
+    allowed = []
+    for strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3", "pipeline"):
+        try:
+            _check_strategy(with_values(config, {"parallel.strategy": strategy}))
+        except UserError:
+            continue
+        allowed.append(strategy)
+    if not allowed:
+        keys = ("optim.name", *(f"parallel.{key}" for key in ("offload", *SHARDED_KEYS, *PIPELINE_KEYS)))
+        given = [f"{key}: {spell(get(config, key))}" for key in keys if get(config, key) != get(Config(), key)]
+        raise UserError(f"parallel.strategy: auto finds none that has {', '.join(given)} together: drop one of them")
+    return allowed
+
+
+def without_auto(config: Config) -> Config:
+    """*config* with the values of `AUTO_KEYS` for what is auto: where nothing is planned, or before it is."""
+    values = {key: AUTO_KEYS[key] for key in auto_keys(config)}
+    if "parallel.strategy" in values and values["parallel.strategy"] not in (allowed := admitted(config)):
+        values["parallel.strategy"] = allowed[0]
+    return with_values(config, values)
 
 
 def _check_lora(lora: LoraConfig) -> None:

@@ -19,8 +19,8 @@ NEVER = (None, 0, math.inf)
 """Values of a number of steps."""
 COMMENTS = ("_", "//", "#", "comment")
 """With what people begin the names of keys that are comments."""
-UNDECIDED = ("train.micro_batch", "train.steps")
-"""Keys whose null leaves the value open."""
+UNDECIDED = ("parallel.strategy", "train.micro_batch", "train.steps")
+"""Keys whose null, or auto, leaves the value open."""
 
 
 @dataclass
@@ -372,7 +372,7 @@ def keys_from_file(
     taken: dict[str, Any] = {}
     for key, (asked, json_key) in file.asked.items():
         value, ours = coerce(asked, kinds[key], key, file.path), get(config, key)
-        decided = key in origins and not (ours is None and key in UNDECIDED)
+        decided = key in origins and not (ours in (None, "auto") and key in UNDECIDED)
         if ours in file.also.get(key, ()):
             continue
         if key == "train.steps" and not decided and "train.epochs" in origins:

@@ -10,7 +10,19 @@ from typing import Any
 from bigvision.config.checks import check
 from bigvision.config.ds_file import keys_from_file, read_ds_file
 from bigvision.config.schema import Config
-from bigvision.config.values import AUTO, PATHS, coerce, get, leaves, local_path, made_out, parse_flags, read_recipe, spell
+from bigvision.config.values import (
+    AUTO,
+    PATHS,
+    coerce,
+    get,
+    leaves,
+    local_path,
+    made_out,
+    parse_flags,
+    read_recipe,
+    spell,
+    with_values,
+)
 from bigvision.errors import UserError, nearest
 
 Overrides = Mapping[str, tuple[Any, str]]
@@ -137,8 +149,5 @@ def _build(given: Overrides, kinds: Mapping[str, Any]) -> Config:
             value = str(int(value))  # a step has one spelling, by which it is known that it was named before
         elif key in PATHS and isinstance(value, str) and (key, value) not in WORDS:
             value = local_path(key, value)
-        section, _, name = key.rpartition(".")
-        if section:
-            name, value = section, dataclasses.replace(getattr(config, section), **{name: value})
-        config = dataclasses.replace(config, **{name: value})
+        config = with_values(config, {key: value})
     return config

@@ -233,10 +233,11 @@ SPLIT_BACKWARD = ("zbv", "dualpipev")
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "pipeline"] = "fsdp"
+    strategy: Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3", "pipeline"] = "auto"
     """ddp: a whole copy per rank. fsdp: every parameter sharded over the ranks of a replica. zero1, zero2, zero3:
     DeepSpeed, which shards the optimizer state, then the gradients too, then the parameters too. pipeline: each rank has
-    some of the blocks, and with more ranks than stages a shard of them."""
+    some of the blocks, and with more ranks than stages a shard of them. auto: ddp on one rank, which is the plain module; on
+    several what the planner predicts to be fastest of what fits. A restart on as many ranks of the same devices keeps it."""
     replicas: int = 1
     """fsdp: full copies of the model, each sharded over ranks / replicas ranks. pipeline: copies of each stage, each sharded
     over ranks / stages / replicas ranks."""
@@ -258,8 +259,9 @@ class ParallelConfig:
     """fsdp: reduce and scatter gradients after each micro-batch, or after a step's last (less traffic, whole gradients)."""
     channels_last: Literal["auto", "always", "never"] = "auto"
     """Compute convolutions in channels_last. auto: on CUDA, where convolutions are most of the model and none is grouped."""
-    recompute: Literal["none", "blocks"] = "none"
-    """blocks: keep only each block's input and compute its activations again in the backward pass."""
+    recompute: Literal["none", "blocks", "auto"] = "none"
+    """blocks: keep only each block's input and compute its activations again in the backward pass. auto: where the planner
+    predicts that it is needed, or faster for its larger micro-batch."""
     compile: Literal["auto"] | bool = "auto"
     """Compile each block with torch.compile. auto: on CUDA, where blocks repeat and nothing forbids it."""
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -288,8 +290,9 @@ class TrainConfig:
     """Optimizer steps in all; overrides epochs."""
     global_batch: int = 128
     """Samples per optimizer step over all ranks, which must divide it."""
-    micro_batch: int | None = None
-    """Samples in one forward and backward pass on one rank; null takes the rank's whole part of the global batch."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Samples in one forward and backward pass on one rank; null takes the rank's whole part of the global batch. auto: the
+    largest for which the planner predicts that memory suffices; not for models with BatchNorm."""
     eval_every: int | None = None
     """Steps between evaluations; null evaluates at each epoch's end. The last step is always evaluated."""
     patience: int | None = None

@@ -131,6 +131,16 @@ def get(config: Config, key: str) -> Any:
     return operator.attrgetter(key)(config)
 
 
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """*config* with these *values* by dotted key."""
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            name, value = section, dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{name: value})
+    return config
+
+
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
     """Return *value*, as YAML gives it, as *kind*; YAML 1.1 reads 1e-3 as text, so numbers in text are accepted."""
     for option in typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,):

@@ -32,7 +32,18 @@ def check_engine(config: Config, runtime: Runtime, task: Task) -> None:
         raise UserError(
             f"task.name: {config.task.name} trains nothing: use bigvision eval STEP_FOLDER|MODEL --task.name {config.task.name}"
         )
-    check_batches(config, runtime.data_ranks, runtime.pipeline_ranks)
+    check_layout(config, runtime.data_ranks, runtime.pipeline_ranks, task)
+    if config.parallel.compile is True and (missing := parallelize.lacks_for_compile(runtime.device)):
+        raise UserError(f"parallel.compile: true needs {missing}: install it, or use auto or false")
+    if config.model.sync_batchnorm and runtime.device.type not in parallelize.SYNCHRONIZED:
+        raise UserError(f"model.sync_batchnorm: true needs CUDA, but this run is on {runtime.device.type}: use false")
+    if config.parallel.offload != "none" and config.optim.name == "adamw":
+        check_cpu_adam(runtime.device)
+
+
+def check_layout(config: Config, data_ranks: int, stages: int, task: Task) -> None:
+    """Raise `UserError` for batch sizes and tasks that *data_ranks* with *stages* (see `micro_batch`) cannot have."""
+    check_batches(config, data_ranks, stages)
     if config.parallel.strategy == "pipeline" and (not task.cuttable or task.span == "global batch"):
         why = "whose model cannot be cut into stages" if not task.cuttable else "whose loss spans the global batch"
         raise UserError(f"parallel.strategy: pipeline cannot run task.name: {config.task.name}, {why}: use fsdp")
@@ -40,18 +51,12 @@ def check_engine(config: Config, runtime: Runtime, task: Task) -> None:
         raise UserError("parallel.strategy: pipeline cannot run task.teacher, which is not cut into stages: use fsdp")
     if task.teacher is not None and task.span == "global batch":
         raise UserError(f"task.teacher: {task.teacher}, but the loss of task.name: {config.task.name} spans the global batch")
-    share = config.train.global_batch // runtime.data_ranks
-    if task.span == "global batch" and (size := micro_batch(config, runtime.data_ranks, 1)) < share:
+    share = config.train.global_batch // data_ranks
+    if task.span == "global batch" and (size := micro_batch(config, data_ranks, 1)) < share:
         raise UserError(
             f"train.micro_batch: {size}, but the loss of task.name: {config.task.name} spans the global batch, and a rank has "
             f"{share} samples of it: use null"
         )
-    if config.parallel.compile is True and (missing := parallelize.lacks_for_compile(runtime.device)):
-        raise UserError(f"parallel.compile: true needs {missing}: install it, or use auto or false")
-    if config.model.sync_batchnorm and runtime.device.type not in parallelize.SYNCHRONIZED:
-        raise UserError(f"model.sync_batchnorm: true needs CUDA, but this run is on {runtime.device.type}: use false")
-    if config.parallel.offload != "none" and config.optim.name == "adamw":
-        check_cpu_adam(runtime.device)
 
 
 def build_engine(
@@ -62,4 +67,4 @@ def build_engine(
     return STRATEGIES[config.parallel.strategy](config, blueprint, blocks, task, runtime, steps, restored, trains)
 
 
-__all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "Teacher", "build_engine", "check_engine"]
+__all__ = ["STRATEGIES", "Engine", "Metrics", "StepResult", "Teacher", "build_engine", "check_engine", "check_layout"]

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigvision import disk
+from bigvision.config import LimitsConfig
+from bigvision.errors import Exit
 from bigvision.planning.hardware import (
     LINKED,
     LINKS,
@@ -32,7 +34,7 @@ from bigvision.planning.hardware import (
     to_json,
 )
 from bigvision.planning.operations import PRODUCTS, Log
-from bigvision.runtime import Runtime
+from bigvision.runtime import Runtime, collective_timeout, start
 
 SECONDS = 0.6
 """For each size of each kind of operation."""
@@ -143,6 +145,14 @@ def calibrate(runtime: Runtime, say: Callable[[str], None] = print) -> Path:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         disk.replace(path, to_json(hardware).encode())
     return path
+
+
+def run() -> int:
+    """``bigvision plan --calibrate``, on each rank of this machine that a launcher started, or on one."""
+    with start("auto", timeout=collective_timeout(LimitsConfig())) as runtime:
+        say = print if runtime.is_main else lambda line: None
+        say(f"kept in {calibrate(runtime, say)}: plans for this machine use it")
+    return Exit.DONE
 
 
 def _device(runtime: Runtime, meter: _Meter) -> Device:

@@ -16,7 +16,7 @@ from torch import nn
 
 from bigvision import checkpoint
 from bigvision.checkpoint import Checkpoint
-from bigvision.config import Config, Size, micro_batch, other_sizes, pair, stage_end
+from bigvision.config import Config, Size, auto_keys, micro_batch, other_sizes, pair, stage_end, without_auto
 from bigvision.data import check_source
 from bigvision.engine import Engine, Teacher, build_engine, check_engine
 from bigvision.engine.state import is_frozen
@@ -36,6 +36,7 @@ from bigvision.models import (
 )
 from bigvision.optim import freeze
 from bigvision.planning.hardware import device_named
+from bigvision.planning.start import Planner, with_mesh
 from bigvision.redact import redacted
 from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
 from bigvision.tasks import Task, build_task, task_name
@@ -47,6 +48,7 @@ from bigvision.training.run_folder import (
     check_same_run,
     check_same_scale,
     data_facts,
+    earlier_strategy,
     record,
     refusal,
     why_other_tensors,
@@ -59,7 +61,9 @@ class Build:
     """Everything the training loop needs."""
 
     config: Config
-    """What was asked for, with the micro-batch that the ranks have memory for."""
+    """What was asked for, with what auto became and the micro-batch that the ranks have memory for."""
+    runtime: Runtime
+    """The ranks, with the mesh of *config*."""
     starts: Starts
     engine: Engine
     data: Data
@@ -100,7 +104,7 @@ def build(
         for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
             if given is None or not spec.startswith("python:"):
                 check_source(spec, key=key)
-        check_engine(config, runtime, learned)
+        check_engine(without_auto(config), runtime, learned)
         if learned.teacher is not None:
             find_teacher(learned.teacher)
         if (best := config.checkpoint.keep_best) is not None and best not in metrics:
@@ -117,13 +121,19 @@ def build(
     begin = (lambda: starts.begin(found.progress["step"] if found else 0)) if runtime.is_main else lambda: None
     smaller = from_main(all_or_none(begin))
     stack.enter_context(starts.logged())
+    all_or_none(lambda: check_model((config if found is None else without_weights(config)).model, model))
+    data = open_data(config, runtime, learned, given, say)
+    about = prepare_task(config, data, runtime, found.card.get("task", {}) if found else {})
+    earlier = earlier_strategy(out, runtime.world_size) if runtime.is_main and auto_keys(config) else None
+    planner = Planner(runtime, say, model, task, data.outputs)
+    config, keep = planner.settle(config, earlier)
+    all_or_none(lambda: keep(out))
+    runtime = stack.enter_context(with_mesh(config, runtime))
     if smaller is not None:
         say(f"{starts.path}: a rank was out of memory: train.micro_batch is {smaller}")
         config = with_micro_batch(config, smaller)
+    all_or_none(lambda: planner.write(config, out) if runtime.is_main else None)
     fresh = config if found is None else without_weights(config)
-    all_or_none(lambda: check_model(fresh.model, model))
-    data = open_data(config, runtime, learned, given, say)
-    about = prepare_task(config, data, runtime, found.card.get("task", {}) if found else {})
     if (steps := config.train.steps) is None:
         # The last one may reach into the next epoch, so that every sample is seen.
         steps = math.ceil(config.train.epochs * len(data.train) / config.train.global_batch)
@@ -166,7 +176,7 @@ def build(
 
     all_or_none(log_start)
     folder, progress = (found.folder, found.progress) if found else (None, {})
-    return Build(config, starts, engine, data, plan, card, steps, metrics, facts, accept, folder, progress)
+    return Build(config, runtime, starts, engine, data, plan, card, steps, metrics, facts, accept, folder, progress)
 
 
 def take_folder(out: Path, runtime: Runtime, stack: ExitStack, say: Callable[[str], None]) -> None:

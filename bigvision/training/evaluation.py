@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from bigvision import checkpoint
-from bigvision.config import Config
+from bigvision.config import Config, without_auto
 from bigvision.engine import Engine
 from bigvision.errors import UserError
 from bigvision.models import Blueprint, check_model, classifier_layers
@@ -180,6 +180,7 @@ def first_weights(
 
     Run on every rank. `UserError` where the model, its weights and the data do not fit together.
     """
+    config = without_auto(config)
     parallel = replace(config.parallel, strategy="ddp", replicas=1, offload="none", deepspeed=None)
     config = replace(config, parallel=parallel)
     with (
@@ -212,6 +213,7 @@ def for_ranks(config: Config, ranks: int) -> Config:
 
     ZeRO spreads what an optimizer needs. An evaluation has none: zero3, which spreads the weights too, becomes fsdp.
     """
+    config = without_auto(config)
     parallel: Any = replace(
         config.parallel, offload="none", deepspeed=None, schedule="1f1b", stages_per_rank=None, microbatches=None
     )  # fmt: skip

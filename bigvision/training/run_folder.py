@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 import xxhash
+import yaml
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from bigvision import checkpoint
@@ -196,6 +197,16 @@ def with_micro_batch(config: Config, size: int) -> Config:
     """*config* with micro-batches of *size* samples."""
     train, parallel = replace(config.train, micro_batch=size), replace(config.parallel, microbatches=None)
     return replace(config, train=train, parallel=parallel)
+
+
+def earlier_strategy(out: Path, ranks: int) -> str | None:
+    """The strategy of a run in *out* on as many *ranks* by a version that had no auto; None where there was none."""
+    try:
+        before = [line["ranks"] for line in read_lines(out / STARTS) if "start" in line][:-1]
+        strategy = yaml.safe_load((out / "run.yaml").read_bytes())["parallel"]["strategy"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return strategy if isinstance(strategy, str) and before[-1:] in ([], [ranks]) else None
 
 
 def applied_origin(config: Config, runtime: Runtime, say: Say) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bigvision import checkpoint
-from bigvision.config import Config, train_size
+from bigvision.config import Config, train_size, without_auto
 from bigvision.data import Batch, StepBatch
 from bigvision.engine import Engine, Metrics, StepResult
 from bigvision.errors import Stopped, UserError
@@ -91,7 +91,7 @@ def train_on_rank(
     began = time.monotonic() if began is None else began
     config, given = with_data(config, data, val)
     config = with_task(with_model(config, model), task)
-    parallel = config.parallel
+    parallel = without_auto(config).parallel
     with ExitStack() as stack:
         stack.enter_context(listening())
         # Trackers end last: nobody waits for this rank any more.
@@ -111,10 +111,10 @@ def train_on_rank(
         with watch.naming():
             opened = all_or_none(lambda: open_trackers(config, trackers) if runtime.is_main else [])
             run = build(config, runtime, monitor.say, stack, given, model, task)
-            with explain_errors(run.config, run.engine, run.blueprint, runtime, run.starts):
+            with explain_errors(run.config, run.engine, run.blueprint, run.runtime, run.starts):
                 fed.start(opened, monitor.say)
                 report.begin(run.engine, run.steps)
-                loop = Loop(run, runtime, monitor, watch, notified, stack, report)
+                loop = Loop(run, run.runtime, monitor, watch, notified, stack, report)
                 loop.run_steps()
                 folder = loop.finish()
         monitor.close()

@@ -406,7 +406,7 @@ def test_the_file_takes_the_place_of_defaults_and_of_the_recipes_strategy(tmp_pa
     assert {origins[key] for key in ("parallel.strategy", "train.micro_batch", "optim.name")} == {path}
     assert origins["optim.clip"] == "the given mapping", "1 in the file is 1.0 in the recipe"
     assert load_config(config.to_dict()) == config, "what a run saves is read back"
-    assert load_config(RECIPE | {"parallel": {"deepspeed": path}}, ["--parallel.deepspeed", "null"]).parallel.strategy == "fsdp"
+    assert load_config(RECIPE | {"parallel": {"deepspeed": path}}, ["--parallel.deepspeed", "null"]).parallel.strategy == "auto"
     asked = {"parallel.deepspeed": (path, "ACCELERATE_X")}
     assert resolve(RECIPE, [], asked)[0].parallel.strategy == "zero2"
 
@@ -483,7 +483,8 @@ def test_a_deepspeed_file_that_agrees_with_flags_is_accepted(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"offload": "optimizer"}, ["parallel.offload: optimizer", "zero1"]),
+        ({"offload": "optimizer", "strategy": "fsdp"}, ["parallel.offload: optimizer", "zero1"]),
+        ({"offload": "optimizer", "replicas": 2}, ["strategy: auto", "parallel.offload: optimizer, parallel.replicas: 2"]),
         ({"offload": "all", "strategy": "zero2"}, ["parallel.offload: all", "zero3"]),
     ],
 )

@@ -1,0 +1,530 @@
+"""Which layouts of a run fit devices, how fast each is predicted to be, and which of them `auto` takes.
+
+A *layout* is a strategy with its mesh and with or without recomputed blocks. `plan` looks at all of them, each with the largest
+micro-batch that fits; `choose` at those that the keys which are auto leave open.
+"""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bigvision.config import (
+    SPLIT_BACKWARD,
+    Config,
+    LoraConfig,
+    ParallelConfig,
+    admitted,
+    auto_keys,
+    other_sizes,
+    with_values,
+    without_auto,
+)
+from bigvision.config.checks import PIPELINE_KEYS, SHARDED_KEYS, check
+from bigvision.config.values import get, spell
+from bigvision.engine import check_layout
+from bigvision.errors import UserError
+from bigvision.models import Blueprint, GivenModel, blueprint
+from bigvision.optim import freeze
+from bigvision.pipeline.schedules import USABLE
+from bigvision.planning.hardware import PER_HOST, Hardware
+from bigvision.planning.memory import Layout, Memory, worst
+from bigvision.planning.profile import Profile, planned, profile
+from bigvision.planning.timing import StepTime, step_time
+from bigvision.tasks import Task, build_task
+
+GIB = 1 << 30
+STRATEGIES = ("ddp", "fsdp", "pipeline", "zero1", "zero2", "zero3")
+"""The simplest first."""
+AHEAD = 1.1
+"""How much faster a layout must be predicted than a simpler one for auto to take it: below that a prediction says little."""
+MOST_STAGES = 64
+"""Ranks of the longest pipeline that is looked at, where the recipe does not say how many."""
+MOST_TIMES = 64
+"""How many times as many devices are looked at for what does not fit."""
+ROOM = (*(f"parallel.{key}" for key in (*SHARDED_KEYS, *PIPELINE_KEYS)), "parallel.offload", "parallel.deepspeed")
+"""The keys that say more about one strategy, and have no meaning for others."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout that fits."""
+
+    values: dict[str, Any]
+    """The keys that make it, where they differ from the recipe's."""
+    config: Config
+    micro_batch: int
+    largest: int
+    """The largest micro-batch that fits."""
+    share: int
+    """A rank's part of the global batch."""
+    memory: Memory
+    """Of the worst rank."""
+    time: StepTime
+
+    @property
+    def passes(self) -> int:
+        """Micro-batches of a step."""
+        return -(-self.share // self.micro_batch)
+
+    @property
+    def name(self) -> str:
+        """The strategy and its mesh, such as "fsdp, 4 replicas"."""
+        return layout_name(self.config)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A layout that does not fit, or cannot be."""
+
+    config: Config
+    why: str
+    needs: int | None = None
+    """Bytes of the worst rank; None where it cannot be for another reason."""
+    change: str | None = None
+    """The smallest change that would make it fit."""
+
+    @property
+    def name(self) -> str:
+        return layout_name(self.config)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` finds."""
+
+    config: Config
+    hardware: Hardware
+    profile: Profile
+    rows: tuple[Row, ...]
+    """The fastest first."""
+    refusals: tuple[Refusal, ...]
+    advice: str | None
+    """What would make anything fit, where nothing does."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the keys that are auto became."""
+
+    values: dict[str, Any]
+    row: Row
+    reason: str
+
+
+class NothingFits(UserError):
+    """None of the layouts that are left open fits."""
+
+
+class Estimates:
+    """What is known of one run on some hardware: profiles are made when they are first needed, and kept.
+
+    *model* and *task* are the caller's own, *outputs* those that the task needs of the model, where they are known.
+    """
+
+    def __init__(
+        self, hardware: Hardware, model: GivenModel | None = None, task: Task | None = None, outputs: int | None = None
+    ) -> None:
+        self.hardware, self.model, self.outputs, self._given_task = hardware, model, outputs, task
+        self._plans: dict[str, Blueprint] = {}
+        self._profiles: dict[Any, Profile] = {}
+
+    def on(self, hardware: Hardware) -> Estimates:
+        """The same run on other devices of the same kind."""
+        other = copy.copy(self)
+        other.hardware = hardware
+        return other
+
+    def task(self, config: Config) -> Task:
+        return build_task(config.task, self._given_task)
+
+    def profile(self, config: Config) -> Profile:
+        """The profile of *config*'s model. Of the strategy it takes over how weights are cast: by the model, or before it."""
+        config = self._alone(config)
+        parallel = config.parallel
+        casts = "ddp" if parallel.strategy in ("ddp", "pipeline") else "fsdp"
+        # As `why_eager` decides: the schedule and zero3's hooks.
+        eager = parallel.compile == "auto" and (parallel.strategy == "zero3" or parallel.schedule in SPLIT_BACKWARD)
+        key = (repr(config.model), repr(config.task), parallel.recompute, parallel.precision, casts, eager)
+        if key not in self._profiles:
+            alike = {"parallel.device": self.hardware.device.kind, "parallel.strategy": casts, "parallel.offload": "none"}
+            alike |= {"parallel.schedule": "1f1b"} | ({"parallel.compile": False} if eager else {})
+            config = with_values(config, alike)
+            self._profiles[key] = profile(config, self.outputs, self._given_task, self._plan(config))
+        return self._profiles[key]
+
+    def _plan(self, config: Config) -> Blueprint:
+        """The model on meta; each profile copies it."""
+        if (name := repr(config.model)) not in self._plans:
+            if self.model is None:
+                made, _ = planned(config, self.outputs, self.task(config))
+            else:
+                made = blueprint(config.model, self.outputs, self.model, sizes=other_sizes(config.data))
+                freeze(made.module, config.model.trainable, made.adapters)
+            self._plans[name] = made
+        return self._plans[name]
+
+    def _alone(self, config: Config) -> Config:
+        """*config* as it runs: fsdp on one rank is the plain module."""
+        if self.hardware.ranks == 1 and config.parallel.strategy == "fsdp":
+            return with_values(config, {"parallel.strategy": "ddp"})
+        return config
+
+    def memory(self, config: Config) -> Memory:
+        """Of the worst rank."""
+        config = self._alone(config)
+        return worst(self.profile(config), config, Layout.of(config, self.hardware.ranks))
+
+    def time(self, config: Config) -> StepTime:
+        config = self._alone(config)
+        return step_time(self.profile(config), config, Layout.of(config, self.hardware.ranks), self.hardware)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a device that a run may take."""
+        return USABLE * self.hardware.device.memory
+
+    def check(self, config: Config) -> None:
+        """Raise `UserError` for what no run on so many ranks can have."""
+        check(config)
+        layout, parallel = Layout.of(config, self.hardware.ranks), config.parallel
+        check_layout(config, layout.data_ranks, layout.stages, self.task(config))
+        if parallel.recompute == "blocks" and parallel.compile is True and has_batchnorm(self.profile(config)):
+            raise UserError("parallel.recompute: blocks and parallel.compile: true exclude each other for BatchNorm")
+
+
+def has_batchnorm(found: Profile) -> bool:
+    """Whether the model has running statistics: then a micro-batch is more than a matter of memory."""
+    return any(tensor.buffer and tensor.name.rpartition(".")[2] == "running_var" for tensor in found.tensors)
+
+
+def layout_name(config: Config) -> str:
+    """The strategy and its mesh."""
+    parallel = config.parallel
+    parts: list[str] = [parallel.strategy]
+    if parallel.strategy == "pipeline":
+        parts.append(f"{parallel.stages or 'all'} stages")
+        parts += [parallel.schedule] if parallel.schedule != ParallelConfig.schedule else []
+    if parallel.replicas > 1:
+        parts.append(f"{parallel.replicas} replicas" if parallel.strategy == "fsdp" else f"{parallel.replicas} copies")
+    parts += [f"offload {parallel.offload}"] if parallel.offload != "none" else []
+    return ", ".join(parts)
+
+
+# Which layouts there are.
+
+
+def layouts(config: Config, hardware: Hardware, strategies: Sequence[str], blocks: int) -> Iterator[dict[str, Any]]:
+    """The values of `parallel` for each layout of *strategies* that *config* leaves open; the simplest first."""
+    parallel, ranks = config.parallel, hardware.ranks
+    for strategy in strategies:
+        values: dict[str, Any] = {"parallel.strategy": strategy}
+        if strategy == "fsdp" and parallel.replicas == 1:
+            yield values
+            # Sharded over whole hosts, one, two, four, ... of them.
+            for replicas in [hardware.hosts >> n for n in range(hardware.hosts.bit_length())] if hardware.hosts > 1 else ():
+                if replicas > 1 and ranks % replicas == 0 and hardware.per_host > 1:
+                    yield values | {"parallel.replicas": replicas}
+        elif strategy == "pipeline":
+            most = min(ranks, MOST_STAGES, blocks // parallel.per_rank)
+            counts = [parallel.stages or ranks] if parallel.stages else [1 << n for n in range(1, most.bit_length())]
+            for stages in (count for count in counts if count <= most and ranks % count == 0):
+                of_stage = ranks // stages
+                copies = {1, of_stage} if parallel.replicas == 1 else {parallel.replicas}
+                if parallel.schedule in SPLIT_BACKWARD:
+                    copies = {of_stage}
+                for replicas in sorted(copies, reverse=True):
+                    yield values | {"parallel.stages": stages, "parallel.replicas": replicas}
+        else:
+            yield values
+
+
+# Whether one fits.
+
+
+def with_size(config: Config, size: int) -> Config:
+    """*config* in micro-batches of *size* samples."""
+    return with_values(config, {"train.micro_batch": size, "parallel.microbatches": None})
+
+
+def _sizes(estimates: Estimates, config: Config, share: int) -> Sequence[int]:
+    """The micro-batches that are looked at; those of a pipeline are equal, since its schedules are predicted for such."""
+    if config.parallel.strategy != "pipeline":
+        return range(1, share + 1)
+    return [size for size in range(1, share + 1) if share % size == 0 and _allowed(estimates, config, size)]
+
+
+def _allowed(estimates: Estimates, config: Config, size: int) -> bool:
+    """Whether a run can have micro-batches of *size*, whatever memory says."""
+    try:
+        estimates.check(with_size(config, size))
+    except UserError:
+        return False
+    return True
+
+
+def largest(estimates: Estimates, config: Config, share: int) -> int:
+    """The largest micro-batch up to *share* that fits; 0 where none does. Memory grows with it."""
+    sizes = _sizes(estimates, config, share)
+    fits = bisect_left(sizes, True, key=lambda size: estimates.memory(with_size(config, size)).peak > estimates.usable)
+    return next((size for size in reversed(sizes[:fits]) if _allowed(estimates, config, size)), 0)
+
+
+def row(estimates: Estimates, recipe: Config, config: Config) -> Row | Refusal:
+    """What becomes of the layout *config* of *recipe*: with the micro-batch that is asked for, or the largest that fits."""
+    try:
+        estimates.check(with_values(config, {"train.micro_batch": None}) if config.train.micro_batch == "auto" else config)
+        layout = Layout.of(config, estimates.hardware.ranks)
+        share = config.train.global_batch // layout.data_ranks
+        most = largest(estimates, config, share)
+        if isinstance(config.train.micro_batch, int) or config.parallel.microbatches is not None:
+            size = layout.micro_batch(config)
+        else:
+            size = _best_size(estimates, config, share, most)
+        sized = with_size(config, size or 1)
+        needs = estimates.memory(sized)
+        if not size or needs.peak > estimates.usable:
+            return _lacks(estimates, config, needs, size or 1, most)
+        keys = ("parallel.strategy", "parallel.recompute", *ROOM, "train.micro_batch")
+        values = {key: get(sized, key) for key in keys if get(sized, key) != get(recipe, key)}
+        return Row(values, sized, size, most, share, needs, estimates.time(sized))
+    except UserError as error:
+        return Refusal(config, str(error))
+
+
+def _best_size(estimates: Estimates, config: Config, share: int, most: int) -> int:
+    """The micro-batch that is predicted to be fastest of those that fit, up to *most*; 0 where that is 0."""
+    if not most:
+        return 0
+    if config.parallel.strategy == "pipeline":
+        # Fewer, larger micro-batches compute faster; more of them leave a shorter bubble.
+        sizes = [size for size in _sizes(estimates, config, share) if size <= most][-6:]
+        return max(sizes, key=lambda size: (estimates.time(with_size(config, size)).images_per_second, size))
+    # As few passes as possible, of about the same size.
+    passes = -(-share // most)
+    return next(size for size in range(-(-share // passes), most + 1) if size == most or _allowed(estimates, config, size))
+
+
+def _lacks(estimates: Estimates, config: Config, needs: Memory, size: int, most: int) -> Refusal:
+    """A layout that does not fit in micro-batches of *size*; with *most* it would."""
+    why = f"needs {gib(needs.peak)} of {gib(estimates.usable)} GiB on rank {needs.rank} in micro-batches of {size}"
+    return Refusal(config, why, needs.peak, f"train.micro_batch {most}" if most else None)
+
+
+def _explained(estimates: Estimates, refusal: Refusal, adapters: bool) -> Refusal:
+    """*refusal* with the smallest change that makes it fit."""
+    if refusal.needs is None or refusal.change is not None:
+        return refusal
+    return replace(refusal, change=smallest_change(estimates, refusal.config, adapters))
+
+
+def smallest_change(estimates: Estimates, config: Config, adapters: bool) -> str | None:
+    """What makes *config* fit, which does not in micro-batches of one sample; None where nothing that is tried does.
+
+    *adapters*: LoRA, which is another way to train, is tried too.
+    """
+    for name, values, hardware in _changes(config, estimates.hardware, adapters and estimates.model is None):
+        there = estimates.on(hardware)
+        total = -(-config.train.global_batch // hardware.ranks) * hardware.ranks
+        changed = with_size(with_values(config, values | {"train.global_batch": total}), 1)
+        try:
+            there.check(changed)
+            if there.memory(changed).peak <= there.usable:
+                return name
+        except UserError:
+            continue
+    return None
+
+
+def _changes(config: Config, hardware: Hardware, adapters: bool) -> Iterator[tuple[str, dict[str, Any], Hardware]]:
+    """Changes that need less memory, the least first: what it is, its keys, the devices."""
+    parallel, recompute = config.parallel, {"parallel.recompute": "blocks"}
+    few: list[dict[str, Any]] = []
+    if parallel.strategy == "ddp" and hardware.ranks > 1:
+        few.append({"parallel.strategy": "fsdp"})
+    if parallel.strategy.startswith("zero") and parallel.offload == "none":
+        few.append({"parallel.offload": "optimizer"})
+    if parallel.strategy == "zero3" and parallel.offload != "all":
+        few.append({"parallel.offload": "all"})
+    if (config.model.lora is not None or config.model.trainable != "all") and config.model.frozen_dtype == "fp32":
+        few.append({"model.frozen_dtype": "bf16"})
+    more = [recompute] if parallel.recompute == "none" else []
+    for values in (*more, *few, *(recompute | values for values in few if more)):
+        yield _named(values), values, hardware
+    ranks = hardware.ranks
+    while parallel.strategy != "ddp" and ranks < MOST_TIMES * hardware.ranks:
+        ranks *= 2
+        larger = replace(hardware, ranks=ranks, per_host=min(ranks, max(hardware.per_host, PER_HOST)))
+        yield f"{ranks} ranks", {}, larger
+        if more:
+            yield f"{ranks} ranks and {_named(recompute)}", recompute, larger
+    if config.model.lora is None and adapters:
+        lora = {"model.lora": LoraConfig(), "model.frozen_dtype": "bf16"}
+        for values in (lora, *(lora | recompute for _ in more)):
+            yield _named(values), values, hardware
+
+
+def _named(values: Mapping[str, Any]) -> str:
+    return " and ".join(f"{key} {'{rank: 8}' if key == 'model.lora' else spell(value)}" for key, value in values.items())
+
+
+# All layouts, ranked.
+
+
+def plan(
+    config: Config, hardware: Hardware, *, model: GivenModel | None = None, task: Task | None = None, outputs: int | None = None
+) -> Plan:  # fmt: skip
+    """Look at every layout of *config* on *hardware*, whatever it says about the strategy and recompute.
+
+    A ``train.micro_batch`` that is a number is kept; null and auto take the largest that fits. `UserError` for a model that
+    cannot be built, and for what *config* says itself where it is impossible.
+    """
+    estimates, usual = Estimates(hardware, model, task, outputs), without_auto(config)
+    estimates.check(usual)
+    first = estimates.profile(with_values(usual, {"parallel.recompute": "none"}))
+    blocks = sum(1 for part in first.parts if part.path)
+    if config.parallel.strategy == "auto":
+        bases = [(config, [name for name in STRATEGIES if name in admitted(config)])]
+    else:
+        plain = with_values(config, {key: get(Config(), key) for key in ROOM})
+        bases = [(config, [config.parallel.strategy]), (plain, list(STRATEGIES))]
+    found: dict[str, Row | Refusal] = {}
+    for base, strategies in bases:
+        for values in layouts(base, hardware, strategies, blocks):
+            for recompute in ("none", "blocks") if blocks else ("none",):
+                laid = with_values(base, values | {"parallel.recompute": recompute})
+                if repr(laid.parallel) not in found:
+                    found[repr(laid.parallel)] = row(estimates, config, laid)
+    rows = sorted((one for one in found.values() if isinstance(one, Row)), key=lambda one: -one.time.images_per_second)
+    refusals = tuple(_explained(estimates, one, not rows) for one in found.values() if isinstance(one, Refusal))
+    return Plan(config, hardware, first, tuple(rows), refusals, None if rows else _advice(refusals))
+
+
+# What auto takes.
+
+
+def choose(config: Config, estimates: Estimates) -> Choice:
+    """The values for the keys of *config* that are auto.
+
+    Raises `NothingFits` where nothing that is left open fits, and `UserError` for ``train.micro_batch: auto`` with BatchNorm.
+    """
+    hardware, asked = estimates.hardware, auto_keys(config)
+    usual = without_auto(config)
+    if "train.micro_batch" in asked and has_batchnorm(estimates.profile(usual)):
+        raise UserError(
+            f"train.micro_batch: auto, but {config.model.name} has BatchNorm, which takes its statistics over a micro-batch, "
+            "so its size decides what is learned: give a number, or null for a rank's whole part of the batch"
+        )
+    strategies = _open_strategies(config, hardware) if "parallel.strategy" in asked else [config.parallel.strategy]
+    recomputes = ("none", "blocks") if "parallel.recompute" in asked else (config.parallel.recompute,)
+    blocks = sum(1 for part in estimates.profile(usual).parts if part.path)
+    rows: list[Row] = []
+    refused: list[Refusal] = []
+    for values in layouts(config, hardware, strategies, blocks) if "parallel.strategy" in asked else [{}]:
+        for recompute in recomputes:
+            laid = with_values(config, values | {"parallel.recompute": recompute})
+            found = _with_asked_size(estimates, laid)
+            if isinstance(found, Refusal):
+                refused.append(found)
+                continue
+            rows.append(found)
+            if found.passes == 1 or config.train.micro_batch != "auto":
+                break  # recomputing spares memory for a larger micro-batch, and there is none
+    if not rows:
+        raise NothingFits(_nothing_fits(estimates, asked, refused))
+    best = rows[0]  # the simplest first
+    for other in rows[1:]:
+        if other.time.images_per_second > AHEAD * best.time.images_per_second:
+            best = other
+    chosen = {key: get(best.config, key) for key in asked}
+    if "parallel.strategy" in asked:
+        chosen |= {key: get(best.config, key) for key in ROOM if get(best.config, key) != get(config, key)}
+    if config.train.micro_batch is None:
+        chosen.pop("train.micro_batch", None)
+    return Choice(chosen, best, _reason(estimates, best, rows, refused, asked))
+
+
+def _open_strategies(config: Config, hardware: Hardware) -> list[str]:
+    """The strategies that auto chooses from: ZeRO only where something is asked for that no other has."""
+    allowed = [name for name in STRATEGIES if name in admitted(config)]
+    if hardware.ranks == 1:
+        return [name for name in allowed if name != "pipeline"][:1] or allowed[:1]
+    return [name for name in allowed if not name.startswith("zero")] or allowed
+
+
+def _with_asked_size(estimates: Estimates, config: Config) -> Row | Refusal:
+    """As `row`, but null is a rank's whole part of the batch."""
+    if config.train.micro_batch == "auto":
+        return row(estimates, config, config)
+    try:
+        estimates.check(config)
+        layout = Layout.of(config, estimates.hardware.ranks)
+        size, share = layout.micro_batch(config), config.train.global_batch // layout.data_ranks
+        needs = estimates.memory(config)
+        if needs.peak > estimates.usable:
+            most = largest(estimates, config, share) if config.train.micro_batch is None else 0
+            return _lacks(estimates, config, needs, size, most)
+        return Row({}, config, size, size, share, needs, estimates.time(config))
+    except UserError as error:
+        return Refusal(config, str(error))
+
+
+def _advice(refused: Sequence[Refusal]) -> str:
+    """What would make one of them fit, the one that lacks least first."""
+    lacking = sorted((one for one in refused if one.needs is not None), key=lambda one: one.needs or 0)
+    found = next((f"{one.name} would with {one.change}" for one in lacking if one.change is not None), None)
+    return found or "use more or larger devices, a smaller model, or smaller images"
+
+
+def _nothing_fits(estimates: Estimates, asked: Sequence[str], refused: Sequence[Refusal]) -> str:
+    keys = " and ".join(f"{key}: auto" for key in asked)
+    lacking = [_explained(estimates, one, adapters=True) for one in refused if one.needs is not None]
+    if not lacking:
+        return f"{keys}: no layout is possible on {estimates.hardware}: {refused[-1].why}"
+    least = min(lacking, key=lambda one: one.needs or 0)
+    return f"{keys}: nothing fits on {estimates.hardware}: {least.name} {least.why}: {_advice(lacking)}"
+
+
+def _reason(
+    estimates: Estimates, best: Row, rows: Sequence[Row], refused: Sequence[Refusal], asked: Sequence[str]
+) -> str:  # fmt: skip
+    """One line: what was chosen, what is predicted for it, and what became of the others."""
+    parts = [best.name]
+    if "parallel.recompute" in asked:
+        parts.append(f"recompute {best.config.parallel.recompute}")
+    if "train.micro_batch" in asked:
+        parts.append(f"micro-batches of {best.micro_batch}")
+    others = []
+    for strategy in dict.fromkeys(one.config.parallel.strategy for one in rows if one is not best):
+        if strategy != best.config.parallel.strategy:
+            fastest = max(
+                (one for one in rows if one.config.parallel.strategy == strategy), key=lambda one: one.time.images_per_second
+            )
+            others.append(f"{fastest.name} {rate(fastest.time.images_per_second)}")
+    names = {one.name.partition(",")[0] for one in rows}
+    lacking = {one.name.partition(",")[0]: one for one in refused if one.needs is not None}
+    others += [f"{name} {one.why.partition(' on rank')[0]}" for name, one in lacking.items() if name not in names]
+    text = (
+        f"{', '.join(parts)}: predicted {rate(best.time.images_per_second)} images/s and {gib(best.memory.peak)} of "
+        f"{gib(estimates.hardware.device.memory)} GiB on {estimates.hardware}"
+    )
+    return f"{text} ({'; '.join(others)})" if others else text
+
+
+def gib(count: float) -> str:
+    """*count* bytes in GiB, with three digits."""
+    value = count / GIB
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def rate(value: float) -> str:
+    """*value*, with three digits or as a whole number."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def spelled(values: Mapping[str, Any]) -> str:
+    """*values* as flags."""
+    return " ".join(f"--{key} {spell(value)}" for key, value in values.items())

@@ -1,0 +1,129 @@
+"""Which layouts auto takes and `bigvision plan` lists, of a model with simple numbers in the place of a profile."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bigvision.config import Config, load_config, micro_batch
+from bigvision.errors import UserError
+from bigvision.planning import choice, command
+from bigvision.planning.choice import NothingFits, plan
+from bigvision.planning.hardware import parse_hardware
+
+GIB = 1 << 30
+
+
+class Simple(choice.Estimates):
+    """A model of *parameters* with *blocks*, of which an image keeps *image* bytes, a tenth with recompute."""
+
+    parameters, image, blocks, norm = 2e9, 0.5 * GIB, 40, False
+
+    def profile(self, config: Config) -> Any:
+        if config.model.name == "unplannable":
+            raise RuntimeError("it reads\nits values")
+        tensor = SimpleNamespace(name="norm.running_var", buffer=self.norm)
+        parts = [SimpleNamespace(path=f"blocks.{number}") for number in range(self.blocks)]
+        return SimpleNamespace(parts=parts, tensors=[tensor], parameters=self.parameters, image=(3, 224, 224), flops=1e12)
+
+    def memory(self, config: Config) -> Any:
+        parallel, ranks = config.parallel, self.hardware.ranks
+        stages = parallel.pipeline_ranks or ranks
+        weights = 16 * self.parameters * (0.01 if config.model.lora else 1)
+        shards = {"ddp": 1, "zero1": 2, "zero2": 3}.get(parallel.strategy, ranks // parallel.replicas)
+        recomputed = 0.1 if parallel.recompute == "blocks" else 1.0
+        size = micro_batch(config, ranks // stages, stages)
+        peak = weights / shards + size * self.image * recomputed / stages * min(4, stages)
+        return SimpleNamespace(peak=peak, rank=ranks - 1)
+
+    def time(self, config: Config) -> Any:
+        slower = {"ddp": 1.0, "fsdp": 1.02, "pipeline": 1.3}.get(config.parallel.strategy, 1.2)
+        slower *= 1.3 if config.parallel.recompute == "blocks" else 1.0
+        seconds = slower * config.train.global_batch / self.hardware.ranks / 100
+        return SimpleNamespace(total=seconds, images_per_second=config.train.global_batch / seconds, mfu=0.4 / slower)
+
+
+@pytest.fixture(autouse=True)
+def simple(monkeypatch: pytest.MonkeyPatch) -> type[Simple]:
+    class Fresh(Simple):
+        pass
+
+    monkeypatch.setattr(choice, "Estimates", Fresh)
+    return Fresh
+
+
+def choose(config: Config, hardware: str) -> choice.Choice:
+    return choice.choose(config, choice.Estimates(parse_hardware(hardware)))
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    return load_config({"out": "out", "train": {"global_batch": 64}} | sections)
+
+
+def test_one_device_has_the_plain_module_and_several_shard_what_one_cannot_hold() -> None:
+    assert choose(config(), "H200").values == {"parallel.strategy": "ddp"}
+    made = choose(config(), "8xH200")
+    assert made.values == {"parallel.strategy": "ddp"}, "what is simpler and about as fast goes first"
+    assert "8xH200" in made.reason and "\n" not in made.reason
+    made = choose(config(), "8xRTX4090")
+    assert made.values == {"parallel.strategy": "fsdp"} and "ddp needs 33" in made.reason, made.reason
+    kept = config(parallel={"replicas": 2})
+    assert choose(kept, "8xRTX4090").values == {"parallel.strategy": "fsdp"}, "what the recipe says stays"
+
+
+def test_recompute_and_micro_batch_follow_from_memory(simple: type[Simple]) -> None:
+    open_ = config(train={"global_batch": 512, "micro_batch": "auto"}, parallel={"recompute": "auto"})
+    made = choose(open_, "8xRTX4090").values
+    assert made["parallel.strategy"] == "fsdp" and made["parallel.recompute"] == "none"
+    assert made["train.micro_batch"] == 32, "38 would fit, and 64 samples in two parts are 32"
+    simple.image = 30.0 * GIB
+    made = choose(open_, "8xRTX4090").values
+    assert (made["parallel.recompute"], made["train.micro_batch"]) == ("blocks", 5)
+    with pytest.raises(NothingFits, match=r"nothing fits on 8xRTX4090: pipeline.* needs .* GiB.* would with") as caught:
+        choose(config(), "8xRTX4090")
+    assert "\n" not in str(caught.value)
+
+
+def test_batchnorm_takes_its_statistics_over_a_micro_batch(simple: type[Simple]) -> None:
+    simple.norm = True
+    with pytest.raises(UserError, match=r"train\.micro_batch: auto, but .* BatchNorm.*give a number, or null"):
+        choose(config(train={"micro_batch": "auto"}), "H200")
+    assert choose(config(), "H200").values == {"parallel.strategy": "ddp"}
+
+
+def test_the_table_ranks_what_fits_and_says_what_would_make_the_rest_fit() -> None:
+    found = plan(config(), parse_hardware("8xRTX4090"))
+    speeds = [one.time.images_per_second for one in found.rows]
+    assert speeds == sorted(speeds, reverse=True) and found.rows[0].name == "fsdp"
+    assert found.rows[0].values == {"parallel.strategy": "fsdp", "train.micro_batch": 8}
+    lacking = {one.name: one for one in found.refusals if one.config.parallel.recompute == "none"}
+    assert "needs 30.3" in lacking["ddp"].why and "on rank 7" in lacking["ddp"].why
+    assert lacking["ddp"].change is not None
+    text = "\n".join(command.table(found))
+    assert "fsdp" in text and "the first: --parallel.strategy fsdp --train.micro_batch 8" in text
+    assert command.as_dict(found)["rows"][0]["strategy"] == "fsdp"
+    asked = plan(config(parallel={"strategy": "zero2"}, train={"global_batch": 64, "micro_batch": 4}), parse_hardware("8xH200"))
+    assert {one.micro_batch for one in asked.rows} == {4} and {one.largest for one in asked.rows if one.name == "ddp"} == {8}
+
+
+def test_a_model_that_fits_nowhere(simple: type[Simple]) -> None:
+    simple.parameters = 200e9
+    found = plan(config(), parse_hardware("8xH100"))
+    assert not found.rows and found.advice is not None and "would with" in found.advice
+    assert all(one.why for one in found.refusals)
+
+
+@pytest.mark.parametrize(
+    ("sections", "hardware", "words"),
+    [
+        ({"parallel": {"replicas": 3}}, "8xH100", ["parallel.replicas: 3", "8 ranks"]),
+        ({"parallel": {"strategy": "pipeline", "stages": 3}}, "8xH100", ["parallel.stages: 3", "8 ranks"]),
+        ({}, "48xH100", ["train.global_batch: 64", "48", "use 48 or 96"]),
+    ],
+)
+def test_a_mesh_that_does_not_divide(sections: dict, hardware: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(config(**sections), parse_hardware(hardware))
+    assert all(word in str(caught.value) for word in words), caught.value
