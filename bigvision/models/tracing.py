@@ -94,9 +94,10 @@ class _CoarseTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Refuse a tensor of no name (in a list or dict, or made by forward): whoever runs the graph could not find it."""
-        named = (*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs)
-        if isinstance(a, Tensor) and not any(a is one for one in named):
-            raise TraceFailed("it computes with a tensor that has no name: register it as a buffer")
+        if isinstance(a, Tensor):
+            named = (*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs)
+            if not any(a is one for one in named):
+                raise TraceFailed("it computes with a tensor that has no name: register it as a buffer")
         return super().create_arg(a)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -136,51 +137,76 @@ def plan_stages(
     they may use; *sizes* are those of other images that pass through the same stages. Raises `UserError` when the model cannot
     be traced or cut, has too few blocks or shares parameters too widely.
     """
-    name, stages = tracing.model_name(model), memory.placement.stages
-    advice = "use parallel.strategy fsdp or zero3, which cut nothing"
-    if blocks.graph is None:
-        raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {blocks.reason}: {advice}")
-    if stages > len(blocks):
-        raise UserError(f"parallel.stages: {stages} stages, but {name} has {len(blocks)} blocks: use fewer stages")
-
-    channels, *own = image_shape
-
-    def flow(training: bool, inside: Sequence[str], size: Sequence[int] = own) -> Flow:
-        # Of a copy: a module that keeps what it computes would keep the trace's proxies.
-        graph = tracing.trace(copy.deepcopy(model).train(training), blocks.max_share, inside)
-        return Flow(graph, (channels, size[0], size[1]), device)
-
-    def cut_between(pieces: list[Block], inside: Sequence[str]) -> _Candidate:
-        whole = flow(True, inside)
-        recomputed = [piece.path for piece in pieces] if memory.recompute else []
-        costs = tracing.node_costs(whole.graph, image_shape, device, memory.compute, recomputed)
-        prices = Prices(whole, costs, memory.compute)
-        return _Candidate(pieces, inside, prices, choose_cuts(model, pieces, prices, memory))
-
-    try:
-        best = candidate = cut_between(list(blocks), ())
-        while imbalance(best.costs) > EVEN and (uneven := candidate.uneven()):
-            try:
-                candidate = cut_between(candidate.opened(uneven), [*candidate.inside, *uneven])
-            except (CannotCut, TraceFailed):  # a block that cannot be traced inside stays whole
-                break
-            best = min(best, candidate, key=lambda candidate: imbalance(candidate.costs))
+    with _one_error(model):
+        best = cut(model, blocks, image_shape, device, memory)
         training, graphs, sends = best.prices.flow, {}, {}
-        for size in dict.fromkeys([(own[0], own[1]), *sizes]):
+        channels, height, width = image_shape
+        for size in dict.fromkeys([(height, width), *sizes]):
             # The same modules on each stage for every size; what was folded into a graph may differ.
-            resized = training if size == tuple(own) else flow(True, best.inside, size)
-            evaluation = flow(False, best.inside, size)
+            resized = training
+            if size != (height, width):
+                resized = _flow(model, blocks, (channels, *size), device, True, best.inside)
+            evaluation = _flow(model, blocks, (channels, *size), device, False, best.inside)
             graphs[True, size], sends[True, size] = resized.split(best.cuts)
             graphs[False, size], sends[False, size] = evaluation.split(_same_cuts(resized, evaluation, best.cuts))
-    except (CannotCut, TraceFailed) as error:
-        raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {error}: {advice}") from error
     known = {block.path: block for block in best.blocks}
     placed = [[known[path] for path in training.called[start:end] if path in known] for start, end in best.bounds]
     return StagePlan(graphs, sends, placed, best.costs, _owners(model, graphs), memory)
 
 
+ADVICE = "use parallel.strategy fsdp or zero3, which cut nothing"
+
+
+@contextmanager
+def _one_error(model: nn.Module) -> Iterator[None]:
+    """What cannot be traced or cut becomes a `UserError`."""
+    try:
+        yield
+    except (CannotCut, TraceFailed) as error:
+        raise UserError(f"parallel.strategy: pipeline cannot cut {tracing.model_name(model)}: {error}: {ADVICE}") from error
+
+
+def _flow(
+    model: nn.Module, blocks: Blocks, image_shape: tuple[int, int, int], device: torch.device, training: bool,
+    inside: Sequence[str],
+) -> Flow:  # fmt: skip
+    # Of a copy: a module that keeps what it computes would keep the trace's proxies.
+    graph = tracing.trace(copy.deepcopy(model).train(training), blocks.max_share, inside)
+    return Flow(graph, image_shape, device)
+
+
+def cut(
+    model: nn.Module, blocks: Blocks, image_shape: tuple[int, int, int], device: torch.device, memory: StageMemory,
+    flows: dict[tuple[str, ...], Flow] | None = None,
+) -> Candidate:  # fmt: skip
+    """Where `plan_stages` cuts *model*. *flows* keeps the traces of one model for other numbers of stages."""
+    name, stages, flows = tracing.model_name(model), memory.placement.stages, {} if flows is None else flows
+    if blocks.graph is None:
+        raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {blocks.reason}: {ADVICE}")
+    if stages > len(blocks):
+        raise UserError(f"parallel.stages: {stages} stages, but {name} has {len(blocks)} blocks: use fewer stages")
+
+    def cut_between(pieces: list[Block], inside: Sequence[str]) -> Candidate:
+        if (key := tuple(inside)) not in flows:
+            flows[key] = _flow(model, blocks, image_shape, device, True, inside)
+        recomputed = [piece.path for piece in pieces] if memory.recompute else []
+        costs = tracing.node_costs(flows[key].graph, image_shape, device, memory.compute, recomputed)
+        prices = Prices(flows[key], costs, memory.compute)
+        return Candidate(pieces, inside, prices, choose_cuts(model, pieces, prices, memory))
+
+    with _one_error(model):
+        best = candidate = cut_between(list(blocks), ())
+        while imbalance(best.costs) > EVEN and (uneven := candidate.uneven()):
+            try:
+                candidate = cut_between(candidate.opened(uneven), [*candidate.inside, *sorted(uneven)])
+            except (CannotCut, TraceFailed):  # a block that cannot be traced inside stays whole
+                break
+            best = min(best, candidate, key=lambda candidate: imbalance(candidate.costs))
+    return best
+
+
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     """A cut of the trace for training."""
 
     blocks: list[Block]
@@ -196,6 +222,22 @@ class _Candidate:
     @property
     def costs(self) -> list[Cost]:
         return [self.prices.stage(*bounds) for bounds in self.bounds]
+
+    def owners(self, model: nn.Module) -> dict[str, list[int]]:
+        """The stages that use each parameter and buffer of *model* in training."""
+        flow, used = self.prices.flow, dict[int, set[int]]()
+
+        @functools.cache
+        def stages(node: fx.Node) -> frozenset[int]:
+            if (at := flow.position.get(node.name)) is not None:
+                return frozenset({bisect(self.cuts, at)})
+            # Neither images nor parameters go into it: it is made again on each stage that needs it.
+            return frozenset().union(*map(stages, node.users))
+
+        for node in flow.nodes:
+            for tensor in tensors_of(node, model):
+                used.setdefault(id(tensor), set()).update(stages(node))
+        return {name: sorted(used.get(id(tensor), [0])) for name, tensor in named_tensors(model)}
 
     def uneven(self) -> set[str]:
         """The blocks, of those that have parts, in the middle of which stages of equal work would meet."""

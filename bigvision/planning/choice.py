@@ -45,7 +45,7 @@ MOST_STAGES = 64
 """Ranks of the longest pipeline that is looked at, where the recipe does not say how many."""
 MOST_TIMES = 64
 """How many times as many devices are looked at for what does not fit."""
-ROOM = (*(f"parallel.{key}" for key in (*SHARDED_KEYS, *PIPELINE_KEYS)), "parallel.offload", "parallel.deepspeed")
+DETAILS = (*(f"parallel.{key}" for key in (*SHARDED_KEYS, *PIPELINE_KEYS)), "parallel.offload", "parallel.deepspeed")
 """The keys that say more about one strategy, and have no meaning for others."""
 
 
@@ -288,7 +288,7 @@ def row(estimates: Estimates, recipe: Config, config: Config) -> Row | Refusal:
         needs = estimates.memory(sized)
         if not size or needs.peak > estimates.usable:
             return _lacks(estimates, config, needs, size or 1, most)
-        keys = ("parallel.strategy", "parallel.recompute", *ROOM, "train.micro_batch")
+        keys = ("parallel.strategy", "parallel.recompute", *DETAILS, "train.micro_batch")
         values = {key: get(sized, key) for key in keys if get(sized, key) != get(recipe, key)}
         return Row(values, sized, size, most, share, needs, estimates.time(sized))
     except UserError as error:
@@ -389,7 +389,7 @@ def plan(
     if config.parallel.strategy == "auto":
         bases = [(config, [name for name in STRATEGIES if name in admitted(config)])]
     else:
-        plain = with_values(config, {key: get(Config(), key) for key in ROOM})
+        plain = with_values(config, {key: get(Config(), key) for key in DETAILS})
         bases = [(config, [config.parallel.strategy]), (plain, list(STRATEGIES))]
     found: dict[str, Row | Refusal] = {}
     for base, strategies in bases:
@@ -441,7 +441,7 @@ def choose(config: Config, estimates: Estimates) -> Choice:
             best = other
     chosen = {key: get(best.config, key) for key in asked}
     if "parallel.strategy" in asked:
-        chosen |= {key: get(best.config, key) for key in ROOM if get(best.config, key) != get(config, key)}
+        chosen |= {key: get(best.config, key) for key in DETAILS if get(best.config, key) != get(config, key)}
     if config.train.micro_batch is None:
         chosen.pop("train.micro_batch", None)
     return Choice(chosen, best, _reason(estimates, best, rows, refused, asked))

@@ -8,20 +8,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from bigvision.config import SPLIT_BACKWARD, Config, OptimConfig, deepspeed_settings, micro_batch, other_sizes
+from bigvision.config import SPLIT_BACKWARD, Config, OptimConfig, deepspeed_settings, micro_batch
 from bigvision.engine.state import BUCKET
 from bigvision.errors import UserError
 from bigvision.models import find_blocks
+from bigvision.models.tracing import Cost
 from bigvision.optim import state_layout
-from bigvision.pipeline import Placement, StageMemory, StagePlan, plan_stages
-from bigvision.planning.profile import Moment, Profile, Span, StateTensor
+from bigvision.pipeline import Placement, StageMemory
+from bigvision.pipeline.stages import cut
+from bigvision.planning.profile import Profile, StateTensor
+from bigvision.planning.recorder import Moment, Span
 
 MASTER = 4
 """Bytes of an fp32 value."""
@@ -182,7 +185,7 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
     stage, _, shard = layout.place(rank)
     tensors = list(profile.tensors)
     if layout.strategy == "pipeline":
-        plan = stage_plan(profile, config, layout)
+        plan = cut_stages(profile, config, layout)
         mine = set(plan.memory.placement.numbers(stage))
         tensors = [tensor for tensor in tensors if mine & set(plan.owners[tensor.name])]
     if layout.strategy.startswith("zero"):
@@ -207,7 +210,7 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
 
 
 def _stages_memory(
-    rank: int, plan: StagePlan, stages: set[int], state: _State, buffers: int, ema: int, images: int, held: int
+    rank: int, plan: _Stages, stages: set[int], state: _State, buffers: int, ema: int, images: int, held: int
 ) -> Memory:  # fmt: skip
     """Of a rank with some *stages* of *plan*, whose state is known."""
     memory = plan.memory
@@ -223,23 +226,33 @@ def _stages_memory(
     )  # fmt: skip
 
 
-def stage_plan(profile: Profile, config: Config, layout: Layout) -> StagePlan:
-    """Where the engine cuts the model of *profile*."""
-    key = layout.stages, layout.stages_per_rank, layout.micro_batch(config), layout.shards
-    found = _plans.setdefault(profile.model, {}) if profile.model is not None else {}
+@dataclass(frozen=True)
+class _Stages:
+    """The stages of a pipeline as the engine cuts them."""
+
+    costs: list[Cost]
+    owners: dict[str, list[int]]
+    """The stages with each parameter and buffer."""
+    memory: StageMemory
+
+
+def cut_stages(profile: Profile, config: Config, layout: Layout) -> _Stages:
+    """Where the engine cuts the model of *profile*. Without a limit of memory that does not depend on the micro-batch."""
+    assert profile.model is not None
+    placement = Placement(layout.stages, layout.stages_per_rank, config.parallel.schedule in SPLIT_BACKWARD)
+    memory = StageMemory.of(config, placement, layout.micro_batch(config), layout.data_ranks, layout.shards)
+    found, key = _cuts.setdefault(profile.model, {}), (placement, memory.compute, memory.recompute)
     if key not in found:
-        assert profile.model is not None, "the profile is of another strategy"
-        placement = Placement(layout.stages, layout.stages_per_rank, config.parallel.schedule in SPLIT_BACKWARD)
-        memory = StageMemory.of(config, placement, key[2], layout.data_ranks, layout.shards)
         model, device = profile.model, torch.device(profile.device)
-        sizes = list(other_sizes(config.data).values())
-        blocks = find_blocks(model, profile.image[1:])
-        found[key] = plan_stages(model, blocks, profile.image, device, memory, sizes)
-    return found[key]
+        if "blocks" not in found:
+            found["blocks"] = find_blocks(model, profile.image[1:])
+        best = cut(model, found["blocks"], profile.image, device, memory, found.setdefault("flows", {}))
+        found[key] = _Stages(best.costs, best.owners(model), memory)
+    return replace(found[key], memory=memory)
 
 
-_plans: WeakKeyDictionary[nn.Module, dict[Any, StagePlan]] = WeakKeyDictionary()
-"""Of each model the plans so far: ranks of one mesh share theirs."""
+_cuts: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
+"""Of each model its blocks and the plans so far: ranks of one mesh share theirs."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import itertools
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,17 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from bigvision.config import Config, other_sizes, pair
 from bigvision.engine.parallelize import Computing, choose_computing, why_eager, wrap_blocks
 from bigvision.engine.state import RUNNING, allocate, is_frozen, make_contiguous
 from bigvision.models import Block, Blocks, Blueprint, blueprint, find_blocks, kinds
 from bigvision.models.formats import hold_frozen
-from bigvision.models.tracing import FusedAttention, OpCounter, named_tensors, plain_attributes
+from bigvision.models.tracing import FusedAttention, named_tensors, plain_attributes
 from bigvision.optim import freeze, parameter_groups
 from bigvision.planning.compiled import compile_without_code
-from bigvision.planning.operations import Log, Operation, Work, fused, per_image
+from bigvision.planning.operations import Work, fused, per_image
+from bigvision.planning.recorder import Recorder, Recording, Span, spans, tensors_in
+from bigvision.planning.repeats import extended, leave_out, runs_of
 from bigvision.tasks import Classify, Task, build_task
 
 SAMPLES = (2, 4)
@@ -123,29 +121,6 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What is allocated at one moment of the passes, beside the state of the model."""
-
-    fixed: float
-    per_image: float
-    gradients: float
-    """Bytes of the parameters' gradients that the pass has completed so far."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """A part's pass, forward or backward."""
-
-    part: int
-    """Its place among the profile's parts."""
-    backward: bool
-    begin: Moment
-    peaks: tuple[Moment, ...]
-    """The moments of which one is the highest, whatever the micro-batch and whatever a gradient costs."""
-    end: Moment
-
-
-@dataclass(frozen=True)
 class Profile:
     """A training step of one micro-batch."""
 
@@ -191,12 +166,18 @@ def profile(config: Config, outputs: int | None = None, task: Task | None = None
     """
     learned = build_task(config.task, task)
     if plan is None:
-        plan, blocks = planned(config, outputs, learned)
-    else:
-        plan = copy.copy(plan)
-        plan.module = copy.deepcopy(plan.module)
-        blocks = find_blocks(plan.module, plan.image_size)
-    return _Recording(config, plan, blocks, learned).profile()
+        plan, _ = planned(config, outputs, learned)
+    for short in (True, False):
+        mine = copy.copy(plan)
+        mine.module = copy.deepcopy(plan.module)
+        recording = _Recording(config, mine, find_blocks(mine.module, mine.image_size), learned, short)
+        try:
+            return replace(recording.profile(), model=plan.module)
+        except Exception:
+            if not recording.runs:
+                raise
+            # What is left out is missed after all, or blocks that look equal are not.
+    raise AssertionError("a model that is recorded whole has no runs")
 
 
 def planned(config: Config, outputs: int | None, task: Task) -> tuple[Blueprint, Blocks]:
@@ -218,10 +199,10 @@ def device_type(config: Config) -> str:
 class _Recording:
     """A model prepared as the engine prepares it, without memory, and what its passes do."""
 
-    def __init__(self, config: Config, plan: Blueprint, blocks: Blocks, task: Task) -> None:
+    def __init__(self, config: Config, plan: Blueprint, blocks: Blocks, task: Task, short: bool) -> None:
+        """*short*: most of many equal blocks in a row are not run, see `repeats`."""
         self.config, self.task, self.device = config, task, device_type(config)
         self.module, parallel = plan.module, config.parallel
-        self.untouched = copy.deepcopy(plan.module) if parallel.strategy == "pipeline" else None
         self.blocks: list[Block] = list(blocks)
         modules = [block.module for block in blocks]
         self.kinds = {module: number for number, group in enumerate(kinds(modules)) for module in group}
@@ -249,6 +230,9 @@ class _Recording:
             if changes:
                 parameter.data = parameter.data.to(self.computing.dtype)
         self.tensors = self._state(held)
+        self.runs = runs_of(self.module, self.blocks, self.kinds) if short else []
+        self.recorded = leave_out(self.module, self.blocks, self.runs)
+        modules = [block.module for block in self.recorded]
         self.attention = FusedAttention(self.device)
         for block in modules if parallel.recompute == "blocks" and not self.compiled else ():
             # A backward pass runs without the modes of functions that it was called in.
@@ -290,16 +274,16 @@ class _Recording:
                         setattr(part, name, torch.empty_like(value, device=here))
                 if is_frozen(part):
                     part.training = False
-            records = [self._record(samples) for samples in SAMPLES]
-        return self._joined(*records)
+            few, many = (extended(self._record(samples), self.runs) for samples in SAMPLES)
+        return self._joined(few, many)
 
-    def _record(self, samples: int) -> Recorder:
+    def _record(self, samples: int) -> Recording:
         """Run forward and backward with *samples* images."""
         layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
         images = torch.empty(samples, *self.shape).contiguous(memory_format=layout)
         parameters = {p: name for name, p in self.module.named_parameters()}
         recorder = Recorder([images, *(tensor for _, tensor in named_tensors(self.module))])
-        owned = {p for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
+        owned = {p for block in self.recorded for p in (*block.module.parameters(), *block.module.buffers())}
         recorder.watched = {
             t.untyped_storage()._cdata: name
             for name, t in (*self.module.named_parameters(), *self.module.named_buffers()) if t not in owned
@@ -320,7 +304,7 @@ class _Recording:
             recorder.boundaries[number, True] = sum(leaf.nbytes for leaf in tensors_in(output))
             recorder.enter(False, 2 * number + 2)
 
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(self.recorded):
             hooks.append(block.module.register_forward_pre_hook(functools.partial(before, number)))
             hooks.append(block.module.register_forward_hook(functools.partial(after, number)))
         hooks += [p.register_post_accumulate_grad_hook(recorder.gradient) for p in parameters if p.requires_grad]
@@ -333,17 +317,16 @@ class _Recording:
                 loss = self._loss(outputs, samples)
                 recorder.loss = loss
                 del outputs
-                recorder.enter(True, 2 * len(self.blocks))
+                recorder.enter(True, 2 * len(self.recorded))
                 loss.backward()
                 recorder.enter(True, 0)
         finally:
             gc.enable()
             for hook in hooks:
                 hook.remove()
-        recorder.done = True
         for parameter in parameters:
             parameter.grad = None
-        return recorder
+        return recorder.finished()
 
     def _loss(self, outputs: Any, samples: int) -> Tensor:
         """The task's loss, where its targets are known; else a sum over all outputs."""
@@ -356,18 +339,17 @@ class _Recording:
             return self.task.loss(outputs, targets) * torch.ones(())
         return torch.stack([one.float().sum() for one in tensors_in(outputs) if one.requires_grad]).sum()
 
-    def _joined(self, small: Recorder, large: Recorder) -> Profile:
+    def _joined(self, small: Recording, large: Recording) -> Profile:
         """What the two recordings say of any number of images."""
         low, high = SAMPLES
-        alike = [kind for kind, _ in small.events] == [kind for kind, _ in large.events]
+        alike = small.kinds == large.kinds
         if alike:
             rates = [(b - a) / (high - low) for a, b in zip(small.sizes, large.sizes)]
             fixed = [a - rate * low for a, rate in zip(small.sizes, rates)]
         else:  # a model that does something else for other numbers of images
             small, rates, fixed = large, [size / high for size in large.sizes], [0.0] * len(large.sizes)
-        places = sorted({place for _, place, *_ in small.stretches})
-        index = {place: number for number, place in enumerate(places)}
-        spans = list(_spans(small, index, fixed, rates))
+        index = {place: number for number, place in enumerate(sorted({one.place for one in small.stretches}))}
+        passes = list(spans(small, index, fixed, rates))
         used: dict[int, list[StateTensor]] = {}
         for name, tensor in self.tensors.items():
             block = next((n for n, block in enumerate(self.blocks) if name.startswith(f"{block.path}.")), None)
@@ -375,16 +357,18 @@ class _Recording:
             used.setdefault(index.get(place, 0), []).append(tensor)
         work: dict[tuple[str, int], list[float]] = {}
         for one, other in zip(small.stretches, large.stretches if alike else small.stretches):
-            for kind, begin in (("backward" if one[0] else "forward", 2), ("recompute", 4)):
-                sums = work.setdefault((kind, index[one[1]]), [0.0] * 4)
-                for place, value in enumerate((one[begin], other[begin], one[begin + 1], other[begin + 1])):
+            usual = (one.flops, other.flops, one.moved, other.moved)
+            again = (one.again_flops, other.again_flops, one.again_moved, other.again_moved)
+            for kind, values in (("backward" if one.backward else "forward", usual), ("recompute", again)):
+                sums = work.setdefault((kind, index[one.place]), [0.0] * 4)
+                for place, value in enumerate(values):
                     sums[place] += value
         few, many = small.operations(), large.operations()
         parts = []
         for place, number in index.items():
             block = self.blocks[place // 2] if place % 2 else None
             ahead, back, again = (self._work(work.get((kind, number)), alike) for kind in ("forward", "backward", "recompute"))
-            mine = [span for span in spans if span.part == number and not span.backward]
+            mine = [span for span in passes if span.part == number and not span.backward]
             saved = Amount(
                 sum(span.end.fixed - span.begin.fixed for span in mine),
                 sum(span.end.per_image - span.begin.per_image for span in mine),
@@ -406,8 +390,8 @@ class _Recording:
                 )
             )  # fmt: skip
         return Profile(
-            tuple(parts), tuple(spans), self.groups, self.shape, self.computing.dtype, self.device, self.casts, self.compiled,
-            self.target_bytes, self.computing.autocast, self.untouched,
+            tuple(parts), tuple(passes), self.groups, self.shape, self.computing.dtype, self.device, self.casts, self.compiled,
+            self.target_bytes, self.computing.autocast,
         )  # fmt: skip
 
     @staticmethod
@@ -426,10 +410,6 @@ def _within(mode: FusedAttention, forward: Callable[..., Any], *args: Any, **kwa
     assert isinstance(mode.counter, Recorder)
     with mode, mode.counter.recomputing():
         return forward(*args, **kwargs)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _largest(shape: tuple[int, int, int], config: Config) -> tuple[int, int, int]:
@@ -459,144 +439,3 @@ def example_targets(task: Task, outputs: Tensor, samples: int, mixed: bool = Fal
     else:
         return None
     return task.mixed(targets, lambda values: values.clone(), torch.empty(samples)) if mixed else targets
-
-
-class Recorder(OpCounter):
-    """Counts the operations of each part's passes, and records in their order what is allocated and freed."""
-
-    loss: Tensor
-    done = False
-
-    def __init__(self, ignored: Iterable[Tensor]) -> None:
-        """Memory of the tensors *ignored* is left out."""
-        super().__init__()
-        self.sizes: list[int] = []
-        """Of each allocation."""
-        self.events: list[tuple[str, int]] = [("enter", 0)]
-        """("allocate" | "free" | "gradient", number of the allocation), or ("enter", number of the stretch)."""
-        self.stretches: list[tuple[bool, int, float, float, float, float]] = []
-        """(backward, place, operations, bytes moved, and both of what was recomputed); the block n has the place 2 n + 1, what
-        is behind it 2 n + 2."""
-        self.again = (0.0, 0.0)
-        self.log = Log()
-        self.logged: list[int] = []
-        """How many operations the log had at the end of each stretch."""
-        self.fused = False
-        """Whether what is computed now becomes part of another kernel, and gets no memory."""
-        self.boundaries: dict[tuple[int, bool], float] = {}
-        """Bytes of what enters (False) and leaves (True) each block."""
-        self.watched: dict[int, str] = {}
-        """Tensors outside of blocks that no operation has used yet, by their memory."""
-        self.used: dict[str, int] = {}
-        """The place at which each of them was used first."""
-        self._here = (False, 0)
-        self._alive: dict[int, tuple[int, Any]] = {}
-        self._alive.update({tensor.untyped_storage()._cdata: (-1, None) for tensor in ignored})
-
-    def enter(self, backward: bool, place: int) -> None:
-        """The stretch so far ends; another one begins."""
-        (flops, moved), (was, at) = self.again, self._here
-        self.stretches.append((was, at, self.flops - flops, self.moved - moved, flops, moved))
-        self.logged.append(len(self.log.operations))
-        self.events.append(("enter", len(self.stretches)))
-        self._here, self.flops, self.moved, self.again = (backward, place), 0.0, 0.0, (0.0, 0.0)
-
-    def leave(self, block: int) -> None:
-        """The backward pass of *block* is over."""
-        if self._here != (True, 2 * block - 1):  # the same tensor left the block before, whose pass has begun
-            self.enter(True, 2 * block)
-
-    @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """What is counted in here was, in a backward pass, counted before."""
-        flops, moved, logged = self.flops, self.moved, len(self.log.operations)
-        try:
-            yield
-        finally:
-            if self._here[0]:
-                self.again = (self.again[0] + self.flops - flops, self.again[1] + self.moved - moved)
-                del self.log.operations[logged:]
-
-    def attention(self, flops: float, moved: float, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        super().attention(flops, moved, inputs, outputs)
-        self.log.attention(flops, moved, inputs, outputs)
-
-    def operations(self) -> dict[tuple[bool, int], list[Operation]]:
-        """The operations by (backward, place)."""
-        found: dict[tuple[bool, int], list[Operation]] = {}
-        for (backward, place, *_), (begin, end) in zip(self.stretches, itertools.pairwise([0, *self.logged])):
-            found.setdefault((backward, place), []).extend(self.log.operations[begin:end])
-        return found
-
-    def gradient(self, parameter: Tensor) -> None:
-        """The gradient of *parameter* is complete."""
-        assert parameter.grad is not None
-        number, _ = self._alive.get(parameter.grad.untyped_storage()._cdata, (-1, None))
-        if number >= 0:
-            self.events.append(("gradient", number))
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """torch.compile would leave code alone that runs in any other mode."""
-        return True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.watched:
-            for leaf in tensors_in((args, kwargs)):
-                if (name := self.watched.pop(leaf.untyped_storage()._cdata, None)) is not None:
-                    self.used[name] = self._here[1]
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.log.add(func, args, kwargs, result)
-        for leaf in tensors_in(result):
-            self._allocated(leaf.untyped_storage())
-        return result
-
-    def _allocated(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self._alive:
-            return
-        number = len(self.sizes)
-        self.sizes.append(0 if self.fused else storage.nbytes())
-        self.events.append(("allocate", number))
-
-        def freed(_: Any) -> None:
-            self._alive.pop(key, None)
-            if not self.done:
-                self.events.append(("free", number))
-
-        self._alive[key] = number, weakref.ref(storage, freed)
-
-
-def _spans(recorder: Recorder, index: Mapping[int, int], fixed: Sequence[float], rates: Sequence[float]) -> Iterator[Span]:
-    """The passes of all parts in their order; *fixed* and *rates* are bytes of each allocation, and bytes for each image."""
-    now = Moment(0.0, 0.0, 0.0)
-    gradients = set[int]()
-    begin, peaks, stretch = now, [now], 0
-    for kind, number in [*recorder.events[1:], ("enter", -1)]:
-        if kind == "enter":
-            if stretch < len(recorder.stretches):
-                backward, place, *_ = recorder.stretches[stretch]
-                yield Span(index[place], backward, begin, tuple(highest(peaks)), now)
-            begin, peaks, stretch = now, [now], number
-        elif kind == "gradient":
-            if number not in gradients:
-                gradients.add(number)
-                size = fixed[number]
-                now = Moment(now.fixed - size, now.per_image, now.gradients + size)
-        else:
-            sign = 1 if kind == "allocate" else -1
-            if number in gradients:
-                now = replace(now, gradients=now.gradients + sign * fixed[number])
-            else:
-                now = replace(now, fixed=now.fixed + sign * fixed[number], per_image=now.per_image + sign * rates[number])
-        if kind != "free":
-            peaks.append(now)
-
-
-def highest(moments: Iterable[Moment]) -> list[Moment]:
-    """Those that no other one exceeds in all respects."""
-    found: list[Moment] = []
-    for one in sorted(set(moments), key=lambda m: (m.per_image, m.fixed, m.gradients), reverse=True):
-        if not any(o.fixed >= one.fixed and o.per_image >= one.per_image and o.gradients >= one.gradients for o in found):
-            found.append(one)
-    return found

@@ -1,0 +1,222 @@
+"""Records a step without memory: the operations of each part's passes, and what is allocated and freed, in their order."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from bigvision.models.tracing import OpCounter
+from bigvision.planning.operations import Log, Operation
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is allocated at one moment of the passes, beside the state of the model."""
+
+    fixed: float
+    per_image: float
+    gradients: float
+    """Bytes of the parameters' gradients that the pass has completed so far."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part's pass, forward or backward."""
+
+    part: int
+    """Its place among the profile's parts."""
+    backward: bool
+    begin: Moment
+    peaks: tuple[Moment, ...]
+    """The moments of which one is the highest, whatever the micro-batch and whatever a gradient costs."""
+    end: Moment
+
+
+@dataclass
+class Stretch:
+    """What is done without interruption in one part's pass."""
+
+    backward: bool
+    place: int
+    """The block n has the place 2 n + 1, and what is behind it 2 n + 2."""
+    flops: float = 0.0
+    moved: float = 0.0
+    """Bytes."""
+    again_flops: float = 0.0
+    """Of what was recomputed, which the two above leave out."""
+    again_moved: float = 0.0
+    events: list[tuple[str, int]] = field(default_factory=list)
+    """("allocate" | "free" | "gradient", number of the allocation)."""
+    operations: list[Operation] = field(default_factory=list)
+
+
+@dataclass
+class Recording:
+    """A forward and a backward pass with one number of images."""
+
+    sizes: list[int]
+    """Bytes of each allocation."""
+    stretches: list[Stretch]
+    boundaries: dict[tuple[int, bool], float]
+    """Bytes of what enters (False) and leaves (True) each block."""
+    used: dict[str, int]
+    """The place at which each tensor outside of blocks was used first."""
+
+    @property
+    def kinds(self) -> list[tuple[bool, int, list[str]]]:
+        """Which events there were in each stretch, whatever the sizes."""
+        return [(one.backward, one.place, [kind for kind, _ in one.events]) for one in self.stretches]
+
+    def operations(self) -> dict[tuple[bool, int], list[Operation]]:
+        """The operations by (backward, place)."""
+        found: dict[tuple[bool, int], list[Operation]] = {}
+        for one in self.stretches:
+            found.setdefault((one.backward, one.place), []).extend(one.operations)
+        return found
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+class Recorder(OpCounter):
+    """Counts the operations of each part's passes, and records in their order what is allocated and freed."""
+
+    loss: Tensor
+    done = False
+
+    def __init__(self, ignored: Iterable[Tensor]) -> None:
+        """Memory of the tensors *ignored* is left out."""
+        super().__init__()
+        self.sizes: list[int] = []
+        """Of each allocation."""
+        self.stretches: list[Stretch] = []
+        """Those that have ended."""
+        self.stretch = Stretch(False, 0)
+        """The one that goes on."""
+        self.log = Log()
+        self.fused = False
+        """Whether what is computed now becomes part of another kernel, and gets no memory."""
+        self.boundaries: dict[tuple[int, bool], float] = {}
+        """Bytes of what enters (False) and leaves (True) each block."""
+        self.watched: dict[int, str] = {}
+        """Tensors outside of blocks that no operation has used yet, by their memory."""
+        self.used: dict[str, int] = {}
+        """The place at which each of them was used first."""
+        self._alive: dict[int, tuple[int, Any]] = {}
+        self._alive.update({tensor.untyped_storage()._cdata: (-1, None) for tensor in ignored})
+
+    def enter(self, backward: bool, place: int) -> None:
+        """The stretch so far ends; another one begins."""
+        done = self.stretch
+        done.flops, done.moved = self.flops - done.again_flops, self.moved - done.again_moved
+        done.operations, self.log.operations = self.log.operations, []
+        self.stretches.append(done)
+        self.stretch, self.flops, self.moved = Stretch(backward, place), 0.0, 0.0
+
+    def leave(self, block: int) -> None:
+        """The backward pass of *block* is over."""
+        # Where the same tensor left the block before, that one's pass has begun.
+        if (self.stretch.backward, self.stretch.place) != (True, 2 * block - 1):
+            self.enter(True, 2 * block)
+
+    def finished(self) -> Recording:
+        """What was recorded; what is freed from now on is left out."""
+        self.done = True
+        return Recording(self.sizes, self.stretches, self.boundaries, self.used)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """What is counted in here was, in a backward pass, counted before."""
+        flops, moved, logged = self.flops, self.moved, len(self.log.operations)
+        try:
+            yield
+        finally:
+            if self.stretch.backward:
+                self.stretch.again_flops += self.flops - flops
+                self.stretch.again_moved += self.moved - moved
+                del self.log.operations[logged:]
+
+    def attention(self, flops: float, moved: float, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        super().attention(flops, moved, inputs, outputs)
+        self.log.attention(flops, moved, inputs, outputs)
+
+    def gradient(self, parameter: Tensor) -> None:
+        """The gradient of *parameter* is complete."""
+        assert parameter.grad is not None
+        number, _ = self._alive.get(parameter.grad.untyped_storage()._cdata, (-1, None))
+        if number >= 0:
+            self.stretch.events.append(("gradient", number))
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """torch.compile would leave code alone that runs in any other mode."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.watched:
+            for leaf in tensors_in((args, kwargs)):
+                if (name := self.watched.pop(leaf.untyped_storage()._cdata, None)) is not None:
+                    self.used[name] = self.stretch.place
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.log.add(func, args, kwargs, result)
+        for leaf in tensors_in(result):
+            self._allocated(leaf.untyped_storage())
+        return result
+
+    def _allocated(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        number = len(self.sizes)
+        self.sizes.append(0 if self.fused else storage.nbytes())
+        self.stretch.events.append(("allocate", number))
+
+        def freed(_: Any) -> None:
+            self._alive.pop(key, None)
+            if not self.done:
+                self.stretch.events.append(("free", number))
+
+        self._alive[key] = number, weakref.ref(storage, freed)
+
+
+def spans(
+    recording: Recording, index: Mapping[int, int], fixed: Sequence[float], rates: Sequence[float]
+) -> Iterator[Span]:  # fmt: skip
+    """The passes of all parts in their order; *fixed* and *rates* are bytes of each allocation, and bytes for each image.
+
+    *index* has the number of the part at each place.
+    """
+    now, gradients = Moment(0.0, 0.0, 0.0), set[int]()
+    for stretch in recording.stretches:
+        begin, peaks = now, [now]
+        for kind, number in stretch.events:
+            if kind == "gradient":
+                if number not in gradients:
+                    gradients.add(number)
+                    size = fixed[number]
+                    now = Moment(now.fixed - size, now.per_image, now.gradients + size)
+            else:
+                sign = 1 if kind == "allocate" else -1
+                if number in gradients:
+                    now = Moment(now.fixed, now.per_image, now.gradients + sign * fixed[number])
+                else:
+                    now = Moment(now.fixed + sign * fixed[number], now.per_image + sign * rates[number], now.gradients)
+            if kind != "free":
+                peaks.append(now)
+        yield Span(index[stretch.place], stretch.backward, begin, tuple(highest(peaks)), now)
+
+
+def highest(moments: Iterable[Moment]) -> list[Moment]:
+    """Those that no other one exceeds in all respects."""
+    found: list[Moment] = []
+    for one in sorted(set(moments), key=lambda m: (m.per_image, m.fixed, m.gradients), reverse=True):
+        if not any(o.fixed >= one.fixed and o.per_image >= one.per_image and o.gradients >= one.gradients for o in found):
+            found.append(one)
+    return found
