@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -177,22 +178,23 @@ def _flow(
 
 def cut(
     model: nn.Module, blocks: Blocks, image_shape: tuple[int, int, int], device: torch.device, memory: StageMemory,
-    flows: dict[tuple[str, ...], Flow] | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> Candidate:  # fmt: skip
-    """Where `plan_stages` cuts *model*. *flows* keeps the traces of one model for other numbers of stages."""
-    name, stages, flows = tracing.model_name(model), memory.placement.stages, {} if flows is None else flows
+    """Where `plan_stages` cuts *model*. *known* keeps its traces and their prices for other numbers of stages."""
+    name, stages, known = tracing.model_name(model), memory.placement.stages, {} if known is None else known
     if blocks.graph is None:
         raise UserError(f"parallel.strategy: pipeline cannot cut {name}: {blocks.reason}: {ADVICE}")
     if stages > len(blocks):
         raise UserError(f"parallel.stages: {stages} stages, but {name} has {len(blocks)} blocks: use fewer stages")
 
     def cut_between(pieces: list[Block], inside: Sequence[str]) -> Candidate:
-        if (key := tuple(inside)) not in flows:
-            flows[key] = _flow(model, blocks, image_shape, device, True, inside)
-        recomputed = [piece.path for piece in pieces] if memory.recompute else []
-        costs = tracing.node_costs(flows[key].graph, image_shape, device, memory.compute, recomputed)
-        prices = Prices(flows[key], costs, memory.compute)
-        return Candidate(pieces, inside, prices, choose_cuts(model, pieces, prices, memory))
+        if (key := tuple(inside)) not in known:
+            known[key] = _flow(model, blocks, image_shape, device, True, inside)
+        if (kind := (key, memory.recompute, memory.compute)) not in known:
+            recomputed = [piece.path for piece in pieces] if memory.recompute else []
+            costs = tracing.node_costs(known[key].graph, image_shape, device, memory.compute, recomputed)
+            known[kind] = Prices(known[key], costs, memory.compute)
+        return Candidate(pieces, inside, known[kind], choose_cuts(model, pieces, known[kind], memory))
 
     with _one_error(model):
         best = candidate = cut_between(list(blocks), ())

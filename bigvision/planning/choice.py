@@ -27,7 +27,7 @@ from bigvision.config.checks import PIPELINE_KEYS, SHARDED_KEYS, check
 from bigvision.config.values import get, spell
 from bigvision.engine import check_layout
 from bigvision.errors import UserError
-from bigvision.models import Blueprint, GivenModel, blueprint
+from bigvision.models import Blocks, Blueprint, GivenModel, blueprint, find_blocks
 from bigvision.optim import freeze
 from bigvision.pipeline.schedules import USABLE
 from bigvision.planning.hardware import PER_HOST, Hardware
@@ -129,7 +129,7 @@ class Estimates:
         self, hardware: Hardware, model: GivenModel | None = None, task: Task | None = None, outputs: int | None = None
     ) -> None:
         self.hardware, self.model, self.outputs, self._given_task = hardware, model, outputs, task
-        self._plans: dict[str, Blueprint] = {}
+        self._plans: dict[str, tuple[Blueprint, Blocks]] = {}
         self._profiles: dict[Any, Profile] = {}
 
     def on(self, hardware: Hardware) -> Estimates:
@@ -156,15 +156,15 @@ class Estimates:
             self._profiles[key] = profile(config, self.outputs, self._given_task, self._plan(config))
         return self._profiles[key]
 
-    def _plan(self, config: Config) -> Blueprint:
-        """The model on meta; each profile copies it."""
+    def _plan(self, config: Config) -> tuple[Blueprint, Blocks]:
+        """The model on meta and its blocks; each profile copies them."""
         if (name := repr(config.model)) not in self._plans:
             if self.model is None:
-                made, _ = planned(config, self.outputs, self.task(config))
+                self._plans[name] = planned(config, self.outputs, self.task(config))
             else:
                 made = blueprint(config.model, self.outputs, self.model, sizes=other_sizes(config.data))
                 freeze(made.module, config.model.trainable, made.adapters)
-            self._plans[name] = made
+                self._plans[name] = made, find_blocks(made.module, made.image_size)
         return self._plans[name]
 
     def _alone(self, config: Config) -> Config:

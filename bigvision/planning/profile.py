@@ -158,21 +158,24 @@ class Profile:
         return sum(part.forward_flops + part.backward_flops for part in self.parts)
 
 
-def profile(config: Config, outputs: int | None = None, task: Task | None = None, plan: Blueprint | None = None) -> Profile:
+def profile(
+    config: Config, outputs: int | None = None, task: Task | None = None, plan: tuple[Blueprint, Blocks] | None = None
+) -> Profile:  # fmt: skip
     """Count a training step of *config* on the type of device that ``parallel.device`` names (auto: cuda).
 
     *outputs* are the data's classes or numbers; None takes ``model.num_classes``, or as many as timm's model has. *task* is the
-    caller's own. *plan* is its blueprint where there is one already: it is copied. Nothing is allocated, started or compiled.
+    caller's own. *plan* is what `planned` returned, which is copied. Nothing is allocated, started or compiled.
     """
     learned = build_task(config.task, task)
-    if plan is None:
-        plan, _ = planned(config, outputs, learned)
+    made, blocks = planned(config, outputs, learned) if plan is None else plan
     for short in (True, False):
-        mine = copy.copy(plan)
-        mine.module = copy.deepcopy(plan.module)
-        recording = _Recording(config, mine, find_blocks(mine.module, mine.image_size), learned, short)
+        mine = copy.copy(made)
+        mine.module = copy.deepcopy(made.module)
+        copies = [replace(block, module=mine.module.get_submodule(block.path)) for block in blocks]
+        found = Blocks(copies, blocks.graph, blocks.reason, blocks.max_share)
+        recording = _Recording(config, mine, found, learned, short)
         try:
-            return replace(recording.profile(), model=plan.module)
+            return replace(recording.profile(), model=made.module)
         except Exception:
             if not recording.runs:
                 raise
