@@ -55,6 +55,7 @@ def test_a_known_ratio_is_found_and_the_control_is_one() -> None:
     assert slow.milliseconds == pytest.approx(30) and slow.quartiles == pytest.approx((30, 30))
 
 
+@pytest.mark.long
 def test_drift_of_the_machine_cancels() -> None:
     clock = Clock(drift=0.001)
     sides = {"base": clock.side("base", 1.0), "same": clock.side("same", 1.0)}

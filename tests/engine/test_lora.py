@@ -319,6 +319,7 @@ def table(sizes: list[tuple[int, bool]]) -> dict[str, int]:
 SEVEN = "vit_7b_patch16_dinov3"
 
 
+@pytest.mark.long
 def test_the_state_of_a_7b_run_is_what_the_docs_say() -> None:
     from bigvision.engine.zero import ZeroStep
 

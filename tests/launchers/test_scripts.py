@@ -74,6 +74,7 @@ def test_a_mistake_that_only_ranks_can_see_is_raised_in_the_script(tmp_path: Pat
     assert said == "error train.global_batch: 23 cannot be divided among 2 data-parallel ranks: use 22 or 24\n"
 
 
+@pytest.mark.long
 def test_a_script_without_a_guard_with_a_dataset_of_its_own(tmp_path: Path) -> None:
     """Which no other interpreter could have: workers and ranks are forked, after much work in several threads."""
     code, said, errors = ended(start(tmp_path, OWN, **small(Path("out"), data={"workers": 2})), tmp_path)

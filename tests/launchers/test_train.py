@@ -146,6 +146,7 @@ class Hungry(torch.nn.Linear):
         return super().forward(images.flatten(1))
 
 
+@pytest.mark.long
 def test_ranks_without_memory_are_started_again_unasked(tmp_path: Path) -> None:
     """Micro-batches of 5, then 3, then 2."""
     plain = small(tmp_path / "out") | {"model": {"image_size": 32}}

@@ -92,7 +92,7 @@ def saved_in_a_run(plain: dict[str, Any]) -> tuple[int, float]:
 @pytest.mark.parametrize(
     ("ranks", "parallel", "micro_batch"),
     [
-        (2, {"schedule": "zbv"}, 3),
+        pytest.param(2, {"schedule": "zbv"}, 3, marks=pytest.mark.long),
         pytest.param(4, {"schedule": "1f1b"}, 12, marks=pytest.mark.long),  # fewer micro-batches than stages
         (2, {"schedule": "interleaved", "recompute": "blocks"}, 3),
         *(

@@ -21,7 +21,7 @@ from bigvision.pipeline.stages import imbalance
 from tests.models.zoo import ZOO, Entry
 from tests.pipeline.staged import backward, compare, cut, run, total
 
-QUICK = {"vision_transformer_relpos", "resnet"}
+QUICK = {"resnet"}
 REFUSED = {"twins": "cannot be traced", "gemma4_vit": "cannot be traced", "vgg": "has 1 blocks: use fewer stages"}
 """Of timm's modules; docs/stages.md says why."""
 INEXACT = {"cpubone"}

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
-from bigvision.config import Config, load_config, micro_batch
+from bigvision.config import Config, load_config, micro_batch, with_values
 from bigvision.errors import UserError
 from bigvision.planning import choice, command
 from bigvision.planning.choice import NothingFits, plan
 from bigvision.planning.hardware import parse_hardware
 
 GIB = 1 << 30
+
+
+REAL = choice.Estimates
 
 
 class Simple(choice.Estimates):
@@ -127,3 +130,26 @@ def test_a_mesh_that_does_not_divide(sections: dict, hardware: str, words: list[
     with pytest.raises(UserError) as caught:
         plan(config(**sections), parse_hardware(hardware))
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("model", "hardware", "batch", "strategies"),
+    [
+        ("resnet50", "RTX4090", 256, {"ddp"}),
+        ("resnet50", "8xH100", 2048, {"ddp", "fsdp"}),
+        ("vit_giant_patch14_dinov2", "8xRTX4090", 64, {"fsdp", "pipeline"}),
+        ("vit_7b_patch16_dinov3", "8xH200", 64, {"fsdp", "pipeline"}),
+    ],
+)
+def test_what_auto_takes_of_real_models_fits(model: str, hardware: str, batch: int, strategies: set[str]) -> None:
+    parsed = parse_hardware(hardware)
+    sizes = {} if model == "resnet50" else {"recompute": "auto"}
+    plain = {"model": {"name": model}, "train": {"global_batch": batch}, "parallel": {"strategy": "auto", **sizes}}
+    if model != "resnet50":
+        plain["train"]["micro_batch"] = "auto"
+    config = load_config(plain)
+    made = choice.choose(config, REAL(parsed))
+    assert made.values["parallel.strategy"] in strategies, made.reason
+    chosen = with_values(config, made.values)
+    assert REAL(parsed).memory(chosen).peak < 0.9 * parsed.device.memory, made.reason

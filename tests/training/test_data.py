@@ -163,6 +163,7 @@ def with_a_wide_image(plain: dict[str, Any]) -> tuple[list[float], Any, Any]:
     return found, metrics, (engine.image_size, loss)
 
 
+@pytest.mark.long
 def test_images_that_are_not_square(tmp_path: Path) -> None:
     found = {}
     for name, ranks, parallel in (("ddp", 1, {}), ("fsdp", 2, {"strategy": "fsdp"}), ("pipeline", 2, {"strategy": "pipeline"})):
