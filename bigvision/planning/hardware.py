@@ -221,7 +221,9 @@ def _short(name: str) -> str:
 
 
 def device_named(cuda_name: str) -> Device | None:
-    """The datasheet of the device that torch calls *cuda_name*; None where it is not in the table."""
+    """The datasheet of the device that torch calls *cuda_name*; None where it is not in the table, or a slice of one (MIG)."""
+    if re.search(r"\bMIG\b", cuda_name):
+        return None
     return next((DEVICES[name] for pattern, name in CUDA_NAMES if re.search(pattern, cuda_name, re.I)), None)
 
 

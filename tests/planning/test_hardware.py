@@ -96,7 +96,7 @@ def test_the_table_is_whole() -> None:
         "NVIDIA B200": "B200", "NVIDIA L40S": "L40S", "NVIDIA GeForce RTX 4090": "RTX4090",
         "NVIDIA GeForce RTX 5090": "RTX5090",
         "NVIDIA GeForce RTX 4090 D": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA H20": None, "Tesla T4": None,
-        "NVIDIA H200 NVL": None, "NVIDIA GH200 480GB": None, "NVIDIA GB200": None,
+        "NVIDIA H200 NVL": None, "NVIDIA GH200 480GB": None, "NVIDIA GB200": None, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
     }  # fmt: skip
     for name, device in known.items():
         assert getattr(device_named(name), "name", None) == device, name
