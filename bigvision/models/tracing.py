@@ -20,7 +20,13 @@ from torch.fx.immutable_collections import immutable_list
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import conv_flop_count, flop_registry
+from torch.utils.flop_counter import (
+    conv_flop_count,
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 SAMPLES = 2  # images with which a graph is run; BatchNorm refuses single values
@@ -276,6 +282,21 @@ class Cost:
         sums: dict[str, Any] = {one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)}
         sums["recomputed"] = max(self.recomputed, other.recomputed)
         return Cost(**sums)
+
+
+def _count_attention_of_cpus() -> None:
+    """Let torch's counter know the attention that compiled blocks call on fake tensors of a CPU; it has those of CUDA alone."""
+    aten: Any = torch.ops.aten
+    forward, backward = (getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{end}") for end in ("", "_backward"))
+    if forward not in flop_registry:
+        register_flop_formula(forward)(lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value))
+    if backward not in flop_registry:
+        register_flop_formula(backward)(
+            lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
+        )
+
+
+_count_attention_of_cpus()
 
 
 class OpCounter(TorchDispatchMode):
