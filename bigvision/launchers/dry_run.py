@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from bigvision.config import Config
 from bigvision.errors import UserError
 from bigvision.launchers.machine import Here, Lines, error, ok, warning
 from bigvision.launchers.placement import ranges
+from bigvision.monitor.monitor import peak_memory
 from bigvision.runtime import Runtime, Watchdog, gather_json
 
 if TYPE_CHECKING:
@@ -258,15 +258,8 @@ def steps(config: Config, folder: Path, runtime: Runtime, watch: Watchdog) -> Li
                         f"step {result.step}: the loss, a gradient or a statistic is not finite: look at the data and at the "
                         "weights, lower optim.lr, or use parallel.precision bf16 or fp32"
                     )
-        peak = max(gather_json(_peak_memory(runtime.device)))
+        peak = max(gather_json(peak_memory(runtime.device)))
     for note in notes if runtime.is_main else ():
         if note.startswith("warning: ") and "/dev/shm" not in note:
             yield warning(note.removeprefix("warning: "))
     yield ok(f"{len(took)} steps of {config.train.global_batch} samples: {', '.join(took)}; peak memory {peak / 1e9:.2f} GB")
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a CUDA device, or the most that was resident of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -82,7 +82,7 @@ class Monitor:
         if not self.due(result.step):
             self._show(result.step)
             return None
-        gathered = gather_json([_peak_memory(self.runtime.device), waited, result.seconds()])
+        gathered = gather_json([peak_memory(self.runtime.device), waited, result.seconds()])
         self.peaks = [peak for peak, *_ in gathered]
         elapsed = self._elapsed()
         slow, news = self.stragglers.take([Own(*rest) for _, *rest in gathered], self.taken, elapsed / self.taken)
@@ -190,7 +190,7 @@ class Monitor:
         self.since, self.paused, self.seen, self.taken = time.perf_counter(), 0.0, 0, 0
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes: the most that was allocated on a CUDA device, or the most that was resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -98,6 +98,7 @@ def _flops(fp32: float, tf32: float, half: float, fp8: float | None = None) -> d
     return {name: rate * 1e12 for name, rate in rates.items()}
 
 
+# Peaks, bandwidths and most memories were entered from memory of these datasheets and have not been compared with them.
 MEASURED = "step times and memory on one device (docs/measurements.md)"
 DEVICES = {
     device.name: device

@@ -97,8 +97,6 @@ def test_a_run_goes_on_in_the_middle_of_a_stage_bit_for_bit(tmp_path: Path, whol
 
 SHORT = [("fsdp2", "vit")]
 LONG = [(layout, model) for layout in LAYOUTS for model in ("vit", "swin", "nfnet") if (layout, model) not in SHORT]
-# Compiled, this NFNet is 3e-4 off after ten steps of Adam, also with images of one size.
-LONG.remove(("compile", "nfnet"))
 PAIRS = [*SHORT, *(pytest.param(*pair, marks=pytest.mark.long) for pair in LONG)]
 
 
