@@ -16,9 +16,9 @@ from rich.console import Console
 
 from bigvision import checkpoint
 from bigvision.config import Config
+from bigvision.disk import read_lines
 from bigvision.engine import StepResult
 from bigvision.monitor.progress import Display, Forecast, Pace, Pause, facts_of, metric_text
-from bigvision.monitor.records import read_lines
 from bigvision.monitor.stragglers import Own, Stragglers
 from bigvision.monitor.trackers import Trackers
 from bigvision.redact import redacted

@@ -23,9 +23,9 @@ import yaml
 from bigvision import checkpoint
 from bigvision.config import Config
 from bigvision.config.values import leaves, spell
+from bigvision.disk import read_lines
 from bigvision.errors import UserError
 from bigvision.monitor.curves import Curves, Kind
-from bigvision.monitor.records import read_lines
 from bigvision.redact import redacted
 
 NAME = "report.html"
