@@ -111,7 +111,7 @@ class Engine:
         config, runtime, parallel = self.config, self.runtime, self.config.parallel
         sharded = parallel.strategy == "fsdp" and runtime.world_size > 1
         self.computing.apply(self.parts, blocks, not sharded, runtime.device)
-        self.notes += wrap_blocks(blocks, config, runtime.device)
+        self.notes += wrap_blocks(blocks, config, runtime.device, self.module, self.input_shape)
         if sharded:
             spread = shard(self.module, self.parts, blocks, config, self.computing.dtype, runtime)
         else:

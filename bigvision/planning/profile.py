@@ -168,7 +168,8 @@ def profile(
     """
     learned = build_task(config.task, task)
     made, blocks = planned(config, outputs, learned) if plan is None else plan
-    for short in (True, False):
+    budget = config.parallel.recompute.startswith("budget:")  # under which equal blocks keep one of two choices
+    for short in (False,) if budget else (True, False):
         mine = copy.copy(made)
         mine.module = copy.deepcopy(made.module)
         copies = [replace(block, module=mine.module.get_submodule(block.path)) for block in blocks]
@@ -237,10 +238,11 @@ class _Recording:
         self.recorded = leave_out(self.module, self.blocks, self.runs)
         modules = [block.module for block in self.recorded]
         self.attention = FusedAttention(self.device)
-        for block in modules if parallel.recompute == "blocks" and not self.compiled else ():
+        for block in modules if parallel.recompute != "none" and not self.compiled else ():
             # A backward pass runs without the modes of functions that it was called in.
             block.forward = functools.partial(_within, self.attention, block.forward)
-        wrap_blocks(modules, replace(config, parallel=replace(parallel, compile=False)), here)
+        eager = replace(config, parallel=replace(parallel, compile=False))
+        wrap_blocks(modules, eager, here, self.module, self.shape)
         if self.compiled:
             compile_without_code(modules, self.attention)
 

@@ -193,7 +193,7 @@ def passes(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator
 
 def computed(profile: Profile, config: Config, number: int) -> Iterator[Compute]:
     """The backward pass of a part."""
-    if config.parallel.recompute == "blocks" and profile.parts[number].path:
+    if config.parallel.recompute != "none" and profile.parts[number].path:
         yield Compute(number, "recompute")
     yield Compute(number, "backward")
 

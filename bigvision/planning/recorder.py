@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bigvision.models.tracing import OpCounter
+from bigvision.models.tracing import ATTENTION, OpCounter
 from bigvision.planning.operations import Log, Operation
 
 
@@ -165,7 +165,8 @@ class Recorder(OpCounter):
                 if (name := self.watched.pop(leaf.untyped_storage()._cdata, None)) is not None:
                     self.used[name] = self.stretch.place
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.log.add(func, args, kwargs, result)
+        if func is not ATTENTION.default:  # which `attention` has logged
+            self.log.add(func, args, kwargs, result)
         for leaf in tensors_in(result):
             self._allocated(leaf.untyped_storage())
         return result
