@@ -257,6 +257,9 @@ class ParallelConfig:
     """fsdp: free gathered parameters after each block's forward pass, or keep them until the backward pass."""
     scatter: Literal["each", "last"] = "each"
     """fsdp: reduce and scatter gradients after each micro-batch, or after a step's last (less traffic, whole gradients)."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """The number format in which gradients travel and are added up over the ranks. bf16 halves the traffic and rounds each
+    gradient to 8 bits; a rank's own micro-batches are added up in fp32 either way."""
     channels_last: Literal["auto", "always", "never"] = "auto"
     """Compute convolutions in channels_last. auto: on CUDA, where convolutions are most of the model and none is grouped."""
     recompute: str = "none"

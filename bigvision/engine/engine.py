@@ -121,7 +121,7 @@ class Engine:
             self._set_mode(training=True)  # frozen norms
             layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
             example = torch.zeros(min(2, self.micro_batch), *self.input_shape, device=runtime.device)
-            overlap(spread, example.contiguous(memory_format=layout), self.stepper.statistics)
+            overlap(spread, example.contiguous(memory_format=layout), self.stepper.statistics, parallel.reduce)
         self.forward, self.local_first = spread.forward, not sharded
 
     # The step.

@@ -23,6 +23,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -277,8 +278,11 @@ def replicate(module: nn.Module, parts: list[nn.Module], runtime: Runtime) -> Sp
     return spread
 
 
-def overlap(spread: Spread, example: Tensor, statistics: Statistics) -> None:
-    """Average gradients while the last backward pass runs (DistributedDataParallel, Li et al. 2020); *statistics* are kept."""
+def overlap(spread: Spread, example: Tensor, statistics: Statistics, reduce: str) -> None:
+    """Average gradients while the last backward pass runs (DistributedDataParallel, Li et al. 2020); *statistics* are kept.
+
+    *reduce*: ``parallel.reduce``.
+    """
     module = spread.module
 
     def rehearse(model: Callable[[Tensor], Any]) -> None:
@@ -300,6 +304,8 @@ def overlap(spread: Spread, example: Tensor, statistics: Statistics) -> None:
     wrapped = DistributedDataParallel(
         module, broadcast_buffers=False, init_sync=False, find_unused_parameters=unused, gradient_as_bucket_view=True
     )
+    if reduce == "bf16":
+        wrapped.register_comm_hook(None, bf16_compress_hook)
     # After its first backward pass DDP rebuilds its buckets, once, in the order in which gradients came. Without
     # this one a resumed run would sum its first step in another order than the run that it continues.
     rehearse(wrapped)
@@ -324,7 +330,8 @@ def shard(
     names = [name for name, parameter in spread.held().items() if parameter in whole]
     mesh = runtime.mesh["replicate", "shard"] if parallel.replicas > 1 else runtime.mesh["shard"]
     policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=formats.COMPUTE_DTYPES[parallel.reduce],
+        cast_forward_inputs=False,
     )  # fmt: skip
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
     if parallel.reshard == "never":
