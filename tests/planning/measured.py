@@ -31,16 +31,23 @@ def peak_of_step(plain: dict[str, Any], outputs: int = 10) -> dict[str, Any]:
         for _ in range(2):
             engine.train_step(batch)
         rest = everything() - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
-            engine.train_step(batch)
-        now = most = 0
-        results: Any = found.profiler.kineto_results  # type: ignore[union-attr]
-        events = [event for event in results.events() if event.name() == "[memory]"]
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            now += event.nbytes()
-            most = max(most, now)
+        # The profiler does not see what gloo's threads free, which are the last to hold what is exchanged in some of the steps.
+        least = min(_peak(engine, batch) for _ in range(4 if runtime.world_size > 1 else 1))
         engine.close()
-        return {"rank": runtime.rank, "rest": rest, "step": most, "measured": rest + most, **vars(memory)}
+        return {"rank": runtime.rank, "rest": rest, "step": least, "measured": rest + least, **vars(memory)}
+
+
+def _peak(engine: Any, batch: Any) -> int:
+    """The most that a step allocates."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
+        engine.train_step(batch)
+    now = most = 0
+    results: Any = found.profiler.kineto_results  # type: ignore[union-attr]
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def difference(found: dict[str, Any]) -> float:
