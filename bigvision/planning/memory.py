@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from bigvision import muon
 from bigvision.config import SPLIT_BACKWARD, Config, OptimConfig, deepspeed_settings, micro_batch
 from bigvision.engine.state import BUCKET
 from bigvision.errors import UserError
@@ -29,6 +30,8 @@ from bigvision.planning.zero3 import gathered
 
 MASTER = 4
 """Bytes of an fp32 value."""
+AT_ONCE = 500_000_000
+"""Gradients that DeepSpeed exchanges in one piece after the backward passes."""
 WORKSPACE = {"cpu": 0, "cuda": 150_000_000}
 """Bytes that libraries keep in torch's allocator: what an eager ViT-L and a ResNet-50 needed on an H100 beyond all else."""
 
@@ -204,7 +207,7 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
     held = state.parameters + buffers + state.optimizer + ema + state.buckets + images + WORKSPACE[profile.device]
     held += teacher.held if teacher else 0
     if layout.strategy == "pipeline":
-        stepped = _stepped(profile, config, state.gradients, layout.ranks)
+        stepped = _stepped(profile, config, layout, state.gradients)
         return _stages_memory(rank, plan, mine, state, buffers, ema, images, held - images, stepped)
     step = _Step(profile, config, layout, state)
     most = step.peak(shard)
@@ -236,14 +239,17 @@ def _stages_memory(
     )  # fmt: skip
 
 
-def _stepped(profile: Profile, config: Config, gradients: int, ranks: int) -> float:
+def _stepped(profile: Profile, config: Config, layout: Layout, gradients: int) -> float:
     """Bytes that the optimizer's step allocates on a rank with so many bytes of *gradients*."""
     if not profile.update or config.parallel.offload != "none":
         return 0.0
+    if config.optim.name == "muon" and layout.strategy != "ddp" and layout.shards > 1:
+        # Rows of matrices in bf16: a rank's own, as they are sent and as they arrive, and their results before and after that.
+        return max(profile.update, 5 * 2 * min(gradients / MASTER, muon.BUCKET))
     if config.optim.name in ("adafactor", "muon"):  # one whole matrix after another
         return profile.update
-    if config.parallel.strategy.startswith("zero"):
-        return profile.update / ranks
+    if layout.strategy.startswith("zero"):
+        return profile.update / layout.ranks
     return profile.update * gradients / (MASTER * sum(part.trained for part in profile.parts))
 
 
@@ -295,6 +301,8 @@ class _Step:
         self.repeats = -(-share // self.images) > 1
         """Whether gradients of earlier micro-batches are there already."""
         self.trained = sum(part.trained for part in profile.parts)
+        self.after_passes = layout.strategy == "zero1" and profile.compute == torch.bfloat16
+        """Whether gradients are exchanged after all passes, in fp32: for bf16 DeepSpeed has an optimizer of its own."""
 
     def peak(self, shard: int) -> _Most:
         """The most of the passes of the step's last micro-batch."""
@@ -322,7 +330,9 @@ class _Step:
     def update(self) -> float:
         """Gradients, and what the optimizer's step allocates."""
         strategy = self.layout.strategy
-        stepped = _stepped(self.profile, self.config, self.state.gradients, self.layout.ranks)
+        stepped = _stepped(self.profile, self.config, self.layout, self.state.gradients)
+        if self.after_passes:
+            return MASTER * min(self.trained, AT_ONCE) + stepped
         if strategy in ("zero1", "zero2"):
             # The share of the gradients, from which the flat gradient is made; it is not smaller than all of zero1's.
             part = MASTER * sum(_padded(self.profile, self.layout.ranks)) / self.layout.ranks
@@ -427,7 +437,7 @@ class _Partitioned:
         self.half = step.profile.compute.itemsize < MASTER
         # Stage 1 copies gradients into its buckets in the type that they come in, if that is half of fp32.
         width = step.profile.compute.itemsize if self.stage == "zero1" else MASTER
-        self.bucket = width * self.size * (2 if knobs["overlap_comm"] else 1)
+        self.bucket = 0 if step.after_passes else width * self.size * (2 if knobs["overlap_comm"] else 1)
         self.wider = MASTER / step.profile.compute.itemsize
         self.share = 1 / layout.ranks
         self.whole = MASTER * step.trained * (self.share if self.stage == "zero2" else 1.0)

@@ -148,6 +148,13 @@ CASES: list[tuple[Any, ...]] = [
     (VIT, 1, 16, 1, "ddp", NONE, NONE, {"model": {"trainable": "last:1"}}),
     (VIT, 1, 8, 1, "ddp", NONE, NONE, {"optim": {"name": "muon"}}),
     (VIT, 1, 8, 1, "ddp", NONE, NONE, {"optim": {"name": "adafactor"}}),
+    # So small that the optimizer's step has the peak.
+    *((VIT, 1, 2, 1, "ddp", AGAIN, NONE, {"optim": {"name": name}}) for name in ("sgd", "lion", "lamb", "adafactor", "muon")),
+    *((VIT, 2, 2, 1, "fsdp", AGAIN, NONE, {"optim": {"name": name}}) for name in ("lamb", "muon")),
+    (VIT, 2, 2, 1, "zero1", AGAIN, NONE),
+    (VIT, 2, 2, 1, "zero3", AGAIN, NONE),
+    (RESNET, 2, 16, 1, "zero2", NONE, NONE),
+    (CONVNEXT, 2, 16, 1, "zero3", NONE, {"name": "segment", "decoder": "upernet"}),
     (VIT | {"image_size": 128}, 1, 8, 1, "ddp", {"precision": "amp_bf16"}, {"name": "segment", "decoder": "dpt"}),
     (VIT, 2, 8, 1, "ddp", NONE, NONE, {"ema": {"decay": 0.9}}),
     (VIT, 2, 8, 1, "zero2", NONE, NONE, {"ema": {"decay": 0.9}}),
@@ -256,7 +263,10 @@ def test_peaks_of_an_h100(name: str, batch: int, compiled: bool, precision: str,
 
 @pytest.mark.long
 def test_recompute_under_fsdp_on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was measured when ``fully_shard`` ran on a single rank too, and cast what enters a block to bf16."""
+    """It was measured when ``fully_shard`` ran on a single rank too, and cast what enters a block to bf16.
+
+    Today what enters a block, and is kept, is fp32: 13.2 GB are predicted for that, and nobody has measured it.
+    """
     from bigvision.planning import profile as module
 
     choose = module.choose_computing
