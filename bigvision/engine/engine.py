@@ -205,6 +205,7 @@ class Engine:
                     if self.local_first:
                         self._local = self._moment()  # the last backward pass is the first to exchange anything
                     loss = self._checked_loss(outputs, self._loss_targets(part), len(part), told)
+                del outputs, told  # maps of class scores may be larger than what the backward pass needs
                 with mark(BACKWARD):
                     self.stepper.backward(loss, factor)
             loss_sum += loss.detach()

@@ -375,6 +375,8 @@ class FusedAttention(TorchFunctionMode):
         query, key, value, mask = (named.get(name) for name in ("query", "key", "value", "attn_mask"))
         if self.device == "cpu" and (named.get("dropout_p") or (mask is not None and mask.requires_grad)):
             return func(*args, **kwargs)  # the CPU's kernel has neither
+        if query.ndim != 4:
+            return func(*args, **kwargs)  # fused kernels take (images, heads, places, channels) alone
         if torch.is_autocast_enabled("cpu"):
             query, key, value = (one.to(torch.get_autocast_dtype("cpu")) for one in (query, key, value))
         return _Attention.apply(self.counter, query, key, value, mask)
