@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-ALONE = ("runtime/test_watchdog.py", "runtime/test_two_hosts.py")
-"""Files of tests whose ranks have limits of a few seconds: beside other tests these could run out on ranks that work."""
+ALONE = ("runtime/test_watchdog.py", "runtime/test_two_hosts.py", "planning/test_plan_time.py")
+"""Files of tests whose ranks have limits of a few seconds, which could run out beside other tests, or that measure times."""
 
 LONGEST = (
     "engine/test_parity.py",

@@ -25,19 +25,20 @@ GIB = 1 << 30
 PER_HOST = 8
 """Devices of a host where a number of devices is all that is given."""
 Curve = tuple[tuple[float, float], ...]
-"""A rate as a function of an operation's size: (size, rate), by size; between two of them it is interpolated."""
+"""A rate as a function of an operation's size: (size, rate), by size; between two of them it is interpolated. The size is in
+FLOPs for each byte moved where the rate is in FLOP/s, and in bytes moved where it is in bytes/s."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device was measured to reach, by kind of operation (`timing.KINDS`) and number format."""
+    """What a device was measured to reach, by the name of the rate (`operations.rate_name`)."""
 
-    work: Mapping[str, Curve]
+    curves: Mapping[str, Curve]
     """"product bf16": FLOPs of one operation, FLOP/s. "add": bytes that one operation reads and writes, bytes/s."""
     overhead: float
     """Seconds that an operation takes beside its work; where the device runs behind the host, of the host."""
-    step: float = 0.0
-    """Seconds of a step that belong to no operation of the model."""
+    gaps: float = 1.0
+    """What a pass takes over the sum of its operations, each measured by itself."""
 
 
 @dataclass(frozen=True)
@@ -364,8 +365,10 @@ def _measured(kind: str, per_host: int) -> Hardware | None:
     try:
         tree = json.loads(text)
         rates = tree["device"].pop("rates")
-        work = {name: tuple((float(size), float(rate)) for size, rate in curve) for name, curve in rates.pop("work").items()}
-        device = _from_json(Device, tree.pop("device"), rates=Rates(work, **rates))
+        curves = {
+            name: tuple((float(size), float(rate)) for size, rate in curve) for name, curve in rates.pop("curves").items()
+        }
+        device = _from_json(Device, tree.pop("device"), rates=Rates(curves, **rates))
         links = {key: _from_json(Link, tree.pop(key)) for key in ("within", "between")}
         return Hardware(device, int(tree["ranks"]), int(tree["per_host"]), **links)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

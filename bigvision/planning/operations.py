@@ -1,7 +1,8 @@
 """What single operations compute and move: the counting behind every predicted time.
 
 Times are the roofline of Williams et al. (2009), one operation at a time: an operation takes as long as its FLOPs or as its
-bytes, whichever is longer. Operations of a kind reach the same share of a device's peaks.
+bytes, whichever is longer. On a datasheet operations of a kind reach the same share of the peaks. Where a machine was measured,
+kinds are divided into variants, whose rates differ by an order of magnitude on CPUs.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ KINDS = {
 }  # fmt: skip
 """Operations of torch by kind; the products of grouped convolutions are "grouped", and what is in no row is "add"."""
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+IMAGE_CHANNELS = 4
+"""A convolution of at most as many channels reads images."""
 FREE = {
     "detach", "alias", "_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty",
     "new_empty_strided", "lift_fresh", "set_", "resize_",
@@ -64,6 +67,8 @@ class Operation:
     reads: Mapping[int, float]
     """Bytes, by the tensor's number."""
     writes: Mapping[int, float]
+    variant: str = ""
+    """Words of which the first matters most: back, pointwise, depthwise, image, batch, last (laid out as channels_last)."""
 
     @property
     def moved(self) -> float:
@@ -84,6 +89,8 @@ class Work:
     fixed: float = 0.0
     """Bytes that do not depend on the images, such as weights."""
     count: int = 1
+    variant: str = ""
+    """As of `Operation`."""
 
 
 class Log:
@@ -118,13 +125,14 @@ class Log:
                 kind = "attention"
         if plain in FILLING:
             reads = {}
-        self.operations.append(Operation(kind, _format(inputs or outputs), flops, reads, writes))
+        self.operations.append(Operation(kind, _format(inputs or outputs), flops, reads, writes, _variant(kind, plain, inputs)))
 
     def attention(self, flops: float, moved: float, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Take a pass of fused attention, which never writes its scores."""
+        """Take a pass of fused attention, which never writes its scores; a backward pass reads gradients too."""
         reads = {self._number(tensor): 0.0 for tensor in inputs}
         writes = {self._number(tensor, True): moved / len(outputs) for tensor in outputs}
-        self.operations.append(Operation("attention", _format(inputs), flops, reads, writes))
+        variant = "back" if len(inputs) > 3 else ""
+        self.operations.append(Operation("attention", _format(inputs), flops, reads, writes, variant))
 
     def _number(self, tensor: Tensor, new: bool = False) -> int:
         key = tensor.untyped_storage()._cdata
@@ -132,6 +140,35 @@ class Log:
             self._count += 1
             self._numbers[key] = self._count
         return self._numbers[key]
+
+
+def _variant(kind: str, name: str, inputs: Sequence[Tensor]) -> str:
+    """What, beside their size, decides how fast operations of *kind* are."""
+    back = "backward" in name
+    words = ["back"] * back
+    if kind in ("convolution", "grouped"):
+        value, weight = inputs[1:3] if back else inputs[:2]
+        if kind == "grouped":
+            words += ["depthwise"] * (weight.shape[1] == 1)
+        elif value.shape[1] <= IMAGE_CHANNELS:
+            words.append("image")
+        elif weight[0, 0].numel() == 1:
+            words.append("pointwise")
+    elif kind == "norm":
+        words += ["batch"] * ("batch_norm" in name)
+    if kind in ("convolution", "grouped", "norm", "pool") and any(map(_last, inputs)):
+        words.append("last")
+    return " ".join(words)
+
+
+def _last(tensor: Tensor) -> bool:
+    """Whether an image's channels lie together."""
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def rate_name(kind: str, format: str, variant: str) -> str:
+    """The name of a rate: of products by number format."""
+    return " ".join(filter(None, (kind, format if kind in PRODUCTS else "", variant)))
 
 
 def _bytes(tensor: Tensor) -> float:
@@ -176,11 +213,11 @@ def fused(operations: Sequence[Operation]) -> list[Operation]:
 
 def per_image(few: Sequence[Operation], many: Sequence[Operation], sizes: tuple[int, int]) -> tuple[Work, ...]:
     """The work of a pass that was recorded with two numbers of images, equal operations counted together."""
-    counts: dict[tuple[str, str, float, float, float], int] = {}
+    counts: dict[tuple[str, str, float, float, float, str], int] = {}
     alike = [one.kind for one in few] == [other.kind for other in many]
     for one, other in zip(few if alike else many, many):
         moved = max(0.0, (other.moved - one.moved) / (sizes[1] - sizes[0])) if alike else other.moved / sizes[1]
         fixed = max(0.0, one.moved - moved * sizes[0]) if alike else 0.0
-        key = other.kind, other.format, other.flops / sizes[1], moved, fixed
+        key = other.kind, other.format, other.flops / sizes[1], moved, fixed, other.variant
         counts[key] = counts.get(key, 0) + 1
-    return tuple(Work(*key, count) for key, count in counts.items())
+    return tuple(Work(*key[:-1], count, key[-1]) for key, count in counts.items())

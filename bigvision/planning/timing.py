@@ -18,7 +18,7 @@ from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
 from bigvision.pipeline.schedules import Placement, passes_of
 from bigvision.planning.hardware import Curve, Device, Hardware, Rates
 from bigvision.planning.memory import Layout
-from bigvision.planning.operations import PRODUCTS, Work
+from bigvision.planning.operations import PRODUCTS, Work, rate_name
 from bigvision.planning.profile import Profile
 from bigvision.planning.program import (
     SUM_BYTES,
@@ -86,7 +86,7 @@ def rates_of(device: Device) -> Rates:
             # Grouped convolutions do not use the units for matrix products.
             peak = device.flops.get("fp32", peak) if kind == "grouped" else peak
             work[f"{kind} {name}"] = ((1.0, SHARES[kind] * peak),)
-    return Rates(work, HOST if device.kind == "cuda" else 0.0)
+    return Rates(work, HOST if device.kind == "cuda" else 0.0, GAPS if device.kind == "cuda" else 1.0)
 
 
 def rate_at(curve: Curve, size: float) -> float:
@@ -122,16 +122,14 @@ class Clock:
         total = sum((self._work(work, images) for work in works), 0.0)
         count = sum(work.count for work in works)
         if self.device.kind == "cpu":
-            return Seconds(total + self.rates.overhead * count)
-        return Seconds(GAPS * (total + KERNEL * count), self.rates.overhead * count)
+            return Seconds(self.rates.gaps * (total + self.rates.overhead * count))
+        return Seconds(self.rates.gaps * (total + KERNEL * count), self.rates.overhead * count)
 
     def _work(self, work: Work, images: float) -> float:
-        moved = work.moved * images + work.fixed
-        seconds = self.bytes(moved, work.kind)
-        if work.kind in PRODUCTS and (flops := work.flops * images):
-            known = self.rates.work
-            curve = known.get(f"{work.kind} {work.format}") or known.get(f"{work.kind} fp32") or known[f"product {work.format}"]
-            seconds = max(flops / rate_at(curve, flops), seconds)
+        moved, flops, curve = work.moved * images + work.fixed, work.flops * images, self._curve(work)
+        if work.kind not in PRODUCTS or not flops:
+            return work.count * moved / rate_at(curve, moved) if moved else 0.0
+        seconds = max(flops / rate_at(curve, flops / max(1.0, moved)), self.bytes(moved))
         return seconds * work.count
 
     def part(self, profile: Profile, number: int, what: str, images: float) -> Seconds:
@@ -143,8 +141,16 @@ class Clock:
         return self._known[key]
 
     def bytes(self, moved: float, kind: str = "bytes") -> float:
-        curve = self.rates.work.get(kind) or self.rates.work["bytes"]
+        curve = self.rates.curves.get(kind) or self.rates.curves["bytes"]
         return moved / rate_at(curve, moved) if moved else 0.0
+
+    def _curve(self, work: Work) -> Curve:
+        """What was measured of operations like *work*; words of its variant that were not measured are left out."""
+        words = work.variant.split()
+        names = [rate_name(work.kind, work.format, " ".join(words[:count])) for count in range(len(words), -1, -1)]
+        if work.kind in PRODUCTS:
+            names += [f"{work.kind} fp32", f"product {work.format}"]
+        return next(self.rates.curves[name] for name in (*names, "bytes") if name in self.rates.curves)
 
 
 # The clocks.
@@ -221,7 +227,7 @@ def step_time(profile: Profile, config: Config, layout: Layout, hardware: Hardwa
     else:
         streams, bubble = _accumulated(config, mesh, Streams(hardware, clock, profile, size), count, rest), 0.0
         streams.run(update(profile.parts, profile, config, mesh))
-    total = streams.compute + clock.rates.step
+    total = streams.compute
     batch = config.train.global_batch
     peak = hardware.device.flops.get(FORMATS.get(profile.compute, "fp32"))
     flops = sum(part.forward_flops + part.backward_flops for part in profile.parts)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bigvision import load_config
 from bigvision.config import Config
+from bigvision.planning import calibrate
 from bigvision.planning.hardware import parse_hardware
 from bigvision.planning.memory import Layout
+from bigvision.planning.operations import Work
 from bigvision.planning.profile import Profile, profile
-from bigvision.planning.timing import step_time
+from bigvision.planning.timing import Clock, step_time
+from bigvision.runtime import start
 
 MEASURED = {
     ("vit_large_patch16_224", 192, False): (212.0, False),
@@ -98,3 +102,30 @@ def test_ten_thousand_ranks_take_no_longer_than_one() -> None:
     began = time.process_time()
     found = timed("16384xH100", 16384 * 64, 16)
     assert time.process_time() - began < 2 and found.total > 0
+
+
+def test_calibration_measures_what_plans_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward passes, layouts and kinds of convolutions have rates of their own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    monkeypatch.setattr(calibrate, "NETWORK", 1)
+    for name, sizes in (("PRODUCTS_OF", ((8, 8, 8),)), ("ATTENTION", ((1, 1, 8, 8),)), ("VALUES", (1 << 12, 1 << 18))):
+        monkeypatch.setattr(calibrate, name, {"cpu": sizes})
+    small = {what: tuple((2, *widths[1:3], 8) for widths in shapes[:1]) for what, shapes in calibrate.CONVOLUTIONS.items()}
+    monkeypatch.setattr(calibrate, "CONVOLUTIONS", small)
+    monkeypatch.setattr(calibrate, "FRESH", {"cpu": 1 << 14})
+    with start("cpu") as runtime:
+        calibrate.calibrate(runtime, lambda line: None)
+    hardware = parse_hardware("here")
+    curves = hardware.device.rates.curves
+    kinds = [f"convolution fp32{back}{kind}" for back in ("", " back") for kind in ("", " pointwise", " image")]
+    kinds += [f"grouped fp32{back}{kind}" for back in ("", " back") for kind in ("", " depthwise")]
+    both = [f"{kind}{back}" for kind in ("norm", "curved", "pool", "attention fp32") for back in ("", " back")]
+    assert {*both, *kinds, *(f"{kind} last" for kind in kinds), "norm batch", "norm back batch last", "add"} <= curves.keys()
+    slow = replace(hardware.device.rates, curves={**curves, "grouped fp32 back depthwise last": ((1.0, 1.0),)})
+    clock = Clock(replace(hardware.device, rates=slow))
+    work = Work("grouped", "fp32", 5.0, 0.0, variant="back depthwise last")
+    assert clock.works([work], 2).device == pytest.approx(10.0 * slow.gaps, rel=0.01)
+    other = replace(work, variant="back depthwise")
+    assert clock.works([other], 2).device < 1.0
+    assert clock.works([replace(work, variant="back depthwise unknown")], 2) == clock.works([other], 2)
