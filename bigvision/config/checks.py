@@ -453,6 +453,11 @@ def _check_schedule(parallel: ParallelConfig) -> None:
             f"parallel.compile: true, but parallel.schedule: {parallel.schedule} takes backward passes apart, "
             "which compiled code does not allow: use auto or false, or the schedule interleaved"
         )
+    if parallel.recompute.startswith(("selective", "budget")) and parallel.schedule in SPLIT_BACKWARD:
+        raise UserError(
+            f"parallel.recompute: {parallel.recompute} excludes parallel.schedule: {parallel.schedule}, which takes backward "
+            "passes apart: use blocks or none, or the schedule interleaved"
+        )
 
 
 def _check_task(task: TaskConfig) -> None:

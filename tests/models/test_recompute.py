@@ -137,7 +137,7 @@ STRATEGIES: list[tuple[int, dict[str, Any]]] = [
     (2, {"strategy": "zero2"}),
     (3, {"strategy": "zero3"}),
     (2, {"strategy": "pipeline"}),
-    (2, {"strategy": "pipeline", "schedule": "zbv"}),
+    (2, {"strategy": "pipeline", "schedule": "interleaved"}),
     (4, {"strategy": "pipeline", "stages": 2}),
 ]
 
@@ -167,6 +167,13 @@ def test_attention_with_dropout_is_computed_again() -> None:
 def test_what_is_no_kind_of_recompute(value: str) -> None:
     with pytest.raises(UserError, match=r"parallel.recompute: '.*' must be none, selective, blocks, auto, or budget:X"):
         load_config({"parallel": {"recompute": value}})
+
+
+def test_a_schedule_that_goes_through_a_block_twice() -> None:
+    """torch's selective checkpoint gives what it kept once."""
+    parallel = {"strategy": "pipeline", "schedule": "zbv", "recompute": "selective"}
+    with pytest.raises(UserError, match=r"parallel.recompute: selective excludes parallel.schedule: zbv, .*: use blocks or none"):
+        load_config({"parallel": parallel})
 
 
 def test_a_model_that_cannot_run_on_meta() -> None:
