@@ -172,7 +172,9 @@ def test_what_is_no_kind_of_recompute(value: str) -> None:
 def test_a_schedule_that_goes_through_a_block_twice() -> None:
     """torch's selective checkpoint gives what it kept once."""
     parallel = {"strategy": "pipeline", "schedule": "zbv", "recompute": "selective"}
-    with pytest.raises(UserError, match=r"parallel.recompute: selective excludes parallel.schedule: zbv, .*: use blocks or none"):
+    with pytest.raises(
+        UserError, match=r"parallel.recompute: selective excludes parallel.schedule: zbv, .*: use blocks or none"
+    ):
         load_config({"parallel": parallel})
 
 
