@@ -1,7 +1,7 @@
 """Plan every model of timm for some hardware, on this machine, and write a table of what was found.
 
     python -m benchmarks.plan_models --hardware 8xH200 --out plan_models.jsonl     # goes on where it was stopped
-    python -m benchmarks.plan_models --out plan_models.jsonl --table docs/plan_models.md
+    python -m benchmarks.plan_models --out plan_models.jsonl --commit "abc1234 of 1 May" --table docs/plan_models.md
 
 Each line of the file is one model: what `auto` chooses for it with AdamW, bf16 and a global batch of 1024, its memory and
 predicted speed; or why there is no plan. Where several of timm's names stand for one architecture it is planned once.
@@ -84,8 +84,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def table(lines: list[dict[str, Any]], known: int) -> str:
+def table(lines: list[dict[str, Any]], known: int, commit: str) -> str:
     """A page of all lines, the largest models first."""
+    same, seconds = [line for line in lines if "same" in line], sum(line.get("seconds", 0.0) for line in lines)
+    lines = [line for line in lines if "same" not in line]
     fits = sorted((line for line in lines if "strategy" in line), key=lambda line: (-line["parameters"], line["model"]))
     hardware = ", ".join(sorted({line["hardware"] for line in lines}))
     strategies = Counter((line["strategy"].partition(",")[0], line["recompute"]) for line in fits)
@@ -111,8 +113,10 @@ def table(lines: list[dict[str, Any]], known: int) -> str:
         "micro-batch is a rank's whole part of the batch. GFLOPs are of an image's forward and backward pass, GiB of the",
         "rank that needs the most.",
         "",
-        f"{len(lines)} of timm's {known} architectures were planned: {counts or 'none'}"
+        f"{len(lines) + len(same)} of timm's {known} names were planned, by commit {commit}: {len(lines)} architectures, as",
+        f"{len(same)} names stand for the same one as another, with images of the same size. {counts or 'None'}"
         f"{f'; {len(others)} have no plan' if others else ''}.",
+        f"A model took {seconds / max(1, len(lines)):.1f} s of processor time on average.",
         "",
         "| model | M parameters | image | GFLOPs | layout | micro-batch | GiB | images/s |",
         "|---|--:|--:|--:|---|--:|--:|--:|",
@@ -127,11 +131,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("plan_models.jsonl"))
     parser.add_argument("--models", nargs="*", help="patterns of timm's names; all by default")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no other model after so many")
+    parser.add_argument("--commit", default="unknown", help="which made the lines, with its date; the page names it")
     parser.add_argument("--table", type=Path, help="write this page from the lines that are there, and plan nothing")
     asked = parser.parse_args()
     names = timm.list_models(asked.models or "")
     if asked.table:
-        asked.table.write_text(table(read(asked.out), len(names)), encoding="utf-8")
+        asked.table.write_text(table(read(asked.out), len(names), asked.commit), encoding="utf-8")
         return
     lines = [line for line in read(asked.out) if line["hardware"] == asked.hardware]
     done = {line["model"] for line in lines}
