@@ -417,13 +417,14 @@ def choose(config: Config, estimates: Estimates) -> Choice:
     Raises `NothingFits` where nothing that is left open fits, and `UserError` for ``train.micro_batch: auto`` with BatchNorm.
     """
     hardware, asked = estimates.hardware, auto_keys(config)
-    usual = without_auto(config)
+    strategies = _open_strategies(config, hardware) if "parallel.strategy" in asked else [config.parallel.strategy]
+    # Of the strategy that is looked at first: another one's profile may not be needed.
+    usual = with_values(without_auto(config), {"parallel.strategy": strategies[0]})
     if "train.micro_batch" in asked and has_batchnorm(estimates.profile(usual)):
         raise UserError(
             f"train.micro_batch: auto, but {config.model.name} has BatchNorm, which takes its statistics over a micro-batch, "
             "so its size decides what is learned: give a number, or null for a rank's whole part of the batch"
         )
-    strategies = _open_strategies(config, hardware) if "parallel.strategy" in asked else [config.parallel.strategy]
     recomputes = ("none", "blocks") if "parallel.recompute" in asked else (config.parallel.recompute,)
     blocks = sum(1 for part in estimates.profile(usual).parts if part.path)
     rows: list[Row] = []
