@@ -10,14 +10,10 @@ from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
-from timm.layers import DropPath
 from torch import Tensor, fx, nn
-from torchvision.ops import StochasticDepth
 
+from bigvision.models.alike import RATES
 from bigvision.models.tracing import CONTAINERS, TraceFailed, holders, is_piece, shares_nothing, size, tensors_of, trace
-
-RATES: dict[type[nn.Module], str] = {DropPath: "drop_prob", StochasticDepth: "p", nn.Dropout: "p"}
-"""Modules that zero parts of their input at random, and the attribute with their probability."""
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class _Calls(OpCounter):
         self.alive: list[Tensor] = []  # memory that is freed would be given to others
         self.fused = 0.0
 
-    def attention(self, flops: float, moved: float, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def attention(self, flops: float, moved: Sequence[float], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         self.fused += flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from torch.utils.flop_counter import (
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
+
+from bigvision.models.alike import EqualCalls, Result, tensors_in
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
@@ -310,15 +313,13 @@ class OpCounter(TorchDispatchMode):
     def __init__(self, flops_per_byte: float = 0.0) -> None:
         super().__init__()
         self.flops_per_byte = flops_per_byte
-        self.flops = self.work = self.moved = 0.0
+        self.flops = self.work = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is ATTENTION.default:
-            inputs = [one for one in args if isinstance(one, Tensor)]
-            self.attention(
-                attention_flops(*args[:3]), float(sum(one.nbytes for one in (*inputs, result[0]))), args[:3], result[:1]
-            )
+            moved = [one.nbytes for one in (*args, result[0]) if one is not None]
+            self.attention(attention_flops(*args[:3]), moved, args[:3], result[:1])
             return result
         formula = flop_registry.get(func._overloadpacket)
         flops = 0.0
@@ -329,18 +330,18 @@ class OpCounter(TorchDispatchMode):
             flops = float(forward * (asked[0] + asked[1]))
         elif formula is not None:
             flops = float(formula(*args, **(kwargs or {}), out_val=result))
-        moved = 0.0
+        moved: list[float] = []
         if formula is not None or not func.is_view:
-            moved = float(sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)))
+            moved = [leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         self.add(flops, moved)
         return result
 
-    def add(self, flops: float, moved: float) -> None:
+    def add(self, flops: float, moved: Sequence[float]) -> None:
+        """Count an operation that moves so many bytes of each of its tensors."""
         self.flops += flops
-        self.moved += moved
-        self.work += max(flops, moved * self.flops_per_byte)
+        self.work += max(flops, sum(moved) * self.flops_per_byte)
 
-    def attention(self, flops: float, moved: float, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def attention(self, flops: float, moved: Sequence[float], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Count one pass of a fused kernel."""
         self.add(flops, moved)
 
@@ -410,7 +411,7 @@ class _Attention(torch.autograd.Function):
         ctx.counter, ctx.flops = counter, attention_flops(query, key, value)
         output, sums = ATTENTION(query, key, value, mask)
         ctx.save_for_backward(query, key, value, mask, output.detach(), sums)
-        ctx.moved = float(sum(one.nbytes for one in (query, key, value, output, mask) if one is not None))
+        ctx.moved = [one.nbytes for one in (query, key, value, output, mask) if one is not None]
         return output
 
     @staticmethod
@@ -420,7 +421,8 @@ class _Attention(torch.autograd.Function):
         wanted = zip((query, key, value, mask), ctx.needs_input_grad[1:])
         found = [torch.empty_like(one) if one is not None and needed else None for one, needed in wanted]
         outputs = [one for one in found if one is not None]
-        ctx.counter.attention(2.5 * ctx.flops, 2 * ctx.moved, (query, key, value, *gradients), outputs)
+        moved = [2 * size for size in ctx.moved]
+        ctx.counter.attention(2.5 * ctx.flops, moved, (query, key, value, *gradients), outputs)
         return None, *found
 
 
@@ -465,33 +467,62 @@ class _CostRunner(Runner):
         self.costs: dict[str, Cost] = {}
         self.kept: dict[int, Tensor] = {}  # by storage: a tensor that two nodes need is kept once
         self.counted: set[nn.Parameter] = set()
+        self.calls, self.numbers = EqualCalls(), itertools.count(1)
 
     def run_node(self, n: fx.Node) -> Any:
-        saved: dict[int, Tensor] = {}
+        again = self.recomputed.get(str(n.target)) if n.op == "call_module" else None
+        value, flops, work, saved, products = self._counted(n, frozenset(again or ()))
+        recomputed = 0.0
+        if again is not None:
+            recomputed = sum(map(self._nbytes, saved.values())) - sum(map(self._nbytes, products.values()))
+            inputs = tensors_in(self.fetch_args_kwargs_from_env(n))
+            saved = products | {tensor.untyped_storage()._cdata: tensor for tensor in inputs}
+        kept = sum(self._nbytes(tensor) for key, tensor in saved.items() if key not in self.kept)
+        self.kept |= saved
+        new = {tensor for tensor in tensors_of(n, self.module) if isinstance(tensor, nn.Parameter)} - self.counted
+        self.counted |= new
+        self.costs[n.name] = Cost(
+            flops / SAMPLES, work / SAMPLES, kept / SAMPLES, recomputed / SAMPLES,
+            sum(parameter.numel() for parameter in new), sum(parameter.numel() for parameter in new if parameter.requires_grad),
+        )  # fmt: skip
+        return value
+
+    def _counted(self, n: fx.Node, products: Collection[Key]) -> tuple[Any, float, float, dict[int, Tensor], dict[int, Tensor]]:
+        """The value of *n*, what it computes, what it keeps for the backward pass, and what its *products* are, by storage."""
+        key, module, known = None, None, self.calls.results
+        saved, made = dict[int, Tensor](), dict[int, Tensor]()
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        inputs = tensors_in((args, kwargs))
+        if n.op == "call_module":
+            module = self.fetch_attr(str(n.target))
+            if (equal := self.calls.key(module, args, kwargs)) is not None:
+                key = equal, products
+        if module is not None and key in known:
+            result, flops, work, *kept = known[key]
+            value = result.made()
+            # Some of what the other one kept was there before or is its result, and some it made itself.
+            here = [*inputs, value, *module.buffers()]
+            for found, tensors in zip((saved, made), kept):
+                for place, tensor in tensors:
+                    mine = tensor if place is None else here[place]
+                    found[-next(self.numbers) if place is None else mine.untyped_storage()._cdata] = mine
+            return value, flops, work, saved, made
 
         def pack(tensor: Tensor) -> Tensor:
             if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
                 saved[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
-        again = self.recomputed.get(str(n.target)) if n.op == "call_module" else None
-        self.attention.counter = counter = _Keeping(self.flops_per_byte, again or ())
+        self.attention.counter = counter = _Keeping(self.flops_per_byte, products)
         with counter, self.attention, saved_tensors_hooks(pack, lambda tensor: tensor):
             value = super().run_node(n)
-        recomputed = 0.0
-        if again is not None:
-            recomputed = sum(map(self._nbytes, saved.values())) - sum(map(self._nbytes, counter.kept))
-            inputs = [*tree_leaves(self.fetch_args_kwargs_from_env(n)), *counter.kept]
-            saved = {leaf.untyped_storage()._cdata: leaf for leaf in inputs if isinstance(leaf, Tensor)}
-        kept = sum(self._nbytes(tensor) for key, tensor in saved.items() if key not in self.kept)
-        self.kept |= saved
-        new = {tensor for tensor in tensors_of(n, self.module) if isinstance(tensor, nn.Parameter)} - self.counted
-        self.counted |= new
-        self.costs[n.name] = Cost(
-            counter.flops / SAMPLES, counter.work / SAMPLES, kept / SAMPLES, recomputed / SAMPLES,
-            sum(parameter.numel() for parameter in new), sum(parameter.numel() for parameter in new if parameter.requires_grad),
-        )  # fmt: skip
-        return value
+        made = {tensor.untyped_storage()._cdata: tensor for tensor in counter.kept}
+        if key is not None and module is not None and (result := Result.of(value, inputs, module)) is not None:
+            here = [*inputs, value, *module.buffers()]
+            places = {tensor.untyped_storage()._cdata: place for place, tensor in enumerate(here)}
+            kept = ([(places.get(at), tensor) for at, tensor in found.items()] for found in (saved, made))
+            known[key] = result, counter.flops, counter.work, *kept
+        return value, counter.flops, counter.work, saved, made
 
     def _nbytes(self, tensor: Tensor) -> float:
         """The bytes of the storage of *tensor*, with floating-point values in the compute type."""

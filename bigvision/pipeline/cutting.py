@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import key_get, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
+from bigvision.models.alike import EqualCalls, Result, tensors_in
 from bigvision.models.tracing import Runner, first_line, tensors_of
 
 SAMPLES = (2, 3)  # numbers of images with which a graph is watched; what differs follows the number of samples
@@ -56,13 +57,29 @@ Leaf = tuple[str, int]  # a tensor in the graph: the node that makes it and its 
 class _Watched(Runner):
     """Runs a graph, of a model on meta, and keeps what each node makes: fake tensors, as they would lie on *device*."""
 
-    def __init__(self, graph: fx.GraphModule, images: tuple[int, ...], device: torch.device) -> None:
-        twin = copy.deepcopy(graph)
+    def __init__(self, graph: fx.GraphModule, device: torch.device) -> None:
+        self.device, self.calls = device, EqualCalls()
         self.values: dict[str, Any] = {}
         # Not on meta, which does not know in which order a convolution writes.
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+        self.mode, twin = FakeTensorMode(allow_non_fake_inputs=True), copy.deepcopy(graph)
+        with self.mode:
             super().__init__(twin.to_empty(device=device))
-            self.run(torch.empty(images, device=device))
+
+    def watch(self, images: tuple[int, ...]) -> dict[str, Any]:
+        """What each node makes of so many images."""
+        self.values = {}
+        with self.mode, torch.random.fork_rng(devices=[]):
+            self.run(torch.empty(images, device=self.device))
+        return self.values
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module, known = self.fetch_attr(target), self.calls.results
+        if (key := self.calls.key(module, args, kwargs)) in known:
+            return known[key].made()
+        value = super().call_module(target, args, kwargs)
+        if key is not None and (result := Result.of(value, tensors_in((args, kwargs)), module)) is not None:
+            known[key] = result
+        return value
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -83,7 +100,8 @@ class Flow:
         Nothing is computed. Raises `CannotCut` when it does not run.
         """
         try:
-            self.values, self.others = (_Watched(graph, (count, *image_shape), device).values for count in SAMPLES)
+            watched = _Watched(graph, device)
+            self.values, self.others = (watched.watch((count, *image_shape)) for count in SAMPLES)
         except Exception as error:
             raise CannotCut(f"its trace does not run: {first_line(error)}") from error
         self.graph = graph

@@ -388,12 +388,13 @@ def best_cuts(
             reached = {}
             for end in allowed if stage < stages - 1 else [len(work)]:
                 ways = [
-                    (value(so_far, start, end), [*cuts, end])
-                    for start, (so_far, cuts) in best.items()
+                    (value(so_far, start, end), start)
+                    for start, (so_far, _) in best.items()
                     if start < end and total[end] - total[start] <= limit and fits(stage, start, end)
                 ]
                 if ways:
-                    reached[end] = min(ways, key=operator.itemgetter(0))
+                    least, start = min(ways, key=operator.itemgetter(0))
+                    reached[end] = least, [*best[start][1], end]
             best = reached
         return best.get(len(work))
 

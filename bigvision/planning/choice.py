@@ -33,7 +33,7 @@ from bigvision.pipeline.schedules import USABLE
 from bigvision.planning.hardware import PER_HOST, Hardware
 from bigvision.planning.memory import Layout, Memory, worst
 from bigvision.planning.profile import Profile, planned, profile
-from bigvision.planning.timing import StepTime, step_time
+from bigvision.planning.timing import StepTime, least_seconds, step_time
 from bigvision.tasks import Task, build_task
 
 GIB = 1 << 30
@@ -153,10 +153,10 @@ class Estimates:
             alike = {"parallel.device": self.hardware.device.kind, "parallel.strategy": casts, "parallel.offload": "none"}
             alike |= {"parallel.schedule": "1f1b"} | ({"parallel.compile": False} if eager else {})
             config = with_values(config, alike)
-            self._profiles[key] = profile(config, self.outputs, self._given_task, self._plan(config))
+            self._profiles[key] = profile(config, self.outputs, self._given_task, self.built(config))
         return self._profiles[key]
 
-    def _plan(self, config: Config) -> tuple[Blueprint, Blocks]:
+    def built(self, config: Config) -> tuple[Blueprint, Blocks]:
         """The model on meta and its blocks; each profile copies them."""
         if (name := repr(config.model)) not in self._plans:
             if self.model is None:
@@ -181,6 +181,11 @@ class Estimates:
     def time(self, config: Config) -> StepTime:
         config = self._alone(config)
         return step_time(self.profile(config), config, Layout.of(config, self.hardware.ranks), self.hardware)
+
+    def least(self, config: Config) -> float:
+        """Seconds of a step that no layout undercuts."""
+        plain = with_values(config, {"parallel.strategy": "ddp", "parallel.recompute": "none", "parallel.schedule": "1f1b"})
+        return least_seconds(self.profile(plain), config, self.hardware)
 
     @property
     def usable(self) -> float:
@@ -414,19 +419,24 @@ def choose(config: Config, estimates: Estimates) -> Choice:
     Raises `NothingFits` where nothing that is left open fits, and `UserError` for ``train.micro_batch: auto`` with BatchNorm.
     """
     hardware, asked = estimates.hardware, auto_keys(config)
-    usual = without_auto(config)
+    strategies = _open_strategies(config, hardware) if "parallel.strategy" in asked else [config.parallel.strategy]
+    # Of the strategy that is looked at first: another one's profile may not be needed.
+    usual = with_values(without_auto(config), {"parallel.strategy": strategies[0]})
     if "train.micro_batch" in asked and has_batchnorm(estimates.profile(usual)):
         raise UserError(
             f"train.micro_batch: auto, but {config.model.name} has BatchNorm, which takes its statistics over a micro-batch, "
             "so its size decides what is learned: give a number, or null for a rank's whole part of the batch"
         )
-    strategies = _open_strategies(config, hardware) if "parallel.strategy" in asked else [config.parallel.strategy]
     recomputes = ("none", "blocks") if "parallel.recompute" in asked else (config.parallel.recompute,)
     blocks = sum(1 for part in estimates.profile(usual).parts if part.path)
     rows: list[Row] = []
     refused: list[Refusal] = []
+    # Of the plain module, which is compiled wherever another strategy's is.
+    least = estimates.least(usual) if strategies[0] == "ddp" else 0.0
     for values in layouts(config, hardware, strategies, blocks) if "parallel.strategy" in asked else [{}]:
         for recompute in recomputes:
+            if rows and _best(rows).time.total <= AHEAD * least:
+                break  # what is less simple cannot be so much faster
             laid = with_values(config, values | {"parallel.recompute": recompute})
             found = _with_asked_size(estimates, laid)
             if isinstance(found, Refusal):
@@ -437,16 +447,22 @@ def choose(config: Config, estimates: Estimates) -> Choice:
                 break  # recomputing spares memory for a larger micro-batch, and there is none
     if not rows:
         raise NothingFits(_nothing_fits(estimates, asked, refused))
-    best = rows[0]  # the simplest first
-    for other in rows[1:]:
-        if other.time.images_per_second > AHEAD * best.time.images_per_second:
-            best = other
+    best = _best(rows)
     chosen = {key: get(best.config, key) for key in asked}
     if "parallel.strategy" in asked:
         chosen |= {key: get(best.config, key) for key in DETAILS if get(best.config, key) != get(config, key)}
     if config.train.micro_batch is None:
         chosen.pop("train.micro_batch", None)
     return Choice(chosen, best, _reason(estimates, best, rows, refused, asked))
+
+
+def _best(rows: Sequence[Row]) -> Row:
+    """The simplest, which comes first, unless another is so much faster."""
+    best = rows[0]
+    for other in rows[1:]:
+        if other.time.images_per_second > AHEAD * best.time.images_per_second:
+            best = other
+    return best
 
 
 def _open_strategies(config: Config, hardware: Hardware) -> list[str]:

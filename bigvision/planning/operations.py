@@ -55,6 +55,37 @@ FILLING = {"zero", "fill", "zeros", "zeros_like", "new_zeros", "ones", "ones_lik
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+PRIME = 1009
+IMAGES = 2 * PRIME
+"""How many images are recorded. No other dimension of a model is a multiple of so large a prime number: what can be divided by
+it grows with the images, and the rest is fixed. So one recording gives the numbers of every micro-batch."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A number of bytes or operations that grows with the images."""
+
+    fixed: float = 0.0
+    per_image: float = 0.0
+
+    @classmethod
+    def of(cls, recorded: float) -> Amount:
+        """What *recorded*, of `IMAGES` images, is for any number of them."""
+        return cls(0.0, recorded / IMAGES) if recorded % PRIME == 0 else cls(recorded)
+
+    def at(self, images: float) -> float:
+        return self.fixed + self.per_image * images
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(self.fixed + other.fixed, self.per_image + other.per_image)
+
+    def __sub__(self, other: Amount) -> Amount:
+        return Amount(self.fixed - other.fixed, self.per_image - other.per_image)
+
+
+NOTHING = Amount()
+
+
 @dataclass(frozen=True)
 class Operation:
     """One operation of a recorded pass."""
@@ -69,10 +100,17 @@ class Operation:
     writes: Mapping[int, float]
     variant: str = ""
     """Words of which the first matters most: back, pointwise, depthwise, image, batch, last (laid out as channels_last)."""
+    others: Sequence[float] = ()
+    """Further bytes that are moved."""
+
+    @property
+    def sizes(self) -> list[float]:
+        """All bytes that are moved, tensor by tensor."""
+        return [*self.reads.values(), *self.writes.values(), *self.others]
 
     @property
     def moved(self) -> float:
-        return sum(self.reads.values()) + sum(self.writes.values())
+        return sum(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -127,12 +165,12 @@ class Log:
             reads = {}
         self.operations.append(Operation(kind, _format(inputs or outputs), flops, reads, writes, _variant(kind, plain, inputs)))
 
-    def attention(self, flops: float, moved: float, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def attention(self, flops: float, moved: Sequence[float], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Take a pass of fused attention, which never writes its scores; a backward pass reads gradients too."""
         reads = {self._number(tensor): 0.0 for tensor in inputs}
-        writes = {self._number(tensor, True): moved / len(outputs) for tensor in outputs}
+        writes = {self._number(tensor, True): 0.0 for tensor in outputs}
         variant = "back" if len(inputs) > 3 else ""
-        self.operations.append(Operation("attention", _format(inputs), flops, reads, writes, variant))
+        self.operations.append(Operation("attention", _format(inputs), flops, reads, writes, variant, moved))
 
     def _number(self, tensor: Tensor, new: bool = False) -> int:
         key = tensor.untyped_storage()._cdata
@@ -211,13 +249,11 @@ def fused(operations: Sequence[Operation]) -> list[Operation]:
     return found
 
 
-def per_image(few: Sequence[Operation], many: Sequence[Operation], sizes: tuple[int, int]) -> tuple[Work, ...]:
-    """The work of a pass that was recorded with two numbers of images, equal operations counted together."""
+def per_image(operations: Sequence[Operation]) -> tuple[Work, ...]:
+    """The work of a pass that was recorded with `IMAGES` images, equal operations counted together."""
     counts: dict[tuple[str, str, float, float, float, str], int] = {}
-    alike = [one.kind for one in few] == [other.kind for other in many]
-    for one, other in zip(few if alike else many, many):
-        moved = max(0.0, (other.moved - one.moved) / (sizes[1] - sizes[0])) if alike else other.moved / sizes[1]
-        fixed = max(0.0, one.moved - moved * sizes[0]) if alike else 0.0
-        key = other.kind, other.format, other.flops / sizes[1], moved, fixed, other.variant
+    for one in operations:
+        moved = sum(map(Amount.of, one.sizes), NOTHING)
+        key = one.kind, one.format, Amount.of(one.flops).per_image, moved.per_image, moved.fixed, one.variant
         counts[key] = counts.get(key, 0) + 1
     return tuple(Work(*key[:-1], count, key[-1]) for key, count in counts.items())

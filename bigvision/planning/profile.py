@@ -1,8 +1,8 @@
 """What one training step of a model computes, moves and keeps, counted on the meta device.
 
 The model is built as the engine builds it (number format, frozen parts, adapters, recompute, the task's loss) and runs forward
-and backward without memory, with two sizes of micro-batch. Each allocation of the two passes is recorded in its order. What
-both have alike is fixed, the rest belongs to the images, so that one profile gives the memory of every micro-batch.
+and backward without memory. Each allocation of the two passes is recorded in its order, divided into what is fixed and what
+belongs to the images, so that one profile gives the memory of every micro-batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,29 +29,13 @@ from bigvision.models.formats import hold_frozen
 from bigvision.models.tracing import FusedAttention, named_tensors, plain_attributes
 from bigvision.optim import freeze, parameter_groups
 from bigvision.planning.compiled import compile_without_code
-from bigvision.planning.operations import Work, fused, per_image
+from bigvision.planning.operations import IMAGES, NOTHING, Amount, Work, fused, per_image
 from bigvision.planning.recorder import Recorder, Recording, Span, spans, step_bytes, tensors_in
 from bigvision.planning.repeats import extended, leave_out, runs_of
 from bigvision.tasks import Classify, Task, build_task
 
 FUSED = ("adamw", "sgd")
 """Optimizers whose step is one kernel, which allocates nothing."""
-SAMPLES = (2, 4)
-"""The two micro-batches that are recorded. BatchNorm refuses a single image."""
-
-
-@dataclass(frozen=True)
-class Amount:
-    """A number of bytes or operations that grows with the images."""
-
-    fixed: float = 0.0
-    per_image: float = 0.0
-
-    def at(self, images: float) -> float:
-        return self.fixed + self.per_image * images
-
-    def __add__(self, other: Amount) -> Amount:
-        return Amount(self.fixed + other.fixed, self.per_image + other.per_image)
 
 
 @dataclass(frozen=True)
@@ -97,11 +82,11 @@ class Part:
     """For one image, without what is recomputed."""
     recomputed_flops: float = 0.0
     """For one image, in the backward pass: less than the forward pass's, since the last operations are left out."""
-    forward_bytes: Amount = Amount()
+    forward_bytes: Amount = NOTHING
     """Read and written by the operations of the pass."""
-    backward_bytes: Amount = Amount()
-    recomputed_bytes: Amount = Amount()
-    saved: Amount = Amount()
+    backward_bytes: Amount = NOTHING
+    recomputed_bytes: Amount = NOTHING
+    saved: Amount = NOTHING
     """Bytes that are kept from the forward pass to the backward pass, with the output."""
     input_bytes: float = 0.0
     """For one image."""
@@ -202,7 +187,7 @@ def _profile(config: Config, made: Blueprint, blocks: Blocks, learned: Task) -> 
         mine.module = copy.deepcopy(made.module)
         copies = [replace(block, module=mine.module.get_submodule(block.path)) for block in blocks]
         found = Blocks(copies, blocks.graph, blocks.reason, blocks.max_share)
-        recording = _Recording(config, mine, found, learned, short)
+        recording = _Recording(config, mine, found, learned, short, _computing.setdefault(made.module, {}))
         try:
             return replace(recording.profile(), model=made.module)
         except Exception:
@@ -228,11 +213,17 @@ def device_type(config: Config) -> str:
     return "cpu" if config.parallel.device == "cpu" else "cuda"
 
 
+_computing: WeakKeyDictionary[nn.Module, dict[Any, Computing]] = WeakKeyDictionary()
+"""How each model computes, by the number format that is asked for: to find out takes two passes."""
+
+
 class _Recording:
     """A model prepared as the engine prepares it, without memory, and what its passes do."""
 
-    def __init__(self, config: Config, plan: Blueprint, blocks: Blocks, task: Task, short: bool) -> None:
-        """*short*: most of many equal blocks in a row are not run, see `repeats`."""
+    def __init__(
+        self, config: Config, plan: Blueprint, blocks: Blocks, task: Task, short: bool, known: dict[Any, Computing]
+    ) -> None:  # fmt: skip
+        """*short*: most of many equal blocks in a row are not run, see `repeats`. *known*: how it computes in which format."""
         self.config, self.task, self.device = config, task, device_type(config)
         self.module, parallel = plan.module, config.parallel
         self.target_bytes = 0.0
@@ -241,7 +232,10 @@ class _Recording:
         self.kinds = {module: number for number, group in enumerate(kinds(modules)) for module in group}
         channels_last = make_contiguous(self.module)
         target, here = torch.device(self.device), torch.device("cpu")
-        self.computing: Computing = choose_computing(config, plan, blocks, target, channels_last)
+        format = parallel.precision, parallel.channels_last, self.device
+        if format not in known:
+            known[format] = choose_computing(config, plan, blocks, target, channels_last)
+        self.computing = known[format]
         if config.model.frozen_dtype == "bf16":
             hold_frozen(self.module, plan.input_shape)
         self.shape = _largest(plan.input_shape, config)
@@ -311,13 +305,12 @@ class _Recording:
                         setattr(part, name, torch.empty_like(value, device=here))
                 if is_frozen(part):
                     part.training = False
-            few, many = (extended(self._record(samples), self.runs) for samples in SAMPLES)
-        return self._joined(few, many)
+            return self._summed(extended(self._record(), self.runs))
 
-    def _record(self, samples: int) -> Recording:
-        """Run forward and backward with *samples* images."""
+    def _record(self) -> Recording:
+        """Run forward and backward."""
         layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
-        images = torch.empty(samples, *self.shape).contiguous(memory_format=layout)
+        images = torch.empty(IMAGES, *self.shape).contiguous(memory_format=layout)
         parameters = {p: name for name, p in self.module.named_parameters()}
         ignored = [images, *(tensor for _, tensor in named_tensors(self.module))]
         # One thread computes 1 x 1 convolutions of few images without oneDNN.
@@ -335,14 +328,14 @@ class _Recording:
             for leaf in tensors_in(inputs):
                 if leaf.requires_grad and torch.is_grad_enabled():
                     leaf.register_hook(lambda _: recorder.leave(number))
-            recorder.boundaries[number, False] = sum(leaf.nbytes for leaf in tensors_in(inputs))
+            recorder.boundaries[number, False] = _for_an_image(inputs)
             recorder.enter(False, 2 * number + 1)
 
         def after(number: int, block: nn.Module, inputs: Any, output: Any) -> None:
             for leaf in tensors_in(output):
                 if leaf.requires_grad:
                     leaf.register_hook(lambda _: recorder.enter(True, 2 * number + 1))
-            recorder.boundaries[number, True] = sum(leaf.nbytes for leaf in tensors_in(output))
+            recorder.boundaries[number, True] = _for_an_image(output)
             recorder.enter(False, 2 * number + 2)
 
         for number, block in enumerate(self.recorded):
@@ -356,7 +349,7 @@ class _Recording:
             with recorder, self.attention:
                 outputs = self.module(images)
                 if self.learns:
-                    loss = self._loss(outputs, samples)
+                    loss = self._loss(outputs)
                     recorder.loss = loss
                     del outputs
                     recorder.enter(True, 2 * len(self.recorded))
@@ -370,66 +363,53 @@ class _Recording:
             parameter.grad = None
         return recorder.finished()
 
-    def _loss(self, outputs: Any, samples: int) -> Tensor:
+    def _loss(self, outputs: Any) -> Tensor:
         """The task's loss, where its targets are known; else a sum over all outputs."""
         first = next(iter(tensors_in(outputs)))
-        finite_samples(outputs, samples, first.device)
-        targets = example_targets(self.task, first, samples, bool(self.config.task.mixup or self.config.task.cutmix))
-        self.target_bytes = sum(one.nbytes for one in tensors_in(targets)) / samples
+        finite_samples(outputs, IMAGES, first.device)
+        targets = example_targets(self.task, first, IMAGES, bool(self.config.task.mixup or self.config.task.cutmix))
+        self.target_bytes = sum(one.nbytes for one in tensors_in(targets)) / IMAGES
         if targets is not None:
             if self.task.teacher is not None and not isinstance(outputs, Tensor):
                 outputs = outputs[0]
             return self.task.loss(outputs, targets) * torch.ones(())
         return torch.stack([one.float().sum() for one in tensors_in(outputs) if one.requires_grad]).sum()
 
-    def _joined(self, small: Recording, large: Recording) -> Profile:
-        """What the two recordings say of any number of images."""
-        low, high = SAMPLES
-        alike = small.kinds == large.kinds
-        if alike:
-            rates = [(b - a) / (high - low) for a, b in zip(small.sizes, large.sizes)]
-            fixed = [a - rate * low for a, rate in zip(small.sizes, rates)]
-        else:  # a model that does something else for other numbers of images
-            small, rates, fixed = large, [size / high for size in large.sizes], [0.0] * len(large.sizes)
-        index = {place: number for number, place in enumerate(sorted({one.place for one in small.stretches}))}
-        passes = list(spans(small, index, fixed, rates))
+    def _summed(self, found: Recording) -> Profile:
+        """What the recording says of any number of images."""
+        index = {place: number for number, place in enumerate(sorted({one.place for one in found.stretches}))}
+        passes = list(spans(found, index))
         used: dict[int, list[StateTensor]] = {}
         for name, tensor in self.tensors.items():
             block = next((n for n, block in enumerate(self.blocks) if name.startswith(f"{block.path}.")), None)
-            place = 2 * block + 1 if block is not None else small.used.get(name, 0)
+            place = 2 * block + 1 if block is not None else found.used.get(name, 0)
             used.setdefault(index.get(place, 0), []).append(tensor)
-        work: dict[tuple[str, int], list[float]] = {}
-        for one, other in zip(small.stretches, large.stretches if alike else small.stretches):
-            usual = (one.flops, other.flops, one.moved, other.moved)
-            again = (one.again_flops, other.again_flops, one.again_moved, other.again_moved)
-            for kind, values in (("backward" if one.backward else "forward", usual), ("recompute", again)):
-                sums = work.setdefault((kind, index[one.place]), [0.0] * 4)
-                for place, value in enumerate(values):
-                    sums[place] += value
-        few, many = small.operations(), large.operations()
+        nothing = NOTHING, NOTHING
+        work: dict[tuple[str, int], tuple[Amount, Amount]] = {}
+        for one in found.stretches:
+            usual, again = (one.flops, one.moved), (one.again_flops, one.again_moved)
+            for kind, (flops, moved) in (("backward" if one.backward else "forward", usual), ("recompute", again)):
+                before = work.get((kind, one.place), nothing)
+                work[kind, one.place] = before[0] + flops, before[1] + moved
+        operations = found.operations()
         parts = []
         for place, number in index.items():
             block = self.blocks[place // 2] if place % 2 else None
-            ahead, back, again = (self._work(work.get((kind, number)), alike) for kind in ("forward", "backward", "recompute"))
+            ahead, back, again = (work.get((kind, place), nothing) for kind in ("forward", "backward", "recompute"))
             mine = [span for span in passes if span.part == number and not span.backward]
             saved = Amount(
                 sum(span.end.fixed - span.begin.fixed for span in mine),
                 sum(span.end.per_image - span.begin.per_image for span in mine),
             )
-            boundaries = [small.boundaries.get((place // 2, out), 0.0) / (low if alike else high) for out in (False, True)]
+            enters, leaves = (found.boundaries.get((place // 2, out), 0.0) if block else 0.0 for out in (False, True))
             path, kind = (block.path, self.kinds[block.module]) if block else ("", -1 - number)
             as_run = fused if block and self.compiled else list
-            ran = {
-                f"{'backward' if backward else 'forward'}_operations": per_image(
-                    as_run(few.get((backward, place), [])), as_run(many.get((backward, place), [])), SAMPLES
-                )
-                for backward in (False, True)
-            }
+            forward, backward = (per_image(as_run(operations.get((back, place), []))) for back in (False, True))
             parts.append(
                 Part(
                     path, kind, tuple(used.get(number, ())),
-                    ahead[0], back[0], again[0], ahead[1], back[1], again[1], saved,
-                    boundaries[0] if block else 0.0, boundaries[1] if block else 0.0, **ran,
+                    ahead[0].per_image, back[0].per_image, again[0].per_image, ahead[1], back[1], again[1], saved,
+                    enters, leaves, forward, backward,
                 )
             )  # fmt: skip
         return Profile(
@@ -437,16 +417,10 @@ class _Recording:
             self.target_bytes, self.update, self.computing.autocast,
         )  # fmt: skip
 
-    @staticmethod
-    def _work(sums: list[float] | None, alike: bool) -> tuple[float, Amount]:
-        """(operations for an image, bytes moved) of (operations, operations, bytes, bytes) with both numbers of images."""
-        if sums is None:
-            return 0.0, Amount()
-        low, high = SAMPLES
-        if not alike:
-            return sums[1] / high, Amount(0.0, sums[3] / high)
-        rate = (sums[3] - sums[2]) / (high - low)
-        return (sums[1] - sums[0]) / (high - low), Amount(sums[2] - rate * low, rate)
+
+def _for_an_image(value: Any) -> float:
+    """Bytes of what belongs to one image in *value*."""
+    return sum(Amount.of(leaf.nbytes).per_image for leaf in tensors_in(value))
 
 
 def _within(mode: FusedAttention, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

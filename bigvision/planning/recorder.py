@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from bigvision.config import OptimConfig
 from bigvision.models.tracing import ATTENTION, OpCounter
 from bigvision.optim import allocate_state, build_optimizer
-from bigvision.planning.operations import Log, Operation
+from bigvision.planning.operations import IMAGES, NOTHING, Amount, Log, Operation
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Stretch:
     backward: bool
     place: int
     """The block n has the place 2 n + 1, and what is behind it 2 n + 2."""
-    flops: float = 0.0
-    moved: float = 0.0
+    flops: Amount = NOTHING
+    moved: Amount = NOTHING
     """Bytes."""
-    again_flops: float = 0.0
+    again_flops: Amount = NOTHING
     """Of what was recomputed, which the two above leave out."""
-    again_moved: float = 0.0
+    again_moved: Amount = NOTHING
     events: list[tuple[str, int]] = field(default_factory=list)
     """("allocate" | "free" | "gradient", number of the allocation)."""
     operations: list[Operation] = field(default_factory=list)
@@ -62,20 +62,15 @@ class Stretch:
 
 @dataclass
 class Recording:
-    """A forward and a backward pass with one number of images."""
+    """A forward and a backward pass."""
 
-    sizes: list[int]
+    sizes: list[Amount]
     """Bytes of each allocation."""
     stretches: list[Stretch]
     boundaries: dict[tuple[int, bool], float]
-    """Bytes of what enters (False) and leaves (True) each block."""
+    """Bytes of what enters (False) and leaves (True) each block, for one image."""
     used: dict[str, int]
     """The place at which each tensor outside of blocks was used first."""
-
-    @property
-    def kinds(self) -> list[tuple[bool, int, list[str]]]:
-        """Which events there were in each stretch, whatever the sizes."""
-        return [(one.backward, one.place, [kind for kind, _ in one.events]) for one in self.stretches]
 
     def operations(self) -> dict[tuple[bool, int], list[Operation]]:
         """The operations by (backward, place)."""
@@ -102,7 +97,9 @@ class Recorder(OpCounter):
         """
         super().__init__()
         self.blocked, self.many = blocked, many
-        self.sizes: list[int] = []
+        self.counted = self.moved = NOTHING
+        """FLOPs and bytes of the stretch that goes on."""
+        self.sizes: list[Amount] = []
         """Of each allocation."""
         self.stretches: list[Stretch] = []
         """Those that have ended."""
@@ -112,7 +109,7 @@ class Recorder(OpCounter):
         self.fused = False
         """Whether what is computed now becomes part of another kernel, and gets no memory."""
         self.boundaries: dict[tuple[int, bool], float] = {}
-        """Bytes of what enters (False) and leaves (True) each block."""
+        """Bytes of what enters (False) and leaves (True) each block, for one image."""
         self.watched: dict[int, str] = {}
         """Tensors outside of blocks that no operation has used yet, by their memory."""
         self.used: dict[str, int] = {}
@@ -123,10 +120,10 @@ class Recorder(OpCounter):
     def enter(self, backward: bool, place: int) -> None:
         """The stretch so far ends; another one begins."""
         done = self.stretch
-        done.flops, done.moved = self.flops - done.again_flops, self.moved - done.again_moved
+        done.flops, done.moved = self.counted - done.again_flops, self.moved - done.again_moved
         done.operations, self.log.operations = self.log.operations, []
         self.stretches.append(done)
-        self.stretch, self.flops, self.moved = Stretch(backward, place), 0.0, 0.0
+        self.stretch, self.counted, self.moved = Stretch(backward, place), NOTHING, NOTHING
 
     def leave(self, block: int) -> None:
         """The backward pass of *block* is over."""
@@ -142,16 +139,20 @@ class Recorder(OpCounter):
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """What is counted in here was, in a backward pass, counted before."""
-        flops, moved, logged = self.flops, self.moved, len(self.log.operations)
+        flops, moved, logged = self.counted, self.moved, len(self.log.operations)
         try:
             yield
         finally:
             if self.stretch.backward:
-                self.stretch.again_flops += self.flops - flops
+                self.stretch.again_flops += self.counted - flops
                 self.stretch.again_moved += self.moved - moved
                 del self.log.operations[logged:]
 
-    def attention(self, flops: float, moved: float, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def add(self, flops: float, moved: Sequence[float]) -> None:
+        self.counted += Amount.of(flops)
+        self.moved = sum(map(Amount.of, moved), self.moved)
+
+    def attention(self, flops: float, moved: Sequence[float], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         super().attention(flops, moved, inputs, outputs)
         self.log.attention(flops, moved, inputs, outputs)
 
@@ -216,7 +217,7 @@ class Recorder(OpCounter):
         yield (output.nbytes, pixels, weight.nbytes) if result[1] is not None else (0,)
 
     def _allocate(self, size: int) -> int:
-        self.sizes.append(size)
+        self.sizes.append(Amount.of(size))
         self.stretch.events.append(("allocate", len(self.sizes) - 1))
         return len(self.sizes) - 1
 
@@ -249,35 +250,30 @@ def step_bytes(groups: list[dict[str, Any]], optim: OptimConfig) -> int:
         optimizer.step()
     for parameter in parameters:
         parameter.grad = None
-    now = most = 0
+    now = most = 0.0
     for kind, number in recorder.stretch.events:
-        now += recorder.sizes[number] * (1 if kind == "allocate" else -1)
+        now += recorder.sizes[number].at(IMAGES) * (1 if kind == "allocate" else -1)
         most = max(most, now)
-    return most
+    return round(most)
 
 
-def spans(
-    recording: Recording, index: Mapping[int, int], fixed: Sequence[float], rates: Sequence[float]
-) -> Iterator[Span]:  # fmt: skip
-    """The passes of all parts in their order; *fixed* and *rates* are bytes of each allocation, and bytes for each image.
-
-    *index* has the number of the part at each place.
-    """
+def spans(recording: Recording, index: Mapping[int, int]) -> Iterator[Span]:
+    """The passes of all parts in their order; *index* has the number of the part at each place."""
     now, gradients = Moment(0.0, 0.0, 0.0), set[int]()
     for stretch in recording.stretches:
         begin, peaks = now, [now]
         for kind, number in stretch.events:
+            size = recording.sizes[number]
             if kind == "gradient":
                 if number not in gradients:
                     gradients.add(number)
-                    size = fixed[number]
-                    now = Moment(now.fixed - size, now.per_image, now.gradients + size)
+                    now = Moment(now.fixed - size.fixed, now.per_image, now.gradients + size.fixed)
             else:
                 sign = 1 if kind == "allocate" else -1
                 if number in gradients:
-                    now = Moment(now.fixed, now.per_image, now.gradients + sign * fixed[number])
+                    now = Moment(now.fixed, now.per_image, now.gradients + sign * size.fixed)
                 else:
-                    now = Moment(now.fixed + sign * fixed[number], now.per_image + sign * rates[number], now.gradients)
+                    now = Moment(now.fixed + sign * size.fixed, now.per_image + sign * size.per_image, now.gradients)
             if kind != "free":
                 peaks.append(now)
         yield Span(index[stretch.place], stretch.backward, begin, tuple(highest(peaks)), now)

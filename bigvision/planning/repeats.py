@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from bigvision.models import Block
-from bigvision.models.blocks import RATES
+from bigvision.models.alike import RATES
 from bigvision.planning.recorder import Recording, Stretch
 
 AHEAD, BEHIND = 4, 2

@@ -238,6 +238,20 @@ def step_time(profile: Profile, config: Config, layout: Layout, hardware: Hardwa
     )  # fmt: skip
 
 
+def least_seconds(profile: Profile, config: Config, hardware: Hardware) -> float:
+    """Seconds that no layout on *hardware* undercuts: each rank computes its part of the batch at once and exchanges nothing.
+
+    Work on the weights alone is left out, since some strategies cast them elsewhere. A pipeline takes longer, too: with fewer
+    micro-batches than stages a rank waits for the others, and with more it starts more, smaller operations.
+    """
+    clock, found = Clock(hardware.device), Seconds()
+    for part in profile.parts:
+        works = [*part.forward_operations, *part.backward_operations]
+        mine = [replace(work, fixed=0.0) for work in works if work.flops or work.moved]
+        found += clock.works(mine, config.train.global_batch / hardware.ranks)
+    return max(found.device, found.host)
+
+
 def _accumulated(config: Config, mesh: Mesh, streams: Streams, count: int, rest: int) -> Streams:
     """The clocks after all micro-batches; those between the second and the last take as long as the second."""
     profile, size = streams.profile, streams.images

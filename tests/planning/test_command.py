@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,3 +65,17 @@ def test_what_fits_nowhere_says_what_would(tmp_path: Path, capsys: pytest.Captur
     shown = capsys.readouterr()
     assert "nothing fits" in shown.out and "GiB on rank" in shown.out
     assert shown.err.startswith("error: nothing fits on 2xtiny: ") and shown.err.count("\n") == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "seconds"), [(1024, 20), (16384, 40)])
+def test_thousands_of_ranks_are_planned_in_seconds(ranks: int, seconds: float) -> None:
+    asked = ["--model.name", "vit_7b_patch16_dinov3", "--train.global_batch", str(ranks), "--hardware", f"{ranks // 8}x8xH200"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "bigvision.cli", "plan", *asked, "--json"], capture_output=True, text=True, check=True
+    )
+    took = time.monotonic() - began
+    found = json.loads(done.stdout)
+    assert found["hardware"]["ranks"] == ranks and {"fsdp", "pipeline"} <= {row["strategy"] for row in found["rows"]}
+    assert took < seconds

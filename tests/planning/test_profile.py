@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bigvision.config import load_config
+from bigvision.planning.operations import IMAGES, Amount
 from bigvision.planning.profile import Profile, profile
 
 
@@ -26,3 +27,8 @@ def test_each_block_has_its_own_operations() -> None:
         # The last product's result is not needed again.
         assert 0.6 * plain.forward_flops < part.recomputed_flops < plain.forward_flops if plain.path else True
         assert part.saved.per_image < 0.2 * plain.saved.per_image if plain.path else True
+
+
+def test_what_the_number_of_images_divides_grows_with_them() -> None:
+    assert Amount.of(IMAGES * 12.0) == Amount(0.0, 12.0) and Amount.of(1000 * 768 * 4) == Amount(1000 * 768 * 4, 0.0)
+    assert (Amount.of(IMAGES * 3.0) + Amount(5.0)).at(2) == 11.0
