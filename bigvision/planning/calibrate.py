@@ -26,7 +26,7 @@ from torch import nn
 from bigvision import disk
 from bigvision.config import LimitsConfig
 from bigvision.errors import Exit
-from bigvision.models.tracing import FusedAttention, OpCounter
+from bigvision.models.tracing import ATTENTION, FusedAttention, OpCounter
 from bigvision.planning.hardware import (
     LINKED,
     LINKS,
@@ -80,11 +80,14 @@ class _Counting(OpCounter):
         self.log = Log()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.log.add(func, args, kwargs, result)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is not ATTENTION.default:  # which `attention` has logged
+            self.log.add(func, args, kwargs, result)
         return result
 
-    def attention(self, flops: float, moved: float, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+    def attention(
+        self, flops: float, moved: Sequence[float], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+    ) -> None:  # fmt: skip
         self.log.attention(flops, moved, inputs, outputs)
 
 
