@@ -317,7 +317,7 @@ class OpCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is ATTENTION.default:
+        if func is FUSED_ATTENTION.default:
             moved = [one.nbytes for one in (*args, result[0]) if one is not None]
             self.attention(attention_flops(*args[:3]), moved, args[:3], result[:1])
             return result
@@ -401,7 +401,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
 _LIBRARY = torch.library.Library("bigvision", "DEF")
 _LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask) -> (Tensor, Tensor)")
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
-ATTENTION = torch.ops.bigvision.attention
+FUSED_ATTENTION = torch.ops.bigvision.attention
 """Fused attention without values: one operation, so that it can be counted, and kept by `engine.recompute`."""
 
 
@@ -409,7 +409,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counter: OpCounter, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         ctx.counter, ctx.flops = counter, attention_flops(query, key, value)
-        output, sums = ATTENTION(query, key, value, mask)
+        output, sums = FUSED_ATTENTION(query, key, value, mask)
         ctx.save_for_backward(query, key, value, mask, output.detach(), sums)
         ctx.moved = [one.nbytes for one in (query, key, value, output, mask) if one is not None]
         return output
@@ -435,7 +435,7 @@ def product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Key | Non
     if name in PRODUCTS:
         weight = args[2] if name in ("addmm", "baddbmm") else args[1]
         return name, tuple(weight.shape[1:] if name in ("bmm", "baddbmm") else weight.shape)
-    if func is ATTENTION.default:
+    if func is FUSED_ATTENTION.default:
         return "attention", ()
     if "scaled_dot_product" in name and "backward" not in name:
         named = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs

@@ -26,7 +26,7 @@ from torch import nn
 from bigvision import disk
 from bigvision.config import LimitsConfig
 from bigvision.errors import Exit
-from bigvision.models.tracing import ATTENTION, FusedAttention, OpCounter
+from bigvision.models.tracing import FUSED_ATTENTION, FusedAttention, OpCounter
 from bigvision.planning.hardware import (
     LINKED,
     LINKS,
@@ -81,7 +81,7 @@ class _Counting(OpCounter):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func is not ATTENTION.default:  # which `attention` has logged
+        if func is not FUSED_ATTENTION.default:  # which `attention` has logged
             self.log.add(func, args, kwargs, result)
         return result
 

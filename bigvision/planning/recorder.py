@@ -14,7 +14,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._pytree import tree_leaves
 
 from bigvision.config import OptimConfig
-from bigvision.models.tracing import ATTENTION, OpCounter
+from bigvision.models.tracing import FUSED_ATTENTION, OpCounter
 from bigvision.optim import allocate_state, build_optimizer
 from bigvision.planning.operations import IMAGES, NOTHING, Amount, Log, Operation
 
@@ -177,7 +177,7 @@ class Recorder(OpCounter):
         if self.blocked and func is torch.ops.aten.native_batch_norm.default and args[0].shape[2:] == (1, 1):
             # The kernel returns maps of a single pixel row by row; fake ones would stay channels_last, and what follows them.
             result = (result[0].as_strided(result[0].shape, (result[0].shape[1], 1, 1, 1)), *result[1:])
-        if func is not ATTENTION.default:  # which `attention` has logged
+        if func is not FUSED_ATTENTION.default:  # which `attention` has logged
             self.log.add(func, args, kwargs, result)
         outputs = iter(result if isinstance(result, (tuple, list)) else (result,))
         for copies, output in zip(self._blocked_copies(func, args, result), outputs):
