@@ -1,4 +1,4 @@
-"""Each task under each strategy, killed in the middle of a step and of a save, ends with the bits of a run left alone.
+"""Each task and each kind of fine-tuning, killed in the middle of a step and of a save, ends with the bits of a run left alone.
 
 `embed` has no runs that could be killed: it learns nothing (see `bigvision.tasks.embed`). Kills at random moments, with worker
 processes and with EMA, are in test_resume.py; kills at each system call of a save in tests/checkpoint/test_crashes.py.
@@ -17,8 +17,11 @@ from unittest import mock
 import pytest
 
 from tests.distributed import run_ranks, start_ranks
-from tests.recipes import digests, lines, run
+from tests.engine.test_optimizers import RATES
+from tests.engine.test_parts import CASES as PARTS
+from tests.recipes import digests, lines, recipe, run
 from tests.tasks.scenes import Scenes
+from tests.tasks.test_own import Weighed
 from tests.tasks.test_strategies import ROWS, STEPS, STRATEGIES, plain
 
 EVERY, MOMENTS = 4, ("step", "save")
@@ -27,13 +30,27 @@ DEADLINE = 120
 """Seconds until a rank has to get somewhere; generous, for the machine may be busy."""
 
 Case = tuple[str, str]
-"""A task of `ROWS`, and a layout of `STRATEGIES`."""
-CASES: list[Case] = [(name, layout) for name in ROWS for layout in STRATEGIES]
+"""What is trained (a task, a case of test_parts.py, or an optimizer), and a layout of `STRATEGIES`."""
+TASKS: list[Case] = [(name, layout) for name in (*ROWS, "own") for layout in STRATEGIES]
+OTHERS: list[Case] = [
+    ("lora", "fsdp 3"), ("lora", "zero3 2"), ("last", "pipeline 2"), ("bf16", "zero2 2"), ("groups", "hybrid 2x2"),
+    ("sgd", "fsdp 2"), ("lion", "zero2 2"), ("lamb", "fsdp 3"), ("adafactor", "ddp 1"), ("muon", "hybrid 2x2"),
+    ("muon", "pipeline 2"),
+]  # fmt: skip
 SHORT: Case = ("regress", "fsdp 2")
 
 
 def configuration(out: Path, name: str, layout: str) -> dict[str, Any]:
-    return plain(out, name, STRATEGIES[layout][1], train={"eval_every": 3}, checkpoint={"every": EVERY})
+    sections = {"train": {"eval_every": 3}, "checkpoint": {"every": EVERY}}
+    parallel = STRATEGIES[layout][1]
+    if name in ROWS:
+        return plain(out, name, parallel, **sections)
+    sections["train"]["steps"] = STEPS
+    made = recipe(out, "vit" if name in PARTS else "small", parallel=parallel, **sections)
+    more: dict[str, dict[str, Any]] = PARTS.get(name, {})
+    if name in RATES:
+        more = {"optim": {"name": name, "lr": RATES[name]}}
+    return made | {section: made[section] | keys for section, keys in more.items()}
 
 
 def train(config: dict[str, Any], name: str, moment: str = "") -> None:
@@ -68,13 +85,16 @@ def train(config: dict[str, Any], name: str, moment: str = "") -> None:
             wait_for_the_kill()
         publish(unfinished, final)
 
-    target = ROWS[name].target
+    given: dict[str, Any] = {"task": Weighed()} if name == "own" else {}
+    if name in ROWS:
+        target = ROWS[name].target
+        given = {"data": Scenes(64, target), "val": Scenes(53, target, seed=1)}
     with (
         mock.patch.object(Engine, "train_step", train_step),
         mock.patch.object(Engine, "_checked_loss", checked_loss),
         mock.patch.object(disk, "publish", publish_step),
     ):
-        run(config, data=Scenes(64, target), val=Scenes(53, target, seed=1))
+        run(config, **given)
 
 
 def killed_at(moment: str, config: dict[str, Any], name: str, ranks: int) -> list[int | None]:
@@ -92,7 +112,7 @@ def killed_at(moment: str, config: dict[str, Any], name: str, ranks: int) -> lis
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [pytest.param(*case, marks=[] if case == SHORT else [pytest.mark.long], id=", ".join(case)) for case in CASES],
+    [pytest.param(*case, marks=[] if case == SHORT else [pytest.mark.long], id=", ".join(case)) for case in TASKS + OTHERS],
 )
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, name: str, layout: str) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
