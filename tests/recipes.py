@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "image_size": 28,
         "options": {"patch_size": 7, "depth": 3, "embed_dim": 48, "num_heads": 3},
     },
-    # Not ReLU: a rounding difference that crosses its kink changes a gradient by a whole activation.
+    # Not ReLU, here and in "nfnet": a rounding difference that crosses its kink changes a gradient by a whole activation.
     "resnet": {"name": "test_resnet", "image_size": 32, "options": {"act_layer": "silu"}},
     "efficientnet": {"name": "test_efficientnet", "image_size": 32},
     "coat": {
@@ -49,7 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "image_size": 32,
         "options": {"embed_dims": [16] * 4, "serial_depths": [1, 1, 1, 1], "parallel_depth": 2},
     },
-    "nfnet": {"name": "nf_resnet26", "image_size": 32, "options": {}},
+    "nfnet": {"name": "nf_resnet26", "image_size": 32, "options": {"act_layer": "silu"}},
 }
 
 

@@ -244,7 +244,8 @@ def train_on_rank(plain: dict[str, Any], store: Path) -> None:
         run(plain)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.long)])
+@pytest.mark.long  # a run that is killed in a save, where time is short, is in tests/training/test_kills.py
+@pytest.mark.parametrize("kills", [1, 6])
 def test_training_killed_while_it_saves_goes_on_bit_for_bit(tmp_path: Path, kills: int) -> None:
     """A checkpoint per step, so that most of the time is saving; one rank or all are killed."""
     rng = random.Random(kills)

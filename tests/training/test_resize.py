@@ -102,6 +102,10 @@ PAIRS = [*SHORT, *(pytest.param(*pair, marks=pytest.mark.long) for pair in LONG)
 
 @pytest.mark.parametrize(("layout", "model"), PAIRS)
 def test_losses_are_those_of_one_process(tmp_path: Path, whole: Callable[[str], Path], layout: str, model: str) -> None:
+    """The NFNet's activation is SiLU. With ReLU its compiled losses are up to 8e-5 from the eager ones, with one size 4e-4.
+
+    Eager ones move as much (4.5e-4) with one unit in the last place of the weights: see tests/engine/test_compile.py.
+    """
     ranks, parallel = LAYOUTS[layout]
     micro_batch = {} if "schedule" not in parallel else {"micro_batch": 4}
     keys = {"train": {"steps": 10, "eval_every": 5} | ({"micro_batch": 6} | micro_batch)}
