@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from bigvision.config import SPLIT_BACKWARD, Config, other_sizes
 from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
-from bigvision.models import Block, Blueprint, formats, kinds, share_rates
+from bigvision.models import Block, Blueprint, SkippedBranches, formats, kinds, share_rates
 from bigvision.runtime import Runtime
 
 GRAPHS_PER_KIND = 8
@@ -135,8 +135,12 @@ def synchronize_norms(module: nn.Module, runtime: Runtime) -> list[str]:
 # Recompute and compile.
 
 
-def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.device) -> list[str]:
+def wrap_blocks(
+    blocks: Sequence[nn.Module], config: Config, device: torch.device, branches: SkippedBranches | None = None
+) -> list[str]:
     """Recompute and compile each block where *config* says so, in this order and in place; return what the user should know.
+
+    A block that is recomputed draws no other samples for its *branches*.
 
     Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside of
     what is compiled. Raises `UserError` where both are asked for blocks with BatchNorm.
@@ -146,12 +150,26 @@ def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.devic
         norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
         if eager is None and norms:
             raise UserError("parallel.recompute: blocks and parallel.compile: true exclude each other for BatchNorm: drop one")
-        # Around the first pass and around the second one.
-        options = {"context_fn": lambda norms=norms: (nullcontext(), _statistics_held(norms))} if norms else {}
+        options = {}
+        if eager is not None and (norms or branches is not None):  # in compiled code both passes read the same tensors
+            options["context_fn"] = functools.partial(_two_passes, norms, branches)
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
     if eager is None:
         compile_blocks(blocks, device, 1 + len(set(other_sizes(config.data).values())))
     return [f"parallel.compile: auto compiles nothing: {eager}"] if eager and config.parallel.compile == "auto" else []
+
+
+def _two_passes(norms: list[BatchNorm], branches: SkippedBranches | None) -> tuple[AbstractContextManager[Any], ...]:
+    """What surrounds the first pass of a block that is recomputed, and what surrounds the second one."""
+    held = _statistics_held(norms) if norms else nullcontext()
+    drawn = branches.using(branches.drawn) if branches is not None else nullcontext()
+    return nullcontext(), _both(held, drawn)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 @contextmanager
