@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigvision.config import Config, micro_batch, peak_rate
+from bigvision.config import Config, micro_batch, other_sizes, peak_rate
 from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.ema import Ema
 from bigvision.engine.parallelize import choose_computing, overlap, replicate, shard, synchronize_norms, why_eager, wrap_blocks
@@ -102,9 +102,9 @@ class Engine:
         self.module.train()
         if config.model.drop_path_mode != "mask" and trains and dropping(self.module):
             compiled = why_eager(config, [block.module for block in blocks], runtime.device) is None
-            self.branches, note = SkippedBranches.of(
-                self.module, blocks, self.input_shape, runtime.device, compiled, self.micro_batch
-            )
+            sizes = dict.fromkeys([self.input_shape[1:], *other_sizes(config.data).values()])
+            shapes = [(self.input_shape[0], *size) for size in sizes]
+            self.branches, note = SkippedBranches.of(self.module, blocks, shapes, runtime.device, compiled, self.micro_batch)
             self.notes.append(note)
         self._build(blueprint, [block.module for block in blocks])
         self._set_mode(training=True)
@@ -151,6 +151,8 @@ class Engine:
             self._scale = weight / samples
             # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their weight.
             loss_sum = self._passes(batch, self.runtime.data_ranks / weight)
+            if self.branches is not None:
+                self.branches.clear()
         # The rate follows the count of applied steps. The record of the step before arrived while this one was launched.
         lr = self._rate()
         numbers = self.stepper.update(loss_sum, weight, lr, self.requests)

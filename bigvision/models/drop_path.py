@@ -2,7 +2,7 @@
 
 timm's `DropPath` gets a branch's output for all samples and zeroes that of some. Here the samples are drawn before: the modules
 by which a branch is entered take the kept samples out of their inputs, and its `DropPath` puts them back among zeros. The
-forward of a block stays timm's own. A trace of it, as fx sees it, tells only where branches begin.
+forward of a block stays timm's own: a torch.fx trace of it only tells where branches begin.
 """
 
 from __future__ import annotations
@@ -496,15 +496,20 @@ class SkippedBranches:
 
     @classmethod
     def of(
-        cls, module: nn.Module, blocks: Sequence[Block], image_shape: tuple[int, int, int], device: torch.device,
+        cls, module: nn.Module, blocks: Sequence[Block], image_shapes: Iterable[tuple[int, int, int]], device: torch.device,
         compiled: bool, micro_batch: int,
     ) -> tuple[SkippedBranches | None, str]:  # fmt: skip
         """The branches of *module*, on meta, and a line for the log; None where no branch can leave samples out.
 
-        *compiled*: whether the *blocks* will be.
+        *image_shapes*: (channels, height, width) of all images that it gets. *compiled*: whether the *blocks* will be.
         """
-        drops = dropping(module)
-        found, masked = find_branches(module, image_shape)
+        drops, found, masked = dropping(module), list[Found](), dict[str, str]()
+        for number, shape in enumerate(image_shapes):
+            here, others = find_branches(module, shape)
+            # Of a small image one window may be all there is, and rows of windows be taken for samples.
+            masked |= others | {one.path: "it depends on the size of images" for one in found if one not in here}
+            found = [one for one in here if number == 0 or one in found]
+        found = [one for one in found if one.path not in masked]
         holders: dict[str, list[str]] = {}
         for path, drop in drops.items():
             reason = masked.get(path)
@@ -559,6 +564,10 @@ class SkippedBranches:
             ]
         return self._factors[key]
 
+    def clear(self) -> None:
+        """Forget what was drawn: a forward pass of anything else has other samples."""
+        self._set(None)
+
     def _set(self, drawn: list[Drawn] | None) -> None:
         self.drawn = drawn
         for branch, one in zip(self.branches, drawn or [None] * len(self.branches)):
@@ -568,10 +577,12 @@ class SkippedBranches:
 
     @contextmanager
     def using(self, drawn: list[Drawn] | None) -> Iterator[None]:
-        """Compute again with what was *drawn* then."""
+        """Compute again with what was *drawn* then: pipelines draw for other micro-batches in between."""
         now = self.drawn
-        self._set(drawn)
+        if now is not drawn:
+            self._set(drawn)
         try:
             yield
         finally:
-            self._set(now)
+            if now is not drawn:
+                self._set(now)

@@ -186,7 +186,7 @@ def test_branches_that_leave_samples_out_share_one_graph(graphs: Counting, recom
     config = load_config({"parallel": {"compile": True, "recompute": recompute}})
     drawing = []
     for model, compiled in ((ours, True), (eager, False)):
-        branches, _ = SkippedBranches.of(model, find_blocks(model), (3, 16, 16), CPU, compiled, 20)
+        branches, _ = SkippedBranches.of(model, find_blocks(model), [(3, 16, 16)], CPU, compiled, 20)
         assert branches is not None
         drawing.append(branches)
     wrap_blocks(blocks_of(ours), config, CPU, drawing[0])

@@ -22,7 +22,7 @@ LONG = pytest.mark.long
 DROP = {"drop_path": 0.4, "drop_path_schedule": "constant"}
 
 
-def dropped(out: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def dropped(out: Path, **sections: Any) -> dict[str, Any]:
     """A run in which three of five samples are kept."""
     made = recipe(out, train={"steps": 6, "global_batch": 20, "micro_batch": 5}, **sections)
     return made | {"model": made["model"] | DROP}
@@ -33,9 +33,6 @@ def test_strategies_leave_out_the_same_samples(tmp_path: Path, strategy: str) ->
     reference = run_ranks(run, 2, dropped(tmp_path / "ddp"))[0]
     found = run_ranks(run, 2, dropped(tmp_path / strategy, parallel={"strategy": strategy}))[0]
     assert found == pytest.approx(reference, rel=1e-5) and len(set(found)) == 6
-    masked = dropped(tmp_path / "mask")
-    masked["model"] |= {"drop_path_mode": "mask"}
-    assert run_ranks(run, 2, masked)[0] != pytest.approx(reference, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +83,9 @@ def test_recomputed_blocks_draw_the_same_samples(tmp_path: Path, model: str) -> 
 
     (kept, said), (again, _) = losses_of(plain("none"), 3), losses_of(plain("blocks"), 3)
     assert kept == again and len(set(kept)) == 3
+    masked = plain("none")
+    masked["model"] |= {"drop_path_mode": "mask"}
+    assert (losses_of(masked, 3)[0] == kept) == (model == "resnet")
     (line,) = (line for line in said if "drop_path_mode" in line)
     blocks = {"vit": "3 of 3", "swin": "4 of 4", "resnet": "0 of 4"}[model]
     assert f"model.drop_path_mode: skip in {blocks} blocks with stochastic depth, for a micro-batch of 5 samples" in line

@@ -26,6 +26,8 @@ MODELS: list[tuple[str, dict[str, Any], int, int]] = [
     ("deit3_small_patch16_224", VIT, 4, 0),
     ("vit_small_plus_patch16_dinov3", {**VIT, "embed_dim": 48}, 4, 0),
     ("eva02_tiny_patch14_224", {**VIT, "embed_dim": 48}, 4, 0),
+    # Its rotary embeddings follow the patches that are left of each image.
+    ("eva02_tiny_patch14_224", {**VIT, "embed_dim": 48, "patch_drop_rate": 0.5}, 4, 0),
     ("swin_tiny_patch4_window7_224", SWIN, 6, 0),
     ("swinv2_tiny_window8_256", SWIN, 6, 0),
     ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20)}, 4, 0),
@@ -84,7 +86,7 @@ def test_skipping_computes_what_masking_does(name: str, options: dict[str, Any],
 def test_every_module_of_timms_skips_as_it_masks(entry: Entry) -> None:
     torch.manual_seed(0)
     try:
-        model = timm.create_model(entry.name, num_classes=5, drop_path_rate=0.4, **entry.options).train()
+        model: Any = timm.create_model(entry.name, num_classes=5, drop_path_rate=0.4, **entry.options).train()
     except TypeError:
         pytest.skip("no stochastic depth")
     shape = model.pretrained_cfg["input_size"]
@@ -102,7 +104,7 @@ def test_in_how_many_modules_branches_are_found() -> None:
     for entry in ZOO:
         try:
             with torch.device("meta"):
-                model = timm.create_model(entry.name, num_classes=5, drop_path_rate=0.4, **entry.options)
+                model: Any = timm.create_model(entry.name, num_classes=5, drop_path_rate=0.4, **entry.options)
         except TypeError:
             continue
         if drops := dropping(model):
