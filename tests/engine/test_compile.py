@@ -73,7 +73,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block.module for block in find_blocks(model)]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_equal_blocks_with_different_drop_rates_share_one_graph(graphs: Counting, recompute: bool) -> None:
     model = vit(drop_path=0.2)
     config = load_config({"parallel": {"compile": True, "recompute": "blocks" if recompute else "none"}})
