@@ -81,6 +81,7 @@ bench: $(STAMP)  ## measure the training step beside its peers, on one rank and 
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.optimizer_time
 	$(BIN)/python -m benchmarks.compile_time
+	$(BIN)/python -m benchmarks.drop_path_time
 
 # ARGS goes to the tests. One part of the benchmark alone: .venv/bin/python -m benchmarks.gpu --part resnet_50
 gpu: $(STAMP)  ## on a machine with GPUs: the tests of CUDA (minutes), then training steps beside other loops (half an hour)

@@ -14,16 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigvision.config import Config, micro_batch, peak_rate
+from bigvision.config import Config, micro_batch, other_sizes, peak_rate
 from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.ema import Ema
-from bigvision.engine.parallelize import choose_computing, overlap, replicate, shard, synchronize_norms, wrap_blocks
+from bigvision.engine.parallelize import choose_computing, overlap, replicate, shard, synchronize_norms, why_eager, wrap_blocks
 from bigvision.engine.state import RUNNING, average, is_frozen, make_contiguous
 from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepResult, reduce_with
 from bigvision.engine.teacher import Teacher
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
-from bigvision.models import Blocks, Blueprint
+from bigvision.models import Blocks, Blueprint, SkippedBranches
+from bigvision.models.drop_path import dropping
 from bigvision.models.formats import hold_frozen
 from bigvision.optim import group_table, learning_rate
 from bigvision.ranges import BACKWARD, EMA, FORWARD, mark
@@ -49,6 +50,7 @@ class Engine:
     statistics_differ: bool = False  # whether running statistics are each rank's own, until :meth:`synchronize`
     eval_batch: int  # samples that :meth:`eval_step` should be given on each rank
     notes: list[str]  # what the user should know of how the model is spread
+    branches: SkippedBranches | None = None  # residual branches that run on a part of the samples
     requests: frozenset[str] = frozenset()  # what this rank asks the others for (of `REQUESTS`) with its next batch
     place: str = ""  # for errors: this rank's part of the model, and its neighbours; empty where all have the same
     local_first: bool = False  # whether a rank works for itself until the last backward pass
@@ -98,6 +100,12 @@ class Engine:
         if config.model.frozen_dtype == "bf16":
             self.notes.append(hold_frozen(self.module, self.input_shape))
         self.module.train()
+        if config.model.drop_path_mode != "mask" and trains and dropping(self.module):
+            compiled = why_eager(config, [block.module for block in blocks], runtime.device) is None
+            sizes = dict.fromkeys([self.input_shape[1:], *other_sizes(config.data).values()])
+            shapes = [(self.input_shape[0], *size) for size in sizes]
+            self.branches, note = SkippedBranches.of(self.module, blocks, shapes, runtime.device, compiled, self.micro_batch)
+            self.notes.append(note)
         self._build(blueprint, [block.module for block in blocks])
         self._set_mode(training=True)
         if config.ema.decay is not None and trains:
@@ -111,7 +119,7 @@ class Engine:
         config, runtime, parallel = self.config, self.runtime, self.config.parallel
         sharded = parallel.strategy == "fsdp" and runtime.world_size > 1
         self.computing.apply(self.parts, blocks, not sharded, runtime.device)
-        self.notes += wrap_blocks(blocks, config, runtime.device, self.module, self.input_shape)
+        self.notes += wrap_blocks(blocks, config, runtime.device, self.module, self.input_shape, self.branches)
         if sharded:
             spread = shard(self.module, self.parts, blocks, config, self.computing.dtype, runtime)
         else:
@@ -143,6 +151,8 @@ class Engine:
             self._scale = weight / samples
             # Strategies average gradients over ranks; what is wanted is the sum of all samples' over their weight.
             loss_sum = self._passes(batch, self.runtime.data_ranks / weight)
+            if self.branches is not None:
+                self.branches.clear()
         # The rate follows the count of applied steps. The record of the step before arrived while this one was launched.
         lr = self._rate()
         numbers = self.stepper.update(loss_sum, weight, lr, self.requests)
@@ -198,6 +208,7 @@ class Engine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for number, part in enumerate(batch.split(self.micro_batch), start=1):
             part = self._on_device(part)
+            self._draw(len(part), number - 1)
             with self.stepper.around(number == count):
                 with mark(FORWARD):
                     told = self.teacher(part) if self.teacher is not None else None
@@ -210,6 +221,11 @@ class Engine:
                     self.stepper.backward(loss, factor)
             loss_sum += loss.detach()
         return loss_sum
+
+    def _draw(self, samples: int, number: int) -> None:
+        """Draw which samples residual branches leave out of the step's micro-batch *number*, of so many *samples*."""
+        if self.branches is not None:
+            self.branches.draw(samples, self.config.seed, self.step, self.runtime.data_rank, number)
 
     def _loss_targets(self, batch: Batch) -> Targets:
         """What the task's loss gets."""

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from bigvision.config import SPLIT_BACKWARD, Config, other_sizes
 from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
-from bigvision.models import Block, Blueprint, formats, kinds, share_rates
+from bigvision.models import Block, Blueprint, SkippedBranches, formats, kinds, share_rates
 from bigvision.models.recompute import recompute_blocks
 from bigvision.runtime import Runtime
 
@@ -136,10 +136,13 @@ def synchronize_norms(module: nn.Module, runtime: Runtime) -> list[str]:
 
 
 def wrap_blocks(
-    blocks: Sequence[nn.Module], config: Config, device: torch.device, model: nn.Module, image_shape: tuple[int, int, int]
+    blocks: Sequence[nn.Module], config: Config, device: torch.device, model: nn.Module, image_shape: tuple[int, int, int],
+    branches: SkippedBranches | None = None,
 ) -> list[str]:  # fmt: skip
     """Recompute and compile each block of *model*, on meta, where *config* says so, in this order and in place; return what the
     user should know. *image_shape*: channels, height and width.
+
+    A block that is recomputed draws no other samples for its *branches*.
 
     Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside of
     what is compiled. Raises `UserError` where both are asked for blocks with BatchNorm.
@@ -151,7 +154,8 @@ def wrap_blocks(
         raise UserError(
             f"parallel.recompute: {recompute} and parallel.compile: true exclude each other for BatchNorm: drop one"
         )
-    recompute_blocks(blocks, recompute, model, image_shape)
+    # In compiled code both passes read the same tensors.
+    recompute_blocks(blocks, recompute, model, image_shape, branches if eager is not None else None)
     if eager is None:
         # Under a budget, blocks of one kind may keep one of two choices of products.
         variants = 2 if recompute.startswith("budget") else 1

@@ -63,10 +63,14 @@ class PipelineEngine(Engine):
         self.group = runtime.mesh["stage"].get_group()
         self.schedules: dict[tuple[int, int, Size], Any] = {}
         self.passes: dict[int, int] = {}
+        self.samples_of_pass = self.micro_batch
         pieces = [block.module for number in numbers for block in self.plan.blocks[number]]
         sharded = runtime.mesh["shard"].size() > 1
         self.computing.apply(self.parts, [piece for piece in pieces if piece in set(blocks)], not sharded, runtime.device)
-        self.notes += wrap_blocks(pieces, config, runtime.device, self.module, self.input_shape)
+        if self.branches is not None:
+            # A cut may lie between the ends of a branch.
+            self.branches.run_whole(block.path for stage in self.plan.blocks for block in stage)
+        self.notes += wrap_blocks(pieces, config, runtime.device, self.module, self.input_shape, self.branches)
         for number, stage in self.stages.items():
             stage.around = lambda number=number: self._surroundings(number)
             stage.apart = parallel.schedule in SPLIT_BACKWARD
@@ -100,6 +104,7 @@ class PipelineEngine(Engine):
         for count, size in ((whole, self.micro_batch), (1, rest)):
             if not count or not size:
                 continue
+            self.samples_of_pass = size
             before: dict[nn.Parameter, Tensor] = {}
             key = count, size, image_size
             if key not in self.schedules:
@@ -154,6 +159,7 @@ class PipelineEngine(Engine):
         if self.stages[number].training:
             place = ("dropout", self.config.seed, self.step, self.runtime.data_rank, number, self.passes[number])
             torch.manual_seed(seed_from(*place))
+            self._draw(self.samples_of_pass, self.passes[number])
             self.passes[number] += 1
         autocast = torch.autocast(self.runtime.device.type, self.computing.dtype) if self.computing.autocast else nullcontext()
         with mark(FORWARD), autocast:

@@ -43,7 +43,9 @@ class ZeroEngine(Engine):
     def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
         # Autocast, if any, inside the model: DeepSpeed switches off one under which it is entered.
         self.computing.apply(self.parts, blocks, True, self.runtime.device)
-        self.notes += wrap_blocks(blocks, self.config, self.runtime.device, self.module, self.input_shape)
+        self.notes += wrap_blocks(
+            blocks, self.config, self.runtime.device, self.module, self.input_shape, self.branches
+        )  # fmt: skip
         self.stepper = ZeroStep(self.module, blocks, blueprint, self.config, self.runtime, self.restoring)
         self.forward = self.stepper.forward
 

@@ -306,6 +306,8 @@ def check_model(config: ModelConfig, model: GivenModel | None = None) -> None:
     if isinstance(model, nn.Module) and type(model).__module__.startswith(wrappers):
         raise UserError(f"model: {type(model).__name__} is wrapped already: give the plain module")
     ours = {"model.pretrained": config.pretrained, "model.weights": config.weights, "model.drop_path": config.drop_path}
+    if config.drop_path_schedule != "linear":
+        ours["model.drop_path_schedule"] = config.drop_path_schedule
     for key, value in ours.items() if model is not None else ():
         if value:
             raise UserError(f"{key}: {value}, but the model is your own: load or set it there, and leave this out")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import DropPath
 from torch import Tensor, fx, nn
 
 from bigvision.models.alike import RATES
@@ -112,7 +113,8 @@ def kinds(blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
         for path, module in block.named_modules():
             tensors = {**module._parameters, **module._buffers}.items()
             shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors if tensor is not None)
-            key.append((path, nn.Identity if type(module) in RATES else type(module), shapes))
+            dropping = type(module) in RATES or isinstance(module, DropPath)
+            key.append((path, nn.Identity if dropping else type(module), shapes))
         found.setdefault(tuple(key), []).append(block)
     return list(found.values())
 

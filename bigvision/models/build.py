@@ -21,6 +21,7 @@ from bigvision.config import LoraConfig, ModelConfig, Size
 from bigvision.errors import UserError, one_line
 from bigvision.models import arguments, lora, weights
 from bigvision.models.arguments import GivenModel
+from bigvision.models.drop_path import set_constant_rate
 from bigvision.models.exact_init import FirstValues, NotRecordable, construct, given
 from bigvision.models.tracing import named_tensors
 from bigvision.models.weights import Adapted, Loading, capture
@@ -77,6 +78,8 @@ class Blueprint:
         else:
             create, flexible = around or timm.create_model, bool(sizes)
             self.module, self.arguments, self._first = _construct(config, num_classes or 0, model, create, loading, flexible)
+            if config.drop_path_schedule == "constant" and config.drop_path > 0:
+                set_constant_rate(self.module, config.drop_path, config.name)
         self._names = {name for name, _ in named_tensors(self.module)}
         self.adapters: dict[str, lora.Parameter] = {}  # of LoRA, by each of their names
         self.recorded, self.notes = self._first.trace is not None, self._first.notes

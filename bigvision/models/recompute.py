@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from bigvision.config import recompute_budget
 from bigvision.errors import UserError
 from bigvision.models.blocks import Block, kinds
+from bigvision.models.drop_path import SkippedBranches
 from bigvision.models.tracing import FusedAttention, Key, OpCounter, attributes_kept, first_line, product
 
 MOST_SUBSETS = 12
@@ -32,11 +33,12 @@ MOST_SUBSETS = 12
 
 
 def recompute_blocks(
-    blocks: Sequence[nn.Module], recompute: str, model: nn.Module, image_shape: tuple[int, int, int]
+    blocks: Sequence[nn.Module], recompute: str, model: nn.Module, image_shape: tuple[int, int, int],
+    branches: SkippedBranches | None = None,
 ) -> None:  # fmt: skip
     """Let each of *blocks* of *model*, on meta, compute activations again as ``parallel.recompute`` says, in place.
 
-    *image_shape*: channels, height and width.
+    *image_shape*: channels, height and width. The second pass keeps the samples that the first one drew for *branches*.
     """
     if recompute == "none":
         return
@@ -47,19 +49,21 @@ def recompute_blocks(
             if getattr(module, "inplace", False):  # it would change a kept value
                 module.inplace = False  # type: ignore[assignment]
         options: dict[str, Any] = {}
-        if kept[block] or norms:
-            options["context_fn"] = functools.partial(_contexts, kept[block], tuple(norms))
+        if kept[block] or norms or branches is not None:
+            options["context_fn"] = functools.partial(_contexts, kept[block], tuple(norms), branches)
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
 def _contexts(
-    kept: frozenset[Key], norms: tuple[BatchNorm, ...]
+    kept: frozenset[Key], norms: tuple[BatchNorm, ...], branches: SkippedBranches | None
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:  # fmt: skip
     """What surrounds the first pass, and the second one."""
-    if not kept:
-        return nullcontext(), _statistics_held(norms)
-    first, second = create_selective_checkpoint_contexts(functools.partial(_policy, kept))
-    return (first, _both(_statistics_held(norms), second)) if norms else (first, second)
+    first, second = nullcontext(), nullcontext()
+    if kept:
+        first, second = create_selective_checkpoint_contexts(functools.partial(_policy, kept))
+    again = [_statistics_held(norms)] if norms else []
+    again += [branches.using(branches.drawn)] if branches is not None else []
+    return first, _both(*again, second) if again else second
 
 
 @contextmanager

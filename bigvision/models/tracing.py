@@ -72,7 +72,7 @@ class _BufferProxy(fx.Proxy):
         return getattr(self._buffer, name) if name in ("shape", "ndim", "size", "dim", "numel") else super().__getattr__(name)
 
 
-class _CoarseTracer(fx.Tracer):
+class CoarseTracer(fx.Tracer):
     """Calls the modules in `opened` and keeps every other one as a single node."""
 
     def __init__(self, opened: set[str]) -> None:
@@ -123,7 +123,7 @@ def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()
     """
     opened = openable(module, max_share) | set(inside)
     while True:
-        tracer = _CoarseTracer(opened)
+        tracer = CoarseTracer(opened)
         try:
             with attributes_kept(module):
                 graph = tracer.trace(module)

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 CHOICE, PLAN = "choice.json", "plan.json"
 DECISIVE = ("model.", "task.", "parallel.", "train.global_batch", "train.micro_batch", "optim.name", "ema.decay", "data.resize")
 """How keys begin that a choice depends on. Where one changes, another choice is made."""
-FREE = ("model.pretrained", "model.weights", "model.drop_path", "parallel.deepspeed", "parallel.device")
+FREE = (
+    "model.pretrained", "model.weights", "model.drop_path", "model.drop_path_schedule", "model.drop_path_mode",
+    "parallel.deepspeed", "parallel.device",
+)  # fmt: skip
 """Keys among them that it does not depend on."""
 
 Say = Callable[[str], None]

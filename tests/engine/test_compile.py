@@ -26,7 +26,7 @@ from bigvision.engine import check_engine
 from bigvision.engine import parallelize as engine_compile
 from bigvision.engine.parallelize import compile_blocks, why_eager, wrap_blocks
 from bigvision.errors import UserError
-from bigvision.models import find_blocks, kinds
+from bigvision.models import SkippedBranches, find_blocks, kinds
 from bigvision.models.blocks import RATES
 from bigvision.runtime import start
 from bigvision.tasks import Classify
@@ -73,7 +73,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block.module for block in find_blocks(model)]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_equal_blocks_with_different_drop_rates_share_one_graph(graphs: Counting, recompute: bool) -> None:
     model = vit(drop_path=0.2)
     config = load_config({"parallel": {"compile": True, "recompute": "blocks" if recompute else "none"}})
@@ -230,6 +230,33 @@ def test_too_many_graphs_are_reported_in_one_line(graphs: Counting, capfd: pytes
 
 def configured(**parallel: Any) -> Any:
     return load_config({"parallel": parallel})
+
+
+@pytest.mark.parametrize("recompute", ["none", pytest.param("blocks", marks=pytest.mark.long)])
+def test_branches_that_leave_samples_out_share_one_graph(graphs: Counting, recompute: str) -> None:
+    """Each block keeps another number of samples, and the first ones all; compiled and eager code leave out the same."""
+    ours, eager = (vit(drop_path=0.4, depth=6) for _ in range(2))
+    config = load_config({"parallel": {"compile": True, "recompute": recompute}})
+    drawing = []
+    for model, compiled in ((ours, True), (eager, False)):
+        branches, _ = SkippedBranches.of(model, find_blocks(model), [(3, 16, 16)], CPU, compiled, 20)
+        assert branches is not None
+        drawing.append(branches)
+    wrap_blocks(blocks_of(ours), config, CPU, ours, (3, 16, 16), drawing[0])
+    for step, samples in enumerate((20, 20, 13, 20, 13)):
+        images, results = torch.randn(samples, 3, 16, 16), []
+        for model, branches in zip((ours, eager), drawing):
+            branches.draw(samples, 0, step, 0, 0)
+            model.zero_grad()
+            output = model.train()(images)
+            output.square().sum().backward()
+            results.append(
+                torch.cat([output.detach().flatten(), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+            )
+        assert torch.allclose(*results, rtol=1e-4, atol=1e-5)
+        assert graphs.count == 1 + (step >= 2)
+    drawn = [branch.drawn for branch in drawing[0].branches if branch.drawn is not None]
+    assert len({len(one.kept) for one in drawn}) > 3
 
 
 def test_auto_compiles_on_cuda_where_blocks_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
