@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -111,6 +112,10 @@ def train_on_rank(
         with watch.naming():
             opened = all_or_none(lambda: open_trackers(config, trackers) if runtime.is_main else [])
             run = build(config, runtime, monitor.say, stack, given, model, task)
+            # The garbage collector would look through all of it in the middle of steps, at another time on each rank.
+            gc.collect()
+            gc.freeze()
+            stack.callback(gc.unfreeze)  # a later run of this process builds another model
             with explain_errors(run.config, run.engine, run.blueprint, run.runtime, run.starts):
                 fed.start(opened, monitor.say)
                 report.begin(run.engine, run.steps)
