@@ -52,7 +52,7 @@ class Program:
         self.begun = time.perf_counter()
         self.process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, start_new_session=True,
+            stderr=subprocess.PIPE, text=True, process_group=0,
         )  # fmt: skip
 
     def wait_for(self, pattern: re.Pattern[str]) -> tuple[float, re.Match[str]]:

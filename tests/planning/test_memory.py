@@ -133,9 +133,7 @@ CASES: list[tuple[dict[str, Any], int, int, int, str, dict[str, Any], dict[str, 
 def check_peak(tmp_path: Path, case: tuple[Any, ...]) -> None:
     model, ranks, size, repeats, strategy, parallel, task = case
     train = {"global_batch": ranks * size * repeats, "micro_batch": size}
-    # As on CUDA, which the prediction is for.
-    units = {"unit_size": "block"} if strategy == "fsdp" else {}
-    plain = recipe(tmp_path, train=train, parallel={"strategy": strategy} | units | parallel, task=task) | {"model": model}
+    plain = recipe(tmp_path, train=train, parallel={"strategy": strategy} | parallel, task=task) | {"model": model}
     found = max(run_ranks(peak_of_step, ranks, plain), key=lambda one: one["measured"])
     print(f"{model['name']}, {ranks} ranks, {size} x {repeats}, {strategy} {parallel} {task}: {difference(found):+.1%}")
     assert abs(difference(found)) < 0.1, found
