@@ -160,6 +160,7 @@ def training(asked: argparse.Namespace, folder: Path) -> dict[str, dict[str, lis
             lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             speeds = [line["images_per_second"] for line in lines if "images_per_second" in line][1:]
             times["images"][name].append(1 / median(speeds))
+            print(f"round {number}: {name}: {median(speeds):.0f} images/s, {times['whole run'][name][-1]:.1f} s", flush=True)
     return times
 
 

@@ -87,7 +87,7 @@ class _Deferred(ModuleType):
         # Whoever looks through all modules, as `inspect` does, asks for such names.
         if name.startswith("__") or "__deferred__" not in vars(self):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        del self.__deferred__
+        del vars(self)["__deferred__"]
         assert self.__spec__ is not None and self.__spec__.loader is not None
         self.__spec__.loader.exec_module(self)
         return getattr(self, name)

@@ -56,9 +56,9 @@ def worker_context(inherits: bool) -> BaseContext:
 def fork_server() -> None:
     """Fork the server of :func:`worker_context` from this process, which has imported all that workers need.
 
-    A server that starts as a new interpreter imports torch and torchvision first: two seconds before a run's first batch, of
-    each rank. Call this at the start of a program, before gloo, CUDA or torch's own threads: a fork may copy their locks while
-    they are held. Python's and OpenBLAS's threads are prepared for forks. Where the server runs already nothing happens.
+    A server that starts as a new interpreter imports torch and torchvision first: more than a second before the first batch,
+    of each rank. Call this at the start of a program, before gloo, CUDA or torch's own threads: a fork may copy their locks
+    while they are held. Python's and OpenBLAS's threads are prepared for forks. Where the server runs already nothing happens.
     """
     if sys.platform != "linux" or sys.version_info >= (3, 14):
         return  # macOS's own threads do not survive a fork; a later Python's server takes a key from a third file
