@@ -71,7 +71,7 @@ $(VENV)/docs: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
-bench: $(STAMP)  ## measure the training step beside its peers, on one rank and on two, checkpoints, the loader, imports, and compilation
+bench: $(STAMP)  ## measure steps beside their peers, on one rank and on two, checkpoints, the loader, imports, compilation, starts
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
 	$(TORCHRUN) -m benchmarks.step_time $(ARGS)
 	$(TORCHRUN) -m benchmarks.zero_time $(ARGS)
@@ -82,6 +82,7 @@ bench: $(STAMP)  ## measure the training step beside its peers, on one rank and 
 	$(BIN)/python -m benchmarks.optimizer_time
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.drop_path_time
+	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.start_time
 
 # ARGS goes to the tests. One part of the benchmark alone: .venv/bin/python -m benchmarks.gpu --part resnet_50
 gpu: $(STAMP)  ## on a machine with GPUs: the tests of CUDA (minutes), then training steps beside other loops (half an hour)

@@ -149,8 +149,11 @@ def _train(arguments: list[str]) -> int:
         if _rank() == 0:
             print(describe(config, origins))
         return Exit.DONE
+    from bigvision.data.workers import fork_server
     from bigvision.training import train_on_rank
 
+    if config.data.workers:
+        fork_server()
     train_on_rank(config, began=began, origins=origins)
     return Exit.DONE
 

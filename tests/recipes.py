@@ -67,6 +67,8 @@ def recipe(out: Path, model: str = "vit", **sections: dict[str, Any]) -> dict[st
     }
     for name, keys in sections.items():
         plain[name] = plain.get(name, {}) | keys
+    if plain["parallel"]["strategy"] == "fsdp":
+        plain["parallel"].setdefault("unit_size", "block")  # as on CUDA
     return plain
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import bigvision
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("bigvision", "launch", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
@@ -193,3 +196,32 @@ def test_earlier_names_work_and_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "bigvision.launching", raising=False)
     with pytest.warns(FutureWarning, match=r"bigvision\.launchers"):
         assert importlib.import_module("bigvision.launching").__path__ == launchers.__path__
+
+
+def test_a_deferred_module_runs_when_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "latecomer").mkdir()
+    (tmp_path / "latecomer/__init__.py").write_text(
+        "import sys\nsys.latecomers = getattr(sys, 'latecomers', 0) + 1\nanswer = 42\n"
+    )
+    (tmp_path / "latecomer/inside.py").write_text("from latecomer import answer\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "latecomers", 0, raising=False)
+    bigvision._defer("latecomer")
+    module = importlib.import_module("latecomer")
+    # As `inspect` looks through all modules.
+    assert module.__file__ == str(tmp_path / "latecomer/__init__.py") and not hasattr(module, "__wrapped__")
+    assert vars(sys)["latecomers"] == 0
+    bigvision._defer("latecomer")  # imported already: it stays
+    assert module.answer == 42 and importlib.import_module("latecomer.inside").answer == 42 and vars(sys)["latecomers"] == 1
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = module.nothing
+    bigvision._defer("no_such_module")
+    for name in ("latecomer", "latecomer.inside"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.long
+def test_a_start_imports_nothing_heavy_that_it_does_not_use() -> None:
+    program = "import bigvision.cli, bigvision.training, sys; print(*sys.modules)"
+    found = set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
+    assert "torch" in found and not {name for name in found if within(name, HEAVY - {"wandb"}) or name == "wandb.sdk"}

@@ -119,7 +119,7 @@ AUTO_KEYS: dict[str, Any] = {"parallel.strategy": "fsdp", "parallel.recompute": 
 cannot profile."""
 PIPELINE_KEYS = ("stages", "stages_per_rank", "microbatches", "schedule")
 """Keys of `parallel` that only a pipeline has a use for."""
-SHARDED_KEYS = ("replicas", "reshard", "scatter")
+SHARDED_KEYS = ("replicas", "reshard", "unit_size", "scatter")
 """Those that fsdp has a use for too."""
 
 
@@ -297,6 +297,8 @@ def check(config: Config) -> None:
     if config.faults.rollback and config.faults.spike is None:
         raise UserError("faults.rollback: true needs faults.spike: say how far above the mean a loss is a spike, such as 8")
     parse_size(config.checkpoint.shard_size, "checkpoint.shard_size")
+    if config.parallel.unit_size not in ("auto", "block"):
+        parse_size(config.parallel.unit_size, "parallel.unit_size")
     if config.train.patience_metric is not None and config.train.patience is None:
         raise UserError(
             f"train.patience_metric: {config.train.patience_metric} needs train.patience: say how many evaluations without a "

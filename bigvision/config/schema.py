@@ -262,6 +262,9 @@ class ParallelConfig:
     in each pass, and what blocks add up stays fp32. amp_bf16: torch.autocast decides for each operation."""
     reshard: Literal["forward", "never"] = "forward"
     """fsdp: free gathered parameters after each block's forward pass, or keep them until the backward pass."""
+    unit_size: str = "auto"
+    """fsdp: consecutive blocks are gathered and scattered together up to this size of fp32 weights (units kB, MB, GB, KiB, MiB,
+    GiB); block exchanges each by itself. auto: 8MiB on CPUs, where each exchange takes milliseconds, else block."""
     scatter: Literal["each", "last"] = "each"
     """fsdp: reduce and scatter gradients after each micro-batch, or after a step's last (less traffic, whole gradients)."""
     reduce: Literal["fp32", "bf16"] = "fp32"

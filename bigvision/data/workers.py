@@ -8,15 +8,17 @@ module is needed, and it is not sent; else the workers are forked, which inherit
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from multiprocessing import resource_tracker, spawn
+from multiprocessing import forkserver, resource_tracker, spawn, util
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
@@ -49,6 +51,40 @@ def worker_context(inherits: bool) -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bigvision.data.loader", "torchvision.transforms.v2"])
     return context
+
+
+def fork_server() -> None:
+    """Fork the server of :func:`worker_context` from this process, which has imported all that workers need.
+
+    A server that starts as a new interpreter imports torch and torchvision first: more than a second before the first batch,
+    of each rank. Call this at the start of a program, before gloo, CUDA or torch's own threads: a fork may copy their locks
+    while they are held. Python's and OpenBLAS's threads are prepared for forks. Where the server runs already nothing happens.
+    """
+    if sys.platform != "linux" or sys.version_info >= (3, 14):
+        return  # macOS's own threads do not survive a fork; a later Python's server takes a key from a third file
+
+    def forked(path: object, arguments: object, passed: Sequence[int]) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the thread that waits for signals
+            if (pid := os.fork()) > 0:
+                return pid
+        try:
+            signal.set_wakeup_fd(-1)
+            # The writing end of the server's own pipe is among them: while that is open, the server does not end.
+            listener, alive = passed
+            kept = sorted({0, 1, 2, listener, alive})
+            for below, above in itertools.pairwise([*kept, os.sysconf("SC_OPEN_MAX")]):
+                os.closerange(below + 1, above)
+            forkserver.main(listener, alive, [])
+        finally:
+            os._exit(0)
+
+    with signals_held(), _LOCK:
+        before, util.spawnv_passfds = util.spawnv_passfds, forked
+        try:
+            forkserver.ensure_running()
+        finally:
+            util.spawnv_passfds = before
 
 
 @contextmanager

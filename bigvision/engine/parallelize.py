@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from bigvision.config import SPLIT_BACKWARD, Config, other_sizes
+from bigvision.config import SPLIT_BACKWARD, Config, other_sizes, parse_size
 from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
 from bigvision.models import Block, Blueprint, SkippedBranches, formats, kinds, share_rates
@@ -41,6 +41,9 @@ GRAPHS_PER_KIND = 8
 """Graphs that blocks of one kind may need. Four are expected: training and evaluation, each with the whole micro-batch and the
 short last one."""
 SYNCHRONIZED = ("cuda",)  # the kinds of devices that torch's SyncBatchNorm knows
+UNIT_OF_CPU = 8 << 20
+"""Bytes of fp32 weights that `parallel.unit_size: auto` gathers together on CPUs, but not in pipelines, whose passes alternate.
+An exchange over gloo takes milliseconds however little it moves, on cores that compute meanwhile; NCCL's takes microseconds."""
 
 
 @dataclass
@@ -321,7 +324,7 @@ def overlap(spread: Spread, example: Tensor, statistics: Statistics, reduce: str
 def shard(
     module: nn.Module, parts: list[nn.Module], blocks: Sequence[nn.Module], config: Config, dtype: torch.dtype, runtime: Runtime
 ) -> Spread:  # fmt: skip
-    """FSDP2: ``fully_shard`` on each block and on each part (Zhao et al. 2023), over a (replicate, shard) mesh.
+    """FSDP2: ``fully_shard`` on each unit of blocks and on each part (Zhao et al. 2023), over a (replicate, shard) mesh.
 
     Scalars, which cannot be sharded, and BatchNorm's weights, which must stay fp32 beside fp32 running statistics, are
     kept whole on every rank; they are few and small. One rank alone shards nothing: see :func:`replicate`.
@@ -344,9 +347,11 @@ def shard(
     for part in parts:
         inside = set(part.modules())
         units: list[Any] = []
-        for block in (block for block in blocks if block in inside):
-            block.register_forward_hook(_copied_if_view)
-            units.append(fully_shard(block, **options))
+        for unit in units_of([block for block in blocks if block in inside], config, runtime.device):
+            for block in unit:
+                block.register_forward_hook(_copied_if_view)
+            fully_shard(unit, **options)
+            units.append(unit[0])  # all blocks of a unit share FSDP's state
         roots.append(fully_shard(part, **options))
         if runtime.pipeline_ranks == 1:
             # Explicit, since the implicit order is known after the first pass only; in a pipeline passes alternate.
@@ -380,6 +385,24 @@ def shard(
     spread.equal_gradients = lambda gradient: parallel.replicas if isinstance(gradient, DTensor) else runtime.data_ranks
     spread.unreduced = names
     return spread
+
+
+def units_of(blocks: Sequence[nn.Module], config: Config, device: torch.device) -> list[list[nn.Module]]:
+    """*blocks* as ``parallel.unit_size`` has them gathered: consecutive ones together up to so many bytes of fp32 weights."""
+    asked = config.parallel.unit_size
+    if asked not in ("auto", "block"):
+        limit = parse_size(asked, "parallel.unit_size")
+    else:
+        limit = UNIT_OF_CPU if asked == "auto" and device.type == "cpu" and config.parallel.strategy == "fsdp" else 0
+    units: list[list[nn.Module]] = []
+    total = 0
+    for block in blocks:
+        size = sum(4 * parameter.numel() for parameter in block.parameters())
+        if not units or (total := total + size) > limit:
+            units.append([])
+            total = size
+        units[-1].append(block)
+    return units
 
 
 def _copied_if_view(block: nn.Module, inputs: object, output: object) -> object:

@@ -138,7 +138,7 @@ class Loop:
     ) -> None:  # fmt: skip
         config, engine = run.config, run.engine
         self.run, self.runtime, self.monitor, self.watch, self.callbacks = run, runtime, monitor, watch, callbacks
-        self.config, self.engine, self.steps = config, engine, run.steps
+        self.config, self.engine, self.steps, self.begun = config, engine, run.steps, run.engine.step
         self.metrics: dict[str, float] = run.progress.get("metrics", {})
         """Of the last evaluation, also one before this start."""
         self.owed: bool = run.progress.get("evaluation_owed", False)
@@ -184,7 +184,8 @@ class Loop:
             saves = last or saving.due(epoch_ended)
             digests = digest_every is not None and step % digest_every == 0
             newest, _ = self.launched[-1]
-            if not self._read(0 if evaluates or saves or digests else 1):
+            # The first one is read at once: it shows that the run works.
+            if not self._read(0 if evaluates or saves or digests or step == self.begun + 1 else 1):
                 continue  # rolled back
             self.profile.after_step(step)
             if digests and not newest.skipped:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from multiprocessing import spawn
 from typing import Any
 
@@ -66,3 +70,30 @@ def test_the_main_module_is_hidden_and_comes_back() -> None:
             raise KeyError
     after = dict(vars(main))
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+
+
+SERVER = """
+from bigvision.data.workers import fork_server, worker_context
+fork_server()
+if __name__ == "__main__":
+    from multiprocessing import forkserver
+    fork_server()
+    worker = worker_context(False).Process(target=__import__("os")._exit, args=(3,))
+    worker.start()
+    worker.join()
+    server = forkserver._forkserver._forkserver_pid
+    print(worker.exitcode, server, open(f"/proc/{server}/cmdline").read())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or sys.version_info >= (3, 14), reason="elsewhere the server is a new interpreter")
+def test_the_server_of_workers_is_forked_and_ends_with_its_program() -> None:
+    done = subprocess.run([sys.executable, "-c", SERVER], capture_output=True, text=True, check=True)
+    code, server, command = done.stdout.split(" ", 2)
+    assert code == "3" and "fork_server()" in command, "a fork has the command line of its program"
+    with suppress(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int(server), 0)
+            time.sleep(0.05)
+        raise AssertionError("the server outlives its program")
+    assert not done.stderr, done.stderr

@@ -42,6 +42,7 @@ CONSTANTS = [
     (r"abort that hangs is given ([\d.]+) s", "runtime", "ABORTING", 1),
     (r"less than ([\d,]+) MB for each rank", "runtime", "SHARED_PER_RANK", MIB),
     (r"After ([\d,]+) graphs for each kind", "engine", "GRAPHS_PER_KIND", 1),
+    (r"up to ([\d,]+) MiB of fp32 weights", "engine", "UNIT_OF_CPU", MIB),
     (r"doubled after ([\d,]+) good steps", "engine", "growth_interval", 1),
     (r"fit their devices \(([\d.]+) % of the memory\)", "pipeline", "USABLE", 0.01),
     (r"groups, up to ([\d,]+) MB", "data", "CACHE", MIB),

@@ -6,6 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from torch import nn
+
+from bigvision.config import load_config
+from bigvision.engine.parallelize import units_of
+from bigvision.errors import UserError
 from tests.distributed import run_ranks
 from tests.recipes import recipe
 
@@ -47,3 +54,22 @@ def test_a_rank_never_holds_more_than_its_share_and_a_few_tensors(tmp_path: Path
         allowed = found["share"] + found["gradients"] + 3.5 * found["largest"] + 64 * 2**20
         assert found["peak"] < allowed, found
         assert found["share"] + found["gradients"] + found["whole"] > allowed, "the bound would let a whole copy pass"
+
+
+def test_small_blocks_are_gathered_together_up_to_a_size() -> None:
+    """Blocks of 1, 3, 3, 1, 9 and 1 MB."""
+    blocks = [nn.Linear(250_000 * size, 1, bias=False, device="meta") for size in (1, 3, 3, 1, 9, 1)]
+
+    def units(device: str, **parallel: Any) -> list[list[int]]:
+        config = load_config({"parallel": {"strategy": "fsdp"} | parallel})
+        found = units_of(blocks, config, torch.device(device))
+        return [[unit.in_features // 250_000 for unit in blocks] for blocks in found]
+
+    each = [[1], [3], [3], [1], [9], [1]]
+    assert units("cpu") == [[1, 3, 3, 1], [9], [1]], "one that is larger is a unit of its own"
+    assert units("cpu", unit_size="4MB") == [[1, 3], [3, 1], [9], [1]]
+    assert units("cpu", unit_size="1GB") == units("cuda", unit_size="1GB") == [[1, 3, 3, 1, 9, 1]]
+    assert units("cuda") == units("cpu", unit_size="block") == units("cpu", strategy="pipeline") == each
+    for wrong in ("blocks", "0MB"):
+        with pytest.raises(UserError, match=r"parallel\.unit_size"):
+            load_config({"parallel": {"unit_size": wrong}})

@@ -138,11 +138,19 @@ def test_recompute_changes_nothing(tmp_path: Path, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [{"reshard": "never", "scatter": "last"}, pytest.param({"scatter": "last", "replicas": 2}, marks=LONG)]
-)
-def test_when_fsdp_frees_and_scatters_changes_nothing(tmp_path: Path, keys: dict[str, Any]) -> None:
-    reference = run_ranks(run, 1, recipe(tmp_path / "reference"))[0]
-    plain = recipe(tmp_path / "fsdp", parallel={"strategy": "fsdp", **keys})
+    ("model", "keys"),
+    [
+        ("vit", {"reshard": "never", "scatter": "last", "unit_size": "auto"}),
+        *(pytest.param(model, keys, marks=LONG) for model, keys in (
+            ("vit", {"reshard": "never", "scatter": "last"}), ("vit", {"scatter": "last", "replicas": 2}),
+            # Three blocks, and one.
+            ("swin", {"unit_size": "240kB"}), ("swin", {"unit_size": "240kB", "recompute": "blocks"}),
+        )),
+    ],
+)  # fmt: skip
+def test_when_fsdp_frees_and_scatters_changes_nothing(tmp_path: Path, model: str, keys: dict[str, Any]) -> None:
+    reference = run_ranks(run, 1, recipe(tmp_path / "reference", model))[0]
+    plain = recipe(tmp_path / "fsdp", model, parallel={"strategy": "fsdp", **keys})
     same_losses(reference, run_ranks(run, 4, plain)[0])
 
 

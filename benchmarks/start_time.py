@@ -1,0 +1,229 @@
+"""How long from the command to the first step, from a crash to the next step, and to an accuracy, beside its peers' programs?
+
+The sides are programs that train a ConvNeXt-atto on the digits on one rank with all cores: ``bigvision train``, and those of
+`digits_loops.py`. They take turns, in an order that is balanced over the rounds; a peer comes a second time, as a control. A
+time is from the start of a process, or from its end by SIGKILL, to a line on its standard output.
+
+    start: to the first step, and, after a SIGKILL once the first epoch is saved, to the first step of the next process
+    accuracy: to the first evaluation of at least 97 %, in a run of eight epochs
+    train: images/s of ``make train`` (two ranks, the recipe's strategy), beside another checkout of this project (--other)
+
+Run it with ``make bench``, beside Fabric where the extra ``bench`` is installed; it writes
+``benchmarks/results/start_time_cpu_PART.{json,md}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.checkpoint_report import Target
+from benchmarks.harness import machine, summarize, turn
+
+ROOT = Path(__file__).parent.parent
+OWN, PEERS = "bigvision", ("accelerate", "fabric", "timm")
+GOAL = 97.0
+"""Percent of the validation images."""
+FIRST, ACCURACY = re.compile(r"^step \d+ of \d+"), re.compile(r"accuracy +([\d.]+)%")
+LIMIT = 120.0
+"""Seconds that a program may take to its next line."""
+
+
+class Program:
+    """A training program in a process group of its own, and the time of each of its lines."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str] = {}) -> None:
+        self.begun = time.perf_counter()
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, process_group=0,
+        )  # fmt: skip
+
+    def wait_for(self, pattern: re.Pattern[str]) -> tuple[float, re.Match[str]]:
+        """(seconds since the start, the match) of the next line that *pattern* matches."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if (found := pattern.search(line)) is not None:
+                return time.perf_counter() - self.begun, found
+        assert self.process.stderr is not None
+        raise RuntimeError(f"{self.process.args}: ended without a line like {pattern.pattern}: {self.process.stderr.read()}")
+
+    def kill(self) -> float:
+        """End it and its workers as a crash does; returns when."""
+        when = time.perf_counter()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        return when
+
+
+def commands(asked: argparse.Namespace, folder: Path, epochs: int) -> dict[str, list[str]]:
+    """Each side's command, without its output folder, which comes last."""
+    ours = [sys.executable, str(ROOT / "launch/train.py"), "--parallel.strategy", "ddp", "--train.epochs", str(epochs), "--out"]
+    sides = {OWN: ours}
+    for peer in PEERS:
+        if peer != "fabric" or importlib.util.find_spec("lightning_fabric") is not None:
+            program = [str(ROOT / "benchmarks/digits_loops.py"), peer, "--data", str(folder / "digits.npz")]
+            sides[peer] = [sys.executable, *program, "--epochs", str(epochs), "--out"]
+    return sides
+
+
+def write_digits(path: Path) -> None:
+    """bigvision's digits as a file of arrays, which peers read faster than scikit-learn."""
+    from bigvision.data import open_source
+
+    arrays = {}
+    for split in ("train", "val"):
+        source = open_source("digits", split, shared=False)
+        samples = [source.read(index) for index in range(len(source))]
+        images = torch.stack([torch.as_tensor(sample.image).expand(3, -1, -1) for sample in samples])
+        arrays |= {f"{split}_images": images.numpy(), f"{split}_labels": np.array([sample.target for sample in samples])}
+    np.savez(path, **arrays)
+
+
+def starts(asked: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Seconds to the first step and from a crash to the next step, of each side and round."""
+    sides = commands(asked, folder, 15)
+    sides |= {f"{PEERS[0]} (again)": sides[PEERS[0]]}
+    times: dict[str, dict[str, list[float]]] = {what: {name: [] for name in sides} for what in ("first step", "after a crash")}
+    for number in range(asked.rounds):
+        for name in turn(list(sides), number):
+            command = [*sides[name], str(folder / f"start-{name.replace(' ', '')}-{number}")]
+            program = Program(command)
+            first, _ = program.wait_for(FIRST)
+            program.wait_for(ACCURACY)
+            time.sleep(1.0)  # bigvision's checkpoint is written behind the line, and some steps are taken
+            killed = program.kill()
+            program = Program(command)
+            program.wait_for(FIRST)
+            after = time.perf_counter() - killed
+            program.kill()
+            times["first step"][name].append(first)
+            times["after a crash"][name].append(after)
+            print(f"round {number}: {name}: {first:.2f} s to the first step, {after:.2f} s after a crash", flush=True)
+    return times
+
+
+def accuracies(asked: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Seconds to `GOAL`, and to the end of the process, of each side and round."""
+    sides = {name: command for name, command in commands(asked, folder, asked.epochs).items() if name != "accelerate"}
+    sides |= {"timm (again)": sides["timm"]}
+    times: dict[str, dict[str, list[float]]] = {what: {name: [] for name in sides} for what in ("accuracy", "whole run")}
+    for number in range(asked.rounds):
+        for name in turn(list(sides), number):
+            program = Program([*sides[name], str(folder / f"accuracy-{name.replace(' ', '')}-{number}")])
+            reached, last = None, 0.0
+            for _ in range(asked.epochs):
+                seconds, found = program.wait_for(ACCURACY)
+                last = float(found[1])
+                if reached is None and last >= GOAL:
+                    reached = seconds
+            program.process.communicate(timeout=LIMIT)
+            times["whole run"][name].append(time.perf_counter() - program.begun)
+            # What has not come to the goal by its last epoch would have taken longer than this.
+            times["accuracy"][name].append(reached or times["whole run"][name][-1])
+            print(f"round {number}: {name}: {times['accuracy'][name][-1]:.1f} s, {last:.2f} % in the end", flush=True)
+    return times
+
+
+def training(asked: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Seconds for an image of ``make train`` here and in the checkout ``--other``, from the second line of metrics.jsonl on."""
+    sides = {OWN: ROOT, "other": asked.other, "other (again)": asked.other}
+    times: dict[str, dict[str, list[float]]] = {
+        "images": {name: [] for name in sides},
+        "whole run": {name: [] for name in sides},
+    }
+    for number in range(asked.rounds):
+        for name in turn(list(sides), number):
+            root, out = sides[name], folder / f"train-{name.replace(' ', '')}-{number}"
+            begun = time.perf_counter()
+            subprocess.run(
+                ["make", "-C", str(root), "-o", ".venv/installed", "train", f"ARGS=--out {out} --train.epochs {asked.epochs}"],
+                env={**os.environ, "PYTHONPATH": str(root)}, check=True, capture_output=True,
+            )  # fmt: skip
+            times["whole run"][name].append(time.perf_counter() - begun)
+            lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            speeds = [line["images_per_second"] for line in lines if "images_per_second" in line][1:]
+            times["images"][name].append(1 / median(speeds))
+            print(f"round {number}: {name}: {median(speeds):.0f} images/s, {times['whole run'][name][-1]:.1f} s", flush=True)
+    return times
+
+
+TARGETS: dict[str, list[tuple[str, str, str, float]]] = {
+    "start": [("first step", peer, "command to first step", 0.9) for peer in PEERS[:2]]
+    + [("after a crash", peer, "crash to next step", 0.6) for peer in PEERS[:2]],
+    "accuracy": [("accuracy", peer, f"time to {GOAL:g} %", 0.8) for peer in ("timm", "fabric")],
+    "train": [("images", "other", "make train's time for an image", 1 / 1.25)],
+}
+"""Of each part: (which times, the peer, what is compared, at most so much of the peer's)."""
+
+
+def table(part: str, times: dict[str, dict[str, list[float]]], facts: dict[str, Any]) -> tuple[str, list[Target]]:
+    """The figures as Markdown, and the targets."""
+    targets, rows = [], []
+    for which, peer, what, limit in TARGETS[part]:
+        if peer in times[which]:
+            line = summarize(OWN, times[which][OWN], times[which][peer])
+            targets.append(Target(f"{what}: {OWN} over {peer}", line.ratio, line.interval, limit, True))
+    rows += ["| target | found | 95 % interval | wanted | met |", "|---|---:|---:|---:|---|", *(one.row() for one in targets)]
+    for which, sides in times.items():
+        baseline = TARGETS[part][0][1]
+        rows += ["", f"| {which} | s (quartiles) | over {baseline} | 95 % interval |", "|---|---:|---:|---:|"]
+        for name, taken in sides.items():
+            line = summarize(name, taken, sides[baseline])
+            low, high = (1e-3 * one for one in line.quartiles)
+            between = f"{line.interval[0]:.3f} to {line.interval[1]:.3f}"
+            rows.append(f"| {name} | {median(taken):.4g} ({low:.4g} to {high:.4g}) | {line.ratio:.3f} | {between} |")
+    of = ", ".join(f"{key} {value}" for key, value in facts.items())
+    rounds = len(next(iter(next(iter(times.values())).values())))
+    return "\n".join([f"## {part}", "", *rows, "", f"{rounds} rounds; {of}.", ""]), targets
+
+
+MEASURES = {"start": starts, "accuracy": accuracies, "train": training}
+
+
+def main() -> int:
+    """Measure the parts that are asked for; returns 1 where a target is missed."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--part", choices=tuple(MEASURES), action="append", help="by default start and accuracy")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=8, help="of the runs to an accuracy and of make train")
+    parser.add_argument("--other", type=Path, help="another checkout, for train")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    asked = parser.parse_args()
+    if "train" in (asked.part or ()) and asked.other is None:
+        parser.error("--part train: name the checkout that it is compared with, --other FOLDER")
+    missed = False
+    for part in asked.part or ("start", "accuracy"):
+        with tempfile.TemporaryDirectory() as folder:
+            write_digits(Path(folder, "digits.npz"))
+            times = MEASURES[part](asked, Path(folder))
+        facts = machine(torch.device("cpu"))
+        text, targets = table(part, times, facts)
+        missed |= any(not target.met for target in targets)
+        print(text)
+        stem = asked.results / f"start_time_cpu_{part}"
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        found = {"targets": [asdict(target) | {"met": target.met} for target in targets], "times": times, "facts": facts}
+        stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        stem.with_suffix(".md").write_text(text)
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
