@@ -1,5 +1,10 @@
 """How many bytes each rank needs: its share of the state, exactly, and its peak in a step.
 
+State is every tensor that a rank's engine holds between two steps, counted once for each storage: parameters, buffers, masters,
+moments, averages, buckets, what torch's pipelines receive into, and the scalars beside them, with the numbers of the last step,
+which wait there to be read. The batch and the images made of it are counted apart, since they come from the data. Not counted
+is the map of unused parameters of DistributedDataParallel, 8 bytes for each parameter of a model that has some.
+
 Which share a rank has follows from its place in the mesh alone, so the ranks of a mesh fall into few groups that need the same.
 """
 
@@ -17,17 +22,23 @@ from torch import nn
 
 from bigvision.config import SPLIT_BACKWARD, Config, OptimConfig, deepspeed_settings, micro_batch
 from bigvision.engine.state import BUCKET
+from bigvision.engine.step import REQUESTS
 from bigvision.errors import UserError
 from bigvision.models import find_blocks
 from bigvision.models.tracing import Cost
 from bigvision.optim import state_layout
 from bigvision.pipeline import Placement, StageMemory
+from bigvision.pipeline.schedules import passes_of
 from bigvision.pipeline.stages import cut
 from bigvision.planning.profile import Profile, StateTensor
 from bigvision.planning.recorder import Moment, Span
 
 MASTER = 4
 """Bytes of an fp32 value."""
+COUNTERS = {"adamw": "parameter", "adafactor": "parameter", "lamb": "group", "muon": "group"}
+"""Of what an optimizer counts the steps, in an fp32 tensor for each. The others do not count."""
+HOST_COUNTERS = ("adafactor", "lamb")
+"""Optimizers whose counters lie in the host's memory."""
 WORKSPACE = {"cpu": 0, "cuda": 150_000_000}
 """Bytes that libraries keep in torch's allocator: what an eager ViT-L and a ResNet-50 needed on an H100 beyond all else."""
 
@@ -89,6 +100,10 @@ class Memory:
     """When the backward pass is over."""
     buckets: int
     """What is kept for the exchange of gradients or parameters between steps."""
+    received: int
+    """Into what torch receives activations and gradients of other pipeline stages: kept for all micro-batches of a step."""
+    scalars: int
+    """Loss scale, mean and deviation of images, and the numbers of the last step."""
     images: int
     """The images and targets of a micro-batch."""
     host: int
@@ -105,7 +120,8 @@ class Memory:
     @property
     def state(self) -> int:
         """What is held between steps."""
-        return self.parameters + self.buffers + self.optimizer + self.ema + self.buckets
+        of_model = self.parameters + self.buffers + self.optimizer + self.ema
+        return of_model + self.buckets + self.received + self.scalars
 
 
 @dataclass(frozen=True)
@@ -128,18 +144,54 @@ def _fragments_state(profile: Profile, config: Config, layout: Layout, tensors: 
             stored, local = _share(layout, tensor, shard)
             parameters += stored * tensor.dtype.itemsize
             if tensor.trained:
-                optimizer += optimizer_bytes(config.optim, tensor, local)
+                optimizer += optimizer_bytes(config.optim, tensor.shape, local)
                 gradients += stored * MASTER
+    counters = _counters(profile, config.optim, layout, tensors)
+    host = counters if config.optim.name in HOST_COUNTERS else 0
     # DistributedDataParallel keeps its buckets, and gradients are views of them.
     buckets = gradients if layout.strategy == "ddp" and layout.ranks > 1 else 0
-    return _State(parameters, optimizer, gradients, buckets)
+    return _State(parameters, optimizer + counters - host, gradients, buckets, host)
+
+
+def _counters(profile: Profile, optim: OptimConfig, layout: Layout, tensors: list[StateTensor]) -> int:
+    """Bytes of an optimizer's counters of steps, which steps *tensors*."""
+    trained = {tensor.name: tensor for tensor in tensors if tensor.trained}
+    kind = COUNTERS.get(optim.name)
+    if kind != "group":
+        return MASTER * len(trained) if kind else 0
+    # A group holds sharded or whole parameters; a stage without a trained parameter has an empty one.
+    sharded = _shards_parameters(layout)
+    groups = {
+        (number, sharded and not trained[name].whole)
+        for number, names in enumerate(profile.groups)
+        for name in names
+        if name in trained
+    }
+    return MASTER * max(1, len(groups))
+
+
+def _scalars(config: Config, layout: Layout, profile: Profile, computes_loss: bool) -> int:
+    """Bytes of small tensors: what images are normalised by, what a skip is decided by, and the last step's numbers."""
+    share, optim = config.train.global_batch // layout.data_ranks, config.optim
+    normalisation = 2 * MASTER * profile.image[0]
+    numbers = 8 * (4 + len(REQUESTS)) + 8  # a `Record`, and the largest statistic of a model that has none
+    # Of each micro-batch its loss, and of each sample whether its outputs are finite.
+    checks = MASTER * -(-share // layout.micro_batch(config)) + share if computes_loss else 0
+    if layout.strategy == "zero3":  # finite, the norm as fp64, a flag of overflows
+        return normalisation + numbers + checks + 1 + 8 + 1
+    if layout.strategy.startswith("zero"):  # finite, the norm as fp32
+        return normalisation + numbers + checks + 1 + 4
+    skipping = {"adamw": 4, "sgd": 4, "muon": 1}.get(optim.name, 0)  # whether to skip: fp32 for torch's fused steps, or bool
+    if skipping == 4 and (optim.clip is not None or config.parallel.precision == "fp16"):
+        skipping += 4  # what gradients are divided by
+    return normalisation + numbers + checks + skipping + 4 + 8  # the loss scale and its good steps
 
 
 def _zero_state(profile: Profile, config: Config, layout: Layout) -> _State:
     """Of DeepSpeed's stages; all ranks hold as much. Weights in the compute type, fp32 masters and moments of a share."""
     ranks, offload = layout.ranks, config.parallel.offload
     parameters = [tensor for tensor in profile.tensors if not tensor.buffer]
-    knobs = zero_settings(profile, config, layout)
+    knobs = zero_settings(profile, config, ranks)
     moment = sum(dtype.itemsize for _, dtype in state_layout(config.optim, (1, 1)).values())
     counter = 4 if config.optim.name == "adamw" and offload == "none" else 0
     # Of frozen weights that are saved in another type than they compute in each rank keeps a share in host memory.
@@ -147,12 +199,14 @@ def _zero_state(profile: Profile, config: Config, layout: Layout) -> _State:
     if layout.strategy == "zero3":
         share = sum(-(-t.numel // ranks) for t in parameters if t.trained)
         held = sum(-(-t.numel // ranks) * t.computes.itemsize for t in parameters)
-        whole = sum(t.numel * t.computes.itemsize for t in parameters if t.numel <= knobs["stage3_param_persistence_threshold"])
+        # What is kept whole is gathered with its padding.
+        kept = [t for t in parameters if t.numel <= knobs["stage3_param_persistence_threshold"] and ranks > 1]
+        whole = sum(-(-t.numel // ranks) * ranks * t.computes.itemsize for t in kept)
         masters, moments, gradients, flats = MASTER * share, moment * share, MASTER * share, len(profile.groups)
         bucket = MASTER * knobs["reduce_bucket_size"]
     else:
         # Each group is one flat tensor, a multiple of two numbers for each rank.
-        padded = _padded(profile, ranks)
+        padded = padded_groups(profile, ranks)
         held = sum(padded) * profile.compute.itemsize
         held += sum(t.numel * t.computes.itemsize for t in parameters if not t.trained)
         whole, masters, moments, flats = 0, MASTER * sum(padded) // ranks, moment * sum(padded) // ranks, len(padded)
@@ -162,22 +216,27 @@ def _zero_state(profile: Profile, config: Config, layout: Layout) -> _State:
         host, held = host + held, 0
     if offload != "none":
         return _State(held + whole, 0, 0, bucket, host + masters + moments + gradients)
-    # Stage 1 accumulates gradients in fp32 beside those that the backward pass makes in another type.
-    keeps = layout.strategy == "zero3" or (layout.strategy == "zero1" and profile.compute.itemsize < MASTER)
-    persistent = gradients if keeps else 0
+    persistent = gradients if layout.strategy == "zero3" else 0
+    if layout.strategy == "zero1" and profile.compute.itemsize < MASTER:
+        # It accumulates gradients in fp32, laid out as the weights, beside those that the backward pass makes.
+        persistent = MASTER * sum(padded)
     return _State(held + whole + masters, moments + counter * flats, gradients, bucket + persistent, host)
 
 
-def zero_settings(profile: Profile, config: Config, layout: Layout) -> dict[str, int]:
+def zero_settings(profile: Profile, config: Config, ranks: int) -> dict[str, int]:
     """DeepSpeed's sizes of buckets and thresholds, as the engine sets them."""
     largest = max((part.numel for part in profile.parts if part.path), default=0)
-    return deepspeed_settings(config, layout.ranks, profile.device, profile.parameters, largest)["zero_optimization"]
+    return deepspeed_settings(config, ranks, profile.device, profile.parameters, largest)["zero_optimization"]
 
 
 def _share(layout: Layout, tensor: StateTensor, shard: int) -> tuple[int, int]:
     """(elements that a rank allocates, elements that it has) of a parameter."""
-    sharded = layout.strategy == "pipeline" or (layout.strategy == "fsdp" and layout.ranks > 1)
-    return share_of(tensor, layout.shards, shard) if sharded else (tensor.numel, tensor.numel)
+    return share_of(tensor, layout.shards, shard) if _shards_parameters(layout) else (tensor.numel, tensor.numel)
+
+
+def _shards_parameters(layout: Layout) -> bool:
+    """Whether ``fully_shard`` has cut the parameters."""
+    return layout.shards > 1 if layout.strategy == "pipeline" else layout.strategy == "fsdp" and layout.ranks > 1
 
 
 def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> Memory:
@@ -195,22 +254,38 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
     buffers = sum(t.nbytes * (2 if t.running else 1) for t in tensors if t.buffer)
     ema = 0
     if config.ema.decay is not None:
-        ema = 8 + _averaged(profile, layout, shard, tensors)
+        # A counter of updates; averages lie where what they follow lies.
+        masters = _averaged(profile, layout, shard, tensors)
+        ema = 8 + sum(tensor.nbytes for tensor in tensors if tensor.buffer and tensor.averaged)
+        if layout.strategy.startswith("zero") and config.parallel.offload != "none":
+            state = replace(state, host=state.host + masters)
+        else:
+            ema += masters
     images = round(layout.micro_batch(config) * (math.prod(profile.image) * (1 + MASTER) + profile.targets))
-    held = state.parameters + buffers + state.optimizer + ema + state.buckets + images + WORKSPACE[profile.device]
+    last = layout.strategy != "pipeline" or layout.stages * layout.stages_per_rank - 1 in mine
+    scalars = _scalars(config, layout, profile, computes_loss=last)
+    held = state.parameters + buffers + state.optimizer + ema + state.buckets + scalars + images + WORKSPACE[profile.device]
     if layout.strategy == "pipeline":
-        return _stages_memory(rank, plan, mine, state, buffers, ema, images, held - images)
+        received = round(config.train.global_batch // layout.data_ranks * sum(plan.received(stage) for stage in mine))
+        # Where backward passes are taken apart torch leaves the gradients of what it received beside it. Those of what came
+        # from a stage of the same rank are counted there.
+        placement = plan.memory.placement
+        for one in passes_of(config.parallel.schedule, placement, plan.memory.count)[stage]:
+            if one.kind == "I" and one.stage and placement.rank_of(one.stage - 1) != stage:
+                received += round(plan.memory.micro_batch * plan.returned[one.stage - 1])
+        return _stages_memory(rank, plan, mine, state, buffers, ema, received, scalars, images, held - images)
     step = _Step(profile, config, layout, state)
     most = step.peak(shard)
     after = held + max(step.update(shard), step.averaging(ema))
     return Memory(
-        rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, images, state.host,
+        rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, 0, scalars, images, state.host,
         round(most.working), round(most.activations), 0, round(max(held + most.total, after)),
     )  # fmt: skip
 
 
 def _stages_memory(
-    rank: int, plan: _Stages, stages: set[int], state: _State, buffers: int, ema: int, images: int, held: int
+    rank: int, plan: _Stages, stages: set[int], state: _State, buffers: int, ema: int, received: int, scalars: int, images: int,
+    held: int,
 ) -> Memory:  # fmt: skip
     """Of a rank with some *stages* of *plan*, whose state is known."""
     memory = plan.memory
@@ -221,8 +296,8 @@ def _stages_memory(
     # All images of a step are on the device at once, but on the first stage alone.
     images = images * memory.count if 0 in stages else 0
     return Memory(
-        rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, images, state.host, working,
-        activations, boundary, held + images + state.gradients + working + activations + boundary,
+        rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, received, scalars, images,
+        state.host, working, activations, boundary, held + images + state.gradients + working + activations + boundary,
     )  # fmt: skip
 
 
@@ -234,6 +309,12 @@ class _Stages:
     owners: dict[str, list[int]]
     """The stages with each parameter and buffer."""
     memory: StageMemory
+    returned: list[float]
+    """Bytes of the gradients that come back to each stage for an image: none of what needs no gradient."""
+
+    def received(self, stage: int) -> float:
+        """Bytes that a stage receives for one image."""
+        return self.costs[stage].received + self.returned[stage]
 
 
 def cut_stages(profile: Profile, config: Config, layout: Layout) -> _Stages:
@@ -247,7 +328,8 @@ def cut_stages(profile: Profile, config: Config, layout: Layout) -> _Stages:
         if "blocks" not in found:
             found["blocks"] = find_blocks(model, profile.image[1:])
         best = cut(model, found["blocks"], profile.image, device, memory, found.setdefault("flows", {}))
-        found[key] = _Stages(best.costs, best.owners(model), memory)
+        returned = [best.prices.returning(end) for _, end in best.bounds]
+        found[key] = _Stages(best.costs, best.owners(model), memory, returned)
     return replace(found[key], memory=memory)
 
 
@@ -303,7 +385,7 @@ class _Step:
         strategy = self.layout.strategy
         if strategy in ("zero1", "zero2"):
             # The share of the gradients, from which the flat gradient is made; it is not smaller than all of zero1's.
-            part = MASTER * sum(_padded(self.profile, self.layout.ranks)) / self.layout.ranks
+            part = MASTER * sum(padded_groups(self.profile, self.layout.ranks)) / self.layout.ranks
             return (self.state.gradients if strategy == "zero1" else part) + part
         return 0.0 if self.state.buckets else float(self.state.gradients)
 
@@ -386,7 +468,7 @@ class _Partitioned:
     def __init__(self, step: _Step) -> None:
         self.step, self.parts = step, step.profile.parts
         layout = step.layout
-        knobs = zero_settings(step.profile, step.config, layout)
+        knobs = zero_settings(step.profile, step.config, layout.ranks)
         self.stage, self.size = layout.strategy, knobs["reduce_bucket_size"]
         self.half = step.profile.compute.itemsize < MASTER
         # Stage 1 copies gradients into its buckets in the type that they come in, if that is half of fp32.
@@ -429,26 +511,24 @@ class _Partitioned:
             yield span.end, weights * (not last) + copies * MASTER * min(self.size, self.step.trained)
 
 
-def _padded(profile: Profile, ranks: int) -> list[int]:
+def padded_groups(profile: Profile, ranks: int) -> list[int]:
     """Elements of each parameter group as DeepSpeed lays it out: a multiple of two for each rank."""
     sizes = {tensor.name: tensor.numel for tensor in profile.tensors}
     return [-(-sum(sizes[name] for name in group) // (2 * ranks)) * 2 * ranks for group in profile.groups]
 
 
 def _averaged(profile: Profile, layout: Layout, shard: int, tensors: list[StateTensor]) -> int:
-    """Bytes of the averages of *tensors* on a rank; under ZeRO of its share of the masters."""
-    averaged = [tensor for tensor in tensors if tensor.averaged]
-    total = sum(tensor.nbytes for tensor in averaged if tensor.buffer)
-    parameters = [tensor for tensor in averaged if not tensor.buffer]
+    """Bytes of the averages of the parameters among *tensors* on a rank; under ZeRO of its share of the masters."""
+    parameters = [tensor for tensor in tensors if tensor.averaged and not tensor.buffer]
     if layout.strategy == "zero3":
         sizes = [(tensor.numel, -(-tensor.numel // layout.ranks)) for tensor in parameters]
     elif layout.strategy.startswith("zero"):
         numel = {tensor.name: tensor.numel for tensor in parameters}
         wholes = [sum(numel[name] for name in group) for group in profile.groups]
-        sizes = list(zip(wholes, (padded // layout.ranks for padded in _padded(profile, layout.ranks))))
+        sizes = list(zip(wholes, (padded // layout.ranks for padded in padded_groups(profile, layout.ranks))))
     else:
-        return total + sum(_share(layout, tensor, shard)[1] * tensor.dtype.itemsize for tensor in parameters)
-    return total + MASTER * sum(max(0, min(size, whole - size * shard)) for whole, size in sizes)
+        return sum(_share(layout, tensor, shard)[1] * tensor.dtype.itemsize for tensor in parameters)
+    return MASTER * sum(max(0, min(size, whole - size * shard)) for whole, size in sizes)
 
 
 def worst(profile: Profile, config: Config, layout: Layout) -> Memory:
@@ -476,16 +556,13 @@ def share_of(tensor: StateTensor, shards: int, shard: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _states(optim: OptimConfig, shape: tuple[int, ...]) -> tuple[float, int]:
-    """(bytes of state for each element of a parameter, bytes of its step counter)."""
+def _states(optim: OptimConfig, shape: tuple[int, ...]) -> float:
+    """Bytes of state for each element of a parameter."""
     found = state_layout(optim, shape)
-    size = sum(math.prod(kept) * dtype.itemsize for kept, dtype in found.values())
-    return size / max(1, math.prod(shape)), 4 if optim.name == "adamw" else 0
+    return sum(math.prod(kept) * dtype.itemsize for kept, dtype in found.values()) / max(1, math.prod(shape))
 
 
-def optimizer_bytes(optim: OptimConfig, tensor: StateTensor, local: int) -> int:
-    """Bytes of the optimizer's state of *local* elements of a parameter."""
+def optimizer_bytes(optim: OptimConfig, shape: tuple[int, ...], local: int) -> int:
+    """Bytes of the optimizer's state of *local* elements of a parameter of *shape*, without a counter of steps."""
     # Of these two what is kept depends on the shape.
-    shape = tensor.shape if optim.name in ("adafactor", "muon") else (1, 1)
-    each, counter = _states(optim, shape)
-    return round(each * local) + counter
+    return round(_states(optim, shape if optim.name in ("adafactor", "muon") else (1, 1)) * local)

@@ -15,8 +15,9 @@ from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
 from bigvision.engine.step import REQUESTS
 from bigvision.pipeline.schedules import Placement, passes_of
 from bigvision.planning.hardware import Hardware, Link
-from bigvision.planning.memory import Layout
+from bigvision.planning.memory import Layout, cut_stages, padded_groups, zero_settings
 from bigvision.planning.profile import Part, Profile
+from bigvision.planning.zero3 import fetched, in_shares
 
 LINK_SHARE = 0.8
 """Of a link's datasheet, what collectives are assumed to reach; nobody has measured it with bigvision."""
@@ -29,7 +30,7 @@ NORM_BYTES, EMA_BYTES, SUM_BYTES = 4, 36, 12
 BUCKET = 25 << 20
 """Bytes of DistributedDataParallel's buckets."""
 NUMBERS = 8 * (3 + len(REQUESTS))
-"""Bytes of the numbers that all ranks add up in a step (`engine/step.py: reduce_with`)."""
+"""Bytes of the numbers that all ranks add up in a step (`engine/step.py: reduce_with`); under ZeRO one fp64 value less."""
 
 
 # Collectives.
@@ -274,28 +275,21 @@ def _fsdp(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator[
 def _zero3(profile: Profile, config: Config, mesh: Mesh) -> Iterator[Instruction]:
     """DeepSpeed gathers the parameters of a module before it runs, in both passes, and scatters its gradients."""
     parts, group = profile.parts, mesh.data
-    kept = min(profile.parameters // 1000, 100_000)
-
-    def size(number: int) -> float:
-        found = [tensor for tensor in parts[number].tensors if not tensor.buffer and math.prod(tensor.shape) > kept]
-        return sum(
-            -(-math.prod(tensor.shape) // group.ranks) * group.ranks * float(profile.compute.itemsize) for tensor in found
-        )
-
-    numbers = range(len(parts))
-    for when, order in (("forward", numbers), ("backward", reversed(numbers))):
+    numbers, sizes = range(len(parts)), fetched(profile, config, group.ranks)
+    for backward, order in ((False, numbers), (True, reversed(numbers))):
         ordered = list(order)
-        yield Start((when, ordered[0]), Collective("all_gather", size(ordered[0]), group))
+        yield Start((backward, ordered[0]), Collective("all_gather", sizes[backward, ordered[0]], group))
         for place, number in enumerate(ordered):
-            yield Wait((when, number))
+            yield Wait((backward, number))
             if place + 1 < len(ordered):
                 following = ordered[place + 1]
-                yield Start((when, following), Collective("all_gather", size(following), group))
-            if when == "forward":
+                yield Start((backward, following), Collective("all_gather", sizes[backward, following], group))
+            if not backward:
                 yield Compute(number, "forward")
                 continue
             yield from computed(profile, config, number)
-            if gradients := 4.0 * trained_values([parts[number]]):
+            trained = [tensor.numel for tensor in parts[number].tensors if tensor.trained]
+            if gradients := sum(4.0 * in_shares(numel, group.ranks) for numel in trained):
                 yield Start(("scatter", number), Collective("reduce_scatter", gradients, group))
     yield from (Wait(("scatter", number)) for number in numbers)
 
@@ -308,20 +302,32 @@ def update(parts: Sequence[Part], profile: Profile, config: Config, mesh: Mesh) 
         yield from _averaged(4.0 * trained_values(parts, whole=True), data)
     elif strategy == "pipeline":
         yield from _averaged(4.0 * trained_values(parts), data)
+    zero = strategy.startswith("zero")
     if mesh.everyone.ranks > 1:
-        yield Start("numbers", Collective("all_reduce", NUMBERS, mesh.everyone))
+        yield Start("numbers", Collective("all_reduce", NUMBERS - 8 * zero, mesh.everyone))
         yield Wait("numbers")
+    if zero and data.ranks > 1:
+        # The square of the norm of each group, fp32 and under stage 3 fp64; and, but for stage 1 in bf16, whether a gradient in
+        # half precision is not finite.
+        groups, half = len(profile.groups), profile.compute.itemsize < 4
+        flag = int(half and not (strategy == "zero1" and profile.compute == torch.bfloat16))
+        yield Start("norm", Collective("all_reduce", flag + (8 if strategy == "zero3" else 4) * groups, data, flag + groups))
+        yield Wait("norm")
     trained = float(trained_values(parts))
     if sharded:
         trained = trained_values(parts, whole=False) / mesh.shard.ranks + trained_values(parts, whole=True)
-    elif strategy.startswith("zero"):
+    elif zero:
         trained /= data.ranks
     bytes_each = OPTIMIZER_BYTES.get(config.optim.name, 28) + NORM_BYTES
     yield Compute(-1, "optimizer", trained * bytes_each)
     if config.ema.decay is not None:
         yield Compute(-1, "copy", trained * EMA_BYTES / config.ema.every)
-    if strategy in ("zero1", "zero2") and data.ranks > 1:
-        size = float(trained_values(parts) * profile.compute.itemsize)
+    if zero and data.ranks > 1:
+        size = float(sum(padded_groups(profile, data.ranks)) * profile.compute.itemsize)
+        if strategy == "zero3":  # what it keeps whole
+            kept = zero_settings(profile, config, data.ranks)["stage3_param_persistence_threshold"]
+            whole = [tensor for tensor in profile.tensors if not tensor.buffer and tensor.numel <= kept]
+            size = float(sum(in_shares(tensor.numel, data.ranks) * tensor.computes.itemsize for tensor in whole))
         yield Start("weights", Collective("all_gather", size, data))
         yield Wait("weights")
 
@@ -393,11 +399,13 @@ def sent(profile: Profile, config: Config, layout: Layout, rank: int = 0) -> dic
         place = rank // mesh.data.ranks
         here = placement.numbers(place)
         parts = [profile.parts[number] for stage in here for number in stages[stage]]
+        plan, key = cut_stages(profile, config, layout), ("send", "stage")
         for stage in here:
-            for other, boundary in ((stage + 1, stage), (stage - 1, stage - 1)):  # activations onwards, gradients back
-                if 0 <= other < placement.stages and placement.rank_of(other) != place:
-                    key = "send", "stage"
-                    found[key] = found.get(key, 0.0) + profile.parts[stages[boundary][-1]].output_bytes * share
+            # Activations onwards, gradients back.
+            if stage + 1 < placement.stages and placement.rank_of(stage + 1) != place:
+                found[key] = found.get(key, 0.0) + plan.costs[stage].sent * share
+            if stage and placement.rank_of(stage - 1) != place and plan.returned[stage - 1]:
+                found[key] = found.get(key, 0.0) + plan.returned[stage - 1] * share
         if mesh.shard.ranks > 1:
             add(sharded_stages(profile, config, placement, mesh, stages, place))
     else:
