@@ -256,6 +256,7 @@ def check(config: Config) -> None:
         if value is not None and not fits(value):
             raise UserError(f"{key}: {spell(value) if isinstance(value, tuple) else value} must be {text}")
     _check_task(config.task)
+    _check_recompute(config.parallel.recompute)
     if config.data.balance and config.task.name in ("multilabel", "regress", "segment"):
         raise UserError(
             f"data.balance: {config.data.balance}, but task.name: {config.task.name} has no class for each sample: use 0"
@@ -354,6 +355,23 @@ def admitted(config: Config) -> list[str]:
         given = [f"{key}: {spell(get(config, key))}" for key in keys if get(config, key) != get(Config(), key)]
         raise UserError(f"parallel.strategy: auto finds none that has {', '.join(given)} together: drop one of them")
     return allowed
+
+
+def recompute_budget(recompute: str) -> float | None:
+    """The share of a block's activations that ``parallel.recompute`` lets it keep; None where only its input is kept."""
+    return None if recompute == "blocks" else 1.0 if recompute == "selective" else float(recompute.removeprefix("budget:"))
+
+
+def _check_recompute(recompute: str) -> None:
+    if recompute in ("none", "selective", "blocks", "auto"):
+        return
+    kind, _, share = recompute.partition(":")
+    if kind == "budget" and re.fullmatch(r"0?\.[0-9]+|1(\.0*)?|0", share) and 0 < float(share) < 1:
+        return
+    raise UserError(
+        f"parallel.recompute: {recompute!r} must be none, selective, blocks, auto, or budget:X with X between 0 and 1, such as "
+        "budget:0.4"
+    )
 
 
 def without_auto(config: Config) -> Config:

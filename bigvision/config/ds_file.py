@@ -110,6 +110,8 @@ class DsFile:
                 if value not in (None, "auto") and not any(_same(value, right) for right in rule.values):
                     raise self.error(f"{key}: {_json(value)} is refused: {rule.why}")
             elif isinstance(rule, Choice):
+                if value is None and rule.null:
+                    continue
                 if not isinstance(value, str):
                     raise self.error(f"{key}: {_json(value)} is not a text")
                 self.written[key], low = value, value.lower()
@@ -448,7 +450,7 @@ def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int,
         "train_micro_batch_size_per_gpu": share,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip or 0.0,
-        "communication_data_type": "fp32",
+        "communication_data_type": parallel.reduce,
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

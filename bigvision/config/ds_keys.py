@@ -28,6 +28,8 @@ class Choice(NamedTuple):
     accepts: Mapping[str, str]
     refused: Mapping[str, str]
     fix: str
+    null: bool = False
+    """Whether null, which is DeepSpeed's default, stands for "auto"."""
 
 
 class Knob(NamedTuple):
@@ -222,7 +224,9 @@ TOP: dict[str, Rule] = table({
     "log_level": Knob("level"),
     "timers": {"throughput": {"enabled": BOOL, "synchronized": BOOL}},
     # Numbers.
-    "communication_data_type": Only(("fp32",), "gradients are reduced in fp32; write fp32"),
+    "communication_data_type": Choice(
+        "parallel.reduce", {"fp32": "fp32", "bf16": "bf16"}, {}, "gradients are reduced in fp32 or bf16; write one", True
+    ),
     "data_types": {
         "grad_accum_dtype": Only(("fp32",), "gradients are accumulated in fp32; write fp32"),
         "param_dtype buffer_dtype keep_in_fp32_modules": Only((), 'parallel.precision decides; write "auto"'),

@@ -257,11 +257,16 @@ class ParallelConfig:
     """fsdp: free gathered parameters after each block's forward pass, or keep them until the backward pass."""
     scatter: Literal["each", "last"] = "each"
     """fsdp: reduce and scatter gradients after each micro-batch, or after a step's last (less traffic, whole gradients)."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """The number format in which gradients travel and are added up over the ranks. bf16 halves the traffic and rounds each
+    gradient to 8 bits; a rank's own micro-batches are added up in fp32 either way."""
     channels_last: Literal["auto", "always", "never"] = "auto"
     """Compute convolutions in channels_last. auto: on CUDA, where convolutions are most of the model and none is grouped."""
-    recompute: Literal["none", "blocks", "auto"] = "none"
-    """blocks: keep only each block's input and compute its activations again in the backward pass. auto: where the planner
-    predicts that it is needed, or faster for its larger micro-batch."""
+    recompute: str = "none"
+    """blocks: keep only each block's input and compute its activations again in the backward pass. selective: keep what matrix
+    products, convolutions and attention compute too. budget:X, such as budget:0.4: keep those products that save the most, at
+    most the share X of what a block keeps without recompute. auto: none or blocks: where the planner predicts that it is
+    needed, or faster for its larger micro-batch."""
     compile: Literal["auto"] | bool = "auto"
     """Compile each block with torch.compile. auto: on CUDA, where blocks repeat and nothing forbids it."""
     offload: Literal["none", "optimizer", "all"] = "none"

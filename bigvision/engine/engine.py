@@ -108,7 +108,7 @@ class Engine:
         config, runtime, parallel = self.config, self.runtime, self.config.parallel
         sharded = parallel.strategy == "fsdp" and runtime.world_size > 1
         self.computing.apply(self.parts, blocks, not sharded, runtime.device)
-        self.notes += wrap_blocks(blocks, config, runtime.device)
+        self.notes += wrap_blocks(blocks, config, runtime.device, self.module, self.input_shape)
         if sharded:
             spread = shard(self.module, self.parts, blocks, config, self.computing.dtype, runtime)
         else:
@@ -118,7 +118,7 @@ class Engine:
             self._set_mode(training=True)  # frozen norms
             layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
             example = torch.zeros(min(2, self.micro_batch), *self.input_shape, device=runtime.device)
-            overlap(spread, example.contiguous(memory_format=layout), self.stepper.statistics)
+            overlap(spread, example.contiguous(memory_format=layout), self.stepper.statistics, parallel.reduce)
         self.forward, self.local_first = spread.forward, not sharded
 
     # The step.
@@ -202,6 +202,7 @@ class Engine:
                     if self.local_first:
                         self._local = self._moment()  # the last backward pass is the first to exchange anything
                     loss = self._checked_loss(outputs, self._loss_targets(part), len(part), told)
+                del outputs, told  # maps of class scores may be larger than what the backward pass needs
                 with mark(BACKWARD):
                     self.stepper.backward(loss, factor)
             loss_sum += loss.detach()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -14,8 +13,8 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,18 @@ import torch
 from timm.layers import BatchNormAct2d
 from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from bigvision.config import SPLIT_BACKWARD, Config, other_sizes
 from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
 from bigvision.models import Block, Blueprint, formats, kinds, share_rates
+from bigvision.models.recompute import recompute_blocks
 from bigvision.runtime import Runtime
 
 GRAPHS_PER_KIND = 8
@@ -135,36 +135,28 @@ def synchronize_norms(module: nn.Module, runtime: Runtime) -> list[str]:
 # Recompute and compile.
 
 
-def wrap_blocks(blocks: Sequence[nn.Module], config: Config, device: torch.device) -> list[str]:
-    """Recompute and compile each block where *config* says so, in this order and in place; return what the user should know.
+def wrap_blocks(
+    blocks: Sequence[nn.Module], config: Config, device: torch.device, model: nn.Module, image_shape: tuple[int, int, int]
+) -> list[str]:  # fmt: skip
+    """Recompute and compile each block of *model*, on meta, where *config* says so, in this order and in place; return what the
+    user should know. *image_shape*: channels, height and width.
 
     Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside of
     what is compiled. Raises `UserError` where both are asked for blocks with BatchNorm.
     """
     eager = why_eager(config, blocks, device)
-    for block in blocks if config.parallel.recompute == "blocks" else ():
-        norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
-        if eager is None and norms:
-            raise UserError("parallel.recompute: blocks and parallel.compile: true exclude each other for BatchNorm: drop one")
-        # Around the first pass and around the second one.
-        options = {"context_fn": lambda norms=norms: (nullcontext(), _statistics_held(norms))} if norms else {}
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
+    recompute = config.parallel.recompute
+    normed = any(isinstance(module, BatchNorm) for block in blocks for module in block.modules())
+    if recompute != "none" and eager is None and normed:
+        raise UserError(
+            f"parallel.recompute: {recompute} and parallel.compile: true exclude each other for BatchNorm: drop one"
+        )
+    recompute_blocks(blocks, recompute, model, image_shape)
     if eager is None:
-        compile_blocks(blocks, device, 1 + len(set(other_sizes(config.data).values())))
+        # Under a budget, blocks of one kind may keep one of two choices of products.
+        variants = 2 if recompute.startswith("budget") else 1
+        compile_blocks(blocks, device, variants * (1 + len(set(other_sizes(config.data).values()))))
     return [f"parallel.compile: auto compiles nothing: {eager}"] if eager and config.parallel.compile == "auto" else []
-
-
-@contextmanager
-def _statistics_held(norms: list[BatchNorm]) -> Iterator[None]:
-    """Undo what a second pass does to the running statistics, which the first one has moved already."""
-    buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(buffers, before):
-            # Not a change for autograd: the backward pass holds on to the buffers and does not use their values.
-            buffer.data.copy_(value)
 
 
 def why_eager(
@@ -184,8 +176,8 @@ def why_eager(
         return f"parallel.schedule: {parallel.schedule} takes backward passes apart"
     if parallel.strategy == "zero3":
         return "the hooks of zero3 would cut each block into many small graphs"
-    if parallel.recompute == "blocks" and any(isinstance(m, BatchNorm) for block in blocks for m in block.modules()):
-        return "parallel.recompute: blocks excludes it for models with BatchNorm"
+    if parallel.recompute != "none" and any(isinstance(m, BatchNorm) for block in blocks for m in block.modules()):
+        return f"parallel.recompute: {parallel.recompute} excludes it for models with BatchNorm"
     if any(isinstance(m, nn.SyncBatchNorm) for block in blocks for m in block.modules()):
         return "SyncBatchNorm exchanges statistics within the blocks"
     if len(blocks) < 2 * count:
@@ -212,11 +204,11 @@ def lacks_for_compile(device: torch.device) -> str | None:
     return None
 
 
-def compile_blocks(blocks: Sequence[nn.Module], device: torch.device, sizes: int = 1) -> None:
+def compile_blocks(blocks: Sequence[nn.Module], device: torch.device, variants: int = 1) -> None:
     """Replace the ``forward`` of each block by a compiled one, in place. Blocks of one kind share their graphs.
 
-    A block that would need more than `GRAPHS_PER_KIND` for each of the *sizes* of images that it gets is reported on stderr and
-    runs eagerly where none of its graphs fits.
+    A block that would need more than `GRAPHS_PER_KIND` for each of its *variants*, such as the sizes of images that it gets, is
+    reported on stderr and runs eagerly where none of its graphs fits.
     """
     groups = kinds(blocks)
     for group in groups:
@@ -224,7 +216,7 @@ def compile_blocks(blocks: Sequence[nn.Module], device: torch.device, sizes: int
     _keep_cache()
     dynamo: Any = torch._dynamo.config
     # Counted per code object: stages of different widths share the block's, and under recompute all share checkpoint's.
-    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS_PER_KIND * len(groups) * sizes)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS_PER_KIND * len(groups) * variants)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, dynamo.recompile_limit)
     # It would split blocks that are larger than DDP's buckets; these are exchanged between the blocks' backward passes anyway.
     dynamo.optimize_ddp = False
@@ -286,8 +278,11 @@ def replicate(module: nn.Module, parts: list[nn.Module], runtime: Runtime) -> Sp
     return spread
 
 
-def overlap(spread: Spread, example: Tensor, statistics: Statistics) -> None:
-    """Average gradients while the last backward pass runs (DistributedDataParallel, Li et al. 2020); *statistics* are kept."""
+def overlap(spread: Spread, example: Tensor, statistics: Statistics, reduce: str) -> None:
+    """Average gradients while the last backward pass runs (DistributedDataParallel, Li et al. 2020); *statistics* are kept.
+
+    *reduce*: ``parallel.reduce``.
+    """
     module = spread.module
 
     def rehearse(model: Callable[[Tensor], Any]) -> None:
@@ -309,6 +304,8 @@ def overlap(spread: Spread, example: Tensor, statistics: Statistics) -> None:
     wrapped = DistributedDataParallel(
         module, broadcast_buffers=False, init_sync=False, find_unused_parameters=unused, gradient_as_bucket_view=True
     )
+    if reduce == "bf16":
+        wrapped.register_comm_hook(None, bf16_compress_hook)
     # After its first backward pass DDP rebuilds its buckets, once, in the order in which gradients came. Without
     # this one a resumed run would sum its first step in another order than the run that it continues.
     rehearse(wrapped)
@@ -333,7 +330,8 @@ def shard(
     names = [name for name, parameter in spread.held().items() if parameter in whole]
     mesh = runtime.mesh["replicate", "shard"] if parallel.replicas > 1 else runtime.mesh["shard"]
     policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=formats.COMPUTE_DTYPES[parallel.reduce],
+        cast_forward_inputs=False,
     )  # fmt: skip
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
     if parallel.reshard == "never":

@@ -66,7 +66,7 @@ class PipelineEngine(Engine):
         pieces = [block.module for number in numbers for block in self.plan.blocks[number]]
         sharded = runtime.mesh["shard"].size() > 1
         self.computing.apply(self.parts, [piece for piece in pieces if piece in set(blocks)], not sharded, runtime.device)
-        self.notes += wrap_blocks(pieces, config, runtime.device)
+        self.notes += wrap_blocks(pieces, config, runtime.device, self.module, self.input_shape)
         for number, stage in self.stages.items():
             stage.around = lambda number=number: self._surroundings(number)
             stage.apart = parallel.schedule in SPLIT_BACKWARD

@@ -159,8 +159,8 @@ def _flattened(modules: list[nn.Module], names: tuple[str, ...]) -> list[Tensor]
     return flats
 
 
-def average(tensors: Iterable[Tensor], runtime: Runtime) -> None:
-    """Replace each tensor by its mean over the data-parallel ranks, exchanging many at a time."""
+def average(tensors: Iterable[Tensor], runtime: Runtime, dtype: torch.dtype = torch.float32) -> None:
+    """Replace each tensor by its mean over the data-parallel ranks, exchanging many at a time in *dtype*."""
     if runtime.data_ranks == 1:
         return
     left = list(tensors)
@@ -168,9 +168,9 @@ def average(tensors: Iterable[Tensor], runtime: Runtime) -> None:
         sizes = itertools.accumulate(one.numel() for one in left)
         count = 1 + sum(size < BUCKET for size in sizes)
         bucket, left = left[:count], left[count:]
-        flat = torch.cat([one.detach().reshape(-1).float() for one in bucket])
+        flat = torch.cat([one.detach().reshape(-1).float() for one in bucket]).to(dtype)
         dist.all_reduce(flat, group=runtime.data_group)
-        flat /= runtime.data_ranks
+        flat = flat.float().div_(runtime.data_ranks)
         with torch.no_grad():
             for one, values in zip(bucket, flat.split([one.numel() for one in bucket])):
                 one.copy_(values.view_as(one))

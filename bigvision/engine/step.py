@@ -21,6 +21,7 @@ from bigvision.engine.parallelize import Spread
 from bigvision.engine.state import Statistics, allocate, average, fill, local_tensor, model_fragments, optimizer_fragments
 from bigvision.fragments import Fragment
 from bigvision.models import Blueprint
+from bigvision.models.formats import COMPUTE_DTYPES
 from bigvision.optim import allocate_state, build_optimizer, parameter_groups, state_layout, step_counters
 from bigvision.ranges import OPTIMIZER, REDUCE, mark
 from bigvision.runtime import Runtime, gather_rows
@@ -162,6 +163,7 @@ class NativeStep:
         """Give the model, still on meta, storage and first values (but not where it will be *restored*); make the optimizer,
         which has state only where the engine *trains*."""
         self.spread, self.config, self.runtime = spread, config, runtime
+        self.reduce = COMPUTE_DTYPES[config.parallel.reduce]
         self.scale = LossScale(config.parallel.precision, runtime.device)
         for part in spread.parts:
             allocate(part, runtime.device)
@@ -204,7 +206,7 @@ class NativeStep:
         """
         with mark(REDUCE):
             unreduced = (self.held[name].grad for name in self.spread.unreduced)
-            average([gradient for gradient in unreduced if gradient is not None], self.runtime)
+            average([gradient for gradient in unreduced if gradient is not None], self.runtime, self.reduce)
             for tensor, parameter in self.local:
                 tensor.grad = None if parameter.grad is None else local_tensor(parameter.grad)
             # The third is not a number where a running statistic is not finite.

@@ -42,7 +42,8 @@ class Teacher:
         sharded = config.parallel.strategy in ("fsdp", "zero3") and runtime.world_size > 1
         self.computing.apply([module], parts, not sharded, runtime.device)
         # There is nothing to recompute without a backward pass.
-        wrap_blocks(parts, replace(config, parallel=replace(config.parallel, recompute="none")), runtime.device)
+        once = replace(config, parallel=replace(config.parallel, recompute="none"))
+        wrap_blocks(parts, once, runtime.device, module, blueprint.input_shape)
         if sharded:
             spread = shard(module, [module], parts, config, self.computing.dtype, runtime)
         else:

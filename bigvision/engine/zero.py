@@ -43,7 +43,7 @@ class ZeroEngine(Engine):
     def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
         # Autocast, if any, inside the model: DeepSpeed switches off one under which it is entered.
         self.computing.apply(self.parts, blocks, True, self.runtime.device)
-        self.notes += wrap_blocks(blocks, self.config, self.runtime.device)
+        self.notes += wrap_blocks(blocks, self.config, self.runtime.device, self.module, self.input_shape)
         self.stepper = ZeroStep(self.module, blocks, blueprint, self.config, self.runtime, self.restoring)
         self.forward = self.stepper.forward
 
@@ -297,11 +297,12 @@ class ZeroStep:
 
 
 def _pack(tensor: Tensor) -> Any:
-    """What autograd keeps of a view of a gathered parameter: which view it is.
+    """What autograd keeps of a gathered parameter or of a view of one: which view it is.
 
-    A linear layer saves its transposed weight, whose values would stay gathered from the forward pass to the backward one.
+    A convolution saves its weight, and a linear layer its transposed weight, whose values would stay gathered from the forward
+    pass to the backward one.
     """
-    whole = tensor._base
+    whole = tensor if hasattr(tensor, "ds_id") else tensor._base
     if whole is None or not hasattr(whole, "ds_id"):
         # Detached: an operation that keeps its own result would keep itself alive until a backward pass, which never comes
         # where the forward pass runs out of memory.

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,6 +29,11 @@ from torch.utils.flop_counter import (
 )
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
+"""Operations whose weight, or second factor, tells one from another."""
+Key = tuple[str, tuple[int, ...]]
+"""A product: the operation, and the shape of its weight. It is the same for every micro-batch."""
+
 SAMPLES = 2  # images with which a graph is run; BatchNorm refuses single values
 FLOPS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0}  # FLOPs in the time that one byte of an operation's tensors takes to move
 
@@ -117,7 +122,7 @@ def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()
     while True:
         tracer = _CoarseTracer(opened)
         try:
-            with _attributes_kept(module):
+            with attributes_kept(module):
                 graph = tracer.trace(module)
         except Exception as error:
             path = tracer.inside[-1] if tracer.inside else ""
@@ -134,7 +139,7 @@ def trace(module: nn.Module, max_share: float = 0.25, inside: Iterable[str] = ()
 
 
 @contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
+def attributes_kept(module: nn.Module) -> Iterator[None]:
     """Undo what forwards keep in plain attributes: in a trace it would be what stands for values."""
     before = [(part, plain_attributes(part)) for part in module.modules()]
     for _, attributes in before:
@@ -309,6 +314,12 @@ class OpCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is ATTENTION.default:
+            inputs = [one for one in args if isinstance(one, Tensor)]
+            self.attention(
+                attention_flops(*args[:3]), float(sum(one.nbytes for one in (*inputs, result[0]))), args[:3], result[:1]
+            )
+            return result
         formula = flop_registry.get(func._overloadpacket)
         flops = 0.0
         if func._overloadpacket is torch.ops.aten.convolution_backward:
@@ -364,26 +375,42 @@ class FusedAttention(TorchFunctionMode):
         query, key, value, mask = (named.get(name) for name in ("query", "key", "value", "attn_mask"))
         if self.device == "cpu" and (named.get("dropout_p") or (mask is not None and mask.requires_grad)):
             return func(*args, **kwargs)  # the CPU's kernel has neither
+        if query.ndim != 4:
+            return func(*args, **kwargs)  # fused kernels take (images, heads, places, channels) alone
         if torch.is_autocast_enabled("cpu"):
             query, key, value = (one.to(torch.get_autocast_dtype("cpu")) for one in (query, key, value))
         return _Attention.apply(self.counter, query, key, value, mask)
 
 
+def attention_flops(query: Tensor, key: Tensor, value: Tensor) -> float:
+    """Of a forward pass."""
+    *batch, length, _ = query.shape
+    return 2.0 * math.prod(batch) * length * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a fused kernel allocates: the output, and for the backward pass the sum of each row's exponentials."""
+    *batch, length, _ = query.shape
+    # As the kernels lay it out: the heads of a place lie together.
+    shape = (*batch[:-1], length, *batch[-1:], value.shape[-1])
+    output = query.new_empty(shape).transpose(-2, -3) if len(batch) > 1 else query.new_empty(*batch, length, value.shape[-1])
+    return output, query.new_empty((*batch, length), dtype=torch.float32)
+
+
+_LIBRARY = torch.library.Library("bigvision", "DEF")
+_LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask) -> (Tensor, Tensor)")
+_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
+ATTENTION = torch.ops.bigvision.attention
+"""Fused attention without values: one operation, so that it can be counted, and kept by `engine.recompute`."""
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counter: OpCounter, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.counter = counter
-        *batch, length, _ = query.shape
-        ctx.flops = 2.0 * math.prod(batch) * length * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-        # As the kernels lay it out: the heads of a place lie together.
-        shape = (*batch[:-1], length, *batch[-1:], value.shape[-1])
-        output = (
-            query.new_empty(shape).transpose(-2, -3) if len(batch) > 1 else query.new_empty(*batch, length, value.shape[-1])
-        )
-        sums = query.new_empty((*batch, length), dtype=torch.float32)
+        ctx.counter, ctx.flops = counter, attention_flops(query, key, value)
+        output, sums = ATTENTION(query, key, value, mask)
         ctx.save_for_backward(query, key, value, mask, output.detach(), sums)
-        ctx.moved = sum(one.nbytes for one in (query, key, value, output, mask) if one is not None)
-        counter.attention(ctx.flops, ctx.moved, (query, key, value), (output,))
+        ctx.moved = float(sum(one.nbytes for one in (query, key, value, output, mask) if one is not None))
         return output
 
     @staticmethod
@@ -397,11 +424,44 @@ class _Attention(torch.autograd.Function):
         return None, *found
 
 
+def product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Key | None:
+    """The key of a call of *func*; None where it is no product, or one that must be computed again.
+
+    Attention with dropout is: if its kept result were used, the layers after it would draw other random numbers.
+    """
+    name = func._schema.name.rpartition("::")[2]
+    if name in PRODUCTS:
+        weight = args[2] if name in ("addmm", "baddbmm") else args[1]
+        return name, tuple(weight.shape[1:] if name in ("bmm", "baddbmm") else weight.shape)
+    if func is ATTENTION.default:
+        return "attention", ()
+    if "scaled_dot_product" in name and "backward" not in name:
+        named = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+        return None if named.get("dropout_p") else ("attention", ())
+    return None
+
+
+class _Keeping(OpCounter):
+    """Remembers what the products *keys* compute."""
+
+    def __init__(self, flops_per_byte: float, keys: Collection[Key]) -> None:
+        super().__init__(flops_per_byte)
+        self.keys, self.kept = keys, list[Tensor]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.keys and product(func, args, kwargs or {}) in self.keys:
+            self.kept += [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        return result
+
+
 class _CostRunner(Runner):
-    def __init__(self, graph: fx.GraphModule, device: str, compute: torch.dtype, recomputed: Iterable[str]) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, device: str, compute: torch.dtype, recomputed: Mapping[str, Collection[Key]]
+    ) -> None:  # fmt: skip
         super().__init__(copy.deepcopy(graph))
         self.attention, self.flops_per_byte = FusedAttention(device), FLOPS_PER_BYTE[device]
-        self.compute, self.recomputed = compute, set(recomputed)
+        self.compute, self.recomputed = compute, recomputed
         self.costs: dict[str, Cost] = {}
         self.kept: dict[int, Tensor] = {}  # by storage: a tensor that two nodes need is kept once
         self.counted: set[nn.Parameter] = set()
@@ -416,13 +476,14 @@ class _CostRunner(Runner):
                 saved[tensor.untyped_storage()._cdata] = kept
             return kept
 
-        self.attention.counter = counter = OpCounter(self.flops_per_byte)
+        again = self.recomputed.get(str(n.target)) if n.op == "call_module" else None
+        self.attention.counter = counter = _Keeping(self.flops_per_byte, again or ())
         with counter, self.attention, saved_tensors_hooks(pack, lambda tensor: tensor):
             value = super().run_node(n)
         recomputed = 0.0
-        if n.op == "call_module" and str(n.target) in self.recomputed:
-            recomputed = sum(map(self._nbytes, saved.values()))
-            inputs = tree_leaves(self.fetch_args_kwargs_from_env(n))
+        if again is not None:
+            recomputed = sum(map(self._nbytes, saved.values())) - sum(map(self._nbytes, counter.kept))
+            inputs = [*tree_leaves(self.fetch_args_kwargs_from_env(n)), *counter.kept]
             saved = {leaf.untyped_storage()._cdata: leaf for leaf in inputs if isinstance(leaf, Tensor)}
         kept = sum(self._nbytes(tensor) for key, tensor in saved.items() if key not in self.kept)
         self.kept |= saved
@@ -448,7 +509,7 @@ def training_flops(module: nn.Module, image_shape: tuple[int, int, int]) -> floa
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        with torch.random.fork_rng(devices=[]), _attributes_kept(module), OpCounter() as counter:
+        with torch.random.fork_rng(devices=[]), attributes_kept(module), OpCounter() as counter:
             outputs = tree_leaves(module(torch.empty(SAMPLES, *image_shape, device="meta")))
             sums = [leaf.sum() for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
             torch.autograd.grad(sums, trained, allow_unused=True)
@@ -459,14 +520,15 @@ def training_flops(module: nn.Module, image_shape: tuple[int, int, int]) -> floa
 
 def node_costs(
     graph: fx.GraphModule, image_shape: tuple[int, int, int], device: torch.device, compute: torch.dtype = torch.float32,
-    recomputed: Iterable[str] = (),
+    recomputed: Mapping[str, Collection[Key]] | None = None,
 ) -> dict[str, Cost]:  # fmt: skip
     """The cost of each node of *graph* for one image of (channels, height, width), by the node's name.
 
     A parameter counts where it is used first. *device* is where the graph will run: it decides what an operation that only
-    moves memory costs. *compute* is the type of activations; the modules at the paths *recomputed* keep only their inputs.
+    moves memory costs. *compute* is the type of activations; the modules at the paths *recomputed* keep only their inputs, and
+    what the products at each path compute.
     """
-    runner = _CostRunner(graph, device.type, compute, recomputed)
+    runner = _CostRunner(graph, device.type, compute, recomputed or {})
     with torch.random.fork_rng(devices=[]):
         runner.run(torch.empty(SAMPLES, *image_shape, device="meta"))
     return runner.costs

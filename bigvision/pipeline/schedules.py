@@ -96,7 +96,7 @@ class StageMemory:
     shards: int  # ranks over which the parameters of a stage are sharded; 1 for copies
     moments: float  # bytes of optimizer state for a trained parameter
     compute: torch.dtype  # the type of activations and of the weights that are multiplied
-    recompute: bool
+    recompute: str  # parallel.recompute
     capacity: float | None = None  # bytes of a device that a run may use; None is no limit
     frozen: int = MASTER  # bytes in which a frozen parameter is held
 
@@ -111,7 +111,7 @@ class StageMemory:
         compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(parallel.precision, torch.float32)
         return cls(
             placement, micro_batches_kept(parallel.schedule, placement, count), count, micro_batch, shards,
-            state_bytes(config.optim), compute, parallel.recompute != "none", capacity,
+            state_bytes(config.optim), compute, parallel.recompute, capacity,
             2 if config.model.frozen_dtype == "bf16" else MASTER,
         )  # fmt: skip
 
@@ -129,7 +129,7 @@ class StageMemory:
             # stay whole until the last micro-batch: at the end of a backward pass a stage has all of both.
             return weight * cost.parameters + MASTER * cost.trained
         # Each backward pass holds on to the weights that its forward pass cast; recomputed blocks cast them again.
-        return weight * cost.parameters * (1 if self.recompute else self.kept[stage]) if weight < MASTER else 0.0
+        return weight * cost.parameters * (self.kept[stage] if self.recompute == "none" else 1) if weight < MASTER else 0.0
 
     def activations(self, stage: int, cost: Cost) -> float:
         """Bytes that are kept for backward passes, and what a recomputed block makes again."""

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from bigvision.config import Size
 from bigvision.errors import UserError
 from bigvision.models import Block, Blocks, tracing
+from bigvision.models.recompute import kept_by_path
 from bigvision.models.tracing import Cost, Runner, TraceFailed, named_tensors, size, tensors_of
 from bigvision.pipeline.cutting import SAMPLES, CannotCut, Flow, Spec
 from bigvision.pipeline.schedules import StageMemory
@@ -191,7 +192,7 @@ def cut(
         if (key := tuple(inside)) not in known:
             known[key] = _flow(model, blocks, image_shape, device, True, inside)
         if (kind := (key, memory.recompute, memory.compute)) not in known:
-            recomputed = [piece.path for piece in pieces] if memory.recompute else []
+            recomputed = kept_by_path(pieces, memory.recompute, model, image_shape)
             costs = tracing.node_costs(known[key].graph, image_shape, device, memory.compute, recomputed)
             known[kind] = Prices(known[key], costs, memory.compute)
         return Candidate(pieces, inside, known[kind], choose_cuts(model, pieces, known[kind], memory))

@@ -192,8 +192,10 @@ class Estimates:
         check(config)
         layout, parallel = Layout.of(config, self.hardware.ranks), config.parallel
         check_layout(config, layout.data_ranks, layout.stages, self.task(config))
-        if parallel.recompute == "blocks" and parallel.compile is True and has_batchnorm(self.profile(config)):
-            raise UserError("parallel.recompute: blocks and parallel.compile: true exclude each other for BatchNorm")
+        if parallel.recompute != "none" and parallel.compile is True and has_batchnorm(self.profile(config)):
+            raise UserError(
+                f"parallel.recompute: {parallel.recompute} and parallel.compile: true exclude each other for BatchNorm"
+            )
 
 
 def has_batchnorm(found: Profile) -> bool:

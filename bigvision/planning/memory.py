@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from bigvision import muon
 from bigvision.config import SPLIT_BACKWARD, Config, OptimConfig, deepspeed_settings, micro_batch
 from bigvision.engine.state import BUCKET
 from bigvision.engine.step import REQUESTS
@@ -32,6 +33,7 @@ from bigvision.pipeline.schedules import passes_of
 from bigvision.pipeline.stages import cut
 from bigvision.planning.profile import Profile, StateTensor
 from bigvision.planning.recorder import Moment, Span
+from bigvision.planning.zero3 import gathered
 
 MASTER = 4
 """Bytes of an fp32 value."""
@@ -39,6 +41,8 @@ COUNTERS = {"adamw": "parameter", "adafactor": "parameter", "lamb": "group", "mu
 """Of what an optimizer counts the steps, in an fp32 tensor for each. The others do not count."""
 HOST_COUNTERS = ("adafactor", "lamb")
 """Optimizers whose counters lie in the host's memory."""
+AT_ONCE = 500_000_000
+"""Gradients that DeepSpeed exchanges in one piece after the backward passes."""
 WORKSPACE = {"cpu": 0, "cuda": 150_000_000}
 """Bytes that libraries keep in torch's allocator: what an eager ViT-L and a ResNet-50 needed on an H100 beyond all else."""
 
@@ -116,12 +120,14 @@ class Memory:
     """At the peak: what crosses between pipeline stages."""
     peak: int
     """The most that is allocated at a time."""
+    teacher: int = 0
+    """What it holds of the task's teacher."""
 
     @property
     def state(self) -> int:
         """What is held between steps."""
         of_model = self.parameters + self.buffers + self.optimizer + self.ema
-        return of_model + self.buckets + self.received + self.scalars
+        return of_model + self.buckets + self.received + self.scalars + self.teacher
 
 
 @dataclass(frozen=True)
@@ -264,7 +270,9 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
     images = round(layout.micro_batch(config) * (math.prod(profile.image) * (1 + MASTER) + profile.targets))
     last = layout.strategy != "pipeline" or layout.stages * layout.stages_per_rank - 1 in mine
     scalars = _scalars(config, layout, profile, computes_loss=last)
+    teacher = _Teacher(profile.teacher, config, layout, shard) if profile.teacher is not None else None
     held = state.parameters + buffers + state.optimizer + ema + state.buckets + scalars + images + WORKSPACE[profile.device]
+    held += teacher.held if teacher else 0
     if layout.strategy == "pipeline":
         received = round(config.train.global_batch // layout.data_ranks * sum(plan.received(stage) for stage in mine))
         # Where backward passes are taken apart torch leaves the gradients of what it received beside it. Those of what came
@@ -273,19 +281,24 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
         for one in passes_of(config.parallel.schedule, placement, plan.memory.count)[stage]:
             if one.kind == "I" and one.stage and placement.rank_of(one.stage - 1) != stage:
                 received += round(plan.memory.micro_batch * plan.returned[one.stage - 1])
-        return _stages_memory(rank, plan, mine, state, buffers, ema, received, scalars, images, held - images)
+        stepped = _stepped(profile, config, layout, state.gradients)
+        return _stages_memory(rank, plan, mine, state, buffers, ema, received, scalars, images, held - images, stepped)
     step = _Step(profile, config, layout, state)
     most = step.peak(shard)
-    after = held + max(step.update(shard), step.averaging(ema))
+    after = held + max(step.update(), step.averaging(ema))
+    total = most.total
+    if teacher is not None:
+        kept = 0 if state.buckets else state.gradients * step.repeats
+        total = max(total + teacher.told, teacher.most + kept)
     return Memory(
         rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, 0, scalars, images, state.host,
-        round(most.working), round(most.activations), 0, round(max(held + most.total, after)),
+        round(most.working), round(most.activations), 0, round(max(held + total, after)), teacher.held if teacher else 0,
     )  # fmt: skip
 
 
 def _stages_memory(
     rank: int, plan: _Stages, stages: set[int], state: _State, buffers: int, ema: int, received: int, scalars: int, images: int,
-    held: int,
+    held: int, stepped: float,
 ) -> Memory:  # fmt: skip
     """Of a rank with some *stages* of *plan*, whose state is known."""
     memory = plan.memory
@@ -297,8 +310,23 @@ def _stages_memory(
     images = images * memory.count if 0 in stages else 0
     return Memory(
         rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, received, scalars, images,
-        state.host, working, activations, boundary, held + images + state.gradients + working + activations + boundary,
+        state.host, working, activations, boundary,
+        held + images + state.gradients + max(working + activations + boundary, round(stepped)),
     )  # fmt: skip
+
+
+def _stepped(profile: Profile, config: Config, layout: Layout, gradients: int) -> float:
+    """Bytes that the optimizer's step allocates on a rank with so many bytes of *gradients*."""
+    if not profile.update or config.parallel.offload != "none":
+        return 0.0
+    if config.optim.name == "muon" and layout.strategy != "ddp" and layout.shards > 1:
+        # Rows of matrices in bf16: a rank's own, as they are sent and as they arrive, and their results before and after that.
+        return max(profile.update, 5 * 2 * min(gradients / MASTER, muon.BUCKET))
+    if config.optim.name in ("adafactor", "muon"):  # one whole matrix after another
+        return profile.update
+    if layout.strategy.startswith("zero"):
+        return profile.update / layout.ranks
+    return profile.update * gradients / (MASTER * sum(part.trained for part in profile.parts))
 
 
 @dataclass(frozen=True)
@@ -356,15 +384,17 @@ class _Step:
         self.repeats = -(-share // self.images) > 1
         """Whether gradients of earlier micro-batches are there already."""
         self.trained = sum(part.trained for part in profile.parts)
+        self.after_passes = layout.strategy == "zero1" and profile.compute == torch.bfloat16
+        """Whether gradients are exchanged after all passes, in fp32: for bf16 DeepSpeed has an optimizer of its own."""
 
     def peak(self, shard: int) -> _Most:
         """The most of the passes of the step's last micro-batch."""
         extra = self._extra(shard)
         found = [(moment, more) for place, span in enumerate(self.profile.spans) for moment, more in extra(place, span)]
-        moment, more = max(found, key=lambda one: self._live(one[0]) + one[1])
-        return _Most(moment.per_image * self.images, moment.fixed + more, self._live(moment) + more)
+        moment, more = max(found, key=lambda one: self.live(one[0]) + one[1])
+        return _Most(moment.per_image * self.images, moment.fixed + more, self.live(moment) + more)
 
-    def _live(self, moment: Moment) -> float:
+    def live(self, moment: Moment) -> float:
         return moment.fixed + moment.per_image * self.images
 
     def _extra(self, shard: int) -> Callable[[int, Span], Iterator[tuple[Moment, float]]]:
@@ -380,18 +410,35 @@ class _Step:
             return lambda _, span: ((moment, max(0.0, whole - moment.gradients) * self.repeats) for moment in span.peaks)
         return lambda _, span: ((moment, whole if self.repeats else moment.gradients) for moment in span.peaks)
 
-    def update(self, shard: int) -> float:
+    def update(self) -> float:
         """Gradients, and what the optimizer's step allocates."""
         strategy = self.layout.strategy
+        stepped = _stepped(self.profile, self.config, self.layout, self.state.gradients)
+        if self.after_passes:
+            return MASTER * min(self.trained, AT_ONCE) + stepped
         if strategy in ("zero1", "zero2"):
             # The share of the gradients, from which the flat gradient is made; it is not smaller than all of zero1's.
             part = MASTER * sum(padded_groups(self.profile, self.layout.ranks)) / self.layout.ranks
-            return (self.state.gradients if strategy == "zero1" else part) + part
-        return 0.0 if self.state.buckets else float(self.state.gradients)
+            return (self.state.gradients if strategy == "zero1" else part) + part + stepped
+        return (0.0 if self.state.buckets else float(self.state.gradients)) + stepped
 
     def averaging(self, ema: int) -> float:
         """What an update of the EMA allocates: the differences of one bucket."""
         return min(ema, MASTER * BUCKET)
+
+
+class _Teacher:
+    """What a rank holds of a frozen teacher, and needs for its pass, which comes before the student's."""
+
+    def __init__(self, profile: Profile, config: Config, layout: Layout, shard: int) -> None:
+        layout = replace(layout, strategy="fsdp" if layout.strategy in ("fsdp", "zero3") else "ddp")
+        step = _Step(profile, config, layout, _State())
+        shares = ((tensor, tensor.numel if tensor.buffer else _share(layout, tensor, shard)[0]) for tensor in profile.tensors)
+        self.held = sum(stored * tensor.dtype.itemsize for tensor, stored in shares)
+        # It gets images of its own size and normalisation.
+        self.most = step.peak(shard).total + MASTER * math.prod(profile.image) * step.images
+        self.told = step.live(profile.spans[-1].end)
+        """What it returns, which the student's loss needs."""
 
 
 class _Gathered:
@@ -440,16 +487,17 @@ class _Gathered:
             for other in self.spans[:place]
             if other.backward and not self.step.profile.parts[other.part].path
         )
-        coming = self.weights[before[-1]] if before and not self.keeps else 0.0
+        # A replica on a single rank gathers nothing: what is prefetched gets memory when it is used.
+        coming = self.weights[before[-1]] if before and not (self.keeps or single) else 0.0
         leaving = self.gradients[after[0]] if after else 0.0
         done = self._scattered(after)
         for moment in span.peaks:
             yield moment, held + here + coming + leaving + outside + done + moment.gradients - begin
         if block:
-            yield (
-                span.end,
-                held + coming + outside + done + span.end.gradients - begin + self.gradients[part] + self.shards[part],
-            )
+            mine = span.end.gradients - begin
+            # gloo reduces a copy, when the block's own gradients are gone.
+            mine = max(mine, self.gradients[part]) if self.step.profile.device == "cpu" and not single else mine
+            yield span.end, held + coming + outside + done + mine + self.gradients[part] + self.shards[part]
         elif place == len(self.spans) - 1:
             total = outside + span.end.gradients - begin
             root = sum(g for g, part in zip(self.gradients, self.step.profile.parts) if not part.path)
@@ -466,21 +514,18 @@ class _Partitioned:
     """DeepSpeed: gradients, the bucket in which they are exchanged, and the weights that stage 3 gathers."""
 
     def __init__(self, step: _Step) -> None:
-        self.step, self.parts = step, step.profile.parts
-        layout = step.layout
+        self.step, layout = step, step.layout
         knobs = zero_settings(step.profile, step.config, layout.ranks)
         self.stage, self.size = layout.strategy, knobs["reduce_bucket_size"]
         self.half = step.profile.compute.itemsize < MASTER
         # Stage 1 copies gradients into its buckets in the type that they come in, if that is half of fp32.
         width = step.profile.compute.itemsize if self.stage == "zero1" else MASTER
-        self.bucket = width * self.size * (2 if knobs["overlap_comm"] else 1)
+        self.bucket = 0 if step.after_passes else width * self.size * (2 if knobs["overlap_comm"] else 1)
         self.wider = MASTER / step.profile.compute.itemsize
         self.share = 1 / layout.ranks
         self.whole = MASTER * step.trained * (self.share if self.stage == "zero2" else 1.0)
-        limit = knobs.get("stage3_param_persistence_threshold", 0)
-        self.weights = [
-            sum(t.numel * t.computes.itemsize for t in part.tensors if not t.buffer and t.numel > limit) for part in self.parts
-        ]
+        if self.stage == "zero3":
+            self.weights = gathered(step.profile, layout.ranks, knobs, step.config.parallel.recompute != "none").held
 
     def moments(self, place: int, span: Span) -> Iterator[tuple[Moment, float]]:
         return self._gathered(place, span) if self.stage == "zero3" else self._replicated(place, span)
@@ -498,9 +543,7 @@ class _Partitioned:
 
     def _gathered(self, place: int, span: Span) -> Iterator[tuple[Moment, float]]:
         spans = self.step.profile.spans
-        begin, part = spans[place].begin.gradients, span.part
-        following = part + (-1 if span.backward else 1)
-        weights = self.weights[part] + (self.weights[following] if 0 <= following < len(self.parts) else 0.0)
+        begin, weights = spans[place].begin.gradients, self.weights[place]
         for moment in span.peaks:
             yield moment, weights + moment.gradients - begin
         full = self.size * self.step.profile.compute.itemsize

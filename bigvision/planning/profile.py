@@ -21,18 +21,21 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from bigvision.config import Config, other_sizes, pair
 from bigvision.engine.ema import never_averaged
+from bigvision.engine.engine import finite_samples
 from bigvision.engine.parallelize import Computing, choose_computing, why_eager, wrap_blocks
 from bigvision.engine.state import RUNNING, allocate, is_frozen, make_contiguous
-from bigvision.models import Block, Blocks, Blueprint, blueprint, find_blocks, kinds
+from bigvision.models import Block, Blocks, Blueprint, blueprint, find_blocks, find_teacher, kinds
 from bigvision.models.formats import hold_frozen
 from bigvision.models.tracing import FusedAttention, named_tensors, plain_attributes
 from bigvision.optim import freeze, parameter_groups
 from bigvision.planning.compiled import compile_without_code
 from bigvision.planning.operations import Work, fused, per_image
-from bigvision.planning.recorder import Recorder, Recording, Span, spans, tensors_in
+from bigvision.planning.recorder import Recorder, Recording, Span, spans, step_bytes, tensors_in
 from bigvision.planning.repeats import extended, leave_out, runs_of
 from bigvision.tasks import Classify, Task, build_task
 
+FUSED = ("adamw", "sgd")
+"""Optimizers whose step is one kernel, which allocates nothing."""
 SAMPLES = (2, 4)
 """The two micro-batches that are recorded. BatchNorm refuses a single image."""
 
@@ -141,9 +144,13 @@ class Profile:
     compiled: bool
     targets: float
     """Bytes of the targets of an image."""
+    update: float = 0.0
+    """Bytes that the optimizer's step allocates, if a rank steps all of the model."""
     autocast: bool = False
     model: nn.Module | None = None
     """On meta, as it is before anything is applied; what pipelines are cut from."""
+    teacher: Profile | None = None
+    """Of the task's teacher: forward passes alone."""
 
     @property
     def tensors(self) -> tuple[StateTensor, ...]:
@@ -169,7 +176,29 @@ def profile(
     """
     learned = build_task(config.task, task)
     made, blocks = planned(config, outputs, learned) if plan is None else plan
-    for short in (True, False):
+    teacher = _teacher(config, learned) if learned.teacher is not None else None
+    return replace(_profile(config, made, blocks, learned), teacher=teacher)
+
+
+def _teacher(config: Config, task: Task) -> Profile:
+    """Of the teacher of *task*, as the engine builds it beside the student of *config*."""
+    assert task.teacher is not None
+    known, around = find_teacher(task.teacher), task.teacher_model()
+    outputs = known.outputs if around is None else None
+    model = replace(known.config, pretrained=False, weights=None, num_classes=outputs or 0)
+    strategy = "fsdp" if config.parallel.strategy in ("fsdp", "zero3") else "ddp"
+    used = replace(
+        config, model=model, data=replace(config.data, resize_schedule=()),
+        parallel=replace(config.parallel, strategy=strategy, recompute="none"),
+    )  # fmt: skip
+    plan = blueprint(model, outputs, around=around)
+    plan.module.requires_grad_(False)
+    return _profile(used, plan, find_blocks(plan.module, plan.image_size), task)
+
+
+def _profile(config: Config, made: Blueprint, blocks: Blocks, learned: Task) -> Profile:
+    budget = config.parallel.recompute.startswith("budget:")  # under which equal blocks keep one of two choices
+    for short in (False,) if budget else (True, False):
         mine = copy.copy(made)
         mine.module = copy.deepcopy(made.module)
         copies = [replace(block, module=mine.module.get_submodule(block.path)) for block in blocks]
@@ -207,6 +236,7 @@ class _Recording:
         """*short*: most of many equal blocks in a row are not run, see `repeats`."""
         self.config, self.task, self.device = config, task, device_type(config)
         self.module, parallel = plan.module, config.parallel
+        self.target_bytes = 0.0
         self.blocks: list[Block] = list(blocks)
         modules = [block.module for block in blocks]
         self.kinds = {module: number for number, group in enumerate(kinds(modules)) for module in group}
@@ -218,10 +248,13 @@ class _Recording:
         self.shape = _largest(plan.input_shape, config)
         held = {name: tensor.dtype for name, tensor in named_tensors(self.module)}
         optim = config.optim
-        groups = parameter_groups(self.module, optim.weight_decay, optim.layer_decay, rules=optim.groups)
+        self.learns = any(parameter.requires_grad for parameter in self.module.parameters())
+        """Whether it is no teacher."""
+        groups = parameter_groups(self.module, optim.weight_decay, optim.layer_decay, rules=optim.groups) if self.learns else []
         self.groups = tuple(tuple(group["names"]) for group in groups)
+        self.update = step_bytes(groups, optim) if self.learns and optim.name not in FUSED else 0
         self.compiled = why_eager(config, modules, target, missing=None) is None
-        self.module.train()
+        self.module.train(self.learns)
         # DeepSpeed holds, and fully_shard gathers, weights in the compute type.
         self.casts = not (parallel.strategy.startswith("zero") or parallel.strategy == "fsdp")
         self.computing.apply([self.module], modules, parallel.strategy != "fsdp", here)
@@ -238,10 +271,11 @@ class _Recording:
         self.recorded = leave_out(self.module, self.blocks, self.runs)
         modules = [block.module for block in self.recorded]
         self.attention = FusedAttention(self.device)
-        for block in modules if parallel.recompute == "blocks" and not self.compiled else ():
+        for block in modules if parallel.recompute != "none" and not self.compiled else ():
             # A backward pass runs without the modes of functions that it was called in.
             block.forward = functools.partial(_within, self.attention, block.forward)
-        wrap_blocks(modules, replace(config, parallel=replace(parallel, compile=False)), here)
+        eager = replace(config, parallel=replace(parallel, compile=False))
+        wrap_blocks(modules, eager, here, self.module, self.shape)
         if self.compiled:
             compile_without_code(modules, self.attention)
 
@@ -286,7 +320,11 @@ class _Recording:
         layout = torch.channels_last if self.computing.channels_last else torch.contiguous_format
         images = torch.empty(samples, *self.shape).contiguous(memory_format=layout)
         parameters = {p: name for name, p in self.module.named_parameters()}
-        recorder = Recorder([images, *(tensor for _, tensor in named_tensors(self.module))])
+        ignored = [images, *(tensor for _, tensor in named_tensors(self.module))]
+        # One thread computes 1 x 1 convolutions of few images without oneDNN.
+        size = self.config.train.micro_batch
+        many = torch.get_num_threads() > 1 or not isinstance(size, int) or size >= 16
+        recorder = Recorder(ignored, self.device == "cpu", many)
         owned = {p for block in self.recorded for p in (*block.module.parameters(), *block.module.buffers())}
         recorder.watched = {
             t.untyped_storage()._cdata: name
@@ -318,11 +356,12 @@ class _Recording:
             self.attention.counter = recorder
             with recorder, self.attention:
                 outputs = self.module(images)
-                loss = self._loss(outputs, samples)
-                recorder.loss = loss
-                del outputs
-                recorder.enter(True, 2 * len(self.recorded))
-                loss.backward()
+                if self.learns:
+                    loss = self._loss(outputs, samples)
+                    recorder.loss = loss
+                    del outputs
+                    recorder.enter(True, 2 * len(self.recorded))
+                    loss.backward()
                 recorder.enter(True, 0)
         finally:
             gc.enable()
@@ -335,6 +374,7 @@ class _Recording:
     def _loss(self, outputs: Any, samples: int) -> Tensor:
         """The task's loss, where its targets are known; else a sum over all outputs."""
         first = next(iter(tensors_in(outputs)))
+        finite_samples(outputs, samples, first.device)
         targets = example_targets(self.task, first, samples, bool(self.config.task.mixup or self.config.task.cutmix))
         self.target_bytes = sum(one.nbytes for one in tensors_in(targets)) / samples
         if targets is not None:
@@ -395,7 +435,7 @@ class _Recording:
             )  # fmt: skip
         return Profile(
             tuple(parts), tuple(passes), self.groups, self.shape, self.computing.dtype, self.device, self.casts, self.compiled,
-            self.target_bytes, self.computing.autocast,
+            self.target_bytes, self.update, self.computing.autocast,
         )  # fmt: skip
 
     @staticmethod

@@ -17,7 +17,7 @@ from bigvision.pipeline.schedules import Placement, passes_of
 from bigvision.planning.hardware import Hardware, Link
 from bigvision.planning.memory import Layout, cut_stages, padded_groups, zero_settings
 from bigvision.planning.profile import Part, Profile
-from bigvision.planning.zero3 import fetched, in_shares
+from bigvision.planning.zero3 import gathered, in_shares
 
 LINK_SHARE = 0.8
 """Of a link's datasheet, what collectives are assumed to reach; nobody has measured it with bigvision."""
@@ -194,7 +194,7 @@ def passes(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator
 
 def computed(profile: Profile, config: Config, number: int) -> Iterator[Compute]:
     """The backward pass of a part."""
-    if config.parallel.recompute == "blocks" and profile.parts[number].path:
+    if config.parallel.recompute != "none" and profile.parts[number].path:
         yield Compute(number, "recompute")
     yield Compute(number, "backward")
 
@@ -275,7 +275,8 @@ def _fsdp(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator[
 def _zero3(profile: Profile, config: Config, mesh: Mesh) -> Iterator[Instruction]:
     """DeepSpeed gathers the parameters of a module before it runs, in both passes, and scatters its gradients."""
     parts, group = profile.parts, mesh.data
-    numbers, sizes = range(len(parts)), fetched(profile, config, group.ranks)
+    numbers, knobs = range(len(parts)), zero_settings(profile, config, group.ranks)
+    sizes = gathered(profile, group.ranks, knobs, config.parallel.recompute != "none").sizes
     for backward, order in ((False, numbers), (True, reversed(numbers))):
         ordered = list(order)
         yield Start((backward, ordered[0]), Collective("all_gather", sizes[backward, ordered[0]], group))

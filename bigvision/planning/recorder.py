@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.utils._pytree import tree_leaves
 
-from bigvision.models.tracing import OpCounter
+from bigvision.config import OptimConfig
+from bigvision.models.tracing import ATTENTION, OpCounter
+from bigvision.optim import allocate_state, build_optimizer
 from bigvision.planning.operations import Log, Operation
 
 
@@ -91,9 +95,13 @@ class Recorder(OpCounter):
     loss: Tensor
     done = False
 
-    def __init__(self, ignored: Iterable[Tensor]) -> None:
-        """Memory of the tensors *ignored* is left out."""
+    def __init__(self, ignored: Iterable[Tensor], blocked: bool = False, many: bool = True) -> None:
+        """Memory of the tensors *ignored* is left out.
+
+        *blocked*: oneDNN computes convolutions in layouts of its own; *many*: it also computes those of 1 x 1.
+        """
         super().__init__()
+        self.blocked, self.many = blocked, many
         self.sizes: list[int] = []
         """Of each allocation."""
         self.stretches: list[Stretch] = []
@@ -165,25 +173,87 @@ class Recorder(OpCounter):
                 if (name := self.watched.pop(leaf.untyped_storage()._cdata, None)) is not None:
                     self.used[name] = self.stretch.place
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.log.add(func, args, kwargs, result)
-        for leaf in tensors_in(result):
+        if self.blocked and func is torch.ops.aten.native_batch_norm.default and args[0].shape[2:] == (1, 1):
+            # The kernel returns maps of a single pixel row by row; fake ones would stay channels_last, and what follows them.
+            result = (result[0].as_strided(result[0].shape, (result[0].shape[1], 1, 1, 1)), *result[1:])
+        if func is not ATTENTION.default:  # which `attention` has logged
+            self.log.add(func, args, kwargs, result)
+        outputs = iter(result if isinstance(result, (tuple, list)) else (result,))
+        for copies, output in zip(self._blocked_copies(func, args, result), outputs):
+            # Of the operands and, the last, of what becomes the next output.
+            numbers = [self._allocate(size) for size in copies]
+            for number in numbers[:-1]:
+                self._free(number)
+            for leaf in tensors_in(output):
+                self._allocated(leaf.untyped_storage())
+            self._free(numbers[-1])
+        for leaf in tensors_in(list(outputs)):
             self._allocated(leaf.untyped_storage())
         return result
+
+    def _blocked_copies(self, func: Any, args: Any, result: Any) -> Iterator[tuple[int, ...]]:
+        """Bytes of what oneDNN copies for each output of a convolution: into its blocks of 16 channels, and out of them."""
+        backward = func is torch.ops.aten.convolution_backward.default
+        if not self.blocked or not (backward or func is torch.ops.aten.convolution.default):
+            return
+        images, weight = args[1:3] if backward else args[:2]
+        stride, _, dilation, transposed, _, groups = args[4:10] if backward else args[3:9]
+        plain = weight.shape[2:].numel() == 1 and set(stride) == set(dilation) == {1}
+        if transposed or images.ndim != 4 or (plain and not self.many):
+            return
+        output = args[0] if backward else result
+        if suggest_memory_format(images) == torch.channels_last:
+            # Only weights are laid out anew. Of a depthwise convolution as many gradients of the weight are added up.
+            yield (2 * weight.nbytes,)
+            yield ((256 if groups == images.shape[1] > 1 else 1) * weight.nbytes,)
+            return
+        few = images.shape[1] <= 3  # they are read as they are
+        pixels = 0 if few else images.nbytes
+        if not backward:
+            yield pixels, weight.nbytes, output.nbytes
+            return
+        yield (output.nbytes, weight.nbytes, images.nbytes) if result[0] is not None else (0,)
+        yield (output.nbytes, pixels, weight.nbytes) if result[1] is not None else (0,)
+
+    def _allocate(self, size: int) -> int:
+        self.sizes.append(size)
+        self.stretch.events.append(("allocate", len(self.sizes) - 1))
+        return len(self.sizes) - 1
+
+    def _free(self, number: int) -> None:
+        self.stretch.events.append(("free", number))
 
     def _allocated(self, storage: Any) -> None:
         key = storage._cdata
         if key in self._alive:
             return
-        number = len(self.sizes)
-        self.sizes.append(0 if self.fused else storage.nbytes())
-        self.stretch.events.append(("allocate", number))
+        number = self._allocate(0 if self.fused else storage.nbytes())
 
         def freed(_: Any) -> None:
             self._alive.pop(key, None)
             if not self.done:
-                self.stretch.events.append(("free", number))
+                self._free(number)
 
         self._alive[key] = number, weakref.ref(storage, freed)
+
+
+def step_bytes(groups: list[dict[str, Any]], optim: OptimConfig) -> int:
+    """Bytes that a step of the parameters in *groups*, on meta, allocates beside gradients and state."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = build_optimizer(groups, optim)
+    allocate_state(optimizer)
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    recorder = Recorder([*parameters, *(parameter.grad for parameter in parameters), *tensors_in(dict(optimizer.state))])
+    with torch.no_grad(), recorder:
+        optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+    now = most = 0
+    for kind, number in recorder.stretch.events:
+        now += recorder.sizes[number] * (1 if kind == "allocate" else -1)
+        most = max(most, now)
+    return most
 
 
 def spans(

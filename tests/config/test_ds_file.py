@@ -210,7 +210,7 @@ def test_a_path_that_names_no_file(tmp_path: Path) -> None:
         ({"optimizer": {"type": "AdamW", "params": []}}, ["optimizer.params: []", "section"]),
         ({"log_level": "loud"}, ['log_level: "loud"', "warning"]),
         # Values that would change numbers.
-        ({"communication_data_type": "bf16"}, ["communication_data_type", "fp32"]),
+        ({"communication_data_type": "fp16"}, ["communication_data_type", "fp32 or bf16"]),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ["data_types.grad_accum_dtype"]),
         ({"prescale_gradients": True}, ["prescale_gradients: true"]),
         ({"gradient_predivide_factor": 2}, ["gradient_predivide_factor: 2"]),

@@ -77,7 +77,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def test_equal_blocks_with_different_drop_rates_share_one_graph(graphs: Counting, recompute: bool) -> None:
     model = vit(drop_path=0.2)
     config = load_config({"parallel": {"compile": True, "recompute": "blocks" if recompute else "none"}})
-    wrap_blocks(blocks_of(model), config, CPU)
+    wrap_blocks(blocks_of(model), config, CPU, model, (3, 16, 16))
     for training, size, expected in ((True, 4, 1), (True, 4, 1), (False, 4, 2), (True, 3, 3), (False, 3, 4), (False, 4, 4)):
         model.train(training)
         with torch.set_grad_enabled(training):
@@ -192,10 +192,10 @@ def test_auto_compiles_on_cuda_where_blocks_repeat(monkeypatch: pytest.MonkeyPat
         ({}, single, "repeat"),
     ):
         assert word in (why_eager(configured(**parallel), blocks, CUDA) or "")
-        (note,) = wrap_blocks(blocks, configured(**parallel), CUDA)
+        (note,) = wrap_blocks(blocks, configured(**parallel), CUDA, nn.Identity(), (3, 8, 8))
         assert note.startswith("parallel.compile: auto compiles nothing: ") and word in note and "\n" not in note
-    assert wrap_blocks(repeating, configured(compile=False), CPU) == []
-    assert "not CUDA" in wrap_blocks(repeating, configured(), CPU)[0]
+    assert wrap_blocks(repeating, configured(compile=False), CPU, nn.Identity(), (3, 8, 8)) == []
+    assert "not CUDA" in wrap_blocks(repeating, configured(), CPU, nn.Identity(), (3, 8, 8))[0]
     assert why_eager(configured(recompute="blocks"), repeating, CUDA) is None
     monkeypatch.setattr(engine_compile, "lacks_for_compile", lambda device: "a compiler")
     assert "a compiler" in (why_eager(configured(), repeating, CUDA) or "")

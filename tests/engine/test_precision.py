@@ -125,6 +125,37 @@ def test_compiled_blocks_change_nothing(tmp_path: Path, strategy: str) -> None:
     assert run_ranks(run, 2, plain)[0] == pytest.approx(reference, rel=1e-5)
 
 
+# Gradients that travel in bf16.
+
+
+REDUCED = [
+    ("fsdp", 2, {}), *(
+        pytest.param(strategy, ranks, more, marks=pytest.mark.long)
+        for strategy, ranks, more in (
+            ("ddp", 2, {}), ("fsdp", 4, {"replicas": 2}), ("zero1", 2, {}), ("zero2", 3, {}), ("zero3", 2, {}),
+            ("pipeline", 4, {"stages": 2}), ("pipeline", 4, {"stages": 2, "replicas": 2}),
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("strategy", "ranks", "more"), REDUCED)
+def test_gradients_reduced_in_bf16_are_rounded_once(tmp_path: Path, strategy: str, ranks: int, more: dict[str, Any]) -> None:
+    """SGD without momentum moves each weight by its gradient, which bf16 rounds by at most 1/512 in each sum."""
+    optim = {"name": "sgd", "momentum": 0.0, "lr": 1.0, "warmup": 0, "clip": None, "weight_decay": 0.0, "schedule": "constant"}
+    one: dict[str, Any] = {"train": {"steps": 1, "micro_batch": 3}, "optim": optim}
+    found = []
+    for reduce in ("fp32", "bf16"):
+        plain = recipe(tmp_path / reduce, parallel={"strategy": strategy, "reduce": reduce, **more}, **one)
+        run_ranks(run, ranks, plain)
+        found.append(load_file(tmp_path / reduce / "step-00000001" / "model.safetensors"))
+    run_ranks(run, 1, recipe(tmp_path / "start", train=one["train"], optim=optim | {"lr": 1e-30}))
+    before = load_file(tmp_path / "start" / "step-00000001" / "model.safetensors")
+    exact, rounded = (torch.cat([(tensors[name] - before[name]).flatten() for name in before]) for tensors in found)
+    error = (rounded - exact).norm() / exact.norm()
+    assert 1e-4 < error < ranks * 2**-9, f"{error:.1e}"
+
+
 # How far from fp32.
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from bigvision.engine.zero import _pack, _unpack
@@ -236,3 +238,20 @@ def test_a_forward_pass_without_a_backward_one_is_freed() -> None:
     left = weakref.ref(result)
     del result
     assert left() is None
+
+
+def test_weights_are_not_gathered_from_the_forward_to_the_backward_pass() -> None:
+    """Autograd saves a convolution's weight and a norm's as they are, a linear layer's through a view."""
+    images = torch.ones(1, 4, 4, requires_grad=True)
+    for function, shape in ((F.linear, (4, 4)), (F.conv1d, (4, 1, 3)), (lambda x, weight: F.layer_norm(x, (4,), weight), (4,))):
+        weight = nn.Parameter(torch.ones(shape))
+        vars(weight)["ds_id"] = 0
+        inputs = images.mT[:, :1] if function is F.conv1d else images
+        with saved_tensors_hooks(_pack, _unpack):
+            result = function(inputs, weight)
+        gathered = weakref.ref(weight.untyped_storage())
+        weight.data = torch.empty(0)
+        assert gathered() is None, function
+        weight.data = torch.full(shape, 2.0)
+        result.sum().backward()
+        assert weight.grad is not None and weight.grad.shape == shape

@@ -184,7 +184,7 @@ def test_what_a_stage_needs() -> None:
     # Each micro-batch keeps the weights that it multiplied, and with recompute only the last.
     half = memory(compute=torch.bfloat16)
     assert half.needed(0, LOAD) == memory().needed(0, LOAD) + 2 * 2 * MIB
-    assert replace(half, recompute=True).needed(0, LOAD) == memory().needed(0, LOAD) + 2 * MIB
+    assert replace(half, recompute="blocks").needed(0, LOAD) == memory().needed(0, LOAD) + 2 * MIB
     # A sharded stage has its weights and gradients whole during a step.
     assert replace(half, shards=4).needed(0, LOAD) == (4 * MIB + 12 * MIB // 2) / 4 + 2 * MIB + 4 * MIB // 2 + passes
 

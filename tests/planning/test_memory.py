@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
 from bigvision.config import load_config
 from bigvision.errors import UserError
 from bigvision.planning.memory import HOST_COUNTERS, Layout, rank_memory, worst
-from bigvision.planning.profile import profile
+from bigvision.planning.profile import Part, Profile, StateTensor, profile
+from bigvision.planning.recorder import Moment, Span
+from bigvision.planning.zero3 import gathered
 from tests.distributed import run_ranks
 from tests.planning.held import held, one_of_many, predicted
 from tests.planning.measured import difference, peak_of_step
@@ -104,10 +110,15 @@ CONVNEXT: dict[str, Any] = {"name": "convnext_atto", "image_size": 128}
 RESNET: dict[str, Any] = {"name": "resnet18", "image_size": 96}
 EFFICIENTNET: dict[str, Any] = {"name": "efficientnet_b0", "image_size": 96}
 EVA: dict[str, Any] = {"name": "eva02_tiny_patch14_224", "image_size": 112, "options": {"depth": 4}}
+HIERA: dict[str, Any] = {"name": "hiera_tiny_224", "options": {"embed_dim": 48, "stages": [1, 1, 3, 1]}}
+MAXVIT: dict[str, Any] = {"name": "maxvit_rmlp_pico_rw_256", "image_size": 128}
+REGISTERS: dict[str, Any] = VIT | {"options": {"depth": 6, "reg_tokens": 4}}
+TEACHER: dict[str, Any] = {"img_size": 112, "depth": 6, "embed_dim": 384, "num_heads": 6}
 NONE: dict[str, Any] = {}
 AGAIN, HALF, TWICE = {"recompute": "blocks"}, {"precision": "bf16"}, 2
-# model, ranks, micro-batch, micro-batches of a step, strategy, other keys of parallel, task
-CASES: list[tuple[dict[str, Any], int, int, int, str, dict[str, Any], dict[str, Any]]] = [
+TAUGHT = {"teacher": "of this test"}
+# model, ranks, micro-batch, micro-batches of a step, strategy, other keys of parallel, task, other sections
+CASES: list[tuple[Any, ...]] = [
     (VIT, 1, 16, 1, "ddp", NONE, NONE),
     (VIT, 1, 8, TWICE, "ddp", AGAIN, {"name": "multilabel"}),
     (VIT, 1, 8, 1, "ddp", HALF, NONE),
@@ -149,15 +160,67 @@ CASES: list[tuple[dict[str, Any], int, int, int, str, dict[str, Any], dict[str, 
     (EVA, 2, 8, 1, "zero2", NONE, {"name": "regress"}),
     (RESNET, 1, 8, 1, "ddp", NONE, {"name": "segment"}),
     (RESNET, 2, 8, 1, "fsdp", NONE, {"name": "segment", "decoder": "unet"}),
+    (CONVNEXT, 1, 8, 1, "ddp", NONE, {"name": "segment", "decoder": "upernet"}),
+    (CONVNEXT, 2, 8, 1, "fsdp", AGAIN, {"name": "segment", "decoder": "unet"}),
+    (CONVNEXT, 2, 16, 1, "zero3", AGAIN, NONE),
+    (VIT, 2, 8, 1, "fsdp", HALF | AGAIN, NONE),
+    (VIT, 2, 4, TWICE, "fsdp", HALF, NONE, {"optim": {"name": "lion"}}),
+    (VIT, 4, 4, 1, "fsdp", {"replicas": 2}, NONE),
+    (VIT, 2, 4, 4, "pipeline", {"schedule": "interleaved"}, NONE),
+    (VIT, 1, 16, 1, "ddp", NONE, NONE, {"model": {"trainable": "last:1"}}),
+    (VIT, 1, 8, 1, "ddp", NONE, NONE, {"optim": {"name": "muon"}}),
+    (VIT, 1, 8, 1, "ddp", NONE, NONE, {"optim": {"name": "adafactor"}}),
+    # So small that the optimizer's step has the peak.
+    *((VIT, 1, 2, 1, "ddp", AGAIN, NONE, {"optim": {"name": name}}) for name in ("sgd", "lion", "lamb", "adafactor", "muon")),
+    *((VIT, 2, 2, 1, "fsdp", AGAIN, NONE, {"optim": {"name": name}}) for name in ("lamb", "muon")),
+    (VIT, 2, 2, 1, "zero1", AGAIN, NONE),
+    (VIT, 2, 2, 1, "zero3", AGAIN, NONE),
+    (RESNET, 2, 16, 1, "zero2", NONE, NONE),
+    (CONVNEXT, 2, 16, 1, "zero3", NONE, {"name": "segment", "decoder": "upernet"}),
+    (VIT | {"image_size": 128}, 1, 8, 1, "ddp", {"precision": "amp_bf16"}, {"name": "segment", "decoder": "dpt"}),
+    (VIT, 2, 8, 1, "ddp", NONE, NONE, {"ema": {"decay": 0.9}}),
+    (VIT, 2, 8, 1, "zero2", NONE, NONE, {"ema": {"decay": 0.9}}),
+    (VIT, 1, 8, 1, "ddp", NONE, TAUGHT),
+    (VIT, 2, 8, 1, "fsdp", NONE, TAUGHT),
+    (VIT, 2, 8, 1, "zero3", NONE, TAUGHT | {"distill": "tokens"}),
+    (REGISTERS, 2, 8, 1, "zero2", AGAIN, {"name": "regress"}),
+    (REGISTERS, 2, 8, 1, "zero3", HALF, NONE),
+    (EVA, 2, 8, 1, "fsdp", NONE, NONE, {"model": {"lora": {"rank": 4}}}),
+    (SWIN, 2, 4, 1, "zero3", NONE, NONE),
+    (EFFICIENTNET, 2, 16, 1, "zero1", HALF, NONE),
+    (HIERA, 1, 8, 1, "ddp", NONE, {"name": "multilabel"}),
+    (HIERA, 2, 4, 1, "fsdp", AGAIN, NONE),
+    (MAXVIT, 1, 4, 1, "ddp", NONE, NONE),
+    (MAXVIT, 2, 4, 1, "zero1", NONE, {"name": "regress"}),
 ]
 
 
-def check_peak(tmp_path: Path, case: tuple[Any, ...]) -> None:
-    model, ranks, size, repeats, strategy, parallel, task = case
+def written_teacher(folder: Path) -> str:
+    """The weights of a ViT that is wider than the student, with timm's card."""
+    weights = timm.create_model("vit_small_patch16_224", num_classes=10, **TEACHER).state_dict()
+    save_file(weights, folder / "model.safetensors")
+    facts = {"input_size": [3, 112, 112], "mean": [0.5] * 3, "std": [0.5] * 3}
+    card = {"architecture": "vit_small_patch16_224", "num_classes": 10, "pretrained_cfg": facts, "model_args": TEACHER}
+    (folder / "config.json").write_text(json.dumps(card))
+    return str(folder)
+
+
+def plain_of(case: tuple[Any, ...], folder: Path) -> dict[str, Any]:
+    """The configuration of a case."""
+    model, ranks, size, repeats, strategy, parallel, task, *others = case
     train = {"global_batch": ranks * size * repeats, "micro_batch": size}
-    plain = recipe(tmp_path, train=train, parallel={"strategy": strategy} | parallel, task=task) | {"model": model}
+    task = task | ({"teacher": written_teacher(folder)} if "teacher" in task else {})
+    plain = recipe(folder, train=train, parallel={"strategy": strategy} | parallel, task=task) | {"model": model}
+    for section, keys in (others[0] if others else {}).items():
+        plain[section] = plain.get(section, {}) | keys
+    return plain
+
+
+def check_peak(tmp_path: Path, case: tuple[Any, ...]) -> None:
+    model, ranks, size, repeats, strategy, *rest = case
+    plain = plain_of(case, tmp_path)
     found = max(run_ranks(peak_of_step, ranks, plain), key=lambda one: one["measured"])
-    print(f"{model['name']}, {ranks} ranks, {size} x {repeats}, {strategy} {parallel} {task}: {difference(found):+.1%}")
+    print(f"{model['name']}, {ranks} ranks, {size} x {repeats}, {strategy} {rest}: {difference(found):+.1%}")
     assert abs(difference(found)) < 0.1, found
 
 
@@ -169,6 +232,30 @@ def test_peak_is_what_the_allocator_sees(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_peaks_of_every_kind(tmp_path: Path, case: tuple[Any, ...]) -> None:
     check_peak(tmp_path, case)
+
+
+@pytest.mark.parametrize(
+    ("device", "ahead", "expected"),
+    [("cuda", 0, [64, 24, 24, 64]), ("cuda", 100, [64, 56, 56, 32]), ("cpu", 100, [80, 56, 56, 32])],
+)
+def test_what_zero3_has_gathered(device: str, ahead: int, expected: list[float]) -> None:
+    """Two weights of one module, which are there twice when they arrive, one of another, and a bias that is kept whole."""
+    sizes = {"a.weight": 4, "a.scale": 4, "b.weight": 6, "b.bias": 1}
+    weights = {name: StateTensor(name, (size,), torch.float32, True) for name, size in sizes.items()}
+    parts = tuple(Part(path, 0, tuple(w for name, w in weights.items() if name[0] == path)) for path in "ab")
+    nothing = Moment(0.0, 0.0, 0.0)
+    passes = ((0, False), (1, False), (1, True), (0, True))
+    spans = tuple(Span(part, backward, nothing, (nothing,), nothing) for part, backward in passes)
+    found = Profile(parts, spans, (), (3, 8, 8), torch.float32, device, False, False, 0.0)
+    limits = {
+        "prefetch_bucket_size": ahead,
+        "max_live_parameters": ahead,
+        "max_reuse_distance": 0,
+        "param_persistence_threshold": 1,
+    }
+    knobs = {f"stage3_{name}": limit for name, limit in limits.items()}
+    assert gathered(found, 2, knobs, recomputed=False).held == expected
+    assert gathered(found, 1, knobs, recomputed=False).held == [0.0] * 4
 
 
 VIT_L, VIT_H = "vit_large_patch16_224", "vit_huge_patch14_224"
@@ -198,7 +285,10 @@ def test_peaks_of_an_h100(name: str, batch: int, compiled: bool, precision: str,
 
 @pytest.mark.long
 def test_recompute_under_fsdp_on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was measured when ``fully_shard`` ran on a single rank too, and cast what enters a block to bf16."""
+    """It was measured when ``fully_shard`` ran on a single rank too, and cast what enters a block to bf16.
+
+    Today what enters a block, and is kept, is fp32: 13.2 GB are predicted for that, and nobody has measured it.
+    """
     from bigvision.planning import profile as module
 
     choose = module.choose_computing
