@@ -159,7 +159,7 @@ def checkpoint_bytes(config: Config, classes: int) -> int:
     from bigvision.models import blueprint
     from bigvision.models.formats import hold_frozen
     from bigvision.optim import freeze
-    from bigvision.planning.memory import optimizer_bytes
+    from bigvision.planning.state import optimizer_bytes
     from bigvision.tasks import build_task
     from bigvision.training.build import without_weights
 

@@ -1,16 +1,10 @@
-"""How many bytes each rank needs: its share of the state, exactly, and its peak in a step.
-
-State is every tensor that a rank's engine holds between two steps, counted once for each storage: parameters, buffers, masters,
-moments, averages, buckets, what torch's pipelines receive into, and the scalars beside them, with the numbers of the last step,
-which wait there to be read. The batch and the images made of it are counted apart, since they come from the data. Not counted
-is the map of unused parameters of DistributedDataParallel, 8 bytes for each parameter of a model that has some.
+"""How many bytes each rank needs: its share of the state, and its peak in a step.
 
 Which share a rank has follows from its place in the mesh alone, so the ranks of a mesh fall into few groups that need the same.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,72 +15,34 @@ import torch
 from torch import nn
 
 from bigvision import muon
-from bigvision.config import SPLIT_BACKWARD, Config, OptimConfig, deepspeed_settings, micro_batch
+from bigvision.config import SPLIT_BACKWARD, Config
 from bigvision.engine.state import BUCKET
-from bigvision.engine.step import REQUESTS
-from bigvision.errors import UserError
 from bigvision.models import find_blocks
 from bigvision.models.tracing import Cost
-from bigvision.optim import state_layout
 from bigvision.pipeline import Placement, StageMemory
 from bigvision.pipeline.schedules import passes_of
 from bigvision.pipeline.stages import cut
-from bigvision.planning.profile import Profile, StateTensor
+from bigvision.planning.profile import Profile
 from bigvision.planning.recorder import Moment, Span
+from bigvision.planning.state import (
+    MASTER,
+    Layout,
+    State,
+    after_passes,
+    averages_of,
+    local_share,
+    padded_groups,
+    scalars_of,
+    share_of,
+    state_of,
+    zero_settings,
+)
 from bigvision.planning.zero3 import gathered
 
-MASTER = 4
-"""Bytes of an fp32 value."""
-COUNTERS = {"adamw": "parameter", "adafactor": "parameter", "lamb": "group", "muon": "group"}
-"""Of what an optimizer counts the steps, in an fp32 tensor for each. The others do not count."""
-HOST_COUNTERS = ("adafactor", "lamb")
-"""Optimizers whose counters lie in the host's memory."""
 AT_ONCE = 500_000_000
 """Gradients that DeepSpeed exchanges in one piece after the backward passes."""
 WORKSPACE = {"cpu": 0, "cuda": 150_000_000}
 """Bytes that libraries keep in torch's allocator: what an eager ViT-L and a ResNet-50 needed on an H100 beyond all else."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A mesh on paper: what `bigvision.runtime` makes of as many ranks."""
-
-    strategy: str
-    ranks: int
-    stages: int = 1
-    """Ranks in a pipeline."""
-    replicas: int = 1
-    shards: int = 1
-    stages_per_rank: int = 1
-
-    @classmethod
-    def of(cls, config: Config, ranks: int) -> Layout:
-        """Raises `UserError` where *ranks* cannot be divided as *config* asks."""
-        parallel = config.parallel
-        pipelined = parallel.strategy == "pipeline"
-        stages = (parallel.stages or ranks) if pipelined else 1
-        replicas = parallel.replicas if parallel.strategy in ("fsdp", "pipeline") else 1
-        if ranks % stages:
-            raise UserError(f"parallel.stages: {stages} does not divide the {ranks} ranks: start a multiple of {stages} ranks")
-        if ranks // stages % replicas:
-            of_stage = " of a stage" if pipelined and stages > 1 else ""
-            raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks // stages} ranks{of_stage}")
-        shards = ranks // stages // replicas
-        return cls(parallel.strategy, ranks, stages, replicas, shards, parallel.per_rank if pipelined else 1)
-
-    @property
-    def data_ranks(self) -> int:
-        """Into how many parts a batch is cut."""
-        return self.ranks // self.stages
-
-    def place(self, rank: int) -> tuple[int, int, int]:
-        """(stage, replica, shard) of a rank."""
-        stage, rest = divmod(rank, self.data_ranks)
-        return stage, *divmod(rest, self.shards)
-
-    def micro_batch(self, config: Config) -> int:
-        """Samples of one forward and backward pass on a rank."""
-        return micro_batch(config, self.data_ranks, self.stages)
 
 
 @dataclass(frozen=True)
@@ -130,121 +86,6 @@ class Memory:
         return of_model + self.buckets + self.received + self.scalars + self.teacher
 
 
-@dataclass(frozen=True)
-class _State:
-    """What a rank holds between steps, in bytes."""
-
-    parameters: int = 0
-    optimizer: int = 0
-    gradients: int = 0
-    """When the backward pass is over."""
-    buckets: int = 0
-    host: int = 0
-
-
-def _fragments_state(profile: Profile, config: Config, layout: Layout, tensors: list[StateTensor], shard: int) -> _State:
-    """Of ddp, fsdp and pipelines: a rank's shards of *tensors*, or all of them."""
-    parameters = optimizer = gradients = 0
-    for tensor in tensors:
-        if not tensor.buffer:
-            stored, local = _share(layout, tensor, shard)
-            parameters += stored * tensor.dtype.itemsize
-            if tensor.trained:
-                optimizer += optimizer_bytes(config.optim, tensor.shape, local)
-                gradients += stored * MASTER
-    counters = _counters(profile, config.optim, layout, tensors)
-    host = counters if config.optim.name in HOST_COUNTERS else 0
-    # DistributedDataParallel keeps its buckets, and gradients are views of them.
-    buckets = gradients if layout.strategy == "ddp" and layout.ranks > 1 else 0
-    return _State(parameters, optimizer + counters - host, gradients, buckets, host)
-
-
-def _counters(profile: Profile, optim: OptimConfig, layout: Layout, tensors: list[StateTensor]) -> int:
-    """Bytes of an optimizer's counters of steps, which steps *tensors*."""
-    trained = {tensor.name: tensor for tensor in tensors if tensor.trained}
-    kind = COUNTERS.get(optim.name)
-    if kind != "group":
-        return MASTER * len(trained) if kind else 0
-    # A group holds sharded or whole parameters; a stage without a trained parameter has an empty one.
-    sharded = _shards_parameters(layout)
-    groups = {
-        (number, sharded and not trained[name].whole)
-        for number, names in enumerate(profile.groups)
-        for name in names
-        if name in trained
-    }
-    return MASTER * max(1, len(groups))
-
-
-def _scalars(config: Config, layout: Layout, profile: Profile, computes_loss: bool) -> int:
-    """Bytes of small tensors: what images are normalised by, what a skip is decided by, and the last step's numbers."""
-    share, optim = config.train.global_batch // layout.data_ranks, config.optim
-    normalisation = 2 * MASTER * profile.image[0]
-    numbers = 8 * (4 + len(REQUESTS)) + 8  # a `Record`, and the largest statistic of a model that has none
-    # Of each micro-batch its loss, and of each sample whether its outputs are finite.
-    checks = MASTER * -(-share // layout.micro_batch(config)) + share if computes_loss else 0
-    if layout.strategy == "zero3":  # finite, the norm as fp64, a flag of overflows
-        return normalisation + numbers + checks + 1 + 8 + 1
-    if layout.strategy.startswith("zero"):  # finite, the norm as fp32
-        return normalisation + numbers + checks + 1 + 4
-    skipping = {"adamw": 4, "sgd": 4, "muon": 1}.get(optim.name, 0)  # whether to skip: fp32 for torch's fused steps, or bool
-    if skipping == 4 and (optim.clip is not None or config.parallel.precision == "fp16"):
-        skipping += 4  # what gradients are divided by
-    return normalisation + numbers + checks + skipping + 4 + 8  # the loss scale and its good steps
-
-
-def _zero_state(profile: Profile, config: Config, layout: Layout) -> _State:
-    """Of DeepSpeed's stages; all ranks hold as much. Weights in the compute type, fp32 masters and moments of a share."""
-    ranks, offload = layout.ranks, config.parallel.offload
-    parameters = [tensor for tensor in profile.tensors if not tensor.buffer]
-    knobs = zero_settings(profile, config, ranks)
-    moment = sum(dtype.itemsize for _, dtype in state_layout(config.optim, (1, 1)).values())
-    counter = 4 if config.optim.name == "adamw" and offload == "none" else 0
-    # Of frozen weights that are saved in another type than they compute in each rank keeps a share in host memory.
-    host = sum(-(-t.numel // ranks) * t.dtype.itemsize for t in parameters if not t.trained and t.dtype != t.computes)
-    if layout.strategy == "zero3":
-        share = sum(-(-t.numel // ranks) for t in parameters if t.trained)
-        held = sum(-(-t.numel // ranks) * t.computes.itemsize for t in parameters)
-        # What is kept whole is gathered with its padding.
-        kept = [t for t in parameters if t.numel <= knobs["stage3_param_persistence_threshold"] and ranks > 1]
-        whole = sum(-(-t.numel // ranks) * ranks * t.computes.itemsize for t in kept)
-        masters, moments, gradients, flats = MASTER * share, moment * share, MASTER * share, len(profile.groups)
-        bucket = MASTER * knobs["reduce_bucket_size"]
-    else:
-        # Each group is one flat tensor, a multiple of two numbers for each rank.
-        padded = padded_groups(profile, ranks)
-        held = sum(padded) * profile.compute.itemsize
-        held += sum(t.numel * t.computes.itemsize for t in parameters if not t.trained)
-        whole, masters, moments, flats = 0, MASTER * sum(padded) // ranks, moment * sum(padded) // ranks, len(padded)
-        gradients = MASTER * sum(t.numel for t in parameters if t.trained) // (ranks if layout.strategy == "zero2" else 1)
-        bucket = 0
-    if offload == "all":
-        host, held = host + held, 0
-    if offload != "none":
-        return _State(held + whole, 0, 0, bucket, host + masters + moments + gradients)
-    persistent = gradients if layout.strategy == "zero3" else 0
-    if layout.strategy == "zero1" and profile.compute.itemsize < MASTER:
-        # It accumulates gradients in fp32, laid out as the weights, beside those that the backward pass makes.
-        persistent = MASTER * sum(padded)
-    return _State(held + whole + masters, moments + counter * flats, gradients, bucket + persistent, host)
-
-
-def zero_settings(profile: Profile, config: Config, ranks: int) -> dict[str, int]:
-    """DeepSpeed's sizes of buckets and thresholds, as the engine sets them."""
-    largest = max((part.numel for part in profile.parts if part.path), default=0)
-    return deepspeed_settings(config, ranks, profile.device, profile.parameters, largest)["zero_optimization"]
-
-
-def _share(layout: Layout, tensor: StateTensor, shard: int) -> tuple[int, int]:
-    """(elements that a rank allocates, elements that it has) of a parameter."""
-    return share_of(tensor, layout.shards, shard) if _shards_parameters(layout) else (tensor.numel, tensor.numel)
-
-
-def _shards_parameters(layout: Layout) -> bool:
-    """Whether ``fully_shard`` has cut the parameters."""
-    return layout.shards > 1 if layout.strategy == "pipeline" else layout.strategy == "fsdp" and layout.ranks > 1
-
-
 def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> Memory:
     """What *rank* of *layout* needs for the step of *profile*, which is of the same *config*."""
     stage, _, shard = layout.place(rank)
@@ -253,15 +94,12 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
         plan = cut_stages(profile, config, layout)
         mine = set(plan.memory.placement.numbers(stage))
         tensors = [tensor for tensor in tensors if mine & set(plan.owners[tensor.name])]
-    if layout.strategy.startswith("zero"):
-        state = _zero_state(profile, config, layout)
-    else:
-        state = _fragments_state(profile, config, layout, tensors, shard)
+    state = state_of(profile, config, layout, tensors, shard)
     buffers = sum(t.nbytes * (2 if t.running else 1) for t in tensors if t.buffer)
     ema = 0
     if config.ema.decay is not None:
         # A counter of updates; averages lie where what they follow lies.
-        masters = _averaged(profile, layout, shard, tensors)
+        masters = averages_of(profile, layout, shard, tensors)
         ema = 8 + sum(tensor.nbytes for tensor in tensors if tensor.buffer and tensor.averaged)
         if layout.strategy.startswith("zero") and config.parallel.offload != "none":
             state = replace(state, host=state.host + masters)
@@ -269,7 +107,7 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
             ema += masters
     images = round(layout.micro_batch(config) * (math.prod(profile.image) * (1 + MASTER) + profile.targets))
     last = layout.strategy != "pipeline" or layout.stages * layout.stages_per_rank - 1 in mine
-    scalars = _scalars(config, layout, profile, computes_loss=last)
+    scalars = scalars_of(config, layout, profile, computes_loss=last)
     teacher = _Teacher(profile.teacher, config, layout, shard) if profile.teacher is not None else None
     held = state.parameters + buffers + state.optimizer + ema + state.buckets + scalars + images + WORKSPACE[profile.device]
     held += teacher.held if teacher else 0
@@ -297,7 +135,7 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
 
 
 def _stages_memory(
-    rank: int, plan: _Stages, stages: set[int], state: _State, buffers: int, ema: int, received: int, scalars: int, images: int,
+    rank: int, plan: _Stages, stages: set[int], state: State, buffers: int, ema: int, received: int, scalars: int, images: int,
     held: int, stepped: float,
 ) -> Memory:  # fmt: skip
     """Of a rank with some *stages* of *plan*, whose state is known."""
@@ -377,15 +215,14 @@ class _Most:
 class _Step:
     """What the passes of a step and its update allocate on a rank."""
 
-    def __init__(self, profile: Profile, config: Config, layout: Layout, state: _State) -> None:
+    def __init__(self, profile: Profile, config: Config, layout: Layout, state: State) -> None:
         self.profile, self.config, self.layout, self.state = profile, config, layout, state
         self.images = layout.micro_batch(config)
         share = config.train.global_batch // layout.data_ranks
         self.repeats = -(-share // self.images) > 1
         """Whether gradients of earlier micro-batches are there already."""
         self.trained = sum(part.trained for part in profile.parts)
-        self.after_passes = layout.strategy == "zero1" and profile.compute == torch.bfloat16
-        """Whether gradients are exchanged after all passes, in fp32: for bf16 DeepSpeed has an optimizer of its own."""
+        self.after_passes = after_passes(layout.strategy, profile.compute)
 
     def peak(self, shard: int) -> _Most:
         """The most of the passes of the step's last micro-batch."""
@@ -432,9 +269,9 @@ class _Teacher:
 
     def __init__(self, profile: Profile, config: Config, layout: Layout, shard: int) -> None:
         layout = replace(layout, strategy="fsdp" if layout.strategy in ("fsdp", "zero3") else "ddp")
-        step = _Step(profile, config, layout, _State())
-        shares = ((tensor, tensor.numel if tensor.buffer else _share(layout, tensor, shard)[0]) for tensor in profile.tensors)
-        self.held = sum(stored * tensor.dtype.itemsize for tensor, stored in shares)
+        step = _Step(profile, config, layout, State())
+        stored = {one.name: one.numel if one.buffer else local_share(layout, one, shard)[0] for one in profile.tensors}
+        self.held = sum(stored[one.name] * one.dtype.itemsize for one in profile.tensors)
         # It gets images of its own size and normalisation.
         self.most = step.peak(shard).total + MASTER * math.prod(profile.image) * step.images
         self.told = step.live(profile.spans[-1].end)
@@ -554,26 +391,6 @@ class _Partitioned:
             yield span.end, weights * (not last) + copies * MASTER * min(self.size, self.step.trained)
 
 
-def padded_groups(profile: Profile, ranks: int) -> list[int]:
-    """Elements of each parameter group as DeepSpeed lays it out: a multiple of two for each rank."""
-    sizes = {tensor.name: tensor.numel for tensor in profile.tensors}
-    return [-(-sum(sizes[name] for name in group) // (2 * ranks)) * 2 * ranks for group in profile.groups]
-
-
-def _averaged(profile: Profile, layout: Layout, shard: int, tensors: list[StateTensor]) -> int:
-    """Bytes of the averages of the parameters among *tensors* on a rank; under ZeRO of its share of the masters."""
-    parameters = [tensor for tensor in tensors if tensor.averaged and not tensor.buffer]
-    if layout.strategy == "zero3":
-        sizes = [(tensor.numel, -(-tensor.numel // layout.ranks)) for tensor in parameters]
-    elif layout.strategy.startswith("zero"):
-        numel = {tensor.name: tensor.numel for tensor in parameters}
-        wholes = [sum(numel[name] for name in group) for group in profile.groups]
-        sizes = list(zip(wholes, (padded // layout.ranks for padded in padded_groups(profile, layout.ranks))))
-    else:
-        return sum(_share(layout, tensor, shard)[1] * tensor.dtype.itemsize for tensor in parameters)
-    return MASTER * sum(max(0, min(size, whole - size * shard)) for whole, size in sizes)
-
-
 def worst(profile: Profile, config: Config, layout: Layout) -> Memory:
     """Of the rank that needs the most."""
     return max((rank_memory(profile, config, layout, rank) for rank in representatives(layout)), key=lambda m: m.peak)
@@ -584,28 +401,3 @@ def representatives(layout: Layout) -> Iterator[int]:
     for stage in range(layout.stages):
         first = stage * layout.data_ranks
         yield from dict.fromkeys((first, first + layout.shards - 1))
-
-
-def share_of(tensor: StateTensor, shards: int, shard: int) -> tuple[int, int]:
-    """(elements that a rank allocates, elements of them that it has) of a tensor that ``fully_shard`` cuts along dimension 0.
-
-    All shards are as large as the first one; the last ones are padded.
-    """
-    if tensor.whole or not tensor.shape:
-        return tensor.numel, tensor.numel
-    rows, width = tensor.shape[0], math.prod(tensor.shape[1:])
-    chunk = -(-rows // shards)
-    return chunk * width, max(0, min(chunk, rows - chunk * shard)) * width
-
-
-@functools.cache
-def _states(optim: OptimConfig, shape: tuple[int, ...]) -> float:
-    """Bytes of state for each element of a parameter."""
-    found = state_layout(optim, shape)
-    return sum(math.prod(kept) * dtype.itemsize for kept, dtype in found.values()) / max(1, math.prod(shape))
-
-
-def optimizer_bytes(optim: OptimConfig, shape: tuple[int, ...], local: int) -> int:
-    """Bytes of the optimizer's state of *local* elements of a parameter of *shape*, without a counter of steps."""
-    # Of these two what is kept depends on the shape.
-    return round(_states(optim, shape if optim.name in ("adafactor", "muon") else (1, 1)) * local)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bigvision.config import load_config
-from bigvision.planning.memory import Layout, Memory, rank_memory
+from bigvision.planning.memory import Memory, rank_memory
 from bigvision.planning.profile import profile
+from bigvision.planning.state import Layout
 
 
 def storages(tensors: Any) -> dict[int, int]:

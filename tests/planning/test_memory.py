@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from bigvision.config import load_config
 from bigvision.errors import UserError
-from bigvision.planning.memory import HOST_COUNTERS, Layout, rank_memory, worst
+from bigvision.planning.memory import rank_memory, worst
 from bigvision.planning.profile import Part, Profile, StateTensor, profile
 from bigvision.planning.recorder import Moment, Span
+from bigvision.planning.state import HOST_COUNTERS, Layout
 from bigvision.planning.zero3 import gathered
 from tests.distributed import run_ranks
 from tests.planning.held import held, one_of_many, predicted

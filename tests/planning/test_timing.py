@@ -12,8 +12,8 @@ import pytest
 from bigvision import load_config
 from bigvision.config import Config
 from bigvision.planning.hardware import parse_hardware
-from bigvision.planning.memory import Layout
 from bigvision.planning.profile import Profile, profile
+from bigvision.planning.state import Layout
 from bigvision.planning.timing import step_time
 
 MEASURED = {

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bigvision.config import load_config
-from bigvision.planning.memory import Layout
 from bigvision.planning.profile import profile
 from bigvision.planning.program import sent
+from bigvision.planning.state import Layout
 from bigvision.runtime import process, start
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks
@@ -36,13 +36,17 @@ CASES = {
     "fsdp, kept, scattered last": (6, VIT, {"strategy": "fsdp", "reshard": "never", "scatter": "last"}, 1),
     "fsdp, bf16": (4, VIT, {"strategy": "fsdp", "precision": "bf16"}, 2),
     "fsdp, BatchNorm": (4, RESNET, {"strategy": "fsdp"}, 2),
+    "fsdp, replicas, reduced in bf16": (8, RESNET, {"strategy": "fsdp", "replicas": 2, "reduce": "bf16"}, 2),
     "pipeline": (2, VIT, {"strategy": "pipeline", "schedule": "1f1b"}, None),
     "pipeline, sharded": (4, VIT, {"strategy": "pipeline", "stages": 2, "schedule": "1f1b"}, None),
     "pipeline, sharded, gpipe": (4, VIT, {"strategy": "pipeline", "stages": 2, "schedule": "gpipe"}, None),
     "pipeline, sharded, interleaved": (4, VIT, {"strategy": "pipeline", "stages": 2, "schedule": "interleaved"}, None),
     "pipeline, sharded, kept": (4, VIT, {"strategy": "pipeline", "stages": 2, "reshard": "never"}, None),
     "pipeline, copied": (4, VIT, {"strategy": "pipeline", "stages": 2, "replicas": 2}, None),
+    "pipeline, sharded, reduced in bf16": (4, VIT, {"strategy": "pipeline", "stages": 2, "reduce": "bf16"}, None),
+    "pipeline, copied, reduced in bf16": (4, VIT, {"strategy": "pipeline", "stages": 2, "replicas": 2, "reduce": "bf16"}, None),
     "ddp": (2, VIT, {"strategy": "ddp"}, 2),
+    "ddp, reduced in bf16": (2, VIT, {"strategy": "ddp", "reduce": "bf16"}, 1),
     "ddp, micro-batches": (3, VIT, {"strategy": "ddp"}, 1),
     "ddp, BatchNorm": (2, RESNET, {"strategy": "ddp"}, 2),
     "zero1": (2, VIT, {"strategy": "zero1"}, 2),
@@ -52,6 +56,8 @@ CASES = {
     "zero3": (3, VIT, {"strategy": "zero3"}, 2),
     "zero3, micro-batches, bf16": (2, VIT, {"strategy": "zero3", "precision": "bf16"}, 1),
     "zero3, recompute": (2, VIT, {"strategy": "zero3", "recompute": "blocks"}, 2),
+    **{f"zero{stage}, reduced in bf16": (2, VIT, {"strategy": f"zero{stage}", "reduce": "bf16"}, 1) for stage in (1, 2, 3)},
+    "zero1, bf16, reduced in bf16": (2, VIT, {"strategy": "zero1", "precision": "bf16", "reduce": "bf16"}, 1),
 }
 """Ranks, model, `parallel`, and `train.micro_batch` of two samples on a rank."""
 
