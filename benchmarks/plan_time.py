@@ -19,8 +19,8 @@ from bigvision import load_config
 from bigvision.data import Batch
 from bigvision.planning.calibrate import calibrate
 from bigvision.planning.hardware import hardware_here
-from bigvision.planning.memory import Layout
 from bigvision.planning.profile import profile
+from bigvision.planning.state import Layout
 from bigvision.planning.timing import step_time
 from bigvision.runtime import Runtime, start
 from bigvision.training.build import build_model

@@ -6,14 +6,20 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigvision.config import EmaConfig
-from bigvision.engine.state import BUCKET, RUNNING, average
+from bigvision.engine.state import BUCKET, RUNNING, average, is_frozen
 from bigvision.fragments import Fragment
 from bigvision.runtime import Runtime
 
 Pair = tuple[Tensor, Tensor]  # averaged values and the live ones that they follow
+
+
+def never_averaged(module: nn.Module) -> set[str]:
+    """The names of what no average follows, since it never changes: what is frozen, and running statistics of frozen norms."""
+    frozen = {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return frozen | {f"{path}.{name}" for path, part in module.named_modules() if is_frozen(part) for name in RUNNING}
 
 
 class Ema:

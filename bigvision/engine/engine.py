@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from bigvision.config import Config, micro_batch, other_sizes, peak_rate
 from bigvision.data.batch import Batch, StepBatch
-from bigvision.engine.ema import Ema
+from bigvision.engine.ema import Ema, never_averaged
 from bigvision.engine.parallelize import choose_computing, overlap, replicate, shard, synchronize_norms, why_eager, wrap_blocks
-from bigvision.engine.state import RUNNING, average, is_frozen, make_contiguous
+from bigvision.engine.state import RUNNING, average, make_contiguous
 from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepResult, reduce_with
 from bigvision.engine.teacher import Teacher
 from bigvision.errors import UserError
@@ -109,10 +109,7 @@ class Engine:
         self._build(blueprint, [block.module for block in blocks])
         self._set_mode(training=True)
         if config.ema.decay is not None and trains:
-            frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-            still = [path for path, part in self.module.named_modules() if is_frozen(part)]
-            frozen |= {f"{path}.{name}" for path in still for name in RUNNING}
-            self.ema = Ema(config.ema, self.stepper.model_fragments(), frozen, runtime)
+            self.ema = Ema(config.ema, self.stepper.model_fragments(), never_averaged(self.module), runtime)
 
     def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
         """Spread the model, still on meta, over the ranks, make the optimizer and give both their first values."""

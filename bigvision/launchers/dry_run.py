@@ -155,10 +155,11 @@ def written(folder: Path) -> float:
 
 def checkpoint_bytes(config: Config, classes: int) -> int:
     """Bytes of the tensors in a checkpoint: the model, the optimizer's state, and the average of the weights."""
-    from bigvision.engine.state import RUNNING, is_frozen
+    from bigvision.engine.ema import never_averaged
     from bigvision.models import blueprint
     from bigvision.models.formats import hold_frozen
-    from bigvision.optim import freeze, state_layout
+    from bigvision.optim import freeze
+    from bigvision.planning.state import optimizer_bytes
     from bigvision.tasks import build_task
     from bigvision.training.build import without_weights
 
@@ -169,15 +170,12 @@ def checkpoint_bytes(config: Config, classes: int) -> int:
     if model.frozen_dtype == "bf16":
         hold_frozen(plan.module, plan.input_shape)
     saved = plan.module.state_dict(keep_vars=True)
-    trained = {name: tensor for name, tensor in saved.items() if tensor.requires_grad}
-    layouts = {shape: state_layout(config.optim, shape) for shape in {tuple(tensor.shape) for tensor in trained.values()}}
     size = sum(tensor.nbytes for tensor in saved.values())
-    for tensor in {id(tensor): tensor for tensor in trained.values()}.values():
-        size += sum(math.prod(shape) * dtype.itemsize for shape, dtype in layouts[tuple(tensor.shape)].values())
+    for parameter in (parameter for parameter in plan.module.parameters() if parameter.requires_grad):
+        size += optimizer_bytes(config.optim, tuple(parameter.shape), parameter.numel())
     if config.ema.decay is not None:
-        still = {f"{path}.{name}" for path, part in plan.module.named_modules() if is_frozen(part) for name in RUNNING}
-        frozen = {name for name, p in plan.module.named_parameters(remove_duplicate=False) if not p.requires_grad} | still
-        size += sum(tensor.nbytes for name, tensor in saved.items() if name not in frozen and tensor.is_floating_point())
+        still = never_averaged(plan.module)
+        size += sum(tensor.nbytes for name, tensor in saved.items() if name not in still and tensor.is_floating_point())
     return size
 
 

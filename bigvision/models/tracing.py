@@ -509,9 +509,11 @@ class _CostRunner(Runner):
             return value, flops, work, saved, made
 
         def pack(tensor: Tensor) -> Tensor:
+            # An operation keeps this function and what it returns: if these held its own result, it would never be freed.
+            kept = tensor.detach()
             if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
-                saved[tensor.untyped_storage()._cdata] = tensor
-            return tensor
+                saved[tensor.untyped_storage()._cdata] = kept
+            return kept
 
         self.attention.counter = counter = _Keeping(self.flops_per_byte, products)
         with counter, self.attention, saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -125,7 +125,8 @@ class StageMemory:
         """Bytes of weights that are gathered or cast, and of whole gradients."""
         weight = self.compute.itemsize
         if self.shards > 1:
-            # torch gathers a stage's weights once in a step and scatters its gradients after the last micro-batch.
+            # A backward pass leaves gathered weights in place until the stage's next forward pass frees them, and gradients
+            # stay whole until the last micro-batch: at the end of a backward pass a stage has all of both.
             return weight * cost.parameters + MASTER * cost.trained
         # Each backward pass holds on to the weights that its forward pass cast; recomputed blocks cast them again.
         return weight * cost.parameters * (self.kept[stage] if self.recompute == "none" else 1) if weight < MASTER else 0.0

@@ -311,10 +311,17 @@ class Prices:
 
     def _crossing(self, cut: int) -> float:
         """The bytes that cross *cut* for one image."""
+        return sum(tensor.nbytes for tensor in self._tensors(cut)) / SAMPLES[0]
+
+    def returning(self, cut: int) -> float:
+        """The bytes of gradients that come back over *cut* for one image."""
+        return sum(tensor.nbytes for tensor in self._tensors(cut) if tensor.requires_grad) / SAMPLES[0]
+
+    def _tensors(self, cut: int) -> list[Tensor]:
+        """What crosses *cut*, on meta."""
         if cut in (0, len(self.costs)):
-            return 0.0
-        leaves = self.flow.crossing(cut)
-        return sum(self.flow.spec(leaf).empty(SAMPLES[0], self.compute).nbytes for leaf in leaves) / SAMPLES[0]
+            return []
+        return [self.flow.spec(leaf).empty(SAMPLES[0], self.compute) for leaf in self.flow.crossing(cut)]
 
     def _stage(self, start: int, end: int) -> Cost:
         """Of the stage between the cuts *start* and *end*."""

@@ -31,8 +31,9 @@ from bigvision.models import Blocks, Blueprint, GivenModel, blueprint, find_bloc
 from bigvision.optim import freeze
 from bigvision.pipeline.schedules import USABLE
 from bigvision.planning.hardware import PER_HOST, Hardware
-from bigvision.planning.memory import Layout, Memory, worst
+from bigvision.planning.memory import Memory, worst
 from bigvision.planning.profile import Profile, planned, profile
+from bigvision.planning.state import Layout
 from bigvision.planning.timing import StepTime, least_seconds, step_time
 from bigvision.tasks import Task, build_task
 

@@ -1,11 +1,10 @@
-"""How many bytes each rank needs: its share of the state, exactly, and its peak in a step.
+"""How many bytes each rank needs: its share of the state, and its peak in a step.
 
 Which share a rank has follows from its place in the mesh alone, so the ranks of a mesh fall into few groups that need the same.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,66 +15,34 @@ import torch
 from torch import nn
 
 from bigvision import muon
-from bigvision.config import SPLIT_BACKWARD, Config, OptimConfig, deepspeed_settings, micro_batch
+from bigvision.config import SPLIT_BACKWARD, Config
 from bigvision.engine.state import BUCKET
-from bigvision.errors import UserError
 from bigvision.models import find_blocks
 from bigvision.models.tracing import Cost
-from bigvision.optim import state_layout
 from bigvision.pipeline import Placement, StageMemory
+from bigvision.pipeline.schedules import passes_of
 from bigvision.pipeline.stages import cut
-from bigvision.planning.profile import Profile, StateTensor
+from bigvision.planning.profile import Profile
 from bigvision.planning.recorder import Moment, Span
+from bigvision.planning.state import (
+    MASTER,
+    Layout,
+    State,
+    after_passes,
+    averages_of,
+    local_share,
+    padded_groups,
+    scalars_of,
+    share_of,
+    state_of,
+    zero_settings,
+)
 from bigvision.planning.zero3 import gathered
 
-MASTER = 4
-"""Bytes of an fp32 value."""
 AT_ONCE = 500_000_000
 """Gradients that DeepSpeed exchanges in one piece after the backward passes."""
 WORKSPACE = {"cpu": 0, "cuda": 150_000_000}
 """Bytes that libraries keep in torch's allocator: what an eager ViT-L and a ResNet-50 needed on an H100 beyond all else."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A mesh on paper: what `bigvision.runtime` makes of as many ranks."""
-
-    strategy: str
-    ranks: int
-    stages: int = 1
-    """Ranks in a pipeline."""
-    replicas: int = 1
-    shards: int = 1
-    stages_per_rank: int = 1
-
-    @classmethod
-    def of(cls, config: Config, ranks: int) -> Layout:
-        """Raises `UserError` where *ranks* cannot be divided as *config* asks."""
-        parallel = config.parallel
-        pipelined = parallel.strategy == "pipeline"
-        stages = (parallel.stages or ranks) if pipelined else 1
-        replicas = parallel.replicas if parallel.strategy in ("fsdp", "pipeline") else 1
-        if ranks % stages:
-            raise UserError(f"parallel.stages: {stages} does not divide the {ranks} ranks: start a multiple of {stages} ranks")
-        if ranks // stages % replicas:
-            of_stage = " of a stage" if pipelined and stages > 1 else ""
-            raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks // stages} ranks{of_stage}")
-        shards = ranks // stages // replicas
-        return cls(parallel.strategy, ranks, stages, replicas, shards, parallel.per_rank if pipelined else 1)
-
-    @property
-    def data_ranks(self) -> int:
-        """Into how many parts a batch is cut."""
-        return self.ranks // self.stages
-
-    def place(self, rank: int) -> tuple[int, int, int]:
-        """(stage, replica, shard) of a rank."""
-        stage, rest = divmod(rank, self.data_ranks)
-        return stage, *divmod(rest, self.shards)
-
-    def micro_batch(self, config: Config) -> int:
-        """Samples of one forward and backward pass on a rank."""
-        return micro_batch(config, self.data_ranks, self.stages)
 
 
 @dataclass(frozen=True)
@@ -93,6 +60,10 @@ class Memory:
     """When the backward pass is over."""
     buckets: int
     """What is kept for the exchange of gradients or parameters between steps."""
+    received: int
+    """Into what torch receives activations and gradients of other pipeline stages: kept for all micro-batches of a step."""
+    scalars: int
+    """Loss scale, mean and deviation of images, and the numbers of the last step."""
     images: int
     """The images and targets of a micro-batch."""
     host: int
@@ -111,79 +82,8 @@ class Memory:
     @property
     def state(self) -> int:
         """What is held between steps."""
-        return self.parameters + self.buffers + self.optimizer + self.ema + self.buckets + self.teacher
-
-
-@dataclass(frozen=True)
-class _State:
-    """What a rank holds between steps, in bytes."""
-
-    parameters: int = 0
-    optimizer: int = 0
-    gradients: int = 0
-    """When the backward pass is over."""
-    buckets: int = 0
-    host: int = 0
-
-
-def _fragments_state(profile: Profile, config: Config, layout: Layout, tensors: list[StateTensor], shard: int) -> _State:
-    """Of ddp, fsdp and pipelines: a rank's shards of *tensors*, or all of them."""
-    parameters = optimizer = gradients = 0
-    for tensor in tensors:
-        if not tensor.buffer:
-            stored, local = _share(layout, tensor, shard)
-            parameters += stored * tensor.dtype.itemsize
-            if tensor.trained:
-                optimizer += optimizer_bytes(config.optim, tensor, local)
-                gradients += stored * MASTER
-    # DistributedDataParallel keeps its buckets, and gradients are views of them.
-    buckets = gradients if layout.strategy == "ddp" and layout.ranks > 1 else 0
-    return _State(parameters, optimizer, gradients, buckets)
-
-
-def _zero_state(profile: Profile, config: Config, layout: Layout) -> _State:
-    """Of DeepSpeed's stages; all ranks hold as much. Weights in the compute type, fp32 masters and moments of a share."""
-    ranks, offload = layout.ranks, config.parallel.offload
-    parameters = [tensor for tensor in profile.tensors if not tensor.buffer]
-    knobs = zero_settings(profile, config, layout)
-    moment = sum(dtype.itemsize for _, dtype in state_layout(config.optim, (1, 1)).values())
-    counter = 4 if config.optim.name == "adamw" and offload == "none" else 0
-    # Of frozen weights that are saved in another type than they compute in each rank keeps a share in host memory.
-    host = sum(-(-t.numel // ranks) * t.dtype.itemsize for t in parameters if not t.trained and t.dtype != t.computes)
-    if layout.strategy == "zero3":
-        share = sum(-(-t.numel // ranks) for t in parameters if t.trained)
-        held = sum(-(-t.numel // ranks) * t.computes.itemsize for t in parameters)
-        whole = sum(t.numel * t.computes.itemsize for t in parameters if t.numel <= knobs["stage3_param_persistence_threshold"])
-        masters, moments, gradients, flats = MASTER * share, moment * share, MASTER * share, len(profile.groups)
-        bucket = MASTER * knobs["reduce_bucket_size"]
-    else:
-        # Each group is one flat tensor, a multiple of two numbers for each rank.
-        padded = _padded(profile, ranks)
-        held = sum(padded) * profile.compute.itemsize
-        held += sum(t.numel * t.computes.itemsize for t in parameters if not t.trained)
-        whole, masters, moments, flats = 0, MASTER * sum(padded) // ranks, moment * sum(padded) // ranks, len(padded)
-        gradients = MASTER * sum(t.numel for t in parameters if t.trained) // (ranks if layout.strategy == "zero2" else 1)
-        bucket = 0
-    if offload == "all":
-        host, held = host + held, 0
-    if offload != "none":
-        return _State(held + whole, 0, 0, bucket, host + masters + moments + gradients)
-    # Stage 1 accumulates gradients in fp32 beside those that the backward pass makes in another type.
-    keeps = layout.strategy == "zero3" or (layout.strategy == "zero1" and profile.compute.itemsize < MASTER)
-    persistent = gradients if keeps else 0
-    return _State(held + whole + masters, moments + counter * flats, gradients, bucket + persistent, host)
-
-
-def zero_settings(profile: Profile, config: Config, layout: Layout) -> dict[str, int]:
-    """DeepSpeed's sizes of buckets and thresholds, as the engine sets them."""
-    largest = max((part.numel for part in profile.parts if part.path), default=0)
-    return deepspeed_settings(config, layout.ranks, profile.device, profile.parameters, largest)["zero_optimization"]
-
-
-def _share(layout: Layout, tensor: StateTensor, shard: int) -> tuple[int, int]:
-    """(elements that a rank allocates, elements that it has) of a parameter."""
-    sharded = layout.strategy == "pipeline" or (layout.strategy == "fsdp" and layout.ranks > 1)
-    return share_of(tensor, layout.shards, shard) if sharded else (tensor.numel, tensor.numel)
+        of_model = self.parameters + self.buffers + self.optimizer + self.ema
+        return of_model + self.buckets + self.received + self.scalars + self.teacher
 
 
 def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> Memory:
@@ -194,21 +94,33 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
         plan = cut_stages(profile, config, layout)
         mine = set(plan.memory.placement.numbers(stage))
         tensors = [tensor for tensor in tensors if mine & set(plan.owners[tensor.name])]
-    if layout.strategy.startswith("zero"):
-        state = _zero_state(profile, config, layout)
-    else:
-        state = _fragments_state(profile, config, layout, tensors, shard)
+    state = state_of(profile, config, layout, tensors, shard)
     buffers = sum(t.nbytes * (2 if t.running else 1) for t in tensors if t.buffer)
     ema = 0
     if config.ema.decay is not None:
-        ema = 8 + _averaged(profile, layout, shard, tensors)
+        # A counter of updates; averages lie where what they follow lies.
+        masters = averages_of(profile, layout, shard, tensors)
+        ema = 8 + sum(tensor.nbytes for tensor in tensors if tensor.buffer and tensor.averaged)
+        if layout.strategy.startswith("zero") and config.parallel.offload != "none":
+            state = replace(state, host=state.host + masters)
+        else:
+            ema += masters
     images = round(layout.micro_batch(config) * (math.prod(profile.image) * (1 + MASTER) + profile.targets))
+    last = layout.strategy != "pipeline" or layout.stages * layout.stages_per_rank - 1 in mine
+    scalars = scalars_of(config, layout, profile, computes_loss=last)
     teacher = _Teacher(profile.teacher, config, layout, shard) if profile.teacher is not None else None
-    held = state.parameters + buffers + state.optimizer + ema + state.buckets + images + WORKSPACE[profile.device]
+    held = state.parameters + buffers + state.optimizer + ema + state.buckets + scalars + images + WORKSPACE[profile.device]
     held += teacher.held if teacher else 0
     if layout.strategy == "pipeline":
+        received = round(config.train.global_batch // layout.data_ranks * sum(plan.received(stage) for stage in mine))
+        # Where backward passes are taken apart torch leaves the gradients of what it received beside it. Those of what came
+        # from a stage of the same rank are counted there.
+        placement = plan.memory.placement
+        for one in passes_of(config.parallel.schedule, placement, plan.memory.count)[stage]:
+            if one.kind == "I" and one.stage and placement.rank_of(one.stage - 1) != stage:
+                received += round(plan.memory.micro_batch * plan.returned[one.stage - 1])
         stepped = _stepped(profile, config, layout, state.gradients)
-        return _stages_memory(rank, plan, mine, state, buffers, ema, images, held - images, stepped)
+        return _stages_memory(rank, plan, mine, state, buffers, ema, received, scalars, images, held - images, stepped)
     step = _Step(profile, config, layout, state)
     most = step.peak(shard)
     after = held + max(step.update(), step.averaging(ema))
@@ -217,13 +129,14 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
         kept = 0 if state.buckets else state.gradients * step.repeats
         total = max(total + teacher.told, teacher.most + kept)
     return Memory(
-        rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, images, state.host,
+        rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, 0, scalars, images, state.host,
         round(most.working), round(most.activations), 0, round(max(held + total, after)), teacher.held if teacher else 0,
     )  # fmt: skip
 
 
 def _stages_memory(
-    rank: int, plan: _Stages, stages: set[int], state: _State, buffers: int, ema: int, images: int, held: int, stepped: float
+    rank: int, plan: _Stages, stages: set[int], state: State, buffers: int, ema: int, received: int, scalars: int, images: int,
+    held: int, stepped: float,
 ) -> Memory:  # fmt: skip
     """Of a rank with some *stages* of *plan*, whose state is known."""
     memory = plan.memory
@@ -234,8 +147,9 @@ def _stages_memory(
     # All images of a step are on the device at once, but on the first stage alone.
     images = images * memory.count if 0 in stages else 0
     return Memory(
-        rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, images, state.host, working,
-        activations, boundary, held + images + state.gradients + max(working + activations + boundary, round(stepped)),
+        rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, received, scalars, images,
+        state.host, working, activations, boundary,
+        held + images + state.gradients + max(working + activations + boundary, round(stepped)),
     )  # fmt: skip
 
 
@@ -261,6 +175,12 @@ class _Stages:
     owners: dict[str, list[int]]
     """The stages with each parameter and buffer."""
     memory: StageMemory
+    returned: list[float]
+    """Bytes of the gradients that come back to each stage for an image: none of what needs no gradient."""
+
+    def received(self, stage: int) -> float:
+        """Bytes that a stage receives for one image."""
+        return self.costs[stage].received + self.returned[stage]
 
 
 def cut_stages(profile: Profile, config: Config, layout: Layout) -> _Stages:
@@ -274,7 +194,8 @@ def cut_stages(profile: Profile, config: Config, layout: Layout) -> _Stages:
         if "blocks" not in found:
             found["blocks"] = find_blocks(model, profile.image[1:])
         best = cut(model, found["blocks"], profile.image, device, memory, found.setdefault("flows", {}))
-        found[key] = _Stages(best.costs, best.owners(model), memory)
+        returned = [best.prices.returning(end) for _, end in best.bounds]
+        found[key] = _Stages(best.costs, best.owners(model), memory, returned)
     return replace(found[key], memory=memory)
 
 
@@ -294,15 +215,14 @@ class _Most:
 class _Step:
     """What the passes of a step and its update allocate on a rank."""
 
-    def __init__(self, profile: Profile, config: Config, layout: Layout, state: _State) -> None:
+    def __init__(self, profile: Profile, config: Config, layout: Layout, state: State) -> None:
         self.profile, self.config, self.layout, self.state = profile, config, layout, state
         self.images = layout.micro_batch(config)
         share = config.train.global_batch // layout.data_ranks
         self.repeats = -(-share // self.images) > 1
         """Whether gradients of earlier micro-batches are there already."""
         self.trained = sum(part.trained for part in profile.parts)
-        self.after_passes = layout.strategy == "zero1" and profile.compute == torch.bfloat16
-        """Whether gradients are exchanged after all passes, in fp32: for bf16 DeepSpeed has an optimizer of its own."""
+        self.after_passes = after_passes(layout.strategy, profile.compute)
 
     def peak(self, shard: int) -> _Most:
         """The most of the passes of the step's last micro-batch."""
@@ -335,7 +255,7 @@ class _Step:
             return MASTER * min(self.trained, AT_ONCE) + stepped
         if strategy in ("zero1", "zero2"):
             # The share of the gradients, from which the flat gradient is made; it is not smaller than all of zero1's.
-            part = MASTER * sum(_padded(self.profile, self.layout.ranks)) / self.layout.ranks
+            part = MASTER * sum(padded_groups(self.profile, self.layout.ranks)) / self.layout.ranks
             return (self.state.gradients if strategy == "zero1" else part) + part + stepped
         return (0.0 if self.state.buckets else float(self.state.gradients)) + stepped
 
@@ -349,9 +269,9 @@ class _Teacher:
 
     def __init__(self, profile: Profile, config: Config, layout: Layout, shard: int) -> None:
         layout = replace(layout, strategy="fsdp" if layout.strategy in ("fsdp", "zero3") else "ddp")
-        step = _Step(profile, config, layout, _State())
-        shares = ((tensor, tensor.numel if tensor.buffer else _share(layout, tensor, shard)[0]) for tensor in profile.tensors)
-        self.held = sum(stored * tensor.dtype.itemsize for tensor, stored in shares)
+        step = _Step(profile, config, layout, State())
+        stored = {one.name: one.numel if one.buffer else local_share(layout, one, shard)[0] for one in profile.tensors}
+        self.held = sum(stored[one.name] * one.dtype.itemsize for one in profile.tensors)
         # It gets images of its own size and normalisation.
         self.most = step.peak(shard).total + MASTER * math.prod(profile.image) * step.images
         self.told = step.live(profile.spans[-1].end)
@@ -432,7 +352,7 @@ class _Partitioned:
 
     def __init__(self, step: _Step) -> None:
         self.step, layout = step, step.layout
-        knobs = zero_settings(step.profile, step.config, layout)
+        knobs = zero_settings(step.profile, step.config, layout.ranks)
         self.stage, self.size = layout.strategy, knobs["reduce_bucket_size"]
         self.half = step.profile.compute.itemsize < MASTER
         # Stage 1 copies gradients into its buckets in the type that they come in, if that is half of fp32.
@@ -442,7 +362,7 @@ class _Partitioned:
         self.share = 1 / layout.ranks
         self.whole = MASTER * step.trained * (self.share if self.stage == "zero2" else 1.0)
         if self.stage == "zero3":
-            self.weights = gathered(step.profile, layout.ranks, knobs, step.config.parallel.recompute == "blocks")
+            self.weights = gathered(step.profile, layout.ranks, knobs, step.config.parallel.recompute != "none").held
 
     def moments(self, place: int, span: Span) -> Iterator[tuple[Moment, float]]:
         return self._gathered(place, span) if self.stage == "zero3" else self._replicated(place, span)
@@ -471,28 +391,6 @@ class _Partitioned:
             yield span.end, weights * (not last) + copies * MASTER * min(self.size, self.step.trained)
 
 
-def _padded(profile: Profile, ranks: int) -> list[int]:
-    """Elements of each parameter group as DeepSpeed lays it out: a multiple of two for each rank."""
-    sizes = {tensor.name: tensor.numel for tensor in profile.tensors}
-    return [-(-sum(sizes[name] for name in group) // (2 * ranks)) * 2 * ranks for group in profile.groups]
-
-
-def _averaged(profile: Profile, layout: Layout, shard: int, tensors: list[StateTensor]) -> int:
-    """Bytes of the averages of *tensors* on a rank; under ZeRO of its share of the masters."""
-    averaged = [tensor for tensor in tensors if tensor.averaged]
-    total = sum(tensor.nbytes for tensor in averaged if tensor.buffer)
-    parameters = [tensor for tensor in averaged if not tensor.buffer]
-    if layout.strategy == "zero3":
-        sizes = [(tensor.numel, -(-tensor.numel // layout.ranks)) for tensor in parameters]
-    elif layout.strategy.startswith("zero"):
-        numel = {tensor.name: tensor.numel for tensor in parameters}
-        wholes = [sum(numel[name] for name in group) for group in profile.groups]
-        sizes = list(zip(wholes, (padded // layout.ranks for padded in _padded(profile, layout.ranks))))
-    else:
-        return total + sum(_share(layout, tensor, shard)[1] * tensor.dtype.itemsize for tensor in parameters)
-    return total + MASTER * sum(max(0, min(size, whole - size * shard)) for whole, size in sizes)
-
-
 def worst(profile: Profile, config: Config, layout: Layout) -> Memory:
     """Of the rank that needs the most."""
     return max((rank_memory(profile, config, layout, rank) for rank in representatives(layout)), key=lambda m: m.peak)
@@ -503,31 +401,3 @@ def representatives(layout: Layout) -> Iterator[int]:
     for stage in range(layout.stages):
         first = stage * layout.data_ranks
         yield from dict.fromkeys((first, first + layout.shards - 1))
-
-
-def share_of(tensor: StateTensor, shards: int, shard: int) -> tuple[int, int]:
-    """(elements that a rank allocates, elements of them that it has) of a tensor that ``fully_shard`` cuts along dimension 0.
-
-    All shards are as large as the first one; the last ones are padded.
-    """
-    if tensor.whole or not tensor.shape:
-        return tensor.numel, tensor.numel
-    rows, width = tensor.shape[0], math.prod(tensor.shape[1:])
-    chunk = -(-rows // shards)
-    return chunk * width, max(0, min(chunk, rows - chunk * shard)) * width
-
-
-@functools.cache
-def _states(optim: OptimConfig, shape: tuple[int, ...]) -> tuple[float, int]:
-    """(bytes of state for each element of a parameter, bytes of its step counter)."""
-    found = state_layout(optim, shape)
-    size = sum(math.prod(kept) * dtype.itemsize for kept, dtype in found.values())
-    return size / max(1, math.prod(shape)), 4 if optim.name == "adamw" else 0
-
-
-def optimizer_bytes(optim: OptimConfig, tensor: StateTensor, local: int) -> int:
-    """Bytes of the optimizer's state of *local* elements of a parameter."""
-    # Of these two what is kept depends on the shape.
-    shape = tensor.shape if optim.name in ("adafactor", "muon") else (1, 1)
-    each, counter = _states(optim, shape)
-    return round(each * local) + counter

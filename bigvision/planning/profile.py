@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from bigvision.config import Config, other_sizes, pair
+from bigvision.engine.ema import never_averaged
 from bigvision.engine.engine import finite_samples
 from bigvision.engine.parallelize import Computing, choose_computing, why_eager, wrap_blocks
 from bigvision.engine.state import RUNNING, allocate, is_frozen, make_contiguous
@@ -279,7 +280,7 @@ class _Recording:
         """The parameters and buffers by name, each tied one once; *held*: the types in which they are saved."""
         found: dict[str, StateTensor] = {}
         saved = self.module.state_dict(keep_vars=True).keys()
-        still = {f"{path}.{name}" for path, part in self.module.named_modules() if is_frozen(part) for name in RUNNING}
+        still = never_averaged(self.module)
         counted = {f"{path}.{name}" for path, part in self.module.named_modules() if isinstance(part, BatchNorm)
                    and not is_frozen(part) for name in (*RUNNING, "num_batches_tracked")}  # fmt: skip
         for name, p in self.module.named_parameters():

@@ -13,10 +13,13 @@ import torch
 
 from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
 from bigvision.engine.step import REQUESTS
+from bigvision.models.formats import COMPUTE_DTYPES
 from bigvision.pipeline.schedules import Placement, passes_of
 from bigvision.planning.hardware import Hardware, Link
-from bigvision.planning.memory import Layout
+from bigvision.planning.memory import cut_stages
 from bigvision.planning.profile import Part, Profile
+from bigvision.planning.state import Layout, after_passes, padded_groups, zero_settings
+from bigvision.planning.zero3 import gathered, in_shares
 
 LINK_SHARE = 0.8
 """Of a link's datasheet, what collectives are assumed to reach; nobody has measured it with bigvision."""
@@ -29,7 +32,7 @@ NORM_BYTES, EMA_BYTES, SUM_BYTES = 4, 36, 12
 BUCKET = 25 << 20
 """Bytes of DistributedDataParallel's buckets."""
 NUMBERS = 8 * (3 + len(REQUESTS))
-"""Bytes of the numbers that all ranks add up in a step (`engine/step.py: reduce_with`)."""
+"""Bytes of the numbers that all ranks add up in a step (`engine/step.py: reduce_with`); under ZeRO one fp64 value less."""
 
 
 # Collectives.
@@ -152,9 +155,15 @@ def gathered_bytes(part: Part, shards: int, compute: torch.dtype) -> float:
     return total
 
 
-def scattered_bytes(part: Part, shards: int) -> float:
-    """Of the gradients of *part*, fp32, padded likewise."""
-    return sum(4.0 * _padded(tensor.shape, shards) for tensor in part.tensors if tensor.trained and not tensor.whole)
+def scattered_bytes(part: Part, shards: int, config: Config) -> float:
+    """Of the gradients of *part*, as they travel, padded likewise."""
+    trained = [tensor for tensor in part.tensors if tensor.trained and not tensor.whole]
+    return float(sum(_padded(tensor.shape, shards) for tensor in trained) * reduced_itemsize(config))
+
+
+def reduced_itemsize(config: Config) -> int:
+    """Bytes of one value of a gradient that travels."""
+    return COMPUTE_DTYPES[config.parallel.reduce].itemsize
 
 
 def _padded(shape: tuple[int, ...], shards: int) -> int:
@@ -172,12 +181,11 @@ def trained_values(parts: Sequence[Part], whole: bool | None = None) -> int:
     )
 
 
-def _averaged(size: float, group: Group) -> list[Instruction]:
+def _averaged(size: int, group: Group) -> list[Instruction]:
     """Gradients that are averaged after the passes, while nothing else runs."""
     if not size or group.ranks == 1:
         return []
-    calls = -(-int(size) // BUCKET)
-    return [Start("averaged", Collective("all_reduce", size, group, calls)), Wait("averaged")]
+    return [Start("averaged", Collective("all_reduce", float(size), group, -(-size // BUCKET))), Wait("averaged")]
 
 
 def passes(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
@@ -202,16 +210,18 @@ def _whole(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator
     """ddp, zero1 and zero2: gradients are reduced in buckets while the backward pass goes on."""
     numbers, strategy = range(len(profile.parts)), config.parallel.strategy
     yield from (Compute(number, "forward") for number in numbers)
-    # What DeepSpeed has in one bucket travels as fp32 whole, and each rank keeps its share.
-    reduces = mesh.data.ranks > 1 and (last or strategy == "zero2")
-    bucket = BUCKET if strategy in ("ddp", "fsdp") else 4 * min(50_000_000, max(1, trained_values(profile.parts)))
-    waiting, started = 0.0, 0
+    # What DeepSpeed has in one bucket travels whole, and each rank keeps its share.
+    reduces = mesh.data.ranks > 1 and (last or strategy == "zero2") and not after_passes(strategy, profile.compute)
+    itemsize = reduced_itemsize(config)
+    bucket = BUCKET / 4 if strategy in ("ddp", "fsdp") else min(50_000_000, max(1, trained_values(profile.parts)))
+    waiting = started = 0
     for number in reversed(numbers):
         yield from computed(profile, config, number)
-        waiting += 4.0 * trained_values([profile.parts[number]])
+        waiting += trained_values([profile.parts[number]])
         if reduces and waiting and (waiting >= bucket or number == 0):
-            yield Start(("bucket", started), Collective("all_reduce", waiting, mesh.data, max(1, round(waiting / bucket))))
-            waiting, started = 0.0, started + 1
+            calls = max(1, round(waiting / bucket))
+            yield Start(("bucket", started), Collective("all_reduce", float(itemsize * waiting), mesh.data, calls))
+            waiting, started = 0, started + 1
     yield from (Wait(("bucket", number)) for number in range(started))
 
 
@@ -232,10 +242,10 @@ def _fsdp(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator[
         yield Compute(-1, "copy", 2.0 * sum(gathered_bytes(parts[number], shards, profile.compute) for number in numbers))
 
     def scatter(numbers: Sequence[int]) -> Iterator[Instruction]:
-        size = sum(scattered_bytes(parts[number], shards) for number in numbers)
+        size = sum(scattered_bytes(parts[number], shards, config) for number in numbers)
         if not size:
             return
-        yield Compute(-1, "copy", size * (1 + profile.compute.itemsize / 4))
+        yield Compute(-1, "copy", size * (1 + profile.compute.itemsize / reduced_itemsize(config)))
         yield Start(("scatter", *numbers), Collective("reduce_scatter", size, mesh.shard))
         if last and mesh.replicate.ranks > 1:
             yield Start(("replicas", *numbers), Collective("all_reduce", size / shards, mesh.replicate))
@@ -274,29 +284,23 @@ def _fsdp(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator[
 def _zero3(profile: Profile, config: Config, mesh: Mesh) -> Iterator[Instruction]:
     """DeepSpeed gathers the parameters of a module before it runs, in both passes, and scatters its gradients."""
     parts, group = profile.parts, mesh.data
-    kept = min(profile.parameters // 1000, 100_000)
-
-    def size(number: int) -> float:
-        found = [tensor for tensor in parts[number].tensors if not tensor.buffer and math.prod(tensor.shape) > kept]
-        return sum(
-            -(-math.prod(tensor.shape) // group.ranks) * group.ranks * float(profile.compute.itemsize) for tensor in found
-        )
-
-    numbers = range(len(parts))
-    for when, order in (("forward", numbers), ("backward", reversed(numbers))):
+    numbers, knobs = range(len(parts)), zero_settings(profile, config, group.ranks)
+    sizes = gathered(profile, group.ranks, knobs, config.parallel.recompute != "none").sizes
+    for backward, order in ((False, numbers), (True, reversed(numbers))):
         ordered = list(order)
-        yield Start((when, ordered[0]), Collective("all_gather", size(ordered[0]), group))
+        yield Start((backward, ordered[0]), Collective("all_gather", sizes[backward, ordered[0]], group))
         for place, number in enumerate(ordered):
-            yield Wait((when, number))
+            yield Wait((backward, number))
             if place + 1 < len(ordered):
                 following = ordered[place + 1]
-                yield Start((when, following), Collective("all_gather", size(following), group))
-            if when == "forward":
+                yield Start((backward, following), Collective("all_gather", sizes[backward, following], group))
+            if not backward:
                 yield Compute(number, "forward")
                 continue
             yield from computed(profile, config, number)
-            if gradients := 4.0 * trained_values([parts[number]]):
-                yield Start(("scatter", number), Collective("reduce_scatter", gradients, group))
+            trained = [tensor.numel for tensor in parts[number].tensors if tensor.trained]
+            if gradients := reduced_itemsize(config) * sum(in_shares(numel, group.ranks) for numel in trained):
+                yield Start(("scatter", number), Collective("reduce_scatter", float(gradients), group))
     yield from (Wait(("scatter", number)) for number in numbers)
 
 
@@ -305,23 +309,37 @@ def update(parts: Sequence[Part], profile: Profile, config: Config, mesh: Mesh) 
     strategy, data = config.parallel.strategy, mesh.data
     sharded = mesh.shard.ranks > 1 and strategy in ("fsdp", "pipeline")
     if sharded:
-        yield from _averaged(4.0 * trained_values(parts, whole=True), data)
+        yield from _averaged(reduced_itemsize(config) * trained_values(parts, whole=True), data)
     elif strategy == "pipeline":
-        yield from _averaged(4.0 * trained_values(parts), data)
+        yield from _averaged(reduced_itemsize(config) * trained_values(parts), data)
+    elif after_passes(strategy, profile.compute):
+        yield from _averaged(reduced_itemsize(config) * sum(padded_groups(profile, data.ranks)), data)
+    zero = strategy.startswith("zero")
     if mesh.everyone.ranks > 1:
-        yield Start("numbers", Collective("all_reduce", NUMBERS, mesh.everyone))
+        yield Start("numbers", Collective("all_reduce", NUMBERS - 8 * zero, mesh.everyone))
         yield Wait("numbers")
+    if zero and data.ranks > 1 and not after_passes(strategy, profile.compute):
+        # The square of the norm of each group, fp32 and under stage 3 fp64; in fp16, and under stage 2 in bf16, whether a
+        # gradient is not finite.
+        groups, compute = len(profile.groups), profile.compute
+        flag = int(compute == torch.float16 or (compute == torch.bfloat16 and strategy == "zero2"))
+        yield Start("norm", Collective("all_reduce", flag + (8 if strategy == "zero3" else 4) * groups, data, flag + groups))
+        yield Wait("norm")
     trained = float(trained_values(parts))
     if sharded:
         trained = trained_values(parts, whole=False) / mesh.shard.ranks + trained_values(parts, whole=True)
-    elif strategy.startswith("zero"):
+    elif zero:
         trained /= data.ranks
     bytes_each = OPTIMIZER_BYTES.get(config.optim.name, 28) + NORM_BYTES
     yield Compute(-1, "optimizer", trained * bytes_each)
     if config.ema.decay is not None:
         yield Compute(-1, "copy", trained * EMA_BYTES / config.ema.every)
-    if strategy in ("zero1", "zero2") and data.ranks > 1:
-        size = float(trained_values(parts) * profile.compute.itemsize)
+    if zero and data.ranks > 1:
+        size = float(sum(padded_groups(profile, data.ranks)) * profile.compute.itemsize)
+        if strategy == "zero3":  # what it keeps whole
+            kept = zero_settings(profile, config, data.ranks)["stage3_param_persistence_threshold"]
+            whole = [tensor for tensor in profile.tensors if not tensor.buffer and tensor.numel <= kept]
+            size = float(sum(in_shares(tensor.numel, data.ranks) * tensor.computes.itemsize for tensor in whole))
         yield Start("weights", Collective("all_gather", size, data))
         yield Wait("weights")
 
@@ -360,7 +378,7 @@ def sharded_stages(
             gathered = one.kind != "F" or config.parallel.reshard == "never"
         blocks = gathers * sum(gathered_bytes(part, shards, profile.compute) for part in parts if part.path)
         outside = sum(gathered_bytes(part, shards, profile.compute) for part in parts if not part.path)
-        scattered = sum(scattered_bytes(part, shards) for part in parts)
+        scattered = sum(scattered_bytes(part, shards, config) for part in parts)
         exchanged = [Collective("all_gather", blocks + outside, mesh.shard, gathers * len(parts))]
         exchanged.append(Collective("reduce_scatter", scattered, mesh.shard, len(parts)))
         if mesh.replicate.ranks > 1:
@@ -393,11 +411,13 @@ def sent(profile: Profile, config: Config, layout: Layout, rank: int = 0) -> dic
         place = rank // mesh.data.ranks
         here = placement.numbers(place)
         parts = [profile.parts[number] for stage in here for number in stages[stage]]
+        plan, key = cut_stages(profile, config, layout), ("send", "stage")
         for stage in here:
-            for other, boundary in ((stage + 1, stage), (stage - 1, stage - 1)):  # activations onwards, gradients back
-                if 0 <= other < placement.stages and placement.rank_of(other) != place:
-                    key = "send", "stage"
-                    found[key] = found.get(key, 0.0) + profile.parts[stages[boundary][-1]].output_bytes * share
+            # Activations onwards, gradients back.
+            if stage + 1 < placement.stages and placement.rank_of(stage + 1) != place:
+                found[key] = found.get(key, 0.0) + plan.costs[stage].sent * share
+            if stage and placement.rank_of(stage - 1) != place and plan.returned[stage - 1]:
+                found[key] = found.get(key, 0.0) + plan.returned[stage - 1] * share
         if mesh.shard.ranks > 1:
             add(sharded_stages(profile, config, placement, mesh, stages, place))
     else:

@@ -17,7 +17,6 @@ import torch
 from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
 from bigvision.pipeline.schedules import Placement, passes_of
 from bigvision.planning.hardware import Curve, Device, Hardware, Rates
-from bigvision.planning.memory import Layout
 from bigvision.planning.operations import PRODUCTS, Work, rate_name
 from bigvision.planning.profile import Profile
 from bigvision.planning.program import (
@@ -35,6 +34,7 @@ from bigvision.planning.program import (
     trained_values,
     update,
 )
+from bigvision.planning.state import Layout
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SHARES = {

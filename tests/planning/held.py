@@ -1,4 +1,4 @@
-"""What a rank's engine really holds, for comparison with what is predicted."""
+"""What a rank's engine holds, and what is predicted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bigvision.config import load_config
+from bigvision.planning.memory import Memory, rank_memory
+from bigvision.planning.profile import profile
+from bigvision.planning.state import Layout
 
 
 def storages(tensors: Any) -> dict[int, int]:
@@ -38,17 +43,23 @@ def batch_of(plan: Any, engine: Any, samples: int) -> Any:
     return Batch(images, targets, ids, torch.ones(samples, dtype=torch.bool))
 
 
-def held_and_predicted(plain: dict[str, Any], outputs: int = 10) -> dict[str, Any]:
-    """After two steps: bytes by category that this rank holds, and those that are predicted. Called on every rank."""
-    from bigvision.config import load_config
-    from bigvision.planning.memory import Layout, rank_memory
-    from bigvision.planning.profile import profile
+def predicted(plain: dict[str, Any], ranks: int, outputs: int = 10) -> list[Memory]:
+    """What each of *ranks* is predicted to hold."""
+    config = load_config(plain)
+    layout, counted = Layout.of(config, ranks), profile(config, outputs)
+    return [rank_memory(counted, config, layout, rank) for rank in range(ranks)]
+
+
+def held(plain: dict[str, Any], outputs: int = 10) -> dict[str, int]:
+    """Bytes by category that this rank holds after a step. Called on every rank.
+
+    Without the batch and the images made of it. A process's memory is the host's, so "all" has what is offloaded too.
+    """
     from bigvision.runtime import start
     from bigvision.training.build import build_model
 
     config = load_config(plain)
     with start("cpu", config.parallel.replicas, config.parallel.pipeline_ranks) as runtime:
-        predicted = rank_memory(profile(config, outputs), config, Layout.of(config, runtime.world_size), runtime.rank)
         if config.parallel.strategy.startswith("zero"):
             from bigvision.engine.zero import load_deepspeed
 
@@ -57,25 +68,25 @@ def held_and_predicted(plain: dict[str, Any], outputs: int = 10) -> dict[str, An
         engine, plan, _ = build_model(config, outputs, runtime, 9, say=lambda text: None)
         batch = batch_of(plan, engine, config.train.global_batch // runtime.data_ranks)
         extra = sum(storages(batch.tensors()).values())
-        for _ in range(2):
-            engine.train_step(batch)
+        engine.train_step(batch)
         if engine._buffer is not None:
             extra += engine._buffer.untyped_storage().nbytes()
         stepper = engine.stepper
         inner = stepper.optimizer if hasattr(stepper, "optimizer") else stepper.inner
+        kept = [value for state in (*inner.state.values(), *inner.param_groups) for value in state.values()]
         found = {
-            "optimizer": sum(storages(v for s in inner.state.values() for v in s.values() if isinstance(v, Tensor)).values()),
-            "ema": sum(storages(f.values for f in engine.ema.fragments()).values()) + 8 if engine.ema else 0,
             "all": everything() - before - extra,
-            "parameters": sum(storages(getattr(stepper, "held", {}).values()).values()),
+            "optimizer": sum(storages(value for value in kept if isinstance(value, Tensor)).values()),
+            "ema": sum(storages([engine.ema.updates, *(f.values for f in engine.ema.fragments())]).values())
+            if engine.ema
+            else 0,
         }
-        result = {"found": found, "predicted": {**vars(predicted), "state": predicted.state}, "rank": runtime.rank}
         engine.close()
-        return result
+        return found
 
 
-def one_of_many(plain: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
-    """What *rank* of *ranks* holds, of which the others are torch's fake process group; and what is predicted."""
+def one_of_many(plain: dict[str, Any], rank: int, ranks: int) -> dict[str, int]:
+    """What *rank* of *ranks* holds, of which the others are torch's fake process group."""
     import os
     from unittest.mock import patch
 
@@ -87,6 +98,6 @@ def one_of_many(plain: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         with patch.object(FakeProcessGroup, "_set_default_timeout", lambda group, timeout: None, create=True):
-            return held_and_predicted(plain)
+            return held(plain)
     finally:
         dist.destroy_process_group()

@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 def peak_of_step(plain: dict[str, Any], outputs: int = 10) -> dict[str, Any]:
     """Bytes that a rank of this run holds at most during a step, and what is predicted. Called on every rank."""
     from bigvision.config import load_config
-    from bigvision.planning.memory import Layout, rank_memory
+    from bigvision.planning.memory import rank_memory
     from bigvision.planning.profile import profile as planned
+    from bigvision.planning.state import Layout
     from bigvision.runtime import start
     from bigvision.training.build import build_model
     from tests.planning.held import batch_of, everything

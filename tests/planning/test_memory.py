@@ -14,67 +14,90 @@ from safetensors.torch import save_file
 
 from bigvision.config import load_config
 from bigvision.errors import UserError
-from bigvision.planning.memory import Layout, rank_memory, worst
+from bigvision.planning.memory import rank_memory, worst
 from bigvision.planning.profile import Part, Profile, StateTensor, profile
 from bigvision.planning.recorder import Moment, Span
+from bigvision.planning.state import HOST_COUNTERS, Layout
 from bigvision.planning.zero3 import gathered
 from tests.distributed import run_ranks
-from tests.planning.held import held_and_predicted, one_of_many
+from tests.planning.held import held, one_of_many, predicted
 from tests.planning.measured import difference, peak_of_step
 from tests.recipes import MODELS, recipe
 
-SCALARS = 512
-"""Bytes of 0-D and per-channel tensors that an engine holds beside its state: loss scale, mean and deviation, counters."""
 WHAT: dict[str, dict[str, Any]] = {
     "full": {},
+    "bf16": {"parallel": {"precision": "bf16"}},
     "frozen": {"model": {"trainable": "last:1"}, "parallel": {"precision": "bf16"}},
-    "lora and EMA": {"model": {"lora": {"rank": 4}}, "ema": {"decay": 0.9}},
+    "frozen in bf16": {"model": {"trainable": "last:1", "frozen_dtype": "bf16"}},
+    "LoRA": {"model": {"lora": {"rank": 4}}},
     "EMA": {"ema": {"decay": 0.9}},
+    "LoRA and EMA": {"model": {"lora": {"rank": 4}}, "ema": {"decay": 0.9}},
 }
+SPREADS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    **{strategy: ((1, 2, 3, 4), {"strategy": strategy}) for strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3")},
+    "hybrid": ((2, 4), {"strategy": "fsdp", "replicas": 2}),
+    "pipeline": ((2, 3, 4), {"strategy": "pipeline"}),
+    "gpipe": ((2,), {"strategy": "pipeline", "schedule": "gpipe"}),
+    "interleaved": ((2,), {"strategy": "pipeline", "schedule": "interleaved"}),
+    "zbv": ((2,), {"strategy": "pipeline", "schedule": "zbv"}),
+    "sharded stages": ((4,), {"strategy": "pipeline", "stages": 2}),
+    "interleaved sharded stages": ((4,), {"strategy": "pipeline", "stages": 2, "schedule": "interleaved"}),
+    "copied stages": ((4,), {"strategy": "pipeline", "stages": 2, "replicas": 2}),
+}
+"""The numbers of ranks, and `parallel`."""
+MATRIX = [(spread, ranks, what, "vit", {}) for spread, (counts, _) in SPREADS.items() for ranks in counts for what in WHAT]
+"""Of each row: spread, ranks, what is trained, model, other sections."""
+OPTIMIZERS = [
+    *((spread, ranks, "full", "vit", {"optim": {"name": name}}) for name in ("sgd", "lion") for spread, ranks in
+      (("ddp", 2), ("fsdp", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("sharded stages", 4), ("pipeline", 2))),
+    *((spread, ranks, "EMA", "vit", {"optim": {"name": name}}) for name in ("lamb", "muon") for spread, ranks in
+      (("ddp", 2), ("fsdp", 3), ("hybrid", 4), ("sharded stages", 4), ("pipeline", 3))),
+    *((spread, ranks, "full", "vit", {"optim": {"name": "adafactor"}}) for spread, ranks in
+      (("ddp", 2), ("pipeline", 2), ("copied stages", 4))),
+    *((spread, 2, "full", "vit", {"optim": {"name": "adamw", "clip": None}}) for spread in ("ddp", "zero2")),
+    *((spread, 2, "full", "vit", {"parallel": {"precision": "fp16"}}) for spread in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+]  # fmt: skip
+# Running statistics; tied parameters; scalars. All have parameters with fewer rows than there are ranks.
+KINDS = [
+    *((spread, 3, "EMA", model, {}) for model in ("efficientnet", "coat", "nfnet") for spread in
+      ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+    *((spread, 4, "EMA", "efficientnet", {}) for spread in ("hybrid", "sharded stages", "copied stages")),
+    *((spread, 2, "EMA", model, {}) for model in ("efficientnet", "nfnet") for spread in ("pipeline", "interleaved")),
+    *((spread, 2, what, "vit", {"train": {"micro_batch": 3}}) for what in ("full", "bf16") for spread in SPREADS
+      if 2 in SPREADS[spread][0] and spread not in ("interleaved", "zbv")),
+]  # fmt: skip
+OFFLOADED = [
+    (spread, 2, what, "vit", {"optim": {"name": name}, "parallel": {"offload": offload}})
+    for name, what in (("adamw", "full"), ("sgd", "frozen"), ("lion", "EMA"))
+    for spread, offload in (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "all"))
+]
 
 
-def check_state(tmp_path: Path, strategy: str, ranks: int, what: str, model: str = "vit", stages: int | None = None) -> None:
-    changes = WHAT[what]
-    parallel = {"strategy": strategy, "stages": stages} | changes.get("parallel", {})
-    train = {"global_batch": 4 * ranks, "micro_batch": None}
-    plain = recipe(tmp_path, model, train=train, parallel=parallel, ema=changes.get("ema", {}))
-    plain["model"] = plain["model"] | changes.get("model", {})
-    for result in run_ranks(held_and_predicted, ranks, plain):
-        found, predicted = result["found"], result["predicted"]
-        assert found["optimizer"] == predicted["optimizer"], (strategy, what, result)
-        assert found["ema"] == predicted["ema"], (strategy, what, result)
-        if strategy == "pipeline":  # torch keeps what it receives into between steps
-            assert found["parameters"] == predicted["parameters"], (what, result)
-            continue
-        rest = found["all"] - predicted["state"] - predicted["host"]
-        assert 0 <= rest < SCALARS, (strategy, what, rest, result)
+def check_state(
+    tmp_path: Path, spread: str, ranks: int, what: str, model: str = "vit", more: dict[str, dict[str, Any]] | None = None
+) -> None:  # fmt: skip
+    """All that each rank holds is what is predicted, to the byte."""
+    plain = recipe(tmp_path, model, train={"global_batch": 4 * ranks, "micro_batch": None}, parallel=SPREADS[spread][1])
+    for sections in (WHAT[what], more or {}):
+        for name, keys in sections.items():
+            plain[name] = plain.get(name, {}) | keys
+    for found, memory in zip(run_ranks(held, ranks, plain), predicted(plain, ranks), strict=True):
+        assert found["all"] == memory.state + memory.host, (spread, what, found, memory)
+        if plain["parallel"].get("offload") is None:
+            assert found["ema"] == memory.ema, (spread, what, found, memory)
+            counters = memory.host if plain["optim"].get("name") in HOST_COUNTERS else 0
+            assert found["optimizer"] == memory.optimizer + counters, (spread, what, found, memory)
 
 
-@pytest.mark.parametrize(("strategy", "ranks", "what"), [("fsdp", 3, "EMA"), ("zero2", 2, "frozen"), ("pipeline", 2, "full")])
-def test_state_is_what_a_rank_holds(tmp_path: Path, strategy: str, ranks: int, what: str) -> None:
-    check_state(tmp_path, strategy, ranks, what)
+@pytest.mark.parametrize(("spread", "ranks", "what"), [("fsdp", 3, "EMA"), ("zero2", 2, "frozen"), ("pipeline", 2, "full")])
+def test_state_is_what_a_rank_holds(tmp_path: Path, spread: str, ranks: int, what: str) -> None:
+    check_state(tmp_path, spread, ranks, what)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("what", WHAT)
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
-def test_state_of_every_strategy(tmp_path: Path, strategy: str, ranks: int, what: str) -> None:
-    check_state(tmp_path, strategy, ranks, what)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("what", WHAT)
-@pytest.mark.parametrize(("ranks", "stages"), [(2, 2), (3, 3), (4, 2)])
-def test_state_of_stages(tmp_path: Path, ranks: int, stages: int, what: str) -> None:
-    check_state(tmp_path, "pipeline", ranks, what, stages=stages)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero3"])
-def test_state_with_running_statistics(tmp_path: Path, strategy: str) -> None:
-    """BatchNorm's weights stay whole under fsdp, and running statistics are kept twice."""
-    check_state(tmp_path, strategy, 2, "EMA", "efficientnet")
+@pytest.mark.parametrize("row", [*MATRIX, *OPTIMIZERS, *KINDS, *OFFLOADED], ids=str)
+def test_state_of_every_strategy(tmp_path: Path, row: tuple[str, int, str, str, dict[str, Any]]) -> None:
+    check_state(tmp_path, *row)
 
 
 # The peak of a step.
@@ -232,8 +255,8 @@ def test_what_zero3_has_gathered(device: str, ahead: int, expected: list[float])
         "param_persistence_threshold": 1,
     }
     knobs = {f"stage3_{name}": limit for name, limit in limits.items()}
-    assert gathered(found, 2, knobs, recomputed=False) == expected
-    assert gathered(found, 1, knobs, recomputed=False) == [0.0] * 4
+    assert gathered(found, 2, knobs, recomputed=False).held == expected
+    assert gathered(found, 1, knobs, recomputed=False).held == [0.0] * 4
 
 
 VIT_L, VIT_H = "vit_large_patch16_224", "vit_huge_patch14_224"
@@ -313,6 +336,8 @@ def test_shares_of_many_ranks() -> None:
 def test_ranks_of_a_large_mesh(tmp_path: Path, ranks: int, rank: int, parallel: dict[str, Any]) -> None:
     """Beside an engine whose other ranks are torch's fake process group."""
     plain = recipe(tmp_path, train={"global_batch": 8 * ranks, "micro_batch": None}, parallel=parallel)
-    (result,) = run_ranks(one_of_many, 1, plain, rank, ranks)
-    for kind in ("parameters", "optimizer"):
-        assert result["found"][kind] == result["predicted"][kind], result
+    config = load_config(plain)
+    memory = rank_memory(profile(config, 10), config, Layout.of(config, ranks), rank)
+    (found,) = run_ranks(one_of_many, 1, plain, rank, ranks)
+    assert found["all"] == memory.state, (found, memory)
+    assert found["optimizer"] == memory.optimizer, (found, memory)

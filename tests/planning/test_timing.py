@@ -14,9 +14,9 @@ from bigvision import load_config
 from bigvision.config import Config
 from bigvision.planning import calibrate
 from bigvision.planning.hardware import parse_hardware
-from bigvision.planning.memory import Layout
 from bigvision.planning.operations import Work
 from bigvision.planning.profile import Profile, profile
+from bigvision.planning.state import Layout
 from bigvision.planning.timing import Clock, step_time
 from bigvision.runtime import start
 
