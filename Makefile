@@ -82,6 +82,7 @@ bench: $(STAMP)  ## measure steps beside their peers, on one rank and on two, ch
 	$(BIN)/python -m benchmarks.optimizer_time
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.drop_path_time
+	$(BIN)/python -m benchmarks.recompute_time
 	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.start_time
 
 # ARGS goes to the tests. One part of the benchmark alone: .venv/bin/python -m benchmarks.gpu --part resnet_50
