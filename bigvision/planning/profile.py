@@ -451,8 +451,10 @@ class _Recording:
 
 
 def _within(mode: FusedAttention, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    assert isinstance(mode.counter, Recorder)
-    with mode, mode.counter.recomputing():
+    counter = getattr(mode, "counter", None)
+    if not isinstance(counter, Recorder):  # the products of a block are listed before anything is recorded
+        return forward(*args, **kwargs)
+    with mode, counter.recomputing():
         return forward(*args, **kwargs)
 
 
