@@ -20,13 +20,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachedTorchDispatchMode,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from bigvision.config import recompute_budget
 from bigvision.errors import UserError
 from bigvision.models.blocks import Block, kinds
 from bigvision.models.drop_path import SkippedBranches
-from bigvision.models.tracing import FusedAttention, Key, OpCounter, attributes_kept, first_line, product
+from bigvision.models.tracing import FusedAttention, Key, OpCounter, attributes_kept, computes_products, first_line, product
 
 MOST_SUBSETS = 12
 """Products of a block among which the best choice is looked for; with more, they are taken by operations for a byte."""
@@ -60,10 +65,23 @@ def _contexts(
     """What surrounds the first pass, and the second one."""
     first, second = nullcontext(), nullcontext()
     if kept:
-        first, second = create_selective_checkpoint_contexts(functools.partial(_policy, kept))
+        first, caching = create_selective_checkpoint_contexts(functools.partial(_policy, kept))
+        second = _SecondPass(None, caching.storage)
     again = [_statistics_held(norms)] if norms else []
     again += [branches.using(branches.drawn)] if branches is not None else []
     return first, _both(*again, second) if again else second
+
+
+class _SecondPass(_CachedTorchDispatchMode):
+    """Takes kept results in the order of their calls.
+
+    Other operations need not be those of the first pass: DeepSpeed gathers weights in both, at other places.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not computes_products(func):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @contextmanager

@@ -431,16 +431,20 @@ def product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Key | Non
 
     Attention with dropout is: if its kept result were used, the layers after it would draw other random numbers.
     """
+    if not computes_products(func):
+        return None
     name = func._schema.name.rpartition("::")[2]
     if name in PRODUCTS:
         weight = args[2] if name in ("addmm", "baddbmm") else args[1]
         return name, tuple(weight.shape[1:] if name in ("bmm", "baddbmm") else weight.shape)
-    if func is FUSED_ATTENTION.default:
-        return "attention", ()
-    if "scaled_dot_product" in name and "backward" not in name:
-        named = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
-        return None if named.get("dropout_p") else ("attention", ())
-    return None
+    named = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+    return None if named.get("dropout_p") else ("attention", ())
+
+
+def computes_products(func: Any) -> bool:
+    """Whether *func* is a matrix product, a convolution or attention."""
+    name = func._schema.name.rpartition("::")[2]
+    return name in PRODUCTS or func is FUSED_ATTENTION.default or ("scaled_dot_product" in name and "backward" not in name)
 
 
 class _Keeping(OpCounter):

@@ -425,8 +425,10 @@ def _for_an_image(value: Any) -> float:
 
 
 def _within(mode: FusedAttention, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    assert isinstance(mode.counter, Recorder)
-    with mode, mode.counter.recomputing():
+    counter = getattr(mode, "counter", None)
+    if not isinstance(counter, Recorder):  # the products of a block are listed before anything is recorded
+        return forward(*args, **kwargs)
+    with mode, counter.recomputing():
         return forward(*args, **kwargs)
 
 

@@ -199,15 +199,6 @@ def with_micro_batch(config: Config, size: int) -> Config:
     return replace(config, train=train, parallel=parallel)
 
 
-def with_drop_path_mode(config: Config, found: Checkpoint | None) -> Config:
-    """*config*, with the run's ``model.drop_path_mode`` where it names none: runs of versions without that key had masks."""
-    saved = found.progress.get("config") if found is not None else None
-    if config.model.drop_path_mode is not None or not isinstance(saved, dict):
-        return config
-    mode = saved.get("model", {}).get("drop_path_mode", "mask")
-    return replace(config, model=replace(config.model, drop_path_mode=mode))
-
-
 def earlier_strategy(out: Path, ranks: int) -> str | None:
     """The strategy of a run in *out* on as many *ranks* by a version that had no auto; None where there was none."""
     try:

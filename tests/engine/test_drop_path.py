@@ -1,10 +1,9 @@
-"""Branches that run on a part of the samples, under every strategy, recomputed, and in runs of earlier versions."""
+"""Branches that run on a part of the samples, under every strategy, recomputed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from statistics import mean, stdev
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +13,11 @@ from bigvision.config import load_config
 from bigvision.data import Batch
 from bigvision.runtime import start
 from bigvision.training.build import build_model
-from bigvision.training.run_folder import with_drop_path_mode
 from tests.distributed import run_ranks
 from tests.recipes import lines, recipe, run
 
 LONG = pytest.mark.long
-DROP = {"drop_path": 0.4, "drop_path_schedule": "constant"}
+DROP = {"drop_path": 0.4, "drop_path_schedule": "constant", "drop_path_mode": "skip"}
 
 
 def dropped(out: Path, **sections: Any) -> dict[str, Any]:
@@ -92,29 +90,23 @@ def test_recomputed_blocks_draw_the_same_samples(tmp_path: Path, model: str) -> 
     assert ("BatchNorm" in line) == (model == "resnet")
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_masks() -> None:
-    def mode(saved: dict[str, Any] | None, **keys: Any) -> Any:
-        found: Any = None if saved is None else SimpleNamespace(progress={"config": {"model": saved}})
-        return with_drop_path_mode(load_config({"model": {"drop_path": 0.1} | keys}), found).model.drop_path_mode
-
-    assert mode(None) is None
-    assert mode({"drop_path": 0.1}) == "mask" and mode({"drop_path": 0.1}, drop_path_mode="skip") == "skip"
-    assert mode({"drop_path_mode": None}) is None and mode({"drop_path_mode": "mask"}) == "mask"
-
-
 @LONG
 def test_both_modes_learn_as_well(tmp_path: Path) -> None:
-    """Training losses of 300 steps on digits: their means over the last 50 differ by less than seeds make them differ."""
+    """Validation losses after 300 steps on digits differ by less than seeds make them differ.
+
+    When this was written skip ended 0.20 above mask, 2.3 standard errors, and above it with each of the eight seeds. That is why
+    masks are the default.
+    """
     ends: dict[str, list[float]] = {"skip": [], "mask": []}
     for mode, found in ends.items():
-        for seed in range(4):
+        for seed in range(8):
             out = tmp_path / f"{mode}-{seed}"
-            made = recipe(
-                out, data={"train": "digits", "val": "digits"}, train={"steps": 300, "global_batch": 40, "micro_batch": 40}
-            )
-            made["model"] = made["model"] | DROP | {"drop_path_mode": mode}
+            data = {"train": "digits", "val": "digits", "augment": False}
+            train = {"steps": 300, "global_batch": 40, "micro_batch": 40, "eval_every": 300}
+            made = recipe(out, data=data, train=train, optim={"lr": 3e-3, "warmup": 20})
+            made["model"] |= {"drop_path": 0.3, "drop_path_schedule": "constant", "drop_path_mode": mode}
             run_ranks(run, 1, made | {"seed": seed})
-            found.append(mean(line["loss"] for line in lines(out)[-60:] if "loss" in line))
-    noise = (stdev(ends["skip"]) ** 2 / 4 + stdev(ends["mask"]) ** 2 / 4) ** 0.5
+            found.append(next(line["val_loss"] for line in lines(out) if "val_loss" in line))
+    noise = (stdev(ends["skip"]) ** 2 / 8 + stdev(ends["mask"]) ** 2 / 8) ** 0.5
     assert abs(mean(ends["skip"]) - mean(ends["mask"])) < 3 * noise, ends
-    assert max(ends["skip"]) < 2.25, "nothing was learned"  # from 2.31 on: the images are few, and cropped
+    assert max(mean(found) for found in ends.values()) < 1.6, "little was learned: a guess has 2.3"

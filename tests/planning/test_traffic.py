@@ -56,6 +56,7 @@ CASES = {
     "zero3": (3, VIT, {"strategy": "zero3"}, 2),
     "zero3, micro-batches, bf16": (2, VIT, {"strategy": "zero3", "precision": "bf16"}, 1),
     "zero3, recompute": (2, VIT, {"strategy": "zero3", "recompute": "blocks"}, 2),
+    "zero3, selective": (2, VIT, {"strategy": "zero3", "recompute": "selective"}, 2),
     **{f"zero{stage}, reduced in bf16": (2, VIT, {"strategy": f"zero{stage}", "reduce": "bf16"}, 1) for stage in (1, 2, 3)},
     "zero1, bf16, reduced in bf16": (2, VIT, {"strategy": "zero1", "precision": "bf16", "reduce": "bf16"}, 1),
 }
