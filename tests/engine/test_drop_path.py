@@ -94,8 +94,8 @@ def test_recomputed_blocks_draw_the_same_samples(tmp_path: Path, model: str) -> 
 def test_both_modes_learn_as_well(tmp_path: Path) -> None:
     """Validation losses after 300 steps on digits differ by less than seeds make them differ.
 
-    When this was written skip ended 0.20 above mask, 2.3 standard errors, and above it with each of the eight seeds. That is why
-    masks are the default.
+    When this was written skip ended 0.20 above mask, 2.3 standard errors, and above it with each of the eight seeds: so masks
+    are the default.
     """
     ends: dict[str, list[float]] = {"skip": [], "mask": []}
     for mode, found in ends.items():
