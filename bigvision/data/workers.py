@@ -62,6 +62,8 @@ def fork_server() -> None:
     """
     if sys.platform != "linux" or sys.version_info >= (3, 14):
         return  # macOS's own threads do not survive a fork; a later Python's server takes a key from a third file
+    if multiprocessing.parent_process() is not None:
+        return  # a program that has started others may have run before, and left threads
 
     def forked(path: object, arguments: object, passed: Sequence[int]) -> int:
         with warnings.catch_warnings():
