@@ -465,7 +465,7 @@ class _CostRunner(Runner):
     def __init__(
         self, graph: fx.GraphModule, device: str, compute: torch.dtype, recomputed: Mapping[str, Collection[Key]]
     ) -> None:  # fmt: skip
-        super().__init__(copy.deepcopy(graph))
+        super().__init__(graph)
         self.attention, self.flops_per_byte = FusedAttention(device), FLOPS_PER_BYTE[device]
         self.compute, self.recomputed = compute, recomputed
         self.costs: dict[str, Cost] = {}
@@ -564,6 +564,6 @@ def node_costs(
     what the products at each path compute.
     """
     runner = _CostRunner(graph, device.type, compute, recomputed or {})
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), attributes_kept(graph):
         runner.run(torch.empty(SAMPLES, *image_shape, device="meta"))
     return runner.costs
