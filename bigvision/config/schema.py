@@ -45,7 +45,7 @@ class ModelConfig:
     blocks, as in DeiT III."""
     drop_path_mode: Literal["mask", "skip"] = "mask"
     """mask: a residual branch runs on all samples, and the output of each is zeroed with the rate as probability, as in timm.
-    skip: it runs only on the samples that it keeps, a fixed number of each micro-batch, which is faster."""
+    skip: it runs only on the samples that it keeps, a fixed number of each micro-batch: less work, measured on CPUs alone."""
     sync_batchnorm: bool = False
     """Take BatchNorm's statistics over the micro-batches of all data-parallel ranks, not of each one. Needs CUDA."""
     options: dict[str, Any] = field(default_factory=dict)
