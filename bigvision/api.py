@@ -39,7 +39,13 @@ from bigvision.tasks import Task, build_task, task_name
 from bigvision.training import Callback, Result
 from bigvision.training.build import build_model, take_folder, with_model, with_task, without_weights
 from bigvision.training.data import name_of_data, open_data, prepare_task
-from bigvision.training.run_folder import check_same_run, check_same_scale, data_facts, why_other_tensors
+from bigvision.training.run_folder import (
+    check_same_run,
+    check_same_scale,
+    data_facts,
+    why_other_tensors,
+    with_drop_path_mode,
+)
 from bigvision.training.saving import new_saver, progress_of
 
 if TYPE_CHECKING:
@@ -220,6 +226,8 @@ class Engine:
         self.config, self._keep_choice = planner.settle(self.config)
         self.runtime = self._stack.enter_context(with_mesh(self.config, self.runtime))
         found = self._find(None if resume is True else resume) if resume else None
+        self._asked_mode = self.config.model.drop_path_mode
+        self.config = with_drop_path_mode(self.config, found)
         config = self.config if found is None else without_weights(self.config)
         all_or_none(lambda: check_model(config.model, model))
         channels = self.config.model.options.get("in_chans", getattr(model, "in_chans", 3))
@@ -386,6 +394,10 @@ class Engine:
         why = partial(why_other_tensors, config=self.config)
         found = found.restore_or_older(list(self.engine.fragments()), self._say, self._accept, why)
         self.engine.restored(found.progress["scalars"])
+        if self.engine.branches is not None:
+            asked = replace(self.config, model=replace(self.config.model, drop_path_mode=self._asked_mode))
+            self.config = with_drop_path_mode(asked, found)
+            self.engine.branches.masks = self.config.model.drop_path_mode == "mask"
         if self._facts is None:
             # Nobody has said that they are others.
             self._facts = found.progress.get("data")

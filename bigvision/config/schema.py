@@ -43,9 +43,10 @@ class ModelConfig:
     drop_path_schedule: Literal["linear", "constant"] = "linear"
     """linear: the rate grows from 0 in the first block to drop_path in the last, as in timm. constant: it is drop_path in all
     blocks, as in DeiT III."""
-    drop_path_mode: Literal["mask", "skip"] = "mask"
-    """mask: a residual branch runs on all samples, and the output of each is zeroed with the rate as probability, as in timm.
-    skip: it runs only on the samples that it keeps, a fixed number of each micro-batch: less work, measured on CPUs alone."""
+    drop_path_mode: Literal["skip", "mask"] | None = None
+    """skip: a residual branch runs only on the samples that it keeps, a fixed number of each micro-batch, where the model
+    allows it: less work, measured on CPUs alone. mask: it runs on all samples, and the output of each is zeroed with the rate
+    as probability, as in timm. null is skip, but a run that an earlier version began goes on with mask."""
     sync_batchnorm: bool = False
     """Take BatchNorm's statistics over the micro-batches of all data-parallel ranks, not of each one. Needs CUDA."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -100,7 +100,7 @@ class Engine:
         if config.model.frozen_dtype == "bf16":
             self.notes.append(hold_frozen(self.module, self.input_shape))
         self.module.train()
-        if config.model.drop_path_mode == "skip" and trains and dropping(self.module):
+        if config.model.drop_path_mode != "mask" and trains and dropping(self.module):
             compiled = why_eager(config, [block.module for block in blocks], runtime.device) is None
             sizes = dict.fromkeys([self.input_shape[1:], *other_sizes(config.data).values()])
             shapes = [(self.input_shape[0], *size) for size in sizes]

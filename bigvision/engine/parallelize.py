@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -34,6 +35,7 @@ from bigvision.config import SPLIT_BACKWARD, Config, other_sizes, parse_size
 from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
 from bigvision.models import Block, Blueprint, SkippedBranches, formats, kinds, share_rates
+from bigvision.models.alike import tensors_in
 from bigvision.models.recompute import recompute_blocks
 from bigvision.runtime import Runtime
 
@@ -163,7 +165,19 @@ def wrap_blocks(
         # Under a budget, blocks of one kind may keep one of two choices of products.
         variants = 2 if recompute.startswith("budget") else 1
         compile_blocks(blocks, device, variants * (1 + len(set(other_sizes(config.data).values()))))
+        for block in blocks:
+            if branches is not None and block in branches.parts:
+                block.forward = functools.partial(_with_any_number, block.forward, branches)
     return [f"parallel.compile: auto compiles nothing: {eager}"] if eager and config.parallel.compile == "auto" else []
+
+
+def _with_any_number(forward: Callable[..., Any], branches: SkippedBranches, *args: Any, **kwargs: Any) -> Any:
+    """Call *forward*, compiled, of a part of *branches*: one graph serves all numbers of kept samples."""
+    tensors = tensors_in((args, kwargs)) if branches.drawn is not None else []
+    for tensor in tensors:
+        if tensor.ndim and tensor.shape[0] == tensors[0].shape[0]:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return forward(*args, **kwargs)
 
 
 def why_eager(

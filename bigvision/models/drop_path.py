@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -199,6 +200,12 @@ class Found:
     path: str  # of the DropPath
     openings: tuple[Opening, ...]
 
+    @property
+    def within(self) -> str:
+        """The path of the innermost module that has all of it."""
+        paths = [path.replace(".", "/") for path in (self.path, *(one.path for one in self.openings))]
+        return posixpath.commonpath(paths).replace("/", ".")
+
     def moved(self, old: str, new: str) -> Found:
         """The same branch in a block at another path."""
         openings = tuple(Opening(new + one.path.removeprefix(old), one.method, one.places, one.names) for one in self.openings)
@@ -221,11 +228,11 @@ def find_branches(module: nn.Module, image_shape: tuple[int, int, int]) -> tuple
     *image_shape* is (channels, height, width). Nothing is computed, and the module is left as it is.
     """
     drops = dropping(module)
-    twin = copy.deepcopy(module).to("meta").train()
     parents = {path: _ancestors(path) for path in drops}
     try:
+        twin = copy.deepcopy(module).to("meta").train()
         calls = _watched(twin, image_shape, {parent for those in parents.values() for parent in those})
-    except Exception as error:  # a model of the user's may not run on meta at all
+    except Exception as error:  # a user's model may not be copied, or not run on meta
         return [], dict.fromkeys(drops, f"the model does not run without values ({first_line(error)})")
     holders = Counter(part for _, part in twin.named_modules(remove_duplicate=False))
     forwards: dict[tuple[str, bool], _Forward] = {}
@@ -476,7 +483,9 @@ class SkippedBranches:
         *compiled*: all branches then have tensors of the same kinds, so that blocks share a graph.
         """
         self.device, self.compiled = device, compiled
+        self.masks = False  # whether nothing is drawn: modules then mask as timm's do
         self.branches: list[Branch] = []
+        self.parts: set[nn.Module] = set()  # modules that branches may run on the kept samples
         self.drawn: list[Drawn] | None = None
         self._factors: dict[tuple[Any, ...], list[Tensor]] = {}
         for one in found:
@@ -484,6 +493,7 @@ class SkippedBranches:
             if not isinstance(drop, SkippingDropPath):
                 drop.__class__ = SkippingDropPath
                 vars(drop).update({"drop_prob": 0.0, "scale_by_keep": True, "branches": []} | vars(drop))
+            self.parts.update([*module.get_submodule(one.within).modules()][1:])
             branch = drop.branch = Branch(one.path, drop)
             drop.branches.append(branch)
             self.branches.append(branch)
@@ -534,6 +544,8 @@ class SkippedBranches:
 
     def draw(self, samples: int, *place: int) -> None:
         """Draw for a micro-batch of so many *samples* at this *place* in the run, of which the draw is a function."""
+        if self.masks:
+            return
         generator = torch.Generator().manual_seed(seed_from("drop_path", *place))
         rates = [branch.drop.drop_prob for branch in self.branches]
         counts = [kept_samples(samples, rate) or samples for rate in rates]

@@ -52,6 +52,7 @@ from bigvision.training.run_folder import (
     record,
     refusal,
     why_other_tensors,
+    with_drop_path_mode,
     with_micro_batch,
 )
 
@@ -117,6 +118,7 @@ def build(
     warn_of_shared_memory(runtime, say)
     resume = applied_origin(config, runtime, say)
     found = checkpoint.find(resume, out, config.checkpoint.verify, say)
+    config = with_drop_path_mode(config, found)
     starts = Starts(config, runtime)
     begin = (lambda: starts.begin(found.progress["step"] if found else 0)) if runtime.is_main else lambda: None
     smaller = from_main(all_or_none(begin))

@@ -303,6 +303,18 @@ def why_other_tensors(found: Checkpoint, config: Config) -> str:
     )
 
 
+def with_drop_path_mode(config: Config, found: Checkpoint | None) -> Config:
+    """*config* with a mode of stochastic depth: where it names none that of the run of *found*, or that of new runs."""
+    if config.model.drop_path_mode is not None:
+        return config
+    mode: Any = "skip"
+    if found is not None:
+        saved = found.progress.get("config")
+        # Earlier versions had masks alone, and no such key.
+        mode = (saved if isinstance(saved, dict) else {}).get("model", {}).get("drop_path_mode", "mask")
+    return replace(config, model=replace(config.model, drop_path_mode=mode))
+
+
 def check_same_scale(found: Checkpoint, config: Config) -> None:
     """Raise `UserError` where the adapters of *found* would count more or less in this run than they did in theirs."""
     saved, lora = found.progress.get("config"), config.model.lora

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
+import bigvision
 from bigvision.config import load_config
 from bigvision.data import Batch
+from bigvision.data.sources.arrays import open_digits
+from bigvision.data.splits import Split
 from bigvision.runtime import start
 from bigvision.training.build import build_model
+from bigvision.training.run_folder import with_drop_path_mode
 from tests.distributed import run_ranks
-from tests.recipes import lines, recipe, run
+from tests.recipes import recipe, run
 
 LONG = pytest.mark.long
 DROP = {"drop_path": 0.4, "drop_path_schedule": "constant", "drop_path_mode": "skip"}
@@ -41,6 +48,7 @@ def test_strategies_leave_out_the_same_samples(tmp_path: Path, strategy: str) ->
             pytest.param(model, {"schedule": schedule, "recompute": recompute}, marks=LONG)
             for model in ("vit", "swin", "convnext") for schedule in ("gpipe", "1f1b") for recompute in ("none", "blocks")
         ),
+        pytest.param("vit", {"schedule": "zbv"}, marks=LONG),
         # More stages than blocks of equal work: a cut may lie within a branch.
         pytest.param("swin", {"schedule": "interleaved", "stages_per_rank": 2}, marks=LONG),
     ],
@@ -55,6 +63,40 @@ def test_stages_leave_out_the_same_samples(tmp_path: Path, model: str, more: dic
     reference = run_ranks(run, 1, plain("ddp", {}))[0]
     found = run_ranks(run, 2, plain("pipeline", {"strategy": "pipeline"} | more))[0]
     assert found == pytest.approx(reference, rel=1e-5) and len(set(found)) == 4
+
+
+def mode_after_resuming(made: dict[str, Any], folder: str) -> tuple[str | None, bool]:
+    with bigvision.Engine(made, num_classes=10) as engine:
+        engine.resume(folder)
+        assert engine.engine.branches is not None
+        return engine.config.model.drop_path_mode, engine.engine.branches.masks
+
+
+def test_a_run_goes_on_in_the_mode_in_which_it_began(tmp_path: Path) -> None:
+    made = dropped(tmp_path / "run", checkpoint={"every": 4})
+    masks = made | {"model": made["model"] | {"drop_path_mode": "mask"}}
+    reference = run_ranks(run, 1, masks)[0]
+    del made["model"]["drop_path_mode"]
+    shutil.rmtree(tmp_path / "run" / "step-00000006")
+    assert run_ranks(run, 1, made)[0] == reference
+    assert run_ranks(mode_after_resuming, 1, made, str(tmp_path / "run"))[0] == ("mask", True)
+    new = made | {"out": str(tmp_path / "new")}
+    assert run_ranks(run, 1, new)[0] != reference
+    assert load_config(str(tmp_path / "new" / "run.yaml")).model.drop_path_mode == "skip"
+    assert run_ranks(mode_after_resuming, 1, made, str(tmp_path / "new"))[0] == ("skip", False)
+
+
+@pytest.mark.parametrize(
+    ("saved", "named", "mode"),
+    [
+        (None, None, "skip"), ({"model": {}}, None, "mask"), ({"model": {"drop_path_mode": "skip"}}, None, "skip"),
+        ({"model": {"drop_path_mode": "mask"}}, "skip", "skip"), ({"model": {}}, "mask", "mask"),
+    ],
+)  # fmt: skip
+def test_which_mode_a_run_has(saved: dict[str, Any] | None, named: str | None, mode: str) -> None:
+    found: Any = None if saved is None else SimpleNamespace(progress={"config": saved})
+    config = load_config({"model": {"drop_path": 0.1} | ({"drop_path_mode": named} if named else {})})
+    assert with_drop_path_mode(config, found).model.drop_path_mode == mode
 
 
 def losses_of(made: dict[str, Any], steps: int, images: int = 8) -> tuple[list[float], list[str]]:
@@ -90,23 +132,45 @@ def test_recomputed_blocks_draw_the_same_samples(tmp_path: Path, model: str) -> 
     assert ("BatchNorm" in line) == (model == "resnet")
 
 
-@LONG
-def test_both_modes_learn_as_well(tmp_path: Path) -> None:
-    """Validation losses after 300 steps on digits differ by less than seeds make them differ.
+def digits(split: Split) -> Batch:
+    """All of them, in the size of `recipe`."""
+    source = open_digits(split)
+    samples = [source.read(index) for index in range(len(source))]
+    pixels = torch.stack([torch.as_tensor(sample.image) for sample in samples])
+    images = interpolate(pixels.float(), 32, mode="bilinear")
+    labels = torch.tensor([sample.target for sample in samples])
+    return Batch(images.round().to(torch.uint8), labels, labels, torch.ones_like(labels, dtype=torch.bool))
 
-    When this was written skip ended 0.20 above mask, 2.3 standard errors, and above it with each of the eight seeds: so masks
-    are the default.
+
+def validation_loss(made: dict[str, Any], train: Batch, val: Batch, steps: int = 300) -> float:
+    """That after *steps*, with samples in the order of the run's seed."""
+    order, size = torch.Generator().manual_seed(made["seed"]), made["train"]["global_batch"]
+    indices = torch.cat([torch.randperm(len(train), generator=order) for _ in range(-(-steps * size // len(train)))])
+    with start("cpu") as runtime:
+        engine, _, _ = build_model(load_config(made), 10, runtime, steps=steps, say=lambda text: None)
+        for some in indices.split(size)[:steps]:
+            engine.train_step(Batch(train.images[some], train.labels[some], some, train.valid[some]))
+        loss = engine.eval_step(val).means()["loss"]
+        engine.close()
+    return loss
+
+
+@LONG
+@pytest.mark.parametrize(("model", "lr", "rate"), [("vit", 1e-3, 0.3), ("convnext", 2e-3, 0.2)])
+def test_both_modes_learn_as_well(tmp_path: Path, model: str, lr: float, rate: float) -> None:
+    """Validation losses after 300 steps on digits, of pairs of runs with the same seed.
+
+    The rates keep whole numbers of the 40 samples. At a learning rate of 3e-3, where runs differ three times as much, skip was
+    0.02 above mask over 40 seeds, 0.6 standard errors.
     """
-    ends: dict[str, list[float]] = {"skip": [], "mask": []}
-    for mode, found in ends.items():
-        for seed in range(8):
-            out = tmp_path / f"{mode}-{seed}"
-            data = {"train": "digits", "val": "digits", "augment": False}
-            train = {"steps": 300, "global_batch": 40, "micro_batch": 40, "eval_every": 300}
-            made = recipe(out, data=data, train=train, optim={"lr": 3e-3, "warmup": 20})
-            made["model"] |= {"drop_path": 0.3, "drop_path_schedule": "constant", "drop_path_mode": mode}
-            run_ranks(run, 1, made | {"seed": seed})
-            found.append(next(line["val_loss"] for line in lines(out) if "val_loss" in line))
-    noise = (stdev(ends["skip"]) ** 2 / 8 + stdev(ends["mask"]) ** 2 / 8) ** 0.5
-    assert abs(mean(ends["skip"]) - mean(ends["mask"])) < 3 * noise, ends
-    assert max(mean(found) for found in ends.values()) < 1.6, "little was learned: a guess has 2.3"
+    train, val = digits("train"), digits("val")
+    differences, losses = [], []
+    for seed in range(300, 316):
+        for mode in ("mask", "skip"):
+            made = recipe(tmp_path, model, train={"global_batch": 40, "micro_batch": 40}, optim={"lr": lr, "warmup": 20})
+            made["model"] |= {"drop_path": rate, "drop_path_schedule": "constant", "drop_path_mode": mode}
+            losses.append(validation_loss(made | {"seed": seed}, train, val))
+        differences.append(losses[-1] - losses[-2])
+    error = stdev(differences) / len(differences) ** 0.5
+    assert abs(mean(differences)) + 2 * error < 0.05, (mean(differences), error, losses)
+    assert mean(losses) < 1.6, "little was learned: a guess has 2.3"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import timm
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError
 from bigvision.models import blueprint
 from bigvision.models.drop_path import SkippedBranches, dropping, find_branches, kept_samples, set_constant_rate
+from bigvision.samples import seed_from
 from tests.models.zoo import ZOO, Entry
 
 CPU, LONG = torch.device("cpu"), pytest.mark.long
@@ -208,8 +211,67 @@ def test_expectation_and_variance() -> None:
     assert torch.allclose(found.sum(-1), torch.tensor(float(samples), dtype=torch.float64))
     assert (found.mean(0) - 1).abs().max() < 0.12  # six standard errors
     assert (found.var(0) - (samples / kept - 1)).abs().max() < 0.06
-    between = torch.einsum("di,di->i", found[:, 0] - 1, found[:, 1] - 1) / draws
-    assert between.abs().max() < 0.12, "branches drop the same samples"
+    rest = found - 1
+    pairs = {"branches": (rest[:, 0], rest[:, 1]), "steps": (rest[1:].flatten(1), rest[:-1].flatten(1))}
+    for name, (one, other) in pairs.items():
+        # Of every sample with every other one, too.
+        assert (one.mT @ other / draws).abs().max() < 0.12, f"draws of {name} are not independent"
+
+
+@LONG
+def test_draws_at_other_places_are_independent() -> None:
+    model = Own().train()
+    branches, draws = SkippedBranches(find_branches(model, (3, 4, 4))[0], model, CPU), 3000
+
+    def kept(*place: int) -> Tensor:
+        branches.draw(10, *place)
+        return torch.stack([branch.drawn.origin >= 0 for branch in branches.branches if branch.drawn is not None]).flatten()
+
+    def deviations(seed: int, first: int, rank: int, number: int) -> Tensor:
+        return torch.stack([kept(seed, step, rank, number) for step in range(first, first + draws)]).double() - 0.6
+
+    here = deviations(0, 0, 0, 0)
+    for place in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 7, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
+        scores = here.mT @ deviations(*place) / draws**0.5 / 0.24
+        assert scores.abs().max() < 5 and 0.9 < scores.square().mean().sqrt() < 1.1, place
+
+
+@LONG
+@pytest.mark.parametrize("mode", ["mask", "skip"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_mean_gradient_is_that_of_all_subsets(name: str, mode: str) -> None:
+    """Over many draws, against the exact expectation: the sum over all choices of branches of each sample."""
+    rate, samples, draws = 0.4, 20, 500
+    model, shape = made(name, next(options for one, options, _, _ in MODELS if one == name), rate)
+    set_constant_rate(model, rate, name)
+    branches = SkippedBranches(find_branches(model, shape)[0], model, CPU) if mode == "skip" else None
+    parameters = list(model.double().parameters())
+    images, labels = torch.randn(samples, *shape, dtype=torch.float64), torch.zeros(samples, dtype=torch.int64)
+
+    def gradient(losses: Tensor) -> Tensor:
+        return torch.cat([one.flatten() for one in torch.autograd.grad(losses.sum() / samples, parameters)])
+
+    found = []
+    for step in range(draws):
+        torch.manual_seed(seed_from("dropout", step))
+        if branches is not None:
+            branches.draw(samples, 0, step, 0, 0)
+        found.append(gradient(cross_entropy(model(images), labels, reduction="none")))
+    mean, variance = torch.stack(found).mean(0), torch.stack(found).var(0) / draws
+
+    drops = [part for part in model.modules() if isinstance(part, DropPath)]
+    chosen = torch.tensor(list(itertools.product([0.0, 1.0], repeat=len(drops))), dtype=torch.float64)
+    share = torch.where(chosen == 1, 1 - rate, rate).prod(1)
+    for drop, column in zip(drops, chosen.mT / (1 - rate)):
+        drop.forward = lambda x, column=column: x * column.view(-1, *[1] * (x.ndim - 1))
+    if branches is not None:
+        branches.clear()
+    exact = torch.zeros_like(mean)
+    for image, label in zip(images, labels):
+        output = model(image.expand(len(chosen), *shape))
+        exact += gradient(cross_entropy(output, label.expand(len(chosen)), reduction="none") * share)
+    assert variance.sum().sqrt() < 0.02 * exact.norm(), "too few draws"
+    assert (mean - exact).square().sum() < 3 * variance.sum(), "1 is expected"
 
 
 def test_a_draw_is_a_function_of_its_place_and_leaves_other_numbers_alone() -> None:
