@@ -17,6 +17,7 @@ from bigvision.signals import listening
 USAGE = """usage: bigvision COMMAND ...
 
   train [RECIPE.yaml] [--section.key value ...]   train; without a recipe, the handwritten digits
+    --ranks N --restarts N                        on N ranks of this host; start them again after a crash, at most N times
   plan [RECIPE.yaml] [--hardware 8xH200] [--section.key value ...]
                                                   print what fits, how fast it would be, and what would make the rest fit
   ray [RECIPE.yaml] [--workers N] ...             train on Ray's workers
@@ -131,14 +132,16 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    """``bigvision train [RECIPE.yaml] [--print-config] [--section.key value ...]``."""
+    """``bigvision train [RECIPE.yaml] [--ranks N] [--restarts N] [--print-config] [--section.key value ...]``."""
     began = time.monotonic()
     from bigvision.config import describe, resolve
     from bigvision.launchers.accelerate import overrides
-    from bigvision.launchers.commands import take_recipe
+    from bigvision.launchers.commands import take, take_recipe, whole
 
     print_only = "--print-config" in arguments
     arguments = [argument for argument in _with_our_spelling(arguments) if argument != "--print-config"]
+    named, arguments = take(arguments, ("--ranks", "--restarts"))
+    counts = {name: whole(name, text, lowest=int(name == "--ranks")) for name, text in named}
     recipe, flags, note = take_recipe(arguments)
     notes = [note] if note else []
     config, origins = resolve(recipe, flags, overrides(os.environ, notes.append), say=notes.append)
@@ -149,6 +152,10 @@ def _train(arguments: list[str]) -> int:
         if _rank() == 0:
             print(describe(config, origins))
         return Exit.DONE
+    if counts:
+        from bigvision.launchers import ranks
+
+        return ranks.train_with_restarts(config, origins, began, counts.get("--ranks"), counts.get("--restarts", 0))
     from bigvision.data.workers import fork_server
     from bigvision.training import train_on_rank
 

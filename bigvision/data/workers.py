@@ -53,16 +53,18 @@ def worker_context(inherits: bool) -> BaseContext:
     return context
 
 
-def fork_server() -> None:
+def fork_server(in_fork: bool = False) -> None:
     """Fork the server of :func:`worker_context` from this process, which has imported all that workers need.
 
     A server that starts as a new interpreter imports torch and torchvision first: more than a second before the first batch,
     of each rank. Call this at the start of a program, before gloo, CUDA or torch's own threads: a fork may copy their locks
     while they are held. Python's and OpenBLAS's threads are prepared for forks. Where the server runs already nothing happens.
+
+    *in_fork*: this process was forked a moment ago from one that has only imported, so it has no threads of earlier work.
     """
     if sys.platform != "linux" or sys.version_info >= (3, 14):
         return  # macOS's own threads do not survive a fork; a later Python's server takes a key from a third file
-    if multiprocessing.parent_process() is not None:
+    if multiprocessing.parent_process() is not None and not in_fork:
         return  # a program that has started others may have run before, and left threads
 
     def forked(path: object, arguments: object, passed: Sequence[int]) -> int:

@@ -19,7 +19,7 @@ from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.ema import Ema, never_averaged
 from bigvision.engine.parallelize import choose_computing, overlap, replicate, shard, synchronize_norms, why_eager, wrap_blocks
 from bigvision.engine.state import RUNNING, average, make_contiguous
-from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepResult, reduce_with
+from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepResult, reduce_with, seed_dropout
 from bigvision.engine.teacher import Teacher
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
@@ -29,7 +29,7 @@ from bigvision.models.formats import hold_frozen
 from bigvision.optim import group_table, learning_rate
 from bigvision.ranges import BACKWARD, EMA, FORWARD, mark
 from bigvision.runtime import Runtime
-from bigvision.samples import Targets, each_tensor, seed_from
+from bigvision.samples import Targets, each_tensor
 from bigvision.tasks import Task
 
 
@@ -137,7 +137,7 @@ class Engine:
         It returns when the work is launched; at most one step is under way beside it.
         """
         self._set_mode(training=True)
-        torch.manual_seed(seed_from("dropout", self.config.seed, self.step, self.runtime.data_rank))
+        seed_dropout(self.runtime.device, self.config.seed, self.step, self.runtime.data_rank)
         self.stepper.statistics.keep()
         self.checks = checks = []
         self._local: Any = None

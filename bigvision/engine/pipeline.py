@@ -14,14 +14,14 @@ from bigvision.config import SPLIT_BACKWARD, Config, Size, micro_batch, other_si
 from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.engine import Engine
 from bigvision.engine.parallelize import replicate, shard, wrap_blocks
-from bigvision.engine.step import NativeStep
+from bigvision.engine.step import NativeStep, seed_dropout
 from bigvision.errors import UserError, either
 from bigvision.models import Blocks, Blueprint
 from bigvision.pipeline import Placement, StageMemory, make_schedule, plan_stages
 from bigvision.pipeline.schedules import USABLE
 from bigvision.ranges import FORWARD, mark
 from bigvision.runtime import Runtime
-from bigvision.samples import each_tensor, seed_from
+from bigvision.samples import each_tensor
 from bigvision.tasks import Task
 
 
@@ -157,8 +157,8 @@ class PipelineEngine(Engine):
     @contextmanager
     def _surroundings(self, number: int) -> Iterator[None]:
         if self.stages[number].training:
-            place = ("dropout", self.config.seed, self.step, self.runtime.data_rank, number, self.passes[number])
-            torch.manual_seed(seed_from(*place))
+            place = (self.config.seed, self.step, self.runtime.data_rank, number, self.passes[number])
+            seed_dropout(self.runtime.device, *place)
             self._draw(self.samples_of_pass, self.passes[number])
             self.passes[number] += 1
         autocast = torch.autocast(self.runtime.device.type, self.computing.dtype) if self.computing.autocast else nullcontext()

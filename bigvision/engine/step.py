@@ -25,6 +25,7 @@ from bigvision.models.formats import COMPUTE_DTYPES
 from bigvision.optim import allocate_state, build_optimizer, parameter_groups, state_layout, step_counters
 from bigvision.ranges import OPTIMIZER, REDUCE, mark
 from bigvision.runtime import Runtime, gather_rows
+from bigvision.samples import seed_from
 from bigvision.tasks import Task
 
 REQUESTS = ("stop", "save", "failure", "end")
@@ -154,6 +155,13 @@ class Metrics:
         return asked(self.record.read()) if self.record is not None else set()
 
 
+def seed_dropout(device: torch.device, *parts: int) -> None:
+    """Seed what a pass draws on *device* with a hash of *parts*."""
+    # Without a GPU torch.manual_seed queues a seed for each other kind of device, with a stack trace: milliseconds of a step.
+    seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+    seed(seed_from("dropout", *parts))
+
+
 class NativeStep:
     """Steps the tensors that a `Spread` gives to this rank with an optimizer of torch's or timm's."""
 
@@ -259,7 +267,7 @@ class NativeStep:
             flat = [gradient.reshape(-1) for gradient in gradients]
             if total.device.type == "cpu":
                 # There the norm adds up one by one in fp32, which over ten million elements costs four digits.
-                flat = [part for whole in flat for part in whole.split(1 << 16)]
+                flat = [part for whole in flat for part in (whole.split(1 << 16) if len(whole) > 1 << 16 else (whole,))]
             total = total + torch.stack(torch._foreach_norm(flat)).double().square().sum() / ranks
         return total
 

@@ -1,7 +1,7 @@
 """Ranks on this host: how many and on which devices, their start by torch's elastic agent, and what came of them.
 
-`place` reads what a caller wants; `fresh_ranks` and `forked_ranks` start the ranks, supervise them and return or raise their
-`_outcome`. What a rank itself does is in ``rank.py``.
+`place` reads what a caller of Python wants; `fresh_ranks` and `forked_ranks` start the ranks, supervise them and return or
+raise their `_outcome`. `train_with_restarts` is ``bigvision train --ranks N --restarts N``. What a rank does is in ``rank.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -31,13 +32,14 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from bigvision.config import Config
+from bigvision.data.workers import fork_server
 from bigvision.errors import Exit, Stopped, UserError
 from bigvision.launchers import rank
 from bigvision.runtime import Identity, RankFailure
 from bigvision.runtime.process import attributes
-from bigvision.runtime.rendezvous import environment
-from bigvision.signals import SAVE
-from bigvision.training import Result, read_history
+from bigvision.runtime.rendezvous import environment, identify
+from bigvision.signals import SAVE, SIGNALS
+from bigvision.training import Result, read_history, train_on_rank
 
 Devices = int | Sequence[int] | Literal["cpu", "auto"] | None
 """Ranks to start, CUDA devices, "cpu" (one rank), "auto" (all CUDA devices, or one CPU rank), or None: those there are."""
@@ -105,8 +107,7 @@ def place(devices: Devices, config: Config, here: Identity) -> tuple[Config, Pla
         raise UserError(f"devices: {ranks}, but there are {there} CUDA devices: give fewer, or parallel={{'device': 'cpu'}}")
     if ranks == 1 and listed is None:
         return config, None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    variables = {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
+    variables = _threads(ranks)
     if listed is not None:
         # As CUDA knows the devices, where this process sees only some.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -124,10 +125,61 @@ def _ordinals(devices: object) -> list[int]:
     return found
 
 
+def _threads(ranks: int) -> dict[str, str]:
+    """What lets so many *ranks* share the cores, where the user has not said how."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
+
+
 def cuda_devices() -> int:
     """How many CUDA devices torch sees. Asked so that forks of this process can still use them."""
     with environment({"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}):
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def train_with_restarts(
+    config: Config, origins: Mapping[str, str], began: float, ranks: int | None, max_restarts: int
+) -> int:  # fmt: skip
+    """``bigvision train`` with ``--ranks`` or ``--restarts``: train on forks of this process; returns the exit code.
+
+    All that a rank needs is imported here, once: a rank that is started again after a crash need not import torch and timm,
+    which takes a new interpreter several seconds. This process computes nothing and uses no device, so it can be forked at
+    any time. *began* is when it started, see `train_on_rank`.
+    """
+    option, count = "--restarts" if ranks is None else "--ranks", ranks or 1
+    if (launcher := identify(os.environ).launcher) != "python":
+        raise UserError(f"{option}: {launcher} started this rank, and its options decide that: leave {option} out")
+    there = 0 if config.parallel.device == "cpu" else cuda_devices()
+    if there and count > there:
+        raise UserError(f"--ranks: {count}, but torch sees {there} CUDA devices here: give fewer, or --parallel.device cpu")
+    import timm.optim  # pyright: ignore[reportUnusedImport]  # noqa: F401  # ranks import it when they build the optimizer
+
+    def work() -> Result:
+        again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+        return train_on_rank(config, origins=origins, began=time.monotonic() if again else began)
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(Exit.STOPPED)
+
+    # What stops a run stops it in the ranks: this process only passes signals on while there are any (see `_signals`).
+    SIGNALS.restore()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, leave)
+    variables = {} if count == 1 else _threads(count)  # one rank alone has as many threads as without this process
+    try:
+        forked_ranks(work, count, bool(there), variables, max_restarts, config.out, config.data.workers > 0)
+    except RankFailure as failure:
+        _print_failure(failure)
+        return Exit.HUNG if failure.hung else Exit.FAULT
+    except KeyboardInterrupt:
+        return Exit.STOPPED
+    finally:
+        gc.freeze()  # what was imported is not looked through once more at the end
+    return Exit.DONE
+
+
+def _print_failure(failure: RankFailure, then: str = "") -> None:
+    print("\n".join([*getattr(failure, "__notes__", []), f"error: {failure}{then}"]), file=sys.stderr, flush=True)
 
 
 def fresh_ranks(
@@ -148,13 +200,17 @@ def fresh_ranks(
 
 
 def forked_ranks(
-    work: Callable[[], Result], count: int, cuda: bool, variables: Mapping[str, str], max_restarts: int, out: str
+    work: Callable[[], Result], count: int, cuda: bool, variables: Mapping[str, str], max_restarts: int, out: str,
+    serves: bool = False,
 ) -> Result:  # fmt: skip
-    """Do *work* on *count* forks of this process, which have all its objects; see `_outcome`."""
+    """Do *work* on *count* forks of this process, which have all its objects; see `_outcome`.
+
+    *serves*: nothing has run in this process but imports, so that its forks can fork the server of their data workers.
+    """
     parent = os.getpid()
 
     def settled() -> Result:
-        settle(cuda)
+        settle(cuda, serves)
         return work()
 
     with tempfile.TemporaryDirectory(prefix="bigvision-", ignore_cleanup_errors=True) as folder:
@@ -177,16 +233,13 @@ def check_parent(cuda: bool) -> None:
         raise UserError(f"devices: CUDA is in use in this process, and its forks cannot use it: {FIX}")
 
 
-def settle(cuda: bool) -> None:
-    """Put right what a fork has from its parent, first of all in it; raise `UserError` for what cannot be put right."""
+def settle(cuda: bool, serves: bool = False) -> None:
+    """Put right what a fork has from its parent, first of all in it; raise `UserError` for what cannot be put right.
+
+    *serves*: fork a server of data workers from it (see `forked_ranks`).
+    """
     if cuda and torch.cuda._is_in_bad_fork():
         raise UserError(f"devices: CUDA was asked for its devices before the ranks were forked: {FIX}")
-    try:
-        torch.ones(1, requires_grad=True).sum().backward()
-    except RuntimeError as error:
-        if "fork" not in str(error):
-            raise
-        raise UserError(f"devices: a backward pass has run in this process, which autograd does not survive: {FIX}") from None
     # The server of data workers is the parent's, and can be asked for by no other.
     server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
     if (alive := server._forkserver_alive_fd) is not None:
@@ -194,6 +247,14 @@ def settle(cuda: bool) -> None:
     preload = server._preload_modules
     server.__init__()
     server._preload_modules = preload
+    if serves:
+        fork_server(in_fork=True)  # before autograd has threads
+    try:
+        torch.ones(1, requires_grad=True).sum().backward()
+    except RuntimeError as error:
+        if "fork" not in str(error):
+            raise
+        raise UserError(f"devices: a backward pass has run in this process, which autograd does not survive: {FIX}") from None
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -216,6 +277,9 @@ def _run(
     agent = _Agent(spec, DefaultLogsSpecs(log_dir=str(logs)), start_method="fork")
     agent.folder = folder
     ended, found = threading.Event(), list[Any]()
+    # A fork that collected what its parent has left, such as the store of a process group, would wait for threads of the
+    # parent: what is there now is never collected in it.
+    gc.collect()
 
     def supervise() -> None:
         try:
@@ -231,6 +295,7 @@ def _run(
     # these would wait for them. The thread stays as long as the ranks: they get SIGTERM when it ends.
     thread = threading.Thread(target=supervise, name="bigvision ranks", daemon=True)
     with ExitStack() as stack:
+        stack.callback(gc.unfreeze)
         received = stack.enter_context(_signals(agent))
         # Rank 0 serves the store by which the ranks find each other, on the loopback device: the agent's own is open.
         stack.enter_context(environment({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}))
@@ -287,26 +352,25 @@ class _Agent(LocalElasticAgent):
         return {number: code for number, code in codes.items() if code is not None}
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
-        # A fork that collected what its parent has left, such as the store of a process group, would wait for threads of the
-        # parent: whatever is there now is never collected in it.
-        gc.collect()
-        gc.freeze()
-        try:
-            return super()._start_workers(worker_group)  # type: ignore[call-arg]
-        finally:
-            gc.unfreeze()
+        gc.freeze()  # until the last start's end: to look through all that torch has created would delay each of them
+        return super()._start_workers(worker_group)  # type: ignore[call-arg]
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:
         if self.asked is not None:
             raise SignalException("asked to stop", self.asked)
         result = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
-        allowed = self._remaining_restarts
+        if not result.failures:
+            return result
+        attempt, allowed, reports = self.attempt, self._remaining_restarts, _reports(self.folder / str(self.attempt))
         if FINAL & {failure.exitcode for failure in result.failures.values()}:
             allowed = 0
-        elif result.failures and any(report["again"] for report in _reports(self.folder / str(self.attempt))):
+        elif any(report["again"] for report in reports):
             allowed += 1
         # Those that were are counted as before.
-        self._worker_group.spec.max_restarts, self._remaining_restarts = self.attempt + allowed, allowed
+        self._worker_group.spec.max_restarts, self._remaining_restarts = attempt + allowed, allowed
+        if allowed:
+            then = f": starting the ranks again ({attempt + 1} of at most {attempt + allowed})"
+            _print_failure(_fault(reports, self.exit_codes(result)), then)
         return result
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
@@ -361,7 +425,9 @@ def _outcome(attempt: Path, done: bool, codes: dict[int, int], interrupted: bool
     if received:
         # The ranks have ended: now the signal takes its course.
         os.kill(os.getpid(), received[0])
-    raise _fault(reports, codes)
+    failure = _fault(reports, codes)
+    failure.hung = Exit.HUNG in codes.values()
+    raise failure
 
 
 def _reports(attempt: Path) -> list[dict[str, Any]]:

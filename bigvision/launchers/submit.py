@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,33 +150,10 @@ class Job:
     """A volume claim and the folder where the container sees it."""
 
 
-def start(job: Job) -> int:
-    """Run the job to its end, in this process; returns the exit code of its ranks.
-
-    Ranks that failed are started again, all of them, and go on from the newest checkpoint. torchrun's own restarts do the same
-    after a mistake too, and after a signal.
-    """
-    from bigvision.launchers import torchrun
-
-    # torchrun alone would give each rank one thread.
-    cores = os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(-(-cores // job.ranks_per_node)))
-    for restart in range(job.restarts + 1):
-        with tempfile.TemporaryDirectory(prefix="bigvision-") as folder:
-            code = torchrun.main(_arguments(job, f"{folder}/rendezvous"))
-        if code in (Exit.DONE, Exit.MISTAKE, Exit.STOPPED) or restart == job.restarts:
-            break
-        print(f"exit code {code}: starting the ranks again ({restart + 1} of at most {job.restarts})", file=sys.stderr)
-    return code
-
-
-def _arguments(job: Job, rendezvous: str) -> list[str]:
-    """What torchrun gets. The ranks meet in a private file: torchrun's own way opens a port, and unpickles what comes there."""
-    return [
-        "--nproc-per-node", str(job.ranks_per_node), "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file",
-        "--rdzv-endpoint", rendezvous, "--local-addr", "127.0.0.1",
-        "-m", "bigvision.cli", "train", str(job.recipe), *job.flags,
-    ]  # fmt: skip
+def _command(job: Job) -> list[str]:
+    """What runs the job on this machine."""
+    counts = ["--ranks", str(job.ranks_per_node), "--restarts", str(job.restarts)]
+    return [sys.executable, "-m", "bigvision.cli", "train", str(job.recipe), *counts, *job.flags]
 
 
 def script(job: Job) -> str:
@@ -250,8 +226,7 @@ TARGETS: dict[str, tuple[str, ...]] = {"local": (), "slurm": ("sbatch",), "k8s":
 def render(to: str, job: Job) -> str:
     """What is handed over, as text."""
     if to == "local":
-        program = [sys.executable, "-m", "bigvision.launchers.torchrun", *_arguments(job, "RENDEZVOUS")]
-        return shlex.join(program) + "\n"
+        return shlex.join(_command(job)) + "\n"
     return script(job) if to == "slurm" else yaml.safe_dump_all([config_map(job), train_job(job)], sort_keys=False)
 
 
@@ -265,7 +240,8 @@ def run(arguments: Sequence[str]) -> int:
         print(render(to, job), end="")
         return Exit.DONE
     if to == "local":
-        return start(job)
+        sys.stdout.flush()
+        os.execv(sys.executable, _command(job))
     # The words of the scheduler's program go to the user.
     name, *flags = TARGETS[to]
     if (program := shutil.which(name)) is None:

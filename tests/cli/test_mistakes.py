@@ -85,6 +85,8 @@ def test_the_recipes_own_mistakes(tmp_path: Path) -> None:
     Path(path).write_text(Path(path).read_text().replace("global_batch", "globl_batch"))
     refused(["train", path], "train.globl_batch", "'train.global_batch'", path)
     refused(["train", str(tmp_path / "missing.yaml")], "missing.yaml", "No such file")
+    refused(["train", path, "--ranks", "0"], "--ranks: '0' must be a whole number from 1 on")
+    refused(["train", "--restarts=3"], "--restarts: ", " started this rank", "leave --restarts out", ranks=2)
     refused(["trian"], "'trian'", "'train'")
     refused(["eval"], "step folder")
     refused(["eval", str(tmp_path)], str(tmp_path))

@@ -52,6 +52,13 @@ def inhabitants(folder: Path) -> list[str]:
     return found
 
 
+def forks(program: subprocess.Popen[str]) -> list[int]:
+    """The processes that it has forked, which have its command line: its ranks, not multiprocessing's helpers."""
+    line = Path(f"/proc/{program.pid}/cmdline").read_bytes()
+    found = [int(pid) for path in Path(f"/proc/{program.pid}/task").glob("*/children") for pid in path.read_text().split()]
+    return sorted(pid for pid in found if Path(f"/proc/{pid}/cmdline").read_bytes() == line)
+
+
 def wait_for(path: Path, text: str, program: subprocess.Popen[str], timeout: float = 600) -> None:
     """Wait until the file *path* holds *text*."""
     until = time.monotonic() + timeout

@@ -20,6 +20,7 @@ from bigvision.cli import main
 from bigvision.errors import UserError
 from bigvision.launchers.submit import read_job, run
 from tests.launch.commands import start
+from tests.launchers.programs import forks
 from tests.recipes import lines, losses, recipe
 
 HOSTILE = 'it\'s "here"; $(touch pwned) `touch pwned` & | > x *'
@@ -43,9 +44,7 @@ def rendered(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_local(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = rendered(capsys, "--to", "local", path, "--ranks-per-node", "2", "--train.steps", "4")
     assert shlex.split(said) == [
-        sys.executable, "-m", "bigvision.launchers.torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-conf",
-        "store_type=file", "--rdzv-endpoint", "RENDEZVOUS", "--local-addr", "127.0.0.1", "-m", "bigvision.cli", "train", path,
-        "--train.steps", "4",
+        sys.executable, "-m", "bigvision.cli", "train", path, "--ranks", "2", "--restarts", "100", "--train.steps", "4",
     ]  # fmt: skip
 
 
@@ -307,8 +306,7 @@ def test_local_starts_ranks_again_that_failed_but_not_those_that_were_stopped(pa
             time.sleep(0.05)
 
     until((out / "latest").exists)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(forks(process)[-1], signal.SIGKILL)
     until(lambda: len(starts(out)) == 2)
     before = losses(out)
     until(lambda: len(losses(out)) > len(before) + 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -51,6 +52,23 @@ def test_the_process_group_is_shared_and_its_meshes_have_the_timeout_of_the_run(
     for found in run_ranks(share, 2):
         assert found == [(1, 1, 2), (1, 2, 1), True, {LONG}, True, False]
     assert distributed_c10d.default_pg_timeout == timedelta(minutes=30)
+
+
+def page_faults() -> int:
+    """Of memory of which as much was freed before."""
+    before = after = 0
+    with start("cpu"):
+        for _ in range(6):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            parts = [torch.empty(16 << 20, dtype=torch.uint8).fill_(1) for _ in range(6)]
+            del parts
+            after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return after - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_freed_memory_is_kept_on_the_cpu() -> None:
+    assert run_ranks(page_faults, 1)[0] < 10000, "of 24,576 pages of 4 KB"
 
 
 def test_another_device_cannot_share_it() -> None:
