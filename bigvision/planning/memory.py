@@ -18,6 +18,7 @@ from bigvision import muon
 from bigvision.config import SPLIT_BACKWARD, Config
 from bigvision.engine.state import BUCKET
 from bigvision.models import find_blocks
+from bigvision.models.formats import COMPUTE_DTYPES
 from bigvision.models.tracing import Cost
 from bigvision.pipeline import Placement, StageMemory
 from bigvision.pipeline.schedules import passes_of
@@ -41,6 +42,8 @@ from bigvision.planning.zero3 import gathered
 
 AT_ONCE = 500_000_000
 """Gradients that DeepSpeed exchanges in one piece after the backward passes."""
+DDP_BUCKET = 25 << 20
+"""Bytes of DistributedDataParallel's buckets."""
 WORKSPACE = {"cpu": 0, "cuda": 150_000_000}
 """Bytes that libraries keep in torch's allocator: what an eager ViT-L and a ResNet-50 needed on an H100 beyond all else."""
 
@@ -222,7 +225,11 @@ class _Step:
         self.repeats = -(-share // self.images) > 1
         """Whether gradients of earlier micro-batches are there already."""
         self.trained = sum(part.trained for part in profile.parts)
-        self.after_passes = after_passes(layout.strategy, profile.compute)
+        self.after_passes = after_passes(config, profile.compute)
+        self.reduced = COMPUTE_DTYPES[config.parallel.reduce].itemsize
+        """Bytes of a value of a gradient that travels."""
+        self.copied = self.reduced / MASTER if self.reduced < MASTER else 0.0
+        """How large a copy of fp32 gradients travels; without one they travel themselves."""
 
     def peak(self, shard: int) -> _Most:
         """The most of the passes of the step's last micro-batch."""
@@ -244,7 +251,11 @@ class _Step:
         whole = float(self.state.gradients)
         if strategy == "ddp" and ranks > 1:
             # Gradients of earlier micro-batches are no views of buckets; each becomes one in the last backward pass.
-            return lambda _, span: ((moment, max(0.0, whole - moment.gradients) * self.repeats) for moment in span.peaks)
+            # What travels may be a copy of a bucket.
+            return lambda _, span: (
+                (moment, max(0.0, whole - moment.gradients) * self.repeats + self.copied * min(moment.gradients, DDP_BUCKET))
+                for moment in span.peaks
+            )
         return lambda _, span: ((moment, whole if self.repeats else moment.gradients) for moment in span.peaks)
 
     def update(self) -> float:
@@ -252,7 +263,7 @@ class _Step:
         strategy = self.layout.strategy
         stepped = _stepped(self.profile, self.config, self.layout, self.state.gradients)
         if self.after_passes:
-            return MASTER * min(self.trained, AT_ONCE) + stepped
+            return MASTER * min(self.trained, AT_ONCE) * (1 + self.copied) + stepped
         if strategy in ("zero1", "zero2"):
             # The share of the gradients, from which the flat gradient is made; it is not smaller than all of zero1's.
             part = MASTER * sum(padded_groups(self.profile, self.layout.ranks)) / self.layout.ranks
@@ -288,7 +299,7 @@ class _Gathered:
         self.weights: list[float] = []
         """Of each part, gathered."""
         self.gradients: list[float] = []
-        """Of each part, in fp32, padded."""
+        """Of each part, padded, in the type in which they travel."""
         self.shards: list[float] = []
         """Of each part's gradients, this rank's."""
         for part in profile.parts:
@@ -296,7 +307,7 @@ class _Gathered:
             chunks = [(share_of(tensor, layout.shards, shard)[0], tensor) for tensor in cut]
             self.weights.append(sum(chunk * layout.shards * tensor.computes.itemsize for chunk, tensor in chunks))
             self.shards.append(sum(MASTER * chunk for chunk, tensor in chunks if tensor.trained))
-            self.gradients.append(self.shards[-1] * layout.shards)
+            self.gradients.append(self.shards[-1] * layout.shards * step.reduced / MASTER)
         self.blocks = [number for number, part in enumerate(profile.parts) if part.path]
         self.root = sum(weight for weight, part in zip(self.weights, profile.parts) if not part.path)
         self.whole = sum(t.numel * MASTER for t in profile.tensors if t.whole and t.trained)
@@ -354,10 +365,9 @@ class _Partitioned:
         self.step, layout = step, step.layout
         knobs = zero_settings(step.profile, step.config, layout.ranks)
         self.stage, self.size = layout.strategy, knobs["reduce_bucket_size"]
-        self.half = step.profile.compute.itemsize < MASTER
-        # Stage 1 copies gradients into its buckets in the type that they come in, if that is half of fp32.
-        width = step.profile.compute.itemsize if self.stage == "zero1" else MASTER
-        self.bucket = 0 if step.after_passes else width * self.size * (2 if knobs["overlap_comm"] else 1)
+        # Beside those in half precision stage 1 keeps sums in fp32 from one micro-batch to the next, of which buckets are made.
+        self.sums = self.stage == "zero1" and step.profile.compute.itemsize < MASTER
+        self.bucket = 0 if step.after_passes else MASTER * self.size * (2 if knobs["overlap_comm"] else 1)
         self.wider = MASTER / step.profile.compute.itemsize
         self.share = 1 / layout.ranks
         self.whole = MASTER * step.trained * (self.share if self.stage == "zero2" else 1.0)
@@ -375,8 +385,9 @@ class _Partitioned:
                 gradients = (moment.gradients - begin) + begin * self.wider * self.share
             else:
                 gradients = moment.gradients  # in fp32 they are kept between steps, where that is another type
-            repeated = self.step.repeats and not (self.stage == "zero1" and self.half)
-            yield moment, exchanged + (self.whole if repeated else gradients)
+            if self.sums:
+                gradients += self.whole * (self.step.repeats and not self.step.after_passes)
+            yield moment, exchanged + (self.whole if self.step.repeats and not self.sums else gradients)
 
     def _gathered(self, place: int, span: Span) -> Iterator[tuple[Moment, float]]:
         spans = self.step.profile.spans
@@ -388,7 +399,7 @@ class _Partitioned:
         if span.backward and (last or begin // full < span.end.gradients // full):
             # What is exchanged is a flat copy; gloo makes another one.
             copies = 2 if self.step.profile.device == "cpu" else 1
-            yield span.end, weights * (not last) + copies * MASTER * min(self.size, self.step.trained)
+            yield span.end, weights * (not last) + copies * self.step.reduced * min(self.size, self.step.trained)
 
 
 def worst(profile: Profile, config: Config, layout: Layout) -> Memory:

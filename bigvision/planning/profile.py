@@ -135,6 +135,12 @@ class Profile:
     update: float = 0.0
     """Bytes that the optimizer's step allocates, if a rank steps all of the model."""
     autocast: bool = False
+    task: int = 0
+    """Bytes of what the task keeps on the device: weights of classes, or mean and deviation of numbers."""
+    weighed: bool = False
+    """Whether its samples have weights."""
+    unused: bool = False
+    """Whether a trained parameter gets no gradient: then DistributedDataParallel keeps a map of those that get one."""
     model: nn.Module | None = None
     """On meta, as it is before anything is applied; what pipelines are cut from."""
     teacher: Profile | None = None
@@ -230,7 +236,7 @@ class _Recording:
         """*short*: most of many equal blocks in a row are not run, see `repeats`. *known*: how it computes in which format."""
         self.config, self.task, self.device = config, task, device_type(config)
         self.module, parallel = plan.module, config.parallel
-        self.target_bytes = 0.0
+        self.target_bytes, self.task_bytes, self.unused = 0.0, 0, False
         self.blocks: list[Block] = list(blocks)
         modules = [block.module for block in blocks]
         self.kinds = {module: number for number, group in enumerate(kinds(modules)) for module in group}
@@ -363,6 +369,7 @@ class _Recording:
             gc.enable()
             for hook in hooks:
                 hook.remove()
+        self.unused = any(p.grad is None for p in parameters if p.requires_grad) and self.learns
         for parameter in parameters:
             parameter.grad = None
         return recorder.finished()
@@ -373,6 +380,7 @@ class _Recording:
         finite_samples(outputs, IMAGES, first.device)
         targets = example_targets(self.task, first, IMAGES, bool(self.config.task.mixup or self.config.task.cutmix))
         self.target_bytes = sum(one.nbytes for one in tensors_in(targets)) / IMAGES
+        self.task_bytes = sum(one.nbytes for one in vars(self.task).values() if isinstance(one, Tensor))
         if targets is not None:
             if self.task.teacher is not None and not isinstance(outputs, Tensor):
                 outputs = outputs[0]
@@ -418,7 +426,7 @@ class _Recording:
             )  # fmt: skip
         return Profile(
             tuple(parts), tuple(passes), self.groups, self.shape, self.computing.dtype, self.device, self.casts, self.compiled,
-            self.target_bytes, self.update, self.computing.autocast,
+            self.target_bytes, self.update, self.computing.autocast, self.task_bytes, self.task.weighed, self.unused,
         )  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from bigvision.engine.step import REQUESTS
 from bigvision.models.formats import COMPUTE_DTYPES
 from bigvision.pipeline.schedules import Placement, passes_of
 from bigvision.planning.hardware import Hardware, Link
-from bigvision.planning.memory import cut_stages
+from bigvision.planning.memory import DDP_BUCKET, cut_stages
 from bigvision.planning.profile import Part, Profile
-from bigvision.planning.state import Layout, after_passes, padded_groups, zero_settings
+from bigvision.planning.state import Layout, after_passes, padded_groups, used_map, zero_settings
 from bigvision.planning.zero3 import gathered, in_shares
 
 LINK_SHARE = 0.8
@@ -29,8 +29,6 @@ OPTIMIZER_BYTES = {"adamw": 28, "sgd": 20, "lion": 20, "lamb": 44, "adafactor": 
 """Read and written by an update, for a trained value."""
 NORM_BYTES, EMA_BYTES, SUM_BYTES = 4, 36, 12
 """For a trained value: the gradient's norm; an update of an average (measured on an H100); adding a micro-batch's gradient."""
-BUCKET = 25 << 20
-"""Bytes of DistributedDataParallel's buckets."""
 NUMBERS = 8 * (3 + len(REQUESTS))
 """Bytes of the numbers that all ranks add up in a step (`engine/step.py: reduce_with`); under ZeRO one fp64 value less."""
 
@@ -185,7 +183,7 @@ def _averaged(size: int, group: Group) -> list[Instruction]:
     """Gradients that are averaged after the passes, while nothing else runs."""
     if not size or group.ranks == 1:
         return []
-    return [Start("averaged", Collective("all_reduce", float(size), group, -(-size // BUCKET))), Wait("averaged")]
+    return [Start("averaged", Collective("all_reduce", float(size), group, -(-size // DDP_BUCKET))), Wait("averaged")]
 
 
 def passes(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
@@ -211,9 +209,9 @@ def _whole(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator
     numbers, strategy = range(len(profile.parts)), config.parallel.strategy
     yield from (Compute(number, "forward") for number in numbers)
     # What DeepSpeed has in one bucket travels whole, and each rank keeps its share.
-    reduces = mesh.data.ranks > 1 and (last or strategy == "zero2") and not after_passes(strategy, profile.compute)
+    reduces = mesh.data.ranks > 1 and (last or strategy == "zero2") and not after_passes(config, profile.compute)
     itemsize = reduced_itemsize(config)
-    bucket = BUCKET / 4 if strategy in ("ddp", "fsdp") else min(50_000_000, max(1, trained_values(profile.parts)))
+    bucket = DDP_BUCKET / 4 if strategy in ("ddp", "fsdp") else min(50_000_000, max(1, trained_values(profile.parts)))
     waiting = started = 0
     for number in reversed(numbers):
         yield from computed(profile, config, number)
@@ -312,18 +310,20 @@ def update(parts: Sequence[Part], profile: Profile, config: Config, mesh: Mesh) 
         yield from _averaged(reduced_itemsize(config) * trained_values(parts, whole=True), data)
     elif strategy == "pipeline":
         yield from _averaged(reduced_itemsize(config) * trained_values(parts), data)
-    elif after_passes(strategy, profile.compute):
+    elif after_passes(config, profile.compute):
         yield from _averaged(reduced_itemsize(config) * sum(padded_groups(profile, data.ranks)), data)
     zero = strategy.startswith("zero")
+    yield from _averaged(used_map(profile, strategy, data.ranks), data)
     if mesh.everyone.ranks > 1:
         yield Start("numbers", Collective("all_reduce", NUMBERS - 8 * zero, mesh.everyone))
         yield Wait("numbers")
-    if zero and data.ranks > 1 and not after_passes(strategy, profile.compute):
-        # The square of the norm of each group, fp32 and under stage 3 fp64; in fp16, and under stage 2 in bf16, whether a
-        # gradient is not finite.
-        groups, compute = len(profile.groups), profile.compute
-        flag = int(compute == torch.float16 or (compute == torch.bfloat16 and strategy == "zero2"))
-        yield Start("norm", Collective("all_reduce", flag + (8 if strategy == "zero3" else 4) * groups, data, flag + groups))
+    if zero and data.ranks > 1 and not after_passes(config, profile.compute):
+        # The square of the norm of each group, fp32, or fp64 under stage 3 unless the CPU steps. In fp16, and below stage 3 in
+        # bf16 too, whether a gradient is not finite.
+        groups, compute, third = len(profile.groups), profile.compute, strategy == "zero3"
+        flag = int(compute == torch.float16 or (compute == torch.bfloat16 and not third))
+        size = flag + (8 if third and config.parallel.offload == "none" else 4) * groups
+        yield Start("norm", Collective("all_reduce", size, data, flag + groups))
         yield Wait("norm")
     trained = float(trained_values(parts))
     if sharded:

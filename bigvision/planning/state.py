@@ -2,14 +2,15 @@
 
 That is every tensor of its engine, counted once for each storage: parameters, buffers, masters, moments, averages, buckets,
 what torch's pipelines receive into, and the scalars beside them, with the numbers of the last step, which wait there to be
-read. The batch and the images made of it are counted apart, since they come from the data. Not counted is the map of unused
-parameters of DistributedDataParallel, 8 bytes for each parameter of a model that has some.
+read. The batch and the images made of it are counted apart, since they come from the data.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from bigvision.config import Config, OptimConfig, deepspeed_settings, micro_batch
 from bigvision.engine.step import REQUESTS
 from bigvision.errors import UserError
+from bigvision.models.formats import COMPUTE_DTYPES
 from bigvision.optim import state_layout
 from bigvision.planning.profile import Profile, StateTensor
 
@@ -85,7 +87,7 @@ class State:
 def state_of(profile: Profile, config: Config, layout: Layout, tensors: list[StateTensor], shard: int) -> State:
     """Of a rank with a *shard* of *tensors*."""
     if layout.strategy.startswith("zero"):
-        return _zero_state(profile, config, layout)
+        return _zero_state(profile, config, layout, shard)
     return _fragments_state(profile, config, layout, tensors, shard)
 
 
@@ -101,9 +103,17 @@ def _fragments_state(profile: Profile, config: Config, layout: Layout, tensors: 
                 gradients += stored * MASTER
     counters = _counters(profile, config.optim, layout, tensors)
     host = counters if config.optim.name in HOST_COUNTERS else 0
-    # DistributedDataParallel keeps its buckets, and gradients are views of them.
+    # DistributedDataParallel keeps its buckets, and gradients are views of them; its map lies in both memories.
     buckets = gradients if layout.strategy == "ddp" and layout.ranks > 1 else 0
-    return State(parameters, optimizer + counters - host, gradients, buckets, host)
+    used = used_map(profile, layout.strategy, layout.ranks)
+    return State(parameters, optimizer + counters - host, gradients, buckets + used, host + used)
+
+
+def used_map(profile: Profile, strategy: str, ranks: int) -> int:
+    """Bytes of the map of trained parameters that got a gradient, an int32 for each, where some get none under ddp."""
+    return (
+        MASTER * sum(tensor.trained for tensor in profile.tensors) if strategy == "ddp" and ranks > 1 and profile.unused else 0
+    )
 
 
 def _counters(profile: Profile, optim: OptimConfig, layout: Layout, tensors: list[StateTensor]) -> int:
@@ -124,14 +134,18 @@ def _counters(profile: Profile, optim: OptimConfig, layout: Layout, tensors: lis
 
 
 def scalars_of(config: Config, layout: Layout, profile: Profile, computes_loss: bool) -> int:
-    """Bytes of small tensors: what images are normalised by, what a skip is decided by, and the last step's numbers."""
+    """Bytes of small tensors: what images and targets are normalised or weighed by, what a skip is decided by, and the last
+    step's numbers."""
     share, optim = config.train.global_batch // layout.data_ranks, config.optim
-    normalisation = 2 * MASTER * profile.image[0]
+    # Of images and of targets, and what the losses of a step are divided by.
+    normalisation = 2 * MASTER * profile.image[0] + profile.task + 8 * profile.weighed
+    if layout.strategy == "pipeline":  # what losses are multiplied with, where that is a tensor
+        normalisation += 8 if profile.weighed else 4 * (config.parallel.precision == "fp16")
     numbers = 8 * (4 + len(REQUESTS)) + 8  # a `Record`, and the largest statistic of a model that has none
     # Of each micro-batch its loss, and of each sample whether its outputs are finite.
     checks = MASTER * -(-share // layout.micro_batch(config)) + share if computes_loss else 0
-    if layout.strategy == "zero3":  # finite, the norm as fp64, a flag of overflows
-        return normalisation + numbers + checks + 1 + 8 + 1
+    if layout.strategy == "zero3":  # finite, the norm as fp64, or as fp32 where the CPU steps, a flag of overflows
+        return normalisation + numbers + checks + 1 + (8 if config.parallel.offload == "none" else 4) + 1
     if layout.strategy.startswith("zero"):  # finite, the norm as fp32
         return normalisation + numbers + checks + 1 + 4
     skipping = {"adamw": 4, "sgd": 4, "muon": 1}.get(optim.name, 0)  # whether to skip: fp32 for torch's fused steps, or bool
@@ -140,40 +154,63 @@ def scalars_of(config: Config, layout: Layout, profile: Profile, computes_loss: 
     return normalisation + numbers + checks + skipping + 4 + 8  # the loss scale and its good steps
 
 
-def _zero_state(profile: Profile, config: Config, layout: Layout) -> State:
-    """Of DeepSpeed's stages; all ranks hold as much. Weights in the compute type, fp32 masters and moments of a share."""
-    ranks, offload = layout.ranks, config.parallel.offload
+def _zero_state(profile: Profile, config: Config, layout: Layout, shard: int) -> State:
+    """Of DeepSpeed's stages: weights in the compute type, fp32 masters and moments of a share."""
+    ranks, offload, compute = layout.ranks, config.parallel.offload, profile.compute
     parameters = [tensor for tensor in profile.tensors if not tensor.buffer]
+    trained = [tensor for tensor in parameters if tensor.trained]
     knobs = zero_settings(profile, config, ranks)
-    moment = sum(dtype.itemsize for _, dtype in state_layout(config.optim, (1, 1)).values())
-    counter = 4 if config.optim.name == "adamw" and offload == "none" else 0
+    counter = 4 if config.optim.name == "adamw" else 0
     # Of frozen weights that are saved in another type than they compute in each rank keeps a share in host memory.
     host = sum(-(-t.numel // ranks) * t.dtype.itemsize for t in parameters if not t.trained and t.dtype != t.computes)
+    whole = bucket = 0
     if layout.strategy == "zero3":
-        share = sum(-(-t.numel // ranks) for t in parameters if t.trained)
+        share = sum(-(-t.numel // ranks) for t in trained)
         held = sum(-(-t.numel // ranks) * t.computes.itemsize for t in parameters)
         # What is kept whole is gathered with its padding.
         kept = [t for t in parameters if t.numel <= knobs["stage3_param_persistence_threshold"] and ranks > 1]
         whole = sum(-(-t.numel // ranks) * ranks * t.computes.itemsize for t in kept)
-        masters, moments, gradients, flats = MASTER * share, moment * share, MASTER * share, len(profile.groups)
-        bucket = MASTER * knobs["reduce_bucket_size"]
+        gradients = MASTER * share
+        bucket = COMPUTE_DTYPES[config.parallel.reduce].itemsize * knobs["reduce_bucket_size"]
     else:
         # Each group is one flat tensor, a multiple of two numbers for each rank.
         padded = padded_groups(profile, ranks)
-        held = sum(padded) * profile.compute.itemsize
-        held += sum(t.numel * t.computes.itemsize for t in parameters if not t.trained)
-        whole, masters, moments, flats = 0, MASTER * sum(padded) // ranks, moment * sum(padded) // ranks, len(padded)
-        gradients = MASTER * sum(t.numel for t in parameters if t.trained) // (ranks if layout.strategy == "zero2" else 1)
-        bucket = 0
+        share = sum(padded) // ranks
+        held = sum(padded) * compute.itemsize + sum(t.numel * t.computes.itemsize for t in parameters if not t.trained)
+        gradients = MASTER * sum(t.numel for t in trained) // (ranks if layout.strategy == "zero2" else 1)
+    masters = MASTER * share
+    moments = share * sum(dtype.itemsize for _, dtype in state_layout(config.optim, (1, 1)).values())
+    if offload == "none":
+        # Stage 3 keeps its share of the gradients; stage 1 in bf16 accumulates all of them in fp32, laid out as the weights,
+        # beside those that the backward pass makes.
+        persistent = gradients if layout.strategy == "zero3" else 0
+        if after_passes(config, compute):
+            persistent = MASTER * sum(padded)
+        return State(held + whole + masters, moments + counter * len(profile.groups), gradients, bucket + persistent, host)
+    # The gradients with which the CPU steps, beside its share.
+    host += masters + moments + MASTER * share
+    if layout.strategy == "zero3":
+        host += gradients
+    else:
+        # The new weights in the compute type, and on either side a buffer for a gradient that is copied.
+        bucket = max(t.numel for t in trained) * compute.itemsize
+        host += share * compute.itemsize + bucket
+        several = layout.micro_batch(config) < config.train.global_batch // ranks
+        if layout.strategy == "zero2" and several and compute.itemsize == MASTER:
+            # Sums of micro-batches, of each parameter of which it has a part; in half precision they stay on the device.
+            host += sum(MASTER * numel for numel in _in_share(profile, ranks, shard))
     if offload == "all":
         host, held = host + held, 0
-    if offload != "none":
-        return State(held + whole, 0, 0, bucket, host + masters + moments + gradients)
-    persistent = gradients if layout.strategy == "zero3" else 0
-    if layout.strategy == "zero1" and profile.compute.itemsize < MASTER:
-        # It accumulates gradients in fp32, laid out as the weights, beside those that the backward pass makes.
-        persistent = MASTER * sum(padded)
-    return State(held + whole + masters, moments + counter * flats, gradients, bucket + persistent, host)
+    return State(held + whole, 0, 0, bucket, host)
+
+
+def _in_share(profile: Profile, ranks: int, shard: int) -> Iterator[int]:
+    """Elements of each parameter of which DeepSpeed's first two stages give a part to the rank *shard*."""
+    sizes = {tensor.name: tensor.numel for tensor in profile.tensors}
+    for names, padded in zip(profile.groups, padded_groups(profile, ranks)):
+        begin, end = padded // ranks * shard, padded // ranks * (shard + 1)
+        starts = itertools.accumulate((sizes[name] for name in names), initial=0)
+        yield from (sizes[name] for name, start in zip(names, starts) if start < end and start + sizes[name] > begin)
 
 
 def zero_settings(profile: Profile, config: Config, ranks: int) -> dict[str, int]:
@@ -182,9 +219,10 @@ def zero_settings(profile: Profile, config: Config, ranks: int) -> dict[str, int
     return deepspeed_settings(config, ranks, profile.device, profile.parameters, largest)["zero_optimization"]
 
 
-def after_passes(strategy: str, compute: torch.dtype) -> bool:
+def after_passes(config: Config, compute: torch.dtype) -> bool:
     """Whether gradients are exchanged after all passes: for bf16 DeepSpeed's first stage has an optimizer of its own."""
-    return strategy == "zero1" and compute == torch.bfloat16
+    parallel = config.parallel
+    return parallel.strategy == "zero1" and parallel.offload == "none" and compute == torch.bfloat16
 
 
 def local_share(layout: Layout, tensor: StateTensor, shard: int) -> tuple[int, int]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bigvision.config import load_config
+from bigvision.config import Config, load_config
+from bigvision.models import blueprint, find_blocks
 from bigvision.planning.memory import Memory, rank_memory
-from bigvision.planning.profile import profile
+from bigvision.planning.profile import Profile, profile
 from bigvision.planning.state import Layout
 
 
@@ -43,14 +45,27 @@ def batch_of(plan: Any, engine: Any, samples: int) -> Any:
     return Batch(images, targets, ids, torch.ones(samples, dtype=torch.bool))
 
 
-def predicted(plain: dict[str, Any], ranks: int, outputs: int = 10) -> list[Memory]:
+OUTPUTS = 10
+Make = Callable[[], nn.Module] | None
+"""Builds a model of the user's; None is timm's of the configuration."""
+
+
+def profiled(config: Config, make: Make = None) -> Profile:
+    """What is counted of a step."""
+    if make is None:
+        return profile(config, OUTPUTS)
+    plan = blueprint(config.model, OUTPUTS, make())
+    return profile(config, OUTPUTS, plan=(plan, find_blocks(plan.module, plan.image_size)))
+
+
+def predicted(plain: dict[str, Any], ranks: int, make: Make = None) -> list[Memory]:
     """What each of *ranks* is predicted to hold."""
     config = load_config(plain)
-    layout, counted = Layout.of(config, ranks), profile(config, outputs)
+    layout, counted = Layout.of(config, ranks), profiled(config, make)
     return [rank_memory(counted, config, layout, rank) for rank in range(ranks)]
 
 
-def held(plain: dict[str, Any], outputs: int = 10) -> dict[str, int]:
+def held(plain: dict[str, Any], make: Make = None) -> dict[str, int]:
     """Bytes by category that this rank holds after a step. Called on every rank.
 
     Without the batch and the images made of it. A process's memory is the host's, so "all" has what is offloaded too.
@@ -65,10 +80,12 @@ def held(plain: dict[str, Any], outputs: int = 10) -> dict[str, int]:
 
             load_deepspeed(runtime.device)
         before = everything()
-        engine, plan, _ = build_model(config, outputs, runtime, 9, say=lambda text: None)
+        engine, plan, _ = build_model(config, OUTPUTS, runtime, 9, lambda text: None, model=make and make())
         batch = batch_of(plan, engine, config.train.global_batch // runtime.data_ranks)
+        del plan  # its recording of the constructor has constants, which the engine does not need
         extra = sum(storages(batch.tensors()).values())
-        engine.train_step(batch)
+        while engine.train_step(batch).skipped and config.parallel.precision == "fp16":
+            pass  # until its loss scale fits
         if engine._buffer is not None:
             extra += engine._buffer.untyped_storage().nbytes()
         stepper = engine.stepper
@@ -81,6 +98,9 @@ def held(plain: dict[str, Any], outputs: int = 10) -> dict[str, int]:
             if engine.ema
             else 0,
         }
+        if getattr(getattr(engine, "forward", None), "find_unused_parameters", False):
+            # DistributedDataParallel's map is no object of Python's; the host has one as large.
+            found["all"] += 2 * engine.forward.reducer._get_local_used_map().nbytes
         engine.close()
         return found
 

@@ -20,6 +20,7 @@ from bigvision.planning.recorder import Moment, Span
 from bigvision.planning.state import HOST_COUNTERS, Layout
 from bigvision.planning.zero3 import gathered
 from tests.distributed import run_ranks
+from tests.engine.test_batchnorm import in_evaluation
 from tests.planning.held import held, one_of_many, predicted
 from tests.planning.measured import difference, peak_of_step
 from tests.recipes import MODELS, recipe
@@ -40,6 +41,7 @@ SPREADS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "gpipe": ((2,), {"strategy": "pipeline", "schedule": "gpipe"}),
     "interleaved": ((2,), {"strategy": "pipeline", "schedule": "interleaved"}),
     "zbv": ((2,), {"strategy": "pipeline", "schedule": "zbv"}),
+    "dualpipev": ((2,), {"strategy": "pipeline", "schedule": "dualpipev"}),
     "sharded stages": ((4,), {"strategy": "pipeline", "stages": 2}),
     "interleaved sharded stages": ((4,), {"strategy": "pipeline", "stages": 2, "schedule": "interleaved"}),
     "copied stages": ((4,), {"strategy": "pipeline", "stages": 2, "replicas": 2}),
@@ -55,21 +57,33 @@ OPTIMIZERS = [
     *((spread, ranks, "full", "vit", {"optim": {"name": "adafactor"}}) for spread, ranks in
       (("ddp", 2), ("pipeline", 2), ("copied stages", 4))),
     *((spread, 2, "full", "vit", {"optim": {"name": "adamw", "clip": None}}) for spread in ("ddp", "zero2")),
-    *((spread, 2, "full", "vit", {"parallel": {"precision": "fp16"}}) for spread in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+    *((spread, 2, "full", "vit", {"parallel": {"precision": "fp16"}}) for spread in
+      ("ddp", "fsdp", "zero1", "zero2", "zero3", "pipeline")),
+    *((spread, 2, what, "vit", {"parallel": {"reduce": "bf16"}}) for what in ("full", "EMA") for spread in
+      ("ddp", "fsdp", "zero1", "zero2", "zero3", "pipeline")),
+    *((spread, 2, "full", "vit", {"task": {"class_weights": "balanced"}}) for spread in ("ddp", "zero2", "pipeline")),
+    ("fsdp", 2, "full", "vit", {"task": {"name": "regress"}}),
+    *((spread, 2, "full", "pyramid", {"task": {"name": "segment"}}) for spread in ("ddp", "zero3")),
 ]  # fmt: skip
 # Running statistics; tied parameters; scalars. All have parameters with fewer rows than there are ranks.
 KINDS = [
     *((spread, 3, "EMA", model, {}) for model in ("efficientnet", "coat", "nfnet") for spread in
       ("ddp", "fsdp", "zero1", "zero2", "zero3")),
-    *((spread, 4, "EMA", "efficientnet", {}) for spread in ("hybrid", "sharded stages", "copied stages")),
-    *((spread, 2, "EMA", model, {}) for model in ("efficientnet", "nfnet") for spread in ("pipeline", "interleaved")),
+    ("hybrid", 4, "EMA", "efficientnet", {}),
+    *((spread, 4, "EMA", "efficientnet", {"train": {"micro_batch": 2}}) for spread in ("sharded stages", "copied stages")),
+    *((spread, 2, "EMA", model, {"train": {"micro_batch": 2}}) for model in ("efficientnet", "nfnet") for spread in
+      ("pipeline", "interleaved")),
     *((spread, 2, what, "vit", {"train": {"micro_batch": 3}}) for what in ("full", "bf16") for spread in SPREADS
-      if 2 in SPREADS[spread][0] and spread not in ("interleaved", "zbv")),
+      if 2 in SPREADS[spread][0] and spread not in ("interleaved", "zbv", "dualpipev")),
 ]  # fmt: skip
 OFFLOADED = [
     (spread, 2, what, "vit", {"optim": {"name": name}, "parallel": {"offload": offload}})
     for name, what in (("adamw", "full"), ("sgd", "frozen"), ("lion", "EMA"))
     for spread, offload in (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "all"))
+] + [
+    (spread, 3, what, "vit", {"train": {"micro_batch": 3}, "parallel": {"offload": offload}})
+    for what in ("full", "bf16")
+    for spread, offload in (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "all"))
 ]
 
 
@@ -98,6 +112,14 @@ def test_state_is_what_a_rank_holds(tmp_path: Path, spread: str, ranks: int, wha
 @pytest.mark.parametrize("row", [*MATRIX, *OPTIMIZERS, *KINDS, *OFFLOADED], ids=str)
 def test_state_of_every_strategy(tmp_path: Path, row: tuple[str, int, str, str, dict[str, Any]]) -> None:
     check_state(tmp_path, *row)
+
+
+@pytest.mark.long
+def test_the_map_of_unused_parameters(tmp_path: Path) -> None:
+    plain = recipe(tmp_path, train={"micro_batch": None}) | {"model": {"name": "Auxiliary", "image_size": 32}}
+    (memory, *_) = predicted(plain, 2, in_evaluation)
+    assert memory.host == 4 * 6
+    assert [found["all"] for found in run_ranks(held, 2, plain, in_evaluation)] == [memory.state + memory.host] * 2
 
 
 # The peak of a step.
@@ -188,6 +210,16 @@ CASES: list[tuple[Any, ...]] = [
     (REGISTERS, 2, 8, 1, "zero3", HALF, NONE),
     (EVA, 2, 8, 1, "fsdp", NONE, NONE, {"model": {"lora": {"rank": 4}}}),
     (SWIN, 2, 4, 1, "zero3", NONE, NONE),
+    *(
+        (VIT, 2, 8 // count, count, strategy, {"precision": "fp16"}, NONE)
+        for count in (1, TWICE)
+        for strategy in ("zero1", "zero2")
+    ),
+    # Gradients travel in bf16.
+    *((VIT, 2, 8, 1, strategy, {"reduce": "bf16"}, NONE) for strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+    (VIT, 2, 4, TWICE, "fsdp", {"reduce": "bf16", "scatter": "last"}, NONE),
+    (VIT, 2, 8, 1, "zero1", HALF | {"reduce": "bf16"}, NONE),
+    (VIT, 2, 8, 1, "zero3", HALF | {"reduce": "bf16"}, NONE),
     (EFFICIENTNET, 2, 16, 1, "zero1", HALF, NONE),
     (HIERA, 1, 8, 1, "ddp", NONE, {"name": "multilabel"}),
     (HIERA, 2, 4, 1, "fsdp", AGAIN, NONE),

@@ -1,7 +1,7 @@
 """What a rank sends in a step, against the collectives of an engine's step.
 
-The other ranks are torch's fake process group. Under ddp, whose reducer needs results, and under ZeRO, which skips a step whose
-gradients are not finite, they are real.
+The other ranks are torch's fake process group. Under ddp, whose reducer needs results, and under ZeRO and in fp16, which skip
+a step whose gradients are not finite, they are real.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bigvision.config import load_config
-from bigvision.planning.profile import profile
 from bigvision.planning.program import sent
 from bigvision.planning.state import Layout
 from bigvision.runtime import process, start
 from bigvision.training.build import build_model
 from tests.distributed import run_ranks
-from tests.planning.held import batch_of
+from tests.engine.test_batchnorm import in_evaluation
+from tests.planning.held import Make, batch_of, profiled
 
 VIT = {"name": "vit_tiny_patch16_224", "image_size": 32, "num_classes": 10, "options": {"depth": 4, "patch_size": 8}}
 RESNET = {"name": "resnet18", "image_size": 32, "num_classes": 10}
@@ -58,6 +58,24 @@ CASES = {
     "zero3, recompute": (2, VIT, {"strategy": "zero3", "recompute": "blocks"}, 2),
     "zero3, selective": (2, VIT, {"strategy": "zero3", "recompute": "selective"}, 2),
     **{f"zero{stage}, reduced in bf16": (2, VIT, {"strategy": f"zero{stage}", "reduce": "bf16"}, 1) for stage in (1, 2, 3)},
+    **{
+        f"{strategy}, fp16": (2, VIT, {"strategy": strategy, "precision": "fp16"}, 1)
+        for strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3")
+    },
+    "zero1, fp16, reduced in bf16": (2, VIT, {"strategy": "zero1", "precision": "fp16", "reduce": "bf16"}, 2),
+    **{
+        f"{strategy}, {offload} offloaded, {precision}": (
+            2,
+            VIT,
+            {"strategy": strategy, "precision": precision, "offload": offload},
+            1,
+        )
+        for strategy, offload in (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "all"))
+        for precision in ("fp32", "bf16")
+    },
+    "pipeline, interleaved": (2, VIT, {"strategy": "pipeline", "schedule": "interleaved"}, None),
+    "pipeline, zbv": (2, VIT, {"strategy": "pipeline", "schedule": "zbv"}, None),
+    "pipeline, dualpipev": (2, VIT, {"strategy": "pipeline", "schedule": "dualpipev"}, None),
     "zero1, bf16, reduced in bf16": (2, VIT, {"strategy": "zero1", "precision": "bf16", "reduce": "bf16"}, 1),
 }
 """Ranks, model, `parallel`, and `train.micro_batch` of two samples on a rank."""
@@ -89,13 +107,14 @@ class Sent(TorchDispatchMode):
         self.bytes[kind] = self.bytes.get(kind, 0.0) + size
 
 
-def sent_in_a_step(plain: dict[str, Any]) -> dict[str, float]:
-    """What this rank sends in the second step. Called on every rank."""
+def sent_in_a_step(plain: dict[str, Any], make: Make = None) -> dict[str, float]:
+    """What this rank sends in a step after the first. Called on every rank."""
     config = load_config(plain)
     with start("cpu", config.parallel.replicas, config.parallel.pipeline_ranks) as runtime:
-        engine, plan, _ = build_model(config, 10, runtime, 9, say=lambda text: None)
+        engine, plan, _ = build_model(config, 10, runtime, 9, lambda text: None, model=make and make())
         batch = batch_of(plan, engine, config.train.global_batch // runtime.data_ranks)
-        engine.train_step(batch)
+        while engine.train_step(batch).skipped and config.parallel.precision == "fp16":
+            pass  # until its loss scale fits
         with Sent() as counting:
             engine.train_step(batch)
         engine.close()
@@ -103,7 +122,7 @@ def sent_in_a_step(plain: dict[str, Any]) -> dict[str, float]:
 
 
 def one_of_fake(plain: dict[str, Any], ranks: int) -> dict[str, float]:
-    """What the first of *ranks* sends in the second step."""
+    """What the first of *ranks* sends in a step."""
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
@@ -125,11 +144,25 @@ def test_a_rank_sends_what_is_predicted(name: str) -> None:
         "parallel": {"precision": "fp32", "device": "cpu"} | parallel,
         "train": {"global_batch": 2 * ranks * (2 if parallel["strategy"] == "pipeline" else 1), "micro_batch": micro},
     }
-    real = parallel["strategy"] in ("ddp", "zero1", "zero2", "zero3")
-    found = (run_ranks(sent_in_a_step, ranks, plain) if real else run_ranks(one_of_fake, 1, plain, ranks))[0]
+    real = parallel["strategy"] in ("ddp", "zero1", "zero2", "zero3") or parallel.get("precision") == "fp16"
+    check(plain, (run_ranks(sent_in_a_step, ranks, plain) if real else run_ranks(one_of_fake, 1, plain, ranks))[0], ranks)
+
+
+@pytest.mark.long
+def test_the_map_of_unused_parameters() -> None:
+    plain = {
+        "model": {"name": "Auxiliary", "image_size": 32},
+        "parallel": {"strategy": "ddp", "precision": "fp32", "device": "cpu"},
+        "train": {"global_batch": 4},
+    }
+    check(plain, run_ranks(sent_in_a_step, 2, plain, in_evaluation)[0], 2, in_evaluation)
+
+
+def check(plain: dict[str, Any], found: dict[str, float], ranks: int, make: Make = None) -> None:
+    """Raise unless the first rank has sent what is predicted."""
     config = load_config(plain)
     predicted: dict[str, float] = {}
-    for (kind, _), size in sent(profile(config, 10), config, Layout.of(config, ranks)).items():
+    for (kind, _), size in sent(profiled(config, make), config, Layout.of(config, ranks)).items():
         predicted[kind] = predicted.get(kind, 0.0) + size
     assert found.keys() == predicted.keys(), (found, predicted)
     for kind, size in found.items():
