@@ -28,6 +28,7 @@ COPIES = {"_to_copy", "clone", "convert_element_type", "full", "full_like", "emp
 def compile_without_code(blocks: Sequence[nn.Module], attention: FusedAttention) -> None:
     """Let each of *blocks* do, in place, what its compiled form would do. Blocks of one kind share a trace."""
     import torch._dynamo
+    import torch._inductor.lowering  # which the decomposition of pooling takes for imported
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table

@@ -101,7 +101,15 @@ class Classify(Task):
         return self.weights
 
     def loss(self, outputs: Tensor, targets: Tensor | tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Return the sum of the samples' losses. *outputs* are logits, (B, classes); *targets* may be :meth:`mixed`."""
+        """Return the sum of the samples' losses. *outputs* are logits, (B, classes); *targets* may be :meth:`mixed`.
+
+        `UserError` for outputs of another shape, such as those of a model without a head.
+        """
+        if outputs.ndim != 2:
+            raise UserError(
+                f"model.name: the model returns {tuple(outputs.shape[1:])} for an image instead of a score for each class: "
+                "choose a model with a head, or give model=..., a function that puts one on it"
+            )
         if not isinstance(targets, tuple):
             return self._losses(outputs, targets, "sum")
         own, other, share = targets
