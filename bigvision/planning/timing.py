@@ -9,13 +9,14 @@ from __future__ import annotations
 import bisect
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
+from bigvision.config import Config, micro_batch
 from bigvision.pipeline.schedules import Placement, passes_of
+from bigvision.planning.division import cut_stages
 from bigvision.planning.hardware import Curve, Device, Hardware, Rates
 from bigvision.planning.operations import PRODUCTS, Work, rate_name
 from bigvision.planning.profile import Profile
@@ -30,7 +31,6 @@ from bigvision.planning.program import (
     computed,
     passes,
     sharded_stages,
-    stages_of,
     trained_values,
     update,
 )
@@ -226,7 +226,7 @@ def step_time(profile: Profile, config: Config, layout: Layout, hardware: Hardwa
         streams, bubble = _pipelined(profile, config, layout, mesh, Streams(hardware, clock, profile, size), count, rest)
     else:
         streams, bubble = _accumulated(config, mesh, Streams(hardware, clock, profile, size), count, rest), 0.0
-        streams.run(update(profile.parts, profile, config, mesh))
+        streams.run(update(profile.tensors, profile, config, mesh))
     total = streams.compute
     batch = config.train.global_batch
     peak = hardware.device.flops.get(FORMATS.get(profile.compute, "fp32"))
@@ -257,7 +257,7 @@ def _accumulated(config: Config, mesh: Mesh, streams: Streams, count: int, rest:
     profile, size = streams.profile, streams.images
     sizes = [size] * count + [rest] * bool(rest)
     sharded = config.parallel.strategy in ("fsdp", "zero2", "zero3")
-    added = SUM_BYTES * trained_values(profile.parts) / (mesh.shard.ranks if sharded else 1)
+    added = SUM_BYTES * trained_values(profile.tensors) / (mesh.shard.ranks if sharded else 1)
     for number, images in enumerate(sizes):
         first, last = number == 0, number == len(sizes) - 1
         if number > 1 and not last and images == size:
@@ -280,49 +280,55 @@ def _pipelined(
     profile: Profile, config: Config, layout: Layout, mesh: Mesh, streams: Streams, count: int, rest: int
 ) -> tuple[Streams, float]:
     """The clocks of the busiest rank after a step, and how long it waits for other stages."""
-    parallel, hardware, clock = config.parallel, streams.hardware, streams.clock
-    placement = Placement(layout.stages, layout.stages_per_rank, parallel.schedule in SPLIT_BACKWARD)
-    stages = getattr(layout, "stage_parts", None) or stages_of(profile, layout)
+    stages, hardware, clock = cut_stages(profile, config, layout), streams.hardware, streams.clock
+    placement = stages.memory.placement
+    group = Group("stage", placement.ranks, hardware.ranks // placement.ranks)
     busy: dict[int, dict[str, float]] = {rank: {} for rank in range(placement.ranks)}
     end = 0.0
     for batches, images in ((count, streams.images), (1, rest)):
         if batches and images:
-            end += _schedule(profile, config, placement, stages, clock, hardware, batches, images, busy, streams)
+            costs = [_stage_seconds(profile, config, clock, shares, images) for shares in stages.shares]
+            # Over each cut activations go onwards and gradients back.
+            travel = [(0.0, 0.0)] * placement.stages
+            for stage in range(placement.stages - 1):
+                if placement.rank_of(stage) != placement.rank_of(stage + 1):
+                    sizes = stages.costs[stage].sent * images, stages.returned[stage] * images
+                    there, back = (Collective("send", size, group).seconds(hardware) if size else 0.0 for size in sizes)
+                    travel[stage] = there, back
+                    streams.communication += batches * (there + back) / placement.ranks
+            end += simulate(config.parallel.schedule, placement, costs, travel, batches, busy)
     rank = max(busy, key=lambda one: sum(busy[one].values()))
-    mine = [number for stage in placement.numbers(rank) for number in stages[stage]]
     streams.spent, streams.compute = busy[rank], end
     bubble = end - sum(busy[rank].values())
-    parts = [profile.parts[number] for number in mine]
     if mesh.shard.ranks > 1:
-        streams.run(iter(sharded_stages(profile, config, placement, mesh, stages, rank)))
-    streams.run(update(parts, profile, config, mesh))
+        streams.run(iter(sharded_stages(profile, config, stages, mesh, rank)))
+    streams.run(update(stages.tensors(placement.numbers(rank)), profile, config, mesh))
     return streams, bubble
 
 
-def _schedule(
-    profile: Profile, config: Config, placement: Placement, stages: Sequence[Sequence[int]], clock: Clock, hardware: Hardware,
-    count: int, images: int, busy: dict[int, dict[str, float]], streams: Streams,
+def _stage_seconds(
+    profile: Profile, config: Config, clock: Clock, shares: Mapping[int, float], images: int
+) -> dict[str, float]:  # fmt: skip
+    """What a micro-batch takes on a stage with *shares* of the parts, by kind."""
+    found: dict[str, float] = dict.fromkeys(("forward", "backward", "recompute"), 0.0)
+    for number, share in shares.items():
+        for one in (Compute(number, "forward"), *computed(profile, config, number)):
+            took = clock.part(profile, number, one.what, images)
+            found[one.what] += share * max(took.device, took.host)
+    return found
+
+
+def simulate(
+    schedule: str, placement: Placement, seconds: Sequence[Mapping[str, float]], travel: Sequence[tuple[float, float]],
+    count: int, busy: dict[int, dict[str, float]],
 ) -> float:  # fmt: skip
-    """Simulate a schedule of *count* micro-batches; add each rank's seconds to *busy*, and return when the last one ends."""
-    seconds: list[dict[str, float]] = []
-    for parts in stages:
-        found: dict[str, float] = dict.fromkeys(("forward", "backward", "recompute"), 0.0)
-        for number in parts:
-            for one in (Compute(number, "forward"), *computed(profile, config, number)):
-                took = clock.part(profile, number, one.what, images)
-                found[one.what] += max(took.device, took.host)
-        seconds.append(found)
-    group = Group("stage", placement.ranks, hardware.ranks // placement.ranks)
-    travel = [0.0] * placement.stages
-    for stage in range(placement.stages - 1):
-        size = profile.parts[stages[stage][-1]].output_bytes * images if stages[stage] else 0.0
-        if placement.rank_of(stage) != placement.rank_of(stage + 1):
-            sent = Collective("send", size, group).seconds(hardware)
-            travel[stage] = sent
-            streams.communication += 2 * count * sent / placement.ranks
+    """Run *count* micro-batches in torch's order; add each rank's seconds to *busy*, and return when the last one ends.
+
+    *seconds* are those of each stage for a micro-batch, *travel* those over the cut behind it, onwards and back.
+    """
     last, now = placement.stages - 1, dict.fromkeys(range(placement.ranks), 0.0)
     ended: dict[tuple[int, str, int], float] = {}
-    waiting = {rank: deque(passes) for rank, passes in passes_of(config.parallel.schedule, placement, count).items()}
+    waiting = {rank: deque(passes) for rank, passes in passes_of(schedule, placement, count).items()}
     while any(waiting.values()):
         moved = False
         for rank, queue in waiting.items():
@@ -331,12 +337,12 @@ def _schedule(
                 stage, batch = one.stage, one.micro_batch
                 if one.kind == "F":
                     ready = ended.get((stage - 1, "F", batch)) if stage else 0.0
-                    ready = None if ready is None else ready + (travel[stage - 1] if stage else 0.0)
+                    ready = None if ready is None else ready + (travel[stage - 1][0] if stage else 0.0)
                 elif one.kind == "W":
                     ready = ended.get((stage, "B", batch))
                 else:
                     ready = ended.get((stage + 1, "B", batch)) if stage < last else ended.get((stage, "F", batch))
-                    ready = None if ready is None else ready + (travel[stage] if stage < last else 0.0)
+                    ready = None if ready is None else ready + travel[stage][1]
                 if ready is None:
                     break
                 costs = seconds[stage]

@@ -174,6 +174,8 @@ CASES: list[tuple[Any, ...]] = [
     # So small that the optimizer's step has the peak.
     *((VIT, 1, 2, 1, "ddp", AGAIN, NONE, {"optim": {"name": name}}) for name in ("sgd", "lion", "lamb", "adafactor", "muon")),
     *((VIT, 2, 2, 1, "fsdp", AGAIN, NONE, {"optim": {"name": name}}) for name in ("lamb", "muon")),
+    # So small that gathered weights have it.
+    *((VIT, 2, 2, 1, "fsdp", AGAIN | {"unit_size": size}, NONE, {"optim": {"name": "sgd"}}) for size in ("4MB", "1GB")),
     (VIT, 2, 2, 1, "zero1", AGAIN, NONE),
     (VIT, 2, 2, 1, "zero3", AGAIN, NONE),
     (RESNET, 2, 16, 1, "zero2", NONE, NONE),
