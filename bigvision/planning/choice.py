@@ -31,7 +31,7 @@ from bigvision.models import Blocks, Blueprint, GivenModel, blueprint, find_bloc
 from bigvision.optim import freeze
 from bigvision.pipeline.schedules import USABLE
 from bigvision.planning.hardware import PER_HOST, Hardware
-from bigvision.planning.memory import Memory, worst
+from bigvision.planning.memory import Memory, shards_teacher, worst
 from bigvision.planning.profile import Profile, planned, profile
 from bigvision.planning.state import Layout
 from bigvision.planning.timing import StepTime, least_seconds, step_time
@@ -147,6 +147,9 @@ class Estimates:
         config = self._alone(config)
         parallel = config.parallel
         casts = "ddp" if parallel.strategy in ("ddp", "pipeline") else "fsdp"
+        taught = self.task(config).teacher is not None
+        if casts == "fsdp" and taught and not shards_teacher(parallel.strategy, self.hardware.ranks):
+            casts = "zero2"  # the student's weights are cast before, the teacher's where they are read
         # As `why_eager` decides: the schedule and zero3's hooks.
         eager = parallel.compile == "auto" and (parallel.strategy == "zero3" or parallel.schedule in SPLIT_BACKWARD)
         key = (repr(config.model), repr(config.task), parallel.recompute, parallel.precision, casts, eager)

@@ -220,11 +220,16 @@ class _Step:
         return min(ema, MASTER * BUCKET)
 
 
+def shards_teacher(strategy: str, ranks: int) -> bool:
+    """Whether each rank has a share of the task's teacher; else it has all of it, and casts its weights where they are read."""
+    return strategy in ("fsdp", "zero3") and ranks > 1
+
+
 class _Teacher:
     """What a rank holds of a frozen teacher, and needs for its pass, which comes before the student's."""
 
     def __init__(self, profile: Profile, config: Config, layout: Layout, shard: int) -> None:
-        layout = replace(layout, strategy="fsdp" if layout.strategy in ("fsdp", "zero3") else "ddp")
+        layout = replace(layout, strategy="fsdp" if shards_teacher(layout.strategy, layout.ranks) else "ddp")
         step = _Step(profile, config, layout, State())
         stored = {one.name: one.numel if one.buffer else local_share(layout, one, shard)[0] for one in profile.tensors}
         self.held = sum(stored[one.name] * one.dtype.itemsize for one in profile.tensors)

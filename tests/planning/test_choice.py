@@ -135,6 +135,19 @@ def test_a_mesh_that_does_not_divide(sections: dict, hardware: str, words: list[
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_a_teacher_is_held_as_the_engine_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under zero1 and zero2, and on one rank, whole on each rank; the student's weights are cast before either way."""
+    monkeypatch.setattr(choice, "profile", lambda config, *_: config.parallel.strategy)
+    monkeypatch.setattr(REAL, "built", lambda *_: None)
+    taught = config(task={"teacher": "vit_tiny_patch16_224"})
+    for hardware, teacher in (("2xH100", "fsdp"), ("H100", "zero2")):
+        estimates = REAL(parse_hardware(hardware))
+        for strategy, expected in (("zero1", "zero2"), ("zero2", "zero2"), ("zero3", teacher), ("ddp", "ddp")):
+            assert estimates.profile(with_values(taught, {"parallel.strategy": strategy})) == expected
+            plain = estimates.profile(config(parallel={"strategy": strategy}))
+            assert plain == ("ddp" if strategy == "ddp" else "fsdp"), "no profile more than without"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "hardware", "batch", "strategies"),
