@@ -195,7 +195,8 @@ class Streams:
             kind = "optimizer" if one.what == "optimizer" else "bytes"
             seconds = Seconds(self.clock.bytes(one.moved, kind))
         else:
-            seconds = self.clock.part(self.profile, one.part, one.what, self.images)
+            images = self.profile.parts[one.part].kept(self.images)
+            seconds = self.clock.part(self.profile, one.part, one.what, images)
         self.host += seconds.host
         before = self.compute
         self.compute = max(self.compute + seconds.device, self.host)
@@ -230,7 +231,7 @@ def step_time(profile: Profile, config: Config, layout: Layout, hardware: Hardwa
     total = streams.compute
     batch = config.train.global_batch
     peak = hardware.device.flops.get(FORMATS.get(profile.compute, "fp32"))
-    flops = sum(part.forward_flops + part.backward_flops for part in profile.parts)
+    flops = profile.flops_in(size)
     spent = {what: streams.spent.get(what, 0.0) for what in ("forward", "backward", "recompute", "optimizer")}
     return StepTime(
         **spent, communication=streams.communication, exposed=streams.exposed, bubble=bubble, total=total,
@@ -248,7 +249,7 @@ def least_seconds(profile: Profile, config: Config, hardware: Hardware) -> float
     for part in profile.parts:
         works = [*part.forward_operations, *part.backward_operations]
         mine = [replace(work, fixed=0.0) for work in works if work.flops or work.moved]
-        found += clock.works(mine, config.train.global_batch / hardware.ranks)
+        found += clock.works(mine, part.kept(config.train.global_batch / hardware.ranks))
     return max(found.device, found.host)
 
 
@@ -313,7 +314,9 @@ def _stage_seconds(
     found: dict[str, float] = dict.fromkeys(("forward", "backward", "recompute"), 0.0)
     for number, share in shares.items():
         for one in (Compute(number, "forward"), *computed(profile, config, number)):
-            took = clock.part(profile, number, one.what, images)
+            # The branches of a block that is cut run on all samples.
+            kept = profile.parts[number].kept(images) if share == 1.0 else images
+            took = clock.part(profile, number, one.what, kept)
             found[one.what] += share * max(took.device, took.host)
     return found
 
