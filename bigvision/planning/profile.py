@@ -301,7 +301,7 @@ class _Recording:
         eager = replace(config, parallel=replace(parallel, compile=False))
         wrap_blocks(modules, eager, here, self.module, self.shape)
         if self.compiled:
-            compile_without_code(modules, self.attention)
+            compile_without_code(modules, self.attention, parallel.recompute != "none")
 
     def _whole(self, parameter: Tensor) -> bool:
         return parameter.ndim == 0 or id(parameter) in self.norms

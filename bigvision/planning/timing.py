@@ -137,7 +137,12 @@ class Clock:
         part = profile.parts[number]
         key = part.kind if part.path else ("outside", number), what, images
         if key not in self._known:
-            self._known[key] = self.works(part.backward_operations if what == "backward" else part.forward_operations, images)
+            works = part.backward_operations if what == "backward" else part.forward_operations
+            if what == "recompute" and part.forward_flops:
+                # Products that are kept, or needed by no backward pass, are not computed again.
+                again = part.recomputed_flops / part.forward_flops
+                works = [replace(work, count=work.count * (again if work.kind in PRODUCTS else 1.0)) for work in works]
+            self._known[key] = self.works(works, images)
         return self._known[key]
 
     def bytes(self, moved: float, kind: str = "bytes") -> float:
