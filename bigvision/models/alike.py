@@ -21,6 +21,16 @@ PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Siz
 
 
 def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in *value*, in their order. Those of plain tuples, lists and dicts are found without torch's slower tree."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return [value]
+    if kind in PLAIN:
+        return []
+    if kind is tuple or kind is list:
+        return [tensor for item in value if type(item) not in PLAIN for tensor in tensors_in(item)]
+    if kind is dict:
+        return [tensor for item in value.values() if type(item) not in PLAIN for tensor in tensors_in(item)]
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 

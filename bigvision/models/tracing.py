@@ -332,7 +332,7 @@ class OpCounter(TorchDispatchMode):
             flops = float(formula(*args, **(kwargs or {}), out_val=result))
         moved: list[float] = []
         if formula is not None or not func.is_view:
-            moved = [leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            moved = [leaf.nbytes for leaf in tensors_in((args, kwargs, result))]
         self.add(flops, moved)
         return result
 
@@ -457,7 +457,7 @@ class _Keeping(OpCounter):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if self.keys and product(func, args, kwargs or {}) in self.keys:
-            self.kept += [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            self.kept += tensors_in(result)
         return result
 
 

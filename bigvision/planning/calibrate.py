@@ -14,7 +14,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from bigvision.config import LimitsConfig
 from bigvision.errors import Exit
 from bigvision.models.tracing import FUSED_ATTENTION, FusedAttention, OpCounter
 from bigvision.planning.hardware import (
+    KEPT,
     LINKED,
     LINKS,
     Curve,
@@ -68,10 +69,10 @@ VALUES = {"cpu": (1 << 14, 1 << 18, 1 << 21, 7 << 20), "cuda": (1 << 20, 1 << 24
 """Numbers in what is added, normalised and so on."""
 FRESH = {"cpu": 9 << 20, "cuda": 1 << 26}
 """Numbers in one more that is added: glibc gets arrays of more than 32 MiB from the system for each use, a page at a time."""
-NETWORK = 8
+NETWORK = 16
 """Images of the small network that is measured last."""
-COLD = 48 << 20
-"""Bytes of which each operation takes its inputs in turns: those of a step are seldom in the caches."""
+COLD, TURNS = 192 << 20, 64
+"""Bytes of which each operation takes its inputs, in so many turns at the most: those of a step are seldom in the caches."""
 
 
 class _Counting(OpCounter):
@@ -172,7 +173,7 @@ class _Meter:
             return lambda: torch.autograd.grad(output, some[frozen:], gradient, retain_graph=True)
 
         one, attention = inputs(), FusedAttention(device.type)
-        count = max(2, min(8, COLD // sum(tensor.nbytes for tensor in one)))
+        count = max(2, min(TURNS, COLD // sum(tensor.nbytes for tensor in one)))
         for make in (ahead, back):
             attention.counter = counting = _Counting()
             with counting, attention:
@@ -233,8 +234,10 @@ def calibrate(runtime: Runtime, say: Callable[[str], None] = print) -> Path:
         say(f"{name}: " + ", ".join(f"{rate / 1e9:,.1f}" for _, rate in curve) + f" {unit}")
     meter.rates["bytes"] = meter.rates["add"]
     meter.rates["optimizer"] = _optimizer(meter, runtime.device, VALUES[kind][1:])
-    rates = Rates(meter.rates, meter.overhead, GAPS if kind == "cuda" else _gaps(meter))
-    say(f"a pass over the sum of its operations: {rates.gaps:.2f}")
+    rates = Rates(meter.rates, meter.overhead)
+    rates = replace(rates, gaps=GAPS) if kind == "cuda" else replace(rates, fresh=_fresh(meter))
+    if rates.fresh:
+        say(f"memory that is got in each step: {1e-9 / rates.fresh:,.1f} GB/s")
     within = _link(runtime, meter)
     say(f"between ranks: {within.bandwidth / 1e9:,.2f} GB/s, {within.latency * 1e6:.0f} us" if within.measured else "one rank")
     per_host = runtime.identity.local_world_size
@@ -318,11 +321,10 @@ def _overhead(meter: _Meter) -> float:
     return meter.seconds(run) / len(counting.log.operations)
 
 
-def _gaps(meter: _Meter) -> float:
-    """What both passes of a small network take over the sum of their operations, each measured by itself.
+def _fresh(meter: _Meter) -> float:
+    """Seconds for each byte that a step needs at once beyond `KEPT`: what both passes of a network take over their operations.
 
-    The network is large enough for the system to take its memory back after each step. Its values come from memory that was not
-    used lately, its threads wait for each other, and Python runs between its operations.
+    Where all of its memory is free after a step, glibc gives it back to the system, which clears it page by page in the next.
     """
     device = meter.runtime.device
 
@@ -346,13 +348,20 @@ def _gaps(meter: _Meter) -> float:
         model[1](model[0](images).transpose(1, 2)).sum().backward()
         model.zero_grad()
 
-    with _Counting() as counting:
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with _Counting() as counting, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run()
     clock = Clock(Device("CPU", 0, {}, 1.0, "", None, "cpu", Rates(meter.rates, meter.overhead)))
     works = [
         Work(one.kind, one.format, one.flops, one.moved, variant=one.variant) for one in counting.log.operations
     ]  # fmt: skip
-    return max(1.0, meter.seconds(run) / clock.works(works, 1.0).device)
+    seconds = meter.seconds(run) - clock.works(works, 1.0).device
+    return max(0.0, seconds / (sum(kept.values()) - KEPT)) if sum(kept.values()) > KEPT else 0.0
 
 
 def _values(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -40,6 +40,8 @@ from bigvision.tasks import Task, build_task
 GIB = 1 << 30
 STRATEGIES = ("ddp", "fsdp", "pipeline", "zero1", "zero2", "zero3")
 """The simplest first."""
+CASTING = ("ddp", "pipeline")
+"""Those that cast weights where they are read."""
 AHEAD = 1.1
 """How much faster a layout must be predicted than a simpler one for auto to take it: below that a prediction says little."""
 MOST_STAGES = 64
@@ -146,7 +148,7 @@ class Estimates:
         """The profile of *config*'s model. Of the strategy it takes over how weights are cast: by the model, or before it."""
         config = self._alone(config)
         parallel = config.parallel
-        casts = "ddp" if parallel.strategy in ("ddp", "pipeline") else "fsdp"
+        casts = "ddp" if parallel.strategy in CASTING else "fsdp"
         taught = self.task(config).teacher is not None
         if casts == "fsdp" and taught and not shards_teacher(parallel.strategy, self.hardware.ranks):
             casts = "zero2"  # the student's weights are cast before, the teacher's where they are read
@@ -186,10 +188,10 @@ class Estimates:
         config = self._alone(config)
         return step_time(self.profile(config), config, Layout.of(config, self.hardware.ranks), self.hardware)
 
-    def least(self, config: Config) -> float:
-        """Seconds of a step that no layout undercuts."""
+    def least(self, config: Config, strategy: str) -> float:
+        """Seconds of a step that no layout of *strategy* undercuts."""
         plain = with_values(config, {"parallel.strategy": "ddp", "parallel.recompute": "none", "parallel.schedule": "1f1b"})
-        return least_seconds(self.profile(plain), config, self.hardware)
+        return least_seconds(self.profile(plain), config, self.hardware, strategy in CASTING)
 
     @property
     def usable(self) -> float:
@@ -453,11 +455,11 @@ def choose(config: Config, estimates: Estimates) -> Choice:
     rows: list[Row] = []
     refused: list[Refusal] = []
     # Of the plain module, which is compiled wherever another strategy's is.
-    least = estimates.least(usual) if strategies[0] == "ddp" else 0.0
+    least = {strategy: estimates.least(usual, strategy) for strategy in strategies} if strategies[0] == "ddp" else {}
     for values in layouts(config, hardware, strategies, blocks) if "parallel.strategy" in asked else [{}]:
         here: list[Row | Refusal] = []
         for recompute in recomputes:
-            if rows and _best(rows).time.total <= AHEAD * least:
+            if rows and _best(rows).time.total <= AHEAD * least.get(values.get("parallel.strategy", ""), 0.0):
                 break  # what is less simple cannot be so much faster
             if recompute == "selective" and not _selective_helps(here):
                 break

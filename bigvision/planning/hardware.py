@@ -29,6 +29,10 @@ Curve = tuple[tuple[float, float], ...]
 FLOPs for each byte moved where the rate is in FLOP/s, and in bytes moved where it is in bytes/s."""
 
 
+KEPT = 64 << 20
+"""Bytes that glibc keeps for the next step when all is freed: twice the largest array that it does not map by itself."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """What a device was measured to reach, by the name of the rate (`operations.rate_name`)."""
@@ -39,6 +43,8 @@ class Rates:
     """Seconds that an operation takes beside its work; where the device runs behind the host, of the host."""
     gaps: float = 1.0
     """What a pass takes over the sum of its operations, each measured by itself."""
+    fresh: float = 0.0
+    """Seconds for each byte beyond `KEPT` that a step needs at once: the system gives such memory anew in each step."""
 
 
 @dataclass(frozen=True)

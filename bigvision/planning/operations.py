@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from bigvision.models.alike import tensors_in
 
 PRODUCTS = ("product", "attention", "convolution", "grouped")
 """The kinds that are counted in FLOPs; the others are counted in bytes."""
@@ -143,8 +144,8 @@ class Log:
         """Take the call of an aten operator, unless it moves nothing."""
         name = func._overloadpacket.__name__
         plain = name.removesuffix("_")
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        inputs = tensors_in((args, kwargs))
+        outputs = tensors_in(result)
         reads = {self._number(tensor): _bytes(tensor) for tensor in inputs}
         old = {tensor.untyped_storage()._cdata for tensor in inputs}
         writes = {self._number(tensor, tensor.untyped_storage()._cdata not in old): _bytes(tensor) for tensor in outputs}

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import timm.models
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,12 +38,14 @@ from bigvision.models import (
     kinds,
     rates_of_branches,
 )
+from bigvision.models.alike import tensors_in
+from bigvision.models.arguments import current_name
 from bigvision.models.formats import hold_frozen
 from bigvision.models.tracing import FusedAttention, named_tensors, plain_attributes
 from bigvision.optim import freeze, parameter_groups
 from bigvision.planning.compiled import compile_without_code
 from bigvision.planning.operations import IMAGES, NOTHING, Amount, Work, fused, per_image
-from bigvision.planning.recorder import Recorder, Recording, Span, spans, step_bytes, tensors_in
+from bigvision.planning.recorder import Recorder, Recording, Span, spans, step_bytes
 from bigvision.planning.repeats import extended, leave_out, runs_of
 from bigvision.tasks import Classify, Task, build_task
 
@@ -232,8 +235,8 @@ def planned(config: Config, outputs: int | None, task: Task) -> tuple[Blueprint,
     """The model of *config* on meta with what is frozen in it, and its blocks; no weights are looked for."""
     model = replace(config.model, pretrained=False, weights=None)
     if outputs is None and config.model.num_classes is None:
-        named = blueprint(replace(model, lora=None, image_size=None, options={}), None).module
-        outputs = getattr(named, "pretrained_cfg", {}).get("num_classes") or 1000
+        card = timm.models.get_pretrained_cfg(current_name(model.name)[0])
+        outputs = (card.num_classes if card else None) or 1000
     plan = blueprint(model, config.model.num_classes or outputs, around=task.model(config), sizes=other_sizes(config.data))
     freeze(plan.module, config.model.trainable, plan.adapters)
     return plan, find_blocks(plan.module, plan.image_size)

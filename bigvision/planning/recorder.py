@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.utils._pytree import tree_leaves
 
 from bigvision.config import OptimConfig
+from bigvision.models.alike import tensors_in
 from bigvision.models.tracing import FUSED_ATTENTION, OpCounter
 from bigvision.optim import allocate_state, build_optimizer
 from bigvision.planning.operations import IMAGES, NOTHING, Amount, Log, Operation
@@ -78,10 +78,6 @@ class Recording:
         for one in self.stretches:
             found.setdefault((one.backward, one.place), []).extend(one.operations)
         return found
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 class Recorder(OpCounter):

@@ -17,7 +17,7 @@ import torch
 from bigvision.config import Config, micro_batch
 from bigvision.pipeline.schedules import Placement, passes_of
 from bigvision.planning.division import cut_stages
-from bigvision.planning.hardware import Curve, Device, Hardware, Rates
+from bigvision.planning.hardware import KEPT, Curve, Device, Hardware, Rates
 from bigvision.planning.operations import PRODUCTS, Work, rate_name
 from bigvision.planning.profile import Profile
 from bigvision.planning.program import (
@@ -31,7 +31,6 @@ from bigvision.planning.program import (
     computed,
     passes,
     sharded_stages,
-    trained_values,
     update,
 )
 from bigvision.planning.state import Layout
@@ -145,6 +144,11 @@ class Clock:
             self._known[key] = self.works(works, images)
         return self._known[key]
 
+    def got_anew(self, profile: Profile, images: float) -> float:
+        """Of memory that the system gives anew in each step, whose micro-batches have so many *images*."""
+        most = max(moment.fixed + moment.per_image * images for span in profile.spans for moment in span.peaks)
+        return self.rates.fresh * max(0.0, most - KEPT)
+
     def bytes(self, moved: float, kind: str = "bytes") -> float:
         curve = self.rates.curves.get(kind) or self.rates.curves["bytes"]
         return moved / rate_at(curve, moved) if moved else 0.0
@@ -168,7 +172,7 @@ class Streams:
     hardware: Hardware
     clock: Clock
     profile: Profile
-    images: int
+    images: float
     host: float = 0.0
     compute: float = 0.0
     link: float = 0.0
@@ -232,6 +236,7 @@ def step_time(profile: Profile, config: Config, layout: Layout, hardware: Hardwa
         streams, bubble = _pipelined(profile, config, layout, mesh, Streams(hardware, clock, profile, size), count, rest)
     else:
         streams, bubble = _accumulated(config, mesh, Streams(hardware, clock, profile, size), count, rest), 0.0
+        streams.compute += clock.got_anew(profile, size)
         streams.run(update(profile.tensors, profile, config, mesh))
     total = streams.compute
     batch = config.train.global_batch
@@ -244,26 +249,37 @@ def step_time(profile: Profile, config: Config, layout: Layout, hardware: Hardwa
     )  # fmt: skip
 
 
-def least_seconds(profile: Profile, config: Config, hardware: Hardware) -> float:
+def least_seconds(profile: Profile, config: Config, hardware: Hardware, casts: bool) -> float:
     """Seconds that no layout on *hardware* undercuts: each rank computes its part of the batch at once and exchanges nothing.
 
-    Work on the weights alone is left out, since some strategies cast them elsewhere. A pipeline takes longer, too: with fewer
-    micro-batches than stages a rank waits for the others, and with more it starts more, smaller operations.
+    *casts*: the layout casts weights where they are read, as the plain module of *profile* does; for others work on the weights
+    alone is left out. A pipeline takes longer, too: with fewer micro-batches than stages a rank waits for the others, and with
+    more it starts more, smaller operations.
     """
-    clock, found = Clock(hardware.device), Seconds()
-    for part in profile.parts:
-        works = [*part.forward_operations, *part.backward_operations]
-        mine = [replace(work, fixed=0.0) for work in works if work.flops or work.moved]
-        found += clock.works(mine, part.kept(config.train.global_batch / hardware.ranks))
-    return max(found.device, found.host)
+
+    def of_images(works: Sequence[Work]) -> tuple[Work, ...]:
+        return tuple(work for work in works if casts or work.flops or work.moved)
+
+    parts = tuple(
+        replace(
+            part, forward_operations=of_images(part.forward_operations), backward_operations=of_images(part.backward_operations)
+        )
+        for part in profile.parts
+    )
+    images, numbers = config.train.global_batch / hardware.ranks, range(len(parts))
+    streams = Streams(hardware, Clock(hardware.device), replace(profile, parts=parts), images)
+    streams.run(Compute(number, "forward") for number in numbers)
+    streams.run(Compute(number, "backward") for number in reversed(numbers))
+    return streams.compute
 
 
 def _accumulated(config: Config, mesh: Mesh, streams: Streams, count: int, rest: int) -> Streams:
     """The clocks after all micro-batches; those between the second and the last take as long as the second."""
     profile, size = streams.profile, streams.images
     sizes = [size] * count + [rest] * bool(rest)
-    sharded = config.parallel.strategy in ("fsdp", "zero2", "zero3")
-    added = SUM_BYTES * trained_values(profile.tensors) / (mesh.shard.ranks if sharded else 1)
+    shards = mesh.shard.ranks if config.parallel.strategy in ("fsdp", "zero2", "zero3") else 1
+    # A gradient is added when it has just been computed: what fits a cache is faster than all gradients at once would be.
+    added = [Compute(-1, "copy", SUM_BYTES * tensor.numel / shards) for tensor in profile.tensors if tensor.trained]
     for number, images in enumerate(sizes):
         first, last = number == 0, number == len(sizes) - 1
         if number > 1 and not last and images == size:
@@ -273,7 +289,7 @@ def _accumulated(config: Config, mesh: Mesh, streams: Streams, count: int, rest:
         streams.run(iter([Compute(-1, "copy", 13.0 * math.prod(profile.image) * images)]))  # the images as the model gets them
         streams.run(passes(profile, config, mesh, last))
         if not first:
-            streams.run(iter([Compute(-1, "copy", added)]))
+            streams.run(iter(added))
         if number == 1 and len(sizes) > 3:
             streams.repeat(before, len(sizes) - 3)
     return streams
@@ -313,7 +329,7 @@ def _pipelined(
 
 
 def _stage_seconds(
-    profile: Profile, config: Config, clock: Clock, shares: Mapping[int, float], images: int
+    profile: Profile, config: Config, clock: Clock, shares: Mapping[int, float], images: float
 ) -> dict[str, float]:  # fmt: skip
     """What a micro-batch takes on a stage with *shares* of the parts, by kind."""
     found: dict[str, float] = dict.fromkeys(("forward", "backward", "recompute"), 0.0)

@@ -47,7 +47,7 @@ class Simple(choice.Estimates):
         seconds = slower * config.train.global_batch / self.hardware.ranks / 100
         return SimpleNamespace(total=seconds, images_per_second=config.train.global_batch / seconds, mfu=0.4 / slower)
 
-    def least(self, config: Config) -> float:
+    def least(self, config: Config, strategy: str) -> float:
         return config.train.global_batch / self.hardware.ranks / 100
 
 
