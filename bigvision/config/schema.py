@@ -275,8 +275,8 @@ class ParallelConfig:
     recompute: str = "none"
     """blocks: keep only each block's input and compute its activations again in the backward pass. selective: keep what matrix
     products, convolutions and attention compute too. budget:X, such as budget:0.4: keep those products that save the most, at
-    most the share X of what a block keeps without recompute. auto: none or blocks: where the planner predicts that it is
-    needed, or faster for its larger micro-batch."""
+    most the share X of what a block keeps without recompute. auto: none, blocks or selective: where the planner predicts
+    that it is needed, or faster for its larger micro-batch."""
     compile: Literal["auto"] | bool = "auto"
     """Compile each block with torch.compile. auto: on CUDA, where blocks repeat and nothing forbids it."""
     offload: Literal["none", "optimizer", "all"] = "none"

@@ -37,6 +37,7 @@ from bigvision.errors import UserError
 from bigvision.models import Block, Blueprint, SkippedBranches, formats, kinds, share_rates
 from bigvision.models.alike import tensors_in
 from bigvision.models.recompute import recompute_blocks
+from bigvision.models.tracing import size
 from bigvision.runtime import Runtime
 
 GRAPHS_PER_KIND = 8
@@ -361,7 +362,9 @@ def shard(
     for part in parts:
         inside = set(part.modules())
         units: list[Any] = []
-        for unit in units_of([block for block in blocks if block in inside], config, runtime.device):
+        mine = [block for block in blocks if block in inside]
+        for places in units_of([size(block) for block in mine], config, runtime.device.type):
+            unit = [mine[place] for place in places]
             for block in unit:
                 block.register_forward_hook(_copied_if_view)
             fully_shard(unit, **options)
@@ -401,21 +404,23 @@ def shard(
     return spread
 
 
-def units_of(blocks: Sequence[nn.Module], config: Config, device: torch.device) -> list[list[nn.Module]]:
-    """*blocks* as ``parallel.unit_size`` has them gathered: consecutive ones together up to so many bytes of fp32 weights."""
+def units_of(sizes: Sequence[int], config: Config, device: str) -> list[range]:
+    """Blocks with so many parameters as ``parallel.unit_size`` has them gathered: consecutive ones, by their places.
+
+    Those of a unit are together at most so many bytes of fp32 weights. *device* is a type: cpu or cuda.
+    """
     asked = config.parallel.unit_size
     if asked not in ("auto", "block"):
         limit = parse_size(asked, "parallel.unit_size")
     else:
-        limit = UNIT_OF_CPU if asked == "auto" and device.type == "cpu" and config.parallel.strategy == "fsdp" else 0
-    units: list[list[nn.Module]] = []
+        limit = UNIT_OF_CPU if asked == "auto" and device == "cpu" and config.parallel.strategy == "fsdp" else 0
+    units: list[range] = []
     total = 0
-    for block in blocks:
-        size = sum(4 * parameter.numel() for parameter in block.parameters())
-        if not units or (total := total + size) > limit:
-            units.append([])
-            total = size
-        units[-1].append(block)
+    for place, numel in enumerate(sizes):
+        if not units or (total := total + 4 * numel) > limit:
+            units.append(range(place, place))
+            total = 4 * numel
+        units[-1] = range(units[-1].start, place + 1)
     return units
 
 

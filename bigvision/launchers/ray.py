@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,9 +57,9 @@ def run(arguments: Sequence[str]) -> int:
     ask, rest = read_ask(arguments)
     recipe, flags, note = take_recipe(rest)
     notes = [note] if note else []
-    config, _ = resolve(recipe, flags, prog="bigvision ray", say=notes.append)
+    config, origins = resolve(recipe, flags, prog="bigvision ray", say=notes.append)
     print("\n".join(notes), end="\n" if notes else "")
-    result = train(config, ask)
+    result = train(config, ask, origins)
     # What the ranks print comes with Ray's marks, and perhaps late.
     print(f"checkpoint  {result.checkpoint}")
     print("  ".join([f"step {result.step}", *(f"{name} {value:.4f}" for name, value in result.metrics.items())]))
@@ -82,10 +82,11 @@ def read_ask(arguments: Sequence[str]) -> tuple[Ask, list[str]]:
     return Ask(workers, whole("--cpus", given.get("--cpus", "1")), failures, address), rest
 
 
-def train(config: Config, ask: Ask | None = None) -> Result:
+def train(config: Config, ask: Ask | None = None, origins: Mapping[str, str] | None = None) -> Result:
     """Train with *config* on Ray's workers and return what the run left. Called on one process, the driver.
 
-    A session that was begun with ``ray.init`` is used; else one is begun and ended here.
+    A session that was begun with ``ray.init`` is used; else one is begun and ended here. *origins*: where the value of each key
+    came from, for the report (see `bigvision.config.resolve`).
 
     Raises:
         UserError: what was asked for cannot be done; the ranks are not started again.
@@ -97,7 +98,7 @@ def train(config: Config, ask: Ask | None = None) -> Result:
     ray = import_ray(ask)
     with listening(), session(ray, ask):
         requests = ray.remote(num_cpus=0)(Requests).remote()
-        left = _fit(_trainer(config, ask, ray.cluster_resources(), requests), requests)
+        left = _fit(_trainer(config, ask, origins, ray.cluster_resources(), requests), requests)
     folder = Path(left["checkpoint"])
     if "stopped" in left:
         raise Stopped(left["stopped"], left["step"], folder)
@@ -150,7 +151,9 @@ def session(ray: Any, ask: Ask) -> Iterator[None]:
         ray.shutdown()
 
 
-def _trainer(config: Config, ask: Ask, has: dict[str, float], requests: Any) -> Any:
+def _trainer(
+    config: Config, ask: Ask, origins: Mapping[str, str] | None, has: dict[str, float], requests: Any
+) -> Any:  # fmt: skip
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -166,7 +169,9 @@ def _trainer(config: Config, ask: Ask, has: dict[str, float], requests: Any) -> 
             )
     return TorchTrainer(
         rank,
-        train_loop_config={"config": config.to_dict(), "folder": str(Path.cwd()), "requests": requests},
+        train_loop_config={
+            "config": config.to_dict(), "origins": dict(origins or {}), "folder": str(Path.cwd()), "requests": requests
+        },
         torch_config=ranks(),
         scaling_config=ScalingConfig(
             num_workers=least if least == most else (least, most), use_gpu=on_gpus, resources_per_worker=each
@@ -298,7 +303,7 @@ def rank(settings: dict[str, Any]) -> dict[str, Any]:
         os.chdir(settings["folder"])
     threading.Thread(target=_poll, args=(settings["requests"],), name="requests", daemon=True).start()
     try:
-        result = train_on_rank(load_config(settings["config"]))
+        result = train_on_rank(load_config(settings["config"]), origins=settings["origins"])
     except Stopped as stopped:
         # Not an error: Ray would start the ranks again.
         return {"stopped": stopped.name, "step": stopped.step, "checkpoint": str(stopped.checkpoint)}

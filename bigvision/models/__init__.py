@@ -12,7 +12,7 @@ what was asked for, ``convert.py`` is a command.
 from bigvision.models.arguments import GivenModel, check_model, given_card, given_name
 from bigvision.models.blocks import Block, Blocks, find_blocks, kinds, share_rates, trace
 from bigvision.models.build import Blueprint, blueprint, model_card
-from bigvision.models.drop_path import SkippedBranches
+from bigvision.models.drop_path import SkippedBranches, dropping, kept_samples, rates_of_branches
 from bigvision.models.teacher import find_teacher
 from bigvision.models.tracing import training_flops
 from bigvision.models.weights import classifier_layers
@@ -26,12 +26,15 @@ __all__ = [
     "blueprint",
     "check_model",
     "classifier_layers",
+    "dropping",
     "find_blocks",
     "find_teacher",
     "given_card",
     "given_name",
+    "kept_samples",
     "kinds",
     "model_card",
+    "rates_of_branches",
     "share_rates",
     "trace",
     "training_flops",

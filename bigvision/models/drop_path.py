@@ -471,6 +471,20 @@ def _mixes_samples(module: nn.Module) -> bool:
     return any(isinstance(part, BatchNorm) or getattr(part, "running_var", None) is not None for part in parts)
 
 
+def rates_of_branches(module: nn.Module, blocks: Iterable[str], image_shape: tuple[int, int, int]) -> dict[str, list[float]]:
+    """Of each of *blocks* of *module*, on meta, the rates of its branches: 0 for one that runs on all samples in any case.
+
+    A branch that is made of blocks counts for each of them. *image_shape*: (channels, height, width).
+    """
+    skipped, rates = {one.path for one in find_branches(module, image_shape)[0]}, dict[str, list[float]]()
+    for path, drop in dropping(module).items():
+        holder = f"{path.rpartition('.')[0]}."
+        for block in blocks:
+            if holder.startswith(f"{block}.") or block.startswith(holder):
+                rates.setdefault(block, []).append(drop.drop_prob if path in skipped else 0.0)
+    return rates
+
+
 # The branches of a model while it trains.
 
 

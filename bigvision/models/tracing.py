@@ -536,21 +536,21 @@ class _CostRunner(Runner):
         return nbytes * self.compute.itemsize / tensor.itemsize if tensor.is_floating_point() else nbytes
 
 
-def training_flops(module: nn.Module, image_shape: tuple[int, int, int]) -> float | None:
-    """FLOPs of one image of (channels, height, width), forward and backward, with nothing computed again; None where *module*,
-    on meta, cannot be run there.
+def training_flops(module: nn.Module, image_shape: tuple[int, int, int], samples: int = SAMPLES) -> float | None:
+    """FLOPs of one of so many images of (channels, height, width), forward and backward, with nothing computed again; None
+    where *module*, on meta, cannot be run there.
 
     What is frozen has no gradient of its own, and passes on others.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
         with torch.random.fork_rng(devices=[]), attributes_kept(module), OpCounter() as counter:
-            outputs = tree_leaves(module(torch.empty(SAMPLES, *image_shape, device="meta")))
+            outputs = tree_leaves(module(torch.empty(samples, *image_shape, device="meta")))
             sums = [leaf.sum() for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
             torch.autograd.grad(sums, trained, allow_unused=True)
     except Exception:  # a model of the user's may not run on meta at all
         return None
-    return counter.flops / SAMPLES
+    return counter.flops / samples
 
 
 def node_costs(

@@ -31,7 +31,7 @@ from bigvision.models import Blocks, Blueprint, GivenModel, blueprint, find_bloc
 from bigvision.optim import freeze
 from bigvision.pipeline.schedules import USABLE
 from bigvision.planning.hardware import PER_HOST, Hardware
-from bigvision.planning.memory import Memory, worst
+from bigvision.planning.memory import Memory, shards_teacher, worst
 from bigvision.planning.profile import Profile, planned, profile
 from bigvision.planning.state import Layout
 from bigvision.planning.timing import StepTime, least_seconds, step_time
@@ -149,6 +149,9 @@ class Estimates:
         config = self._alone(config)
         parallel = config.parallel
         casts = "ddp" if parallel.strategy in CASTING else "fsdp"
+        taught = self.task(config).teacher is not None
+        if casts == "fsdp" and taught and not shards_teacher(parallel.strategy, self.hardware.ranks):
+            casts = "zero2"  # the student's weights are cast before, the teacher's where they are read
         # As `why_eager` decides: the schedule and zero3's hooks.
         eager = parallel.compile == "auto" and (parallel.strategy == "zero3" or parallel.schedule in SPLIT_BACKWARD)
         key = (repr(config.model), repr(config.task), parallel.recompute, parallel.precision, casts, eager)
@@ -404,13 +407,30 @@ def plan(
     found: dict[str, Row | Refusal] = {}
     for base, strategies in bases:
         for values in layouts(base, hardware, strategies, blocks):
+            here: list[Row | Refusal] = []
             for recompute in ("none", "blocks") if blocks else ("none",):
                 laid = with_values(base, values | {"parallel.recompute": recompute})
                 if repr(laid.parallel) not in found:
                     found[repr(laid.parallel)] = row(estimates, config, laid)
+                here.append(found[repr(laid.parallel)])
+            laid = with_values(base, values | {"parallel.recompute": "selective"})
+            if repr(laid.parallel) not in found and _selective_helps(here):
+                one = row(estimates, config, laid)
+                found |= {repr(laid.parallel): one} if isinstance(one, Row) else {}
     rows = sorted((one for one in found.values() if isinstance(one, Row)), key=lambda one: -one.time.images_per_second)
     refusals = tuple(_explained(estimates, one, not rows) for one in found.values() if isinstance(one, Refusal))
     return Plan(config, hardware, first, tuple(rows), refusals, None if rows else _advice(refusals))
+
+
+def _selective_helps(found: Sequence[Row | Refusal]) -> bool:
+    """Whether selective recompute is looked at, given what became of none and of blocks: where that fits, and without recompute
+    a whole micro-batch does not.
+
+    It takes a profile of its own. In pipelines it is not looked at, whose micro-batches are never whole.
+    """
+    if len(found) < 2 or not isinstance(found[1], Row) or found[1].config.parallel.strategy == "pipeline":
+        return False
+    return isinstance(found[0], Refusal) or found[0].passes > 1
 
 
 # What auto takes.
@@ -430,23 +450,26 @@ def choose(config: Config, estimates: Estimates) -> Choice:
             f"train.micro_batch: auto, but {config.model.name} has BatchNorm, which takes its statistics over a micro-batch, "
             "so its size decides what is learned: give a number, or null for a rank's whole part of the batch"
         )
-    recomputes = ("none", "blocks") if "parallel.recompute" in asked else (config.parallel.recompute,)
+    recomputes = ("none", "blocks", "selective") if "parallel.recompute" in asked else (config.parallel.recompute,)
     blocks = sum(1 for part in estimates.profile(usual).parts if part.path)
     rows: list[Row] = []
     refused: list[Refusal] = []
     # Of the plain module, which is compiled wherever another strategy's is.
     least = {strategy: estimates.least(usual, strategy) for strategy in strategies} if strategies[0] == "ddp" else {}
     for values in layouts(config, hardware, strategies, blocks) if "parallel.strategy" in asked else [{}]:
+        here: list[Row | Refusal] = []
         for recompute in recomputes:
             if rows and _best(rows).time.total <= AHEAD * least.get(values.get("parallel.strategy", ""), 0.0):
                 break  # what is less simple cannot be so much faster
-            laid = with_values(config, values | {"parallel.recompute": recompute})
-            found = _with_asked_size(estimates, laid)
+            if recompute == "selective" and not _selective_helps(here):
+                break
+            found = _with_asked_size(estimates, with_values(config, values | {"parallel.recompute": recompute}))
+            here.append(found)
             if isinstance(found, Refusal):
-                refused.append(found)
+                refused += [found] if len(here) < 3 else []
                 continue
             rows.append(found)
-            if found.passes == 1 or config.train.micro_batch != "auto":
+            if len(here) == 1 and (found.passes == 1 or config.train.micro_batch != "auto"):
                 break  # recomputing spares memory for a larger micro-batch, and there is none
     if not rows:
         raise NothingFits(_nothing_fits(estimates, asked, refused))

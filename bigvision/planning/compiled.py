@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,19 +26,30 @@ COPIES = {"_to_copy", "clone", "convert_element_type", "full", "full_like", "emp
 """Others that inductor computes where they are read."""
 
 
-def compile_without_code(blocks: Sequence[nn.Module], attention: FusedAttention) -> None:
-    """Let each of *blocks* do, in place, what its compiled form would do. Blocks of one kind share a trace."""
+def compile_without_code(blocks: Sequence[nn.Module], attention: FusedAttention, recomputed: bool) -> None:
+    """Let each of *blocks* do, in place, what its compiled form would do. Blocks of one kind share a trace.
+
+    *recomputed*: what the backward graph has of the forward pass is counted as recompute.
+    """
     import torch._dynamo
     import torch._inductor.lowering  # which the decomposition of pooling takes for imported
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
-    def run(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        return _Unfused(graph, attention).boxed
+    ahead: set[str] = set()  # the operations of the forward pass whose backward pass is compiled next
+
+    def forward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        ahead.clear()
+        ahead.update(node.name for node in graph.graph.nodes if node.op == "call_function")
+        return _Unfused(graph, attention, frozenset()).boxed
+
+    def backward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        # What is computed again keeps its name.
+        return _Unfused(graph, attention, frozenset(ahead) if recomputed else frozenset()).boxed
 
     backend = aot_autograd(
-        fw_compiler=run, bw_compiler=run, decompositions=select_decomp_table(),
+        fw_compiler=forward, bw_compiler=backward, decompositions=select_decomp_table(),
         partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
     )  # fmt: skip
     groups = kinds(blocks)
@@ -58,9 +70,10 @@ def _outside(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 class _Unfused(fx.Interpreter):
     """Runs a graph, and tells the recorder which values get no memory."""
 
-    def __init__(self, graph: fx.GraphModule, attention: FusedAttention) -> None:
+    def __init__(self, graph: fx.GraphModule, attention: FusedAttention, again: frozenset[str]) -> None:
+        """*again*: names of operations of a backward pass that recompute."""
         super().__init__(graph)
-        self.attention = attention
+        self.attention, self.again = attention, again
         self.fused = {node for node in graph.graph.nodes if _computed_where_read(node) and all(map(_reads, _readers(node)))}
         self.boxed: Callable[[list[Any]], Any] = lambda inputs: self.boxed_run(inputs)
         vars(self.boxed)["_boxed_call"] = True
@@ -69,7 +82,8 @@ class _Unfused(fx.Interpreter):
         recorder: Any = self.attention.counter
         recorder.fused = n in self.fused
         try:
-            return super().run_node(n)
+            with recorder.recomputing() if n.name in self.again else nullcontext():
+                return super().run_node(n)
         finally:
             recorder.fused = False
 

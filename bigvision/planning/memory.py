@@ -8,21 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
-from weakref import WeakKeyDictionary
-
-import torch
-from torch import nn
 
 from bigvision import muon
-from bigvision.config import SPLIT_BACKWARD, Config
+from bigvision.config import Config
 from bigvision.engine.state import BUCKET
-from bigvision.models import find_blocks
 from bigvision.models.formats import COMPUTE_DTYPES
-from bigvision.models.tracing import Cost
-from bigvision.pipeline import Placement, StageMemory
 from bigvision.pipeline.schedules import passes_of
-from bigvision.pipeline.stages import cut
+from bigvision.planning.division import Stages, cut_stages, units_of_parts
 from bigvision.planning.profile import Profile
 from bigvision.planning.recorder import Moment, Span
 from bigvision.planning.state import (
@@ -96,7 +88,7 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
     if layout.strategy == "pipeline":
         plan = cut_stages(profile, config, layout)
         mine = set(plan.memory.placement.numbers(stage))
-        tensors = [tensor for tensor in tensors if mine & set(plan.owners[tensor.name])]
+        tensors = plan.tensors(mine)
     state = state_of(profile, config, layout, tensors, shard)
     buffers = sum(t.nbytes * (2 if t.running else 1) for t in tensors if t.buffer)
     ema = 0
@@ -138,7 +130,7 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
 
 
 def _stages_memory(
-    rank: int, plan: _Stages, stages: set[int], state: State, buffers: int, ema: int, received: int, scalars: int, images: int,
+    rank: int, plan: Stages, stages: set[int], state: State, buffers: int, ema: int, received: int, scalars: int, images: int,
     held: int, stepped: float,
 ) -> Memory:  # fmt: skip
     """Of a rank with some *stages* of *plan*, whose state is known."""
@@ -168,42 +160,6 @@ def _stepped(profile: Profile, config: Config, layout: Layout, gradients: int) -
     if layout.strategy.startswith("zero"):
         return profile.update / layout.ranks
     return profile.update * gradients / (MASTER * sum(part.trained for part in profile.parts))
-
-
-@dataclass(frozen=True)
-class _Stages:
-    """The stages of a pipeline as the engine cuts them."""
-
-    costs: list[Cost]
-    owners: dict[str, list[int]]
-    """The stages with each parameter and buffer."""
-    memory: StageMemory
-    returned: list[float]
-    """Bytes of the gradients that come back to each stage for an image: none of what needs no gradient."""
-
-    def received(self, stage: int) -> float:
-        """Bytes that a stage receives for one image."""
-        return self.costs[stage].received + self.returned[stage]
-
-
-def cut_stages(profile: Profile, config: Config, layout: Layout) -> _Stages:
-    """Where the engine cuts the model of *profile*. Without a limit of memory that does not depend on the micro-batch."""
-    assert profile.model is not None
-    placement = Placement(layout.stages, layout.stages_per_rank, config.parallel.schedule in SPLIT_BACKWARD)
-    memory = StageMemory.of(config, placement, layout.micro_batch(config), layout.data_ranks, layout.shards)
-    found, key = _cuts.setdefault(profile.model, {}), (placement, memory.compute, memory.recompute)
-    if key not in found:
-        model, device = profile.model, torch.device(profile.device)
-        if "blocks" not in found:
-            found["blocks"] = find_blocks(model, profile.image[1:])
-        best = cut(model, found["blocks"], profile.image, device, memory, found.setdefault("flows", {}))
-        returned = [best.prices.returning(end) for _, end in best.bounds]
-        found[key] = _Stages(best.costs, best.owners(model), memory, returned)
-    return replace(found[key], memory=memory)
-
-
-_cuts: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
-"""Of each model its blocks and the plans so far: ranks of one mesh share theirs."""
 
 
 @dataclass(frozen=True)
@@ -275,11 +231,16 @@ class _Step:
         return min(ema, MASTER * BUCKET)
 
 
+def shards_teacher(strategy: str, ranks: int) -> bool:
+    """Whether each rank has a share of the task's teacher; else it has all of it, and casts its weights where they are read."""
+    return strategy in ("fsdp", "zero3") and ranks > 1
+
+
 class _Teacher:
     """What a rank holds of a frozen teacher, and needs for its pass, which comes before the student's."""
 
     def __init__(self, profile: Profile, config: Config, layout: Layout, shard: int) -> None:
-        layout = replace(layout, strategy="fsdp" if layout.strategy in ("fsdp", "zero3") else "ddp")
+        layout = replace(layout, strategy="fsdp" if shards_teacher(layout.strategy, layout.ranks) else "ddp")
         step = _Step(profile, config, layout, State())
         stored = {one.name: one.numel if one.buffer else local_share(layout, one, shard)[0] for one in profile.tensors}
         self.held = sum(stored[one.name] * one.dtype.itemsize for one in profile.tensors)
@@ -290,69 +251,73 @@ class _Teacher:
 
 
 class _Gathered:
-    """fsdp: gathered weights, those that are on their way, and gradients on their way back."""
+    """fsdp: gathered weights, those that are on their way, and gradients on their way back, all by units."""
 
     def __init__(self, step: _Step, shard: int) -> None:
         profile, layout, parallel = step.profile, step.layout, step.config.parallel
         self.step, self.spans = step, profile.spans
         self.keeps, self.late = parallel.reshard == "never", parallel.scatter == "last" and step.repeats
+        self.units = units_of_parts(profile, step.config)
+        outside = [number for number, part in enumerate(profile.parts) if not part.path]
         self.weights: list[float] = []
-        """Of each part, gathered."""
-        self.gradients: list[float] = []
-        """Of each part, padded, in the type in which they travel."""
+        """Of each unit, gathered; last of what lies outside of blocks."""
         self.shards: list[float] = []
-        """Of each part's gradients, this rank's."""
-        for part in profile.parts:
-            cut = [tensor for tensor in part.tensors if not tensor.buffer and not tensor.whole]
+        """Of each unit's gradients, this rank's."""
+        for unit in (*self.units, outside):
+            tensors = [tensor for number in unit for tensor in profile.parts[number].tensors]
+            cut = [tensor for tensor in tensors if not tensor.buffer and not tensor.whole]
             chunks = [(share_of(tensor, layout.shards, shard)[0], tensor) for tensor in cut]
             self.weights.append(sum(chunk * layout.shards * tensor.computes.itemsize for chunk, tensor in chunks))
             self.shards.append(sum(MASTER * chunk for chunk, tensor in chunks if tensor.trained))
-            self.gradients.append(self.shards[-1] * layout.shards * step.reduced / MASTER)
-        self.blocks = [number for number, part in enumerate(profile.parts) if part.path]
-        self.root = sum(weight for weight, part in zip(self.weights, profile.parts) if not part.path)
+        self.gradients = [shards * layout.shards * step.reduced / MASTER for shards in self.shards]
+        """Of each unit, padded, in the type in which they travel."""
         self.whole = sum(t.numel * MASTER for t in profile.tensors if t.whole and t.trained)
+        self.made: list[tuple[float, float]] = []
+        """Bytes of gradients that the backward passes before each span have made: of its unit, and outside of blocks."""
+        of_unit = {number: place for place, unit in enumerate(self.units) for number in range(unit[0], unit[-1] + 1)}
+        made = [0.0] * len(self.weights)
+        for span in profile.spans:
+            self.made.append((made[of_unit.get(span.part, -1)], made[-1]))
+            if span.backward:
+                unit = of_unit[span.part] if profile.parts[span.part].path else -1
+                made[unit] += span.end.gradients - span.begin.gradients
 
     def moments(self, place: int, span: Span) -> Iterator[tuple[Moment, float]]:
-        begin = self.spans[place].begin.gradients
-        part, block = span.part, bool(self.step.profile.parts[span.part].path)
-        before = [number for number in self.blocks if number < part]
-        after = [number for number in self.blocks if number > part]
+        begin, part = self.spans[place].begin.gradients, span.part
+        # What lies between two blocks of one unit runs while that is gathered.
+        here = [number for number, unit in enumerate(self.units) if unit[0] <= part <= unit[-1]]
+        before = [number for number, unit in enumerate(self.units) if unit[-1] < part]
+        after = [number for number, unit in enumerate(self.units) if unit[0] > part]
         single = self.step.layout.shards == 1
-        here = self.weights[part] if block else 0.0
-        held = self.root
-        if self.keeps:
-            held += sum(self.weights[number] for number in (before if not span.backward else [*before]))
+        held = self.weights[-1] + sum(self.weights[number] for number in (before + here if self.keeps else here))
         if not span.backward:
             coming = self.weights[after[0]] if after else 0.0
-            copied = here if block else self.weights[before[-1]] if before else 0.0
-            held += here + (0.0 if single else coming + copied)
+            copied = sum(self.weights[number] for number in here or before[-1:])
+            held += 0.0 if single else coming + copied
             for moment in span.peaks:
                 yield moment, held + self._scattered([])
             return
         # What lies outside of blocks keeps its gradients, and the weights, to the end of the pass.
-        outside = sum(
-            other.end.gradients - other.begin.gradients
-            for other in self.spans[:place]
-            if other.backward and not self.step.profile.parts[other.part].path
-        )
+        mine, outside = self.made[place]
+        mine = mine if here else 0.0
         # A replica on a single rank gathers nothing: what is prefetched gets memory when it is used.
         coming = self.weights[before[-1]] if before and not (self.keeps or single) else 0.0
         leaving = self.gradients[after[0]] if after else 0.0
         done = self._scattered(after)
         for moment in span.peaks:
-            yield moment, held + here + coming + leaving + outside + done + moment.gradients - begin
-        if block:
-            mine = span.end.gradients - begin
-            # gloo reduces a copy, when the block's own gradients are gone.
-            mine = max(mine, self.gradients[part]) if self.step.profile.device == "cpu" and not single else mine
-            yield span.end, held + coming + outside + done + mine + self.gradients[part] + self.shards[part]
+            yield moment, held + coming + leaving + outside + done + mine + moment.gradients - begin
+        held -= sum(self.weights[number] for number in here)
+        if here and self.units[here[0]][0] == part:
+            unit, mine = here[0], mine + span.end.gradients - begin
+            # gloo reduces a copy, when the unit's own gradients are gone.
+            mine = max(mine, self.gradients[unit]) if self.step.profile.device == "cpu" and not single else mine
+            yield span.end, held + coming + outside + done + mine + self.gradients[unit] + self.shards[unit]
         elif place == len(self.spans) - 1:
             total = outside + span.end.gradients - begin
-            root = sum(g for g, part in zip(self.gradients, self.step.profile.parts) if not part.path)
-            yield span.end, total + done + root + leaving
+            yield span.end, total + done + self.gradients[-1] + leaving
 
     def _scattered(self, done: list[int]) -> float:
-        """This rank's gradients when those of the blocks *done* have been exchanged."""
+        """This rank's gradients when those of the units *done* have been exchanged."""
         if self.late:
             return sum(self.gradients)
         return (sum(self.shards) if self.step.repeats else sum(self.shards[number] for number in done)) + self.whole

@@ -127,7 +127,7 @@ class Work:
     """Bytes for one image."""
     fixed: float = 0.0
     """Bytes that do not depend on the images, such as weights."""
-    count: int = 1
+    count: float = 1
     variant: str = ""
     """As of `Operation`."""
 

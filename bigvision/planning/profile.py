@@ -12,6 +12,7 @@ import functools
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,7 +27,17 @@ from bigvision.engine.ema import never_averaged
 from bigvision.engine.engine import finite_samples
 from bigvision.engine.parallelize import Computing, choose_computing, why_eager, wrap_blocks
 from bigvision.engine.state import RUNNING, allocate, is_frozen, make_contiguous
-from bigvision.models import Block, Blocks, Blueprint, blueprint, find_blocks, find_teacher, kinds
+from bigvision.models import (
+    Block,
+    Blocks,
+    Blueprint,
+    blueprint,
+    find_blocks,
+    find_teacher,
+    kept_samples,
+    kinds,
+    rates_of_branches,
+)
 from bigvision.models.alike import tensors_in
 from bigvision.models.arguments import current_name
 from bigvision.models.formats import hold_frozen
@@ -100,6 +111,16 @@ class Part:
     """Of compiled blocks as compiled code runs them."""
     backward_operations: tuple[Work, ...] = ()
     """Without what is recomputed."""
+    branches: tuple[float, ...] = ()
+    """Rates of its branches under ``model.drop_path_mode: skip``; 0 for one that runs on all samples.
+
+    What is counted above is as if all did."""
+
+    def kept(self, images: float) -> float:
+        """On how many of so many *images* of a micro-batch it runs: the mean of its branches, which are taken for all of it."""
+        if not self.branches:
+            return images
+        return fmean(kept_samples(round(images), rate) or images for rate in self.branches)
 
     @property
     def numel(self) -> int:
@@ -156,8 +177,12 @@ class Profile:
 
     @property
     def flops(self) -> float:
-        """Of the forward and the backward pass of an image, without what is recomputed."""
+        """Of the forward and the backward pass of an image, without what is recomputed, if no branch leaves it out."""
         return sum(part.forward_flops + part.backward_flops for part in self.parts)
+
+    def flops_in(self, images: int) -> float:
+        """The same in a micro-batch of so many *images*, some of which branches leave out."""
+        return sum((part.forward_flops + part.backward_flops) * part.kept(images) / images for part in self.parts)
 
 
 def profile(
@@ -191,6 +216,9 @@ def _teacher(config: Config, task: Task) -> Profile:
 
 
 def _profile(config: Config, made: Blueprint, blocks: Blocks, learned: Task) -> Profile:
+    rates = dict[str, list[float]]()
+    if config.model.drop_path_mode == "skip":
+        rates = rates_of_branches(made.module, [block.path for block in blocks], _largest(made.input_shape, config))
     budget = config.parallel.recompute.startswith("budget:")  # under which equal blocks keep one of two choices
     for short in (False,) if budget else (True, False):
         mine = copy.copy(made)
@@ -199,7 +227,9 @@ def _profile(config: Config, made: Blueprint, blocks: Blocks, learned: Task) -> 
         found = Blocks(copies, blocks.graph, blocks.reason, blocks.max_share)
         recording = _Recording(config, mine, found, learned, short, _computing.setdefault(made.module, {}))
         try:
-            return replace(recording.profile(), model=made.module)
+            counted = recording.profile()
+            parts = [replace(part, branches=tuple(rates.get(part.path, ()))) for part in counted.parts]
+            return replace(counted, parts=tuple(parts), model=made.module)
         except Exception:
             if not recording.runs:
                 raise
@@ -280,7 +310,7 @@ class _Recording:
         eager = replace(config, parallel=replace(parallel, compile=False))
         wrap_blocks(modules, eager, here, self.module, self.shape)
         if self.compiled:
-            compile_without_code(modules, self.attention)
+            compile_without_code(modules, self.attention, parallel.recompute != "none")
 
     def _whole(self, parameter: Tensor) -> bool:
         return parameter.ndim == 0 or id(parameter) in self.norms

@@ -6,18 +6,19 @@ Each strategy's program is written down here as the engine runs it. `timing.py` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
+from bigvision.config import Config, micro_batch
 from bigvision.engine.step import REQUESTS
 from bigvision.models.formats import COMPUTE_DTYPES
-from bigvision.pipeline.schedules import Placement, passes_of
+from bigvision.pipeline.schedules import passes_of
+from bigvision.planning.division import Stages, cut_stages, units_of_parts
 from bigvision.planning.hardware import Hardware, Link
-from bigvision.planning.memory import DDP_BUCKET, cut_stages
-from bigvision.planning.profile import Part, Profile
+from bigvision.planning.memory import DDP_BUCKET
+from bigvision.planning.profile import Profile, StateTensor
 from bigvision.planning.state import Layout, after_passes, padded_groups, used_map, zero_settings
 from bigvision.planning.zero3 import gathered, in_shares
 
@@ -143,19 +144,19 @@ class Mesh:
         )
 
 
-def gathered_bytes(part: Part, shards: int, compute: torch.dtype) -> float:
-    """Of the parameters of *part* that ``fully_shard`` gathers, padded to equal shards of dimension 0."""
+def gathered_bytes(tensors: Iterable[StateTensor], shards: int, compute: torch.dtype) -> float:
+    """Of the parameters among *tensors* that ``fully_shard`` gathers, padded to equal shards of dimension 0."""
     total = 0.0
-    for tensor in part.tensors:
+    for tensor in tensors:
         if not tensor.buffer and not tensor.whole:
             itemsize = compute.itemsize if compute != torch.float32 else tensor.dtype.itemsize
             total += _padded(tensor.shape, shards) * itemsize
     return total
 
 
-def scattered_bytes(part: Part, shards: int, config: Config) -> float:
-    """Of the gradients of *part*, as they travel, padded likewise."""
-    trained = [tensor for tensor in part.tensors if tensor.trained and not tensor.whole]
+def scattered_bytes(tensors: Iterable[StateTensor], shards: int, config: Config) -> float:
+    """Of the gradients of *tensors*, as they travel, padded likewise."""
+    trained = [tensor for tensor in tensors if tensor.trained and not tensor.whole]
     return float(sum(_padded(tensor.shape, shards) for tensor in trained) * reduced_itemsize(config))
 
 
@@ -169,14 +170,9 @@ def _padded(shape: tuple[int, ...], shards: int) -> int:
     return -(-rows // shards) * shards * rest
 
 
-def trained_values(parts: Sequence[Part], whole: bool | None = None) -> int:
-    """Trained values of *parts*; *whole*: those that `fully_shard` leaves whole, or not."""
-    return sum(
-        math.prod(tensor.shape)
-        for part in parts
-        for tensor in part.tensors
-        if tensor.trained and (whole is None or tensor.whole == whole)
-    )
+def trained_values(tensors: Iterable[StateTensor], whole: bool | None = None) -> int:
+    """Trained values of *tensors*; *whole*: those that `fully_shard` leaves whole, or not."""
+    return sum(tensor.numel for tensor in tensors if tensor.trained and (whole is None or tensor.whole == whole))
 
 
 def _averaged(size: int, group: Group) -> list[Instruction]:
@@ -211,11 +207,11 @@ def _whole(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator
     # What DeepSpeed has in one bucket travels whole, and each rank keeps its share.
     reduces = mesh.data.ranks > 1 and (last or strategy == "zero2") and not after_passes(config, profile.compute)
     itemsize = reduced_itemsize(config)
-    bucket = DDP_BUCKET / 4 if strategy in ("ddp", "fsdp") else min(50_000_000, max(1, trained_values(profile.parts)))
+    bucket = DDP_BUCKET / 4 if strategy in ("ddp", "fsdp") else min(50_000_000, max(1, trained_values(profile.tensors)))
     waiting = started = 0
     for number in reversed(numbers):
         yield from computed(profile, config, number)
-        waiting += trained_values([profile.parts[number]])
+        waiting += trained_values(profile.parts[number].tensors)
         if reduces and waiting and (waiting >= bucket or number == 0):
             calls = max(1, round(waiting / bucket))
             yield Start(("bucket", started), Collective("all_reduce", float(itemsize * waiting), mesh.data, calls))
@@ -224,59 +220,58 @@ def _whole(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator
 
 
 def _fsdp(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator[Instruction]:
-    """`fully_shard`: each block is gathered one block ahead, forward and again backward; gradients are scattered behind it."""
+    """`fully_shard`: each unit is gathered one unit ahead, forward and again backward; gradients are scattered behind it."""
     parts, shards = profile.parts, mesh.shard.ranks
-    blocks = [number for number, part in enumerate(parts) if part.path]
-    outside = [number for number, part in enumerate(parts) if not part.path]
+    units = units_of_parts(profile, config)
+    entered, left = {unit[0]: place for place, unit in enumerate(units)}, {unit[-1]: place for place, unit in enumerate(units)}
+    tensors = [[tensor for number in unit for tensor in parts[number].tensors] for unit in units]
+    tensors.append([tensor for part in parts if not part.path for tensor in part.tensors])
+    outside = len(units)
     again, scatters = config.parallel.reshard == "forward", last or config.parallel.scatter == "each"
+    gathers = [gathered_bytes(those, shards, profile.compute) for those in tensors]
 
-    def gather(numbers: Sequence[int], when: str) -> Start:
-        size = sum(gathered_bytes(parts[number], shards, profile.compute) for number in numbers)
+    def gather(unit: int, when: str) -> Start:
         # Cast, and copied together.
-        return Start((when, *numbers), Collective("all_gather", size, mesh.shard), 5 * size / shards)
+        return Start((when, unit), Collective("all_gather", gathers[unit], mesh.shard), 5 * gathers[unit] / shards)
 
-    def arrived(numbers: Sequence[int], when: str) -> Iterator[Instruction]:
-        yield Wait((when, *numbers))
-        yield Compute(-1, "copy", 2.0 * sum(gathered_bytes(parts[number], shards, profile.compute) for number in numbers))
+    def arrived(unit: int, when: str) -> Iterator[Instruction]:
+        yield Wait((when, unit))
+        yield Compute(-1, "copy", 2.0 * gathers[unit])
 
-    def scatter(numbers: Sequence[int]) -> Iterator[Instruction]:
-        size = sum(scattered_bytes(parts[number], shards, config) for number in numbers)
+    def scatter(unit: int) -> Iterator[Instruction]:
+        size = scattered_bytes(tensors[unit], shards, config)
         if not size:
             return
         yield Compute(-1, "copy", size * (1 + profile.compute.itemsize / reduced_itemsize(config)))
-        yield Start(("scatter", *numbers), Collective("reduce_scatter", size, mesh.shard))
+        yield Start(("scatter", unit), Collective("reduce_scatter", size, mesh.shard))
         if last and mesh.replicate.ranks > 1:
-            yield Start(("replicas", *numbers), Collective("all_reduce", size / shards, mesh.replicate))
+            yield Start(("replicas", unit), Collective("all_reduce", size / shards, mesh.replicate))
 
     yield gather(outside, "forward")
     yield from arrived(outside, "forward")
-    if blocks:
-        yield gather(blocks[:1], "forward")
+    if units:
+        yield gather(0, "forward")
     for number in range(len(parts)):
-        if parts[number].path:
-            place = blocks.index(number)
-            yield from arrived([number], "forward")
-            if place + 1 < len(blocks):
-                yield gather([blocks[place + 1]], "forward")
+        if (unit := entered.get(number)) is not None:
+            yield from arrived(unit, "forward")
+            if unit + 1 < len(units):
+                yield gather(unit + 1, "forward")
         yield Compute(number, "forward")
-    if again and blocks:
-        yield gather(blocks[-1:], "backward")
+    if again and units:
+        yield gather(len(units) - 1, "backward")
     for number in reversed(range(len(parts))):
-        if parts[number].path and again:
-            place = blocks.index(number)
-            yield from arrived([number], "backward")
-            if place:
-                yield gather([blocks[place - 1]], "backward")
+        if (unit := left.get(number)) is not None and again:
+            yield from arrived(unit, "backward")
+            if unit:
+                yield gather(unit - 1, "backward")
         yield from computed(profile, config, number)
-        if scatters and parts[number].path:
-            yield from scatter([number])
+        if scatters and (unit := entered.get(number)) is not None:
+            yield from scatter(unit)
     if scatters:
         yield from scatter(outside)
-    for numbers in ([number] for number in blocks):
-        yield Wait(("scatter", *numbers))
-        yield Wait(("replicas", *numbers))
-    yield Wait(("scatter", *outside))
-    yield Wait(("replicas", *outside))
+    for unit in range(outside + 1):
+        yield Wait(("scatter", unit))
+        yield Wait(("replicas", unit))
 
 
 def _zero3(profile: Profile, config: Config, mesh: Mesh) -> Iterator[Instruction]:
@@ -302,14 +297,17 @@ def _zero3(profile: Profile, config: Config, mesh: Mesh) -> Iterator[Instruction
     yield from (Wait(("scatter", number)) for number in numbers)
 
 
-def update(parts: Sequence[Part], profile: Profile, config: Config, mesh: Mesh) -> Iterator[Instruction]:
-    """After the passes: what is averaged then, the numbers of the step, the optimizer, the average of the weights."""
+def update(tensors: Sequence[StateTensor], profile: Profile, config: Config, mesh: Mesh) -> Iterator[Instruction]:
+    """After the passes: what is averaged then, the numbers of the step, the optimizer, the average of the weights.
+
+    *tensors*: of a pipeline those of a rank's stages, else all.
+    """
     strategy, data = config.parallel.strategy, mesh.data
     sharded = mesh.shard.ranks > 1 and strategy in ("fsdp", "pipeline")
     if sharded:
-        yield from _averaged(reduced_itemsize(config) * trained_values(parts, whole=True), data)
+        yield from _averaged(reduced_itemsize(config) * trained_values(tensors, whole=True), data)
     elif strategy == "pipeline":
-        yield from _averaged(reduced_itemsize(config) * trained_values(parts), data)
+        yield from _averaged(reduced_itemsize(config) * trained_values(tensors), data)
     elif after_passes(config, profile.compute):
         yield from _averaged(reduced_itemsize(config) * sum(padded_groups(profile, data.ranks)), data)
     zero = strategy.startswith("zero")
@@ -325,9 +323,9 @@ def update(parts: Sequence[Part], profile: Profile, config: Config, mesh: Mesh) 
         size = flag + (8 if third and config.parallel.offload == "none" else 4) * groups
         yield Start("norm", Collective("all_reduce", size, data, flag + groups))
         yield Wait("norm")
-    trained = float(trained_values(parts))
+    trained = float(trained_values(tensors))
     if sharded:
-        trained = trained_values(parts, whole=False) / mesh.shard.ranks + trained_values(parts, whole=True)
+        trained = trained_values(tensors, whole=False) / mesh.shard.ranks + trained_values(tensors, whole=True)
     elif zero:
         trained /= data.ranks
     bytes_each = OPTIMIZER_BYTES.get(config.optim.name, 28) + NORM_BYTES
@@ -347,42 +345,30 @@ def update(parts: Sequence[Part], profile: Profile, config: Config, mesh: Mesh) 
 # Pipelines.
 
 
-def stages_of(profile: Profile, layout: Layout) -> list[list[int]]:
-    """The parts on each stage, in order: as equal in FLOPs as whole parts allow."""
-    parts, stages = profile.parts, layout.stages * layout.stages_per_rank
-    work = [part.forward_flops + part.backward_flops for part in parts]
-    total, so_far, found = sum(work), 0.0, [[] for _ in range(stages)]
-    for number, cost in enumerate(work):
-        found[min(stages - 1, int((so_far + cost / 2) / total * stages))].append(number)
-        so_far += cost
-    return found
-
-
-def sharded_stages(
-    profile: Profile, config: Config, placement: Placement, mesh: Mesh, stages: Sequence[Sequence[int]], place: int
-) -> list[Instruction]:  # fmt: skip
+def sharded_stages(profile: Profile, config: Config, stages: Stages, mesh: Mesh, place: int) -> list[Instruction]:
     """What FSDP exchanges within the stages of the rank *place* of a pipeline in a step.
 
     A block is gathered by a pass that does not find it gathered. A forward pass frees it again, a backward pass does not;
     gradients are scattered after the last micro-batch.
     """
-    shards, size = mesh.shard.ranks, micro_batch(config, mesh.data.ranks, placement.ranks)
+    shards, placement = mesh.shard.ranks, stages.memory.placement
+    size = micro_batch(config, mesh.data.ranks, placement.ranks)
     count = max(1, config.train.global_batch // mesh.data.ranks // size)
     order = passes_of(config.parallel.schedule, placement, count)[place]
     found: list[Instruction] = []
     for stage in placement.numbers(place):
-        parts = [profile.parts[number] for number in stages[stage]]
+        units, tensors = stages.units[stage], stages.tensors([stage])
         gathers, gathered = 0, False
         for one in (one for one in order if one.stage == stage and one.kind != "W"):
             gathers += not gathered
             gathered = one.kind != "F" or config.parallel.reshard == "never"
-        blocks = gathers * sum(gathered_bytes(part, shards, profile.compute) for part in parts if part.path)
-        outside = sum(gathered_bytes(part, shards, profile.compute) for part in parts if not part.path)
-        scattered = sum(scattered_bytes(part, shards, config) for part in parts)
-        exchanged = [Collective("all_gather", blocks + outside, mesh.shard, gathers * len(parts))]
-        exchanged.append(Collective("reduce_scatter", scattered, mesh.shard, len(parts)))
+        outside = gathered_bytes(units[-1], shards, profile.compute)
+        blocks = gathers * (gathered_bytes(tensors, shards, profile.compute) - outside)
+        scattered = scattered_bytes(tensors, shards, config)
+        exchanged = [Collective("all_gather", blocks + outside, mesh.shard, gathers * (len(units) - 1) + 1)]
+        exchanged.append(Collective("reduce_scatter", scattered, mesh.shard, len(units)))
         if mesh.replicate.ranks > 1:
-            exchanged.append(Collective("all_reduce", scattered / shards, mesh.replicate, len(parts)))
+            exchanged.append(Collective("all_reduce", scattered / shards, mesh.replicate, len(units)))
         for number, one in enumerate(exchanged):
             found += [Start((stage, number), one), Wait((stage, number))]
     return found
@@ -404,14 +390,12 @@ def sent(profile: Profile, config: Config, layout: Layout, rank: int = 0) -> dic
                 key = one.collective.kind, one.collective.group.name
                 found[key] = found.get(key, 0.0) + one.collective.sent * times
 
-    parts = list(profile.parts)
+    tensors = list(profile.tensors)
     if config.parallel.strategy == "pipeline":
-        placement = Placement(layout.stages, layout.stages_per_rank, config.parallel.schedule in SPLIT_BACKWARD)
-        stages = getattr(layout, "stage_parts", None) or stages_of(profile, layout)
-        place = rank // mesh.data.ranks
-        here = placement.numbers(place)
-        parts = [profile.parts[number] for stage in here for number in stages[stage]]
         plan, key = cut_stages(profile, config, layout), ("send", "stage")
+        placement, place = plan.memory.placement, rank // mesh.data.ranks
+        here = placement.numbers(place)
+        tensors = plan.tensors(here)
         for stage in here:
             # Activations onwards, gradients back.
             if stage + 1 < placement.stages and placement.rank_of(stage + 1) != place:
@@ -419,11 +403,11 @@ def sent(profile: Profile, config: Config, layout: Layout, rank: int = 0) -> dic
             if stage and placement.rank_of(stage - 1) != place and plan.returned[stage - 1]:
                 found[key] = found.get(key, 0.0) + plan.returned[stage - 1] * share
         if mesh.shard.ranks > 1:
-            add(sharded_stages(profile, config, placement, mesh, stages, place))
+            add(sharded_stages(profile, config, plan, mesh, place))
     else:
         count = -(-share // size)
         if count > 1:
             add(passes(profile, config, mesh, False), count - 1)
         add(passes(profile, config, mesh, True))
-    add(update(parts, profile, config, mesh))
+    add(update(tensors, profile, config, mesh))
     return found

@@ -22,6 +22,7 @@ from bigvision.config.values import coerce, get, spell
 from bigvision.errors import UserError, one_line
 from bigvision.models import GivenModel
 from bigvision.planning.hardware import DEVICES, LINKED, LINKS, Hardware, hardware_here
+from bigvision.planning.state import Layout
 from bigvision.runtime import Runtime, all_or_none, collective_timeout, from_main, gather_json, start
 from bigvision.tasks import Task
 
@@ -35,7 +36,7 @@ FREE = (
     "model.pretrained", "model.weights", "model.drop_path", "model.drop_path_schedule", "model.drop_path_mode",
     "parallel.deepspeed", "parallel.device",
 )  # fmt: skip
-"""Keys among them that it does not depend on."""
+"""Keys among them of which it stays the same; some change what is predicted a little."""
 
 Say = Callable[[str], None]
 
@@ -151,7 +152,7 @@ def as_predicted(config: Config, estimates: Estimates) -> dict[str, Any]:
         "step_seconds": time.total,
         "step": asdict(time),
         "images_per_second": time.images_per_second,
-        "flops_per_image": found.flops,
+        "flops_per_image": found.flops_in(Layout.of(config, estimates.hardware.ranks).micro_batch(config)),
         "hardware": str(estimates.hardware),
         "peak_flops": device.flops.get(precision.removeprefix("amp_")),
     }

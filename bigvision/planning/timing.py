@@ -9,13 +9,14 @@ from __future__ import annotations
 import bisect
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from bigvision.config import SPLIT_BACKWARD, Config, micro_batch
+from bigvision.config import Config, micro_batch
 from bigvision.pipeline.schedules import Placement, passes_of
+from bigvision.planning.division import cut_stages
 from bigvision.planning.hardware import KEPT, Curve, Device, Hardware, Rates
 from bigvision.planning.operations import PRODUCTS, Work, rate_name
 from bigvision.planning.profile import Profile
@@ -30,7 +31,6 @@ from bigvision.planning.program import (
     computed,
     passes,
     sharded_stages,
-    stages_of,
     update,
 )
 from bigvision.planning.state import Layout
@@ -136,7 +136,12 @@ class Clock:
         part = profile.parts[number]
         key = part.kind if part.path else ("outside", number), what, images
         if key not in self._known:
-            self._known[key] = self.works(part.backward_operations if what == "backward" else part.forward_operations, images)
+            works = part.backward_operations if what == "backward" else part.forward_operations
+            if what == "recompute" and part.forward_flops:
+                # Products that are kept, or needed by no backward pass, are not computed again.
+                again = part.recomputed_flops / part.forward_flops
+                works = [replace(work, count=work.count * (again if work.kind in PRODUCTS else 1.0)) for work in works]
+            self._known[key] = self.works(works, images)
         return self._known[key]
 
     def got_anew(self, profile: Profile, images: float) -> float:
@@ -199,7 +204,8 @@ class Streams:
             kind = "optimizer" if one.what == "optimizer" else "bytes"
             seconds = Seconds(self.clock.bytes(one.moved, kind))
         else:
-            seconds = self.clock.part(self.profile, one.part, one.what, self.images)
+            images = self.profile.parts[one.part].kept(self.images)
+            seconds = self.clock.part(self.profile, one.part, one.what, images)
         self.host += seconds.host
         before = self.compute
         self.compute = max(self.compute + seconds.device, self.host)
@@ -231,11 +237,11 @@ def step_time(profile: Profile, config: Config, layout: Layout, hardware: Hardwa
     else:
         streams, bubble = _accumulated(config, mesh, Streams(hardware, clock, profile, size), count, rest), 0.0
         streams.compute += clock.got_anew(profile, size)
-        streams.run(update(profile.parts, profile, config, mesh))
+        streams.run(update(profile.tensors, profile, config, mesh))
     total = streams.compute
     batch = config.train.global_batch
     peak = hardware.device.flops.get(FORMATS.get(profile.compute, "fp32"))
-    flops = sum(part.forward_flops + part.backward_flops for part in profile.parts)
+    flops = profile.flops_in(size)
     spent = {what: streams.spent.get(what, 0.0) for what in ("forward", "backward", "recompute", "optimizer")}
     return StepTime(
         **spent, communication=streams.communication, exposed=streams.exposed, bubble=bubble, total=total,
@@ -296,49 +302,57 @@ def _pipelined(
     profile: Profile, config: Config, layout: Layout, mesh: Mesh, streams: Streams, count: int, rest: int
 ) -> tuple[Streams, float]:
     """The clocks of the busiest rank after a step, and how long it waits for other stages."""
-    parallel, hardware, clock = config.parallel, streams.hardware, streams.clock
-    placement = Placement(layout.stages, layout.stages_per_rank, parallel.schedule in SPLIT_BACKWARD)
-    stages = getattr(layout, "stage_parts", None) or stages_of(profile, layout)
+    stages, hardware, clock = cut_stages(profile, config, layout), streams.hardware, streams.clock
+    placement = stages.memory.placement
+    group = Group("stage", placement.ranks, hardware.ranks // placement.ranks)
     busy: dict[int, dict[str, float]] = {rank: {} for rank in range(placement.ranks)}
     end = 0.0
     for batches, images in ((count, streams.images), (1, rest)):
         if batches and images:
-            end += _schedule(profile, config, placement, stages, clock, hardware, batches, images, busy, streams)
+            costs = [_stage_seconds(profile, config, clock, shares, images) for shares in stages.shares]
+            # Over each cut activations go onwards and gradients back.
+            travel = [(0.0, 0.0)] * placement.stages
+            for stage in range(placement.stages - 1):
+                if placement.rank_of(stage) != placement.rank_of(stage + 1):
+                    sizes = stages.costs[stage].sent * images, stages.returned[stage] * images
+                    there, back = (Collective("send", size, group).seconds(hardware) if size else 0.0 for size in sizes)
+                    travel[stage] = there, back
+                    streams.communication += batches * (there + back) / placement.ranks
+            end += simulate(config.parallel.schedule, placement, costs, travel, batches, busy)
     rank = max(busy, key=lambda one: sum(busy[one].values()))
-    mine = [number for stage in placement.numbers(rank) for number in stages[stage]]
     streams.spent, streams.compute = busy[rank], end
     bubble = end - sum(busy[rank].values())
-    parts = [profile.parts[number] for number in mine]
     if mesh.shard.ranks > 1:
-        streams.run(iter(sharded_stages(profile, config, placement, mesh, stages, rank)))
-    streams.run(update(parts, profile, config, mesh))
+        streams.run(iter(sharded_stages(profile, config, stages, mesh, rank)))
+    streams.run(update(stages.tensors(placement.numbers(rank)), profile, config, mesh))
     return streams, bubble
 
 
-def _schedule(
-    profile: Profile, config: Config, placement: Placement, stages: Sequence[Sequence[int]], clock: Clock, hardware: Hardware,
-    count: int, images: float, busy: dict[int, dict[str, float]], streams: Streams,
+def _stage_seconds(
+    profile: Profile, config: Config, clock: Clock, shares: Mapping[int, float], images: float
+) -> dict[str, float]:  # fmt: skip
+    """What a micro-batch takes on a stage with *shares* of the parts, by kind."""
+    found: dict[str, float] = dict.fromkeys(("forward", "backward", "recompute"), 0.0)
+    for number, share in shares.items():
+        for one in (Compute(number, "forward"), *computed(profile, config, number)):
+            # The branches of a block that is cut run on all samples.
+            kept = profile.parts[number].kept(images) if share == 1.0 else images
+            took = clock.part(profile, number, one.what, kept)
+            found[one.what] += share * max(took.device, took.host)
+    return found
+
+
+def simulate(
+    schedule: str, placement: Placement, seconds: Sequence[Mapping[str, float]], travel: Sequence[tuple[float, float]],
+    count: int, busy: dict[int, dict[str, float]],
 ) -> float:  # fmt: skip
-    """Simulate a schedule of *count* micro-batches; add each rank's seconds to *busy*, and return when the last one ends."""
-    seconds: list[dict[str, float]] = []
-    for parts in stages:
-        found: dict[str, float] = dict.fromkeys(("forward", "backward", "recompute"), 0.0)
-        for number in parts:
-            for one in (Compute(number, "forward"), *computed(profile, config, number)):
-                took = clock.part(profile, number, one.what, images)
-                found[one.what] += max(took.device, took.host)
-        seconds.append(found)
-    group = Group("stage", placement.ranks, hardware.ranks // placement.ranks)
-    travel = [0.0] * placement.stages
-    for stage in range(placement.stages - 1):
-        size = profile.parts[stages[stage][-1]].output_bytes * images if stages[stage] else 0.0
-        if placement.rank_of(stage) != placement.rank_of(stage + 1):
-            sent = Collective("send", size, group).seconds(hardware)
-            travel[stage] = sent
-            streams.communication += 2 * count * sent / placement.ranks
+    """Run *count* micro-batches in torch's order; add each rank's seconds to *busy*, and return when the last one ends.
+
+    *seconds* are those of each stage for a micro-batch, *travel* those over the cut behind it, onwards and back.
+    """
     last, now = placement.stages - 1, dict.fromkeys(range(placement.ranks), 0.0)
     ended: dict[tuple[int, str, int], float] = {}
-    waiting = {rank: deque(passes) for rank, passes in passes_of(config.parallel.schedule, placement, count).items()}
+    waiting = {rank: deque(passes) for rank, passes in passes_of(schedule, placement, count).items()}
     while any(waiting.values()):
         moved = False
         for rank, queue in waiting.items():
@@ -347,12 +361,12 @@ def _schedule(
                 stage, batch = one.stage, one.micro_batch
                 if one.kind == "F":
                     ready = ended.get((stage - 1, "F", batch)) if stage else 0.0
-                    ready = None if ready is None else ready + (travel[stage - 1] if stage else 0.0)
+                    ready = None if ready is None else ready + (travel[stage - 1][0] if stage else 0.0)
                 elif one.kind == "W":
                     ready = ended.get((stage, "B", batch))
                 else:
                     ready = ended.get((stage + 1, "B", batch)) if stage < last else ended.get((stage, "F", batch))
-                    ready = None if ready is None else ready + (travel[stage] if stage < last else 0.0)
+                    ready = None if ready is None else ready + travel[stage][1]
                 if ready is None:
                     break
                 costs = seconds[stage]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,8 +26,10 @@ from bigvision.models import (
     Blocks,
     Blueprint,
     GivenModel,
+    SkippedBranches,
     blueprint,
     check_model,
+    dropping,
     find_blocks,
     find_teacher,
     given_card,
@@ -244,7 +247,8 @@ def build_model(
     plan, blocks, card = all_or_none(plan_model)
     if trains and runtime.is_main and peak_flops(config, runtime) is not None:
         sizes = {plan.image_size, *(pair(stage.image_size) for stage in config.data.resize_schedule)}
-        plan.flops = {size: training_flops(plan.module, (plan.in_chans, *size)) for size in sizes}
+        samples = micro_batch(config, runtime.data_ranks, runtime.pipeline_ranks)
+        plan.flops = {size: flops_of_image(config, plan, blocks, size, samples) for size in sizes}
     engine = build_engine(config, plan, blocks, learned, runtime, steps, restored, trains)
     for note in engine.notes:
         say(note)
@@ -252,6 +256,21 @@ def build_model(
         engine.teacher = build_teacher(learned, config, plan, outputs, classes, runtime)
         say(f"task.teacher: {learned.teacher}, fingerprint {engine.teacher.fingerprint}")
     return engine, plan, card
+
+
+def flops_of_image(config: Config, plan: Blueprint, blocks: Blocks, size: Size, samples: int) -> float | None:
+    """FLOPs of an image of *size* in a micro-batch of so many *samples*, forward and backward, with nothing computed again.
+
+    Of the model of *plan*, on meta; what branches leave out is not counted. None where it cannot be run there.
+    """
+    shape, module = (plan.in_chans, *size), plan.module
+    if config.model.drop_path_mode == "skip" and dropping(module):
+        module = copy.deepcopy(module)
+        branches, _ = SkippedBranches.of(module, blocks, [shape], torch.device("meta"), False, samples)
+        if branches is not None:
+            branches.draw(samples, 0)
+            return training_flops(module.train(), shape, samples)
+    return training_flops(module, shape)
 
 
 def peak_flops(config: Config, runtime: Runtime) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -55,7 +56,9 @@ def test_nobody_else_can_reach_it(session: str) -> None:
 
 def test_the_losses_are_those_of_every_launcher(session: str, tmp_path: Path) -> None:
     expected = run_ranks(run, 2, recipe(tmp_path / "reference", train={"eval_every": 10}))[0]
-    result = train(load_config(recipe(tmp_path / "ray", train={"eval_every": 10})), TWO)
+    plain = recipe(tmp_path / "ray", train={"eval_every": 10}, monitor={"report": True})
+    result = train(load_config(plain), TWO, {"optim.lr": "a recipe"})
+    assert json.loads((tmp_path / "ray/report.json").read_text())["origins"] == {"optim.lr": "a recipe"}
     assert losses(tmp_path / "ray") == expected
     assert (result.step, result.checkpoint) == (20, tmp_path / "ray" / "step-00000020")
     assert result.metrics == {name[4:]: value for name, value in lines(tmp_path / "ray")[-1].items() if name.startswith("val_")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,9 @@ def test_the_command_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None
     assert out.startswith(
         "# parallel.precision: bf16 (ACCELERATE_MIXED_PRECISION) takes the place of fp32 (recipes/digits.yaml)"
     )
-    configs = []
-    monkeypatch.setattr(ray, "train", lambda config, ask: configs.append(config) or bigvision.Result(1, Path("x")))
+    given: list[Any] = []
+    monkeypatch.setattr(ray, "train", lambda *those: given.extend(those) or bigvision.Result(1, Path("x")))
     code, out, err = command(["ray", "--model.name", "resnet18", "--data.train", "cifar10"])
-    assert code == 0 and "recipe: none" in out and configs[0].out == "checkpoints/cifar10-resnet18", err
+    assert code == 0 and "recipe: none" in out and given[0].out == "checkpoints/cifar10-resnet18", err
+    origins = given[2]
+    assert (origins["model.name"], origins["optim.lr"]) == ("flag", "default"), "for the report"

@@ -36,14 +36,14 @@ class Simple(choice.Estimates):
         stages = parallel.pipeline_ranks or ranks
         weights = 16 * self.parameters * (0.01 if config.model.lora else 1)
         shards = {"ddp": 1, "zero1": 2, "zero2": 3}.get(parallel.strategy, ranks // parallel.replicas)
-        recomputed = 0.1 if parallel.recompute == "blocks" else 1.0
+        recomputed = {"blocks": 0.1, "selective": 0.6}.get(parallel.recompute, 1.0)
         size = micro_batch(config, ranks // stages, stages)
         peak = weights / shards + size * self.image * recomputed / stages * min(4, stages)
         return SimpleNamespace(peak=peak, rank=ranks - 1)
 
     def time(self, config: Config) -> Any:
         slower = {"ddp": 1.0, "fsdp": 1.02, "pipeline": 1.3}.get(config.parallel.strategy, 1.2)
-        slower *= 1.3 if config.parallel.recompute == "blocks" else 1.0
+        slower *= {"blocks": 1.3, "selective": 1.05}.get(config.parallel.recompute, 1.0)
         seconds = slower * config.train.global_batch / self.hardware.ranks / 100
         return SimpleNamespace(total=seconds, images_per_second=config.train.global_batch / seconds, mfu=0.4 / slower)
 
@@ -84,6 +84,14 @@ def test_recompute_and_micro_batch_follow_from_memory(simple: type[Simple]) -> N
     made = choose(open_, "8xRTX4090").values
     assert made["parallel.strategy"] == "fsdp" and made["parallel.recompute"] == "none"
     assert made["train.micro_batch"] == 32, "38 would fit, and 64 samples in two parts are 32"
+    whole = config(train={"global_batch": 512}, parallel={"recompute": "auto"})
+    for simple.image, recompute in ((0.2 * GIB, "none"), (0.4 * GIB, "selective"), (0.5 * GIB, "blocks")):
+        chosen = choose(with_values(whole, {"parallel.strategy": "fsdp"}), "8xRTX4090")
+        assert chosen.values["parallel.recompute"] == recompute, "64 images at once, 18 GiB for them"
+        rows = plan(whole, parse_hardware("8xRTX4090")).rows
+        listed = {one.config.parallel.recompute for one in rows if one.name == "fsdp"}
+        assert listed == ({"none", "blocks"} if recompute == "none" else {"none", "blocks", "selective"})
+        assert not any(one.config.parallel.recompute == "selective" for one in rows if one.name.startswith("pipeline"))
     simple.image = 30.0 * GIB
     made = choose(open_, "8xRTX4090").values
     assert (made["parallel.recompute"], made["train.micro_batch"]) == ("blocks", 5)
@@ -133,6 +141,19 @@ def test_a_mesh_that_does_not_divide(sections: dict, hardware: str, words: list[
     with pytest.raises(UserError) as caught:
         plan(config(**sections), parse_hardware(hardware))
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_teacher_is_held_as_the_engine_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under zero1 and zero2, and on one rank, whole on each rank; the student's weights are cast before either way."""
+    monkeypatch.setattr(choice, "profile", lambda config, *_: config.parallel.strategy)
+    monkeypatch.setattr(REAL, "built", lambda *_: None)
+    taught = config(task={"teacher": "vit_tiny_patch16_224"})
+    for hardware, teacher in (("2xH100", "fsdp"), ("H100", "zero2")):
+        estimates = REAL(parse_hardware(hardware))
+        for strategy, expected in (("zero1", "zero2"), ("zero2", "zero2"), ("zero3", teacher), ("ddp", "ddp")):
+            assert estimates.profile(with_values(taught, {"parallel.strategy": strategy})) == expected
+            plain = estimates.profile(config(parallel={"strategy": strategy}))
+            assert plain == ("ddp" if strategy == "ddp" else "fsdp"), "no profile more than without"
 
 
 @pytest.mark.long

@@ -139,6 +139,7 @@ REGISTERS: dict[str, Any] = VIT | {"options": {"depth": 6, "reg_tokens": 4}}
 TEACHER: dict[str, Any] = {"img_size": 112, "depth": 6, "embed_dim": 384, "num_heads": 6}
 NONE: dict[str, Any] = {}
 AGAIN, HALF, TWICE = {"recompute": "blocks"}, {"precision": "bf16"}, 2
+SELECTIVE = {"recompute": "selective"}
 TAUGHT = {"teacher": "of this test"}
 # model, ranks, micro-batch, micro-batches of a step, strategy, other keys of parallel, task, other sections
 CASES: list[tuple[Any, ...]] = [
@@ -196,8 +197,12 @@ CASES: list[tuple[Any, ...]] = [
     # So small that the optimizer's step has the peak.
     *((VIT, 1, 2, 1, "ddp", AGAIN, NONE, {"optim": {"name": name}}) for name in ("sgd", "lion", "lamb", "adafactor", "muon")),
     *((VIT, 2, 2, 1, "fsdp", AGAIN, NONE, {"optim": {"name": name}}) for name in ("lamb", "muon")),
+    # So small that gathered weights have it.
+    *((VIT, 2, 2, 1, "fsdp", AGAIN | {"unit_size": size}, NONE, {"optim": {"name": "sgd"}}) for size in ("4MB", "1GB")),
     (VIT, 2, 2, 1, "zero1", AGAIN, NONE),
     (VIT, 2, 2, 1, "zero3", AGAIN, NONE),
+    *((model, 1, 16, 1, "ddp", SELECTIVE, NONE) for model in (VIT, CONVNEXT)),
+    *((model, 2, 8, 1, "fsdp", SELECTIVE, NONE) for model in (VIT, CONVNEXT)),
     (RESNET, 2, 16, 1, "zero2", NONE, NONE),
     (CONVNEXT, 2, 16, 1, "zero3", NONE, {"name": "segment", "decoder": "upernet"}),
     (VIT | {"image_size": 128}, 1, 8, 1, "ddp", {"precision": "amp_bf16"}, {"name": "segment", "decoder": "dpt"}),

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 
 from bigvision.config import load_config
+from bigvision.planning.hardware import parse_hardware
 from bigvision.planning.operations import IMAGES, Amount
-from bigvision.planning.profile import Profile, profile
+from bigvision.planning.profile import Profile, planned, profile
+from bigvision.planning.state import Layout
+from bigvision.planning.timing import step_time
+from bigvision.tasks import build_task
+from bigvision.training.build import flops_of_image
 
 
 def counted(**parallel: object) -> Profile:
@@ -27,6 +32,32 @@ def test_each_block_has_its_own_operations() -> None:
         # The last product's result is not needed again.
         assert 0.6 * plain.forward_flops < part.recomputed_flops < plain.forward_flops if plain.path else True
         assert part.saved.per_image < 0.2 * plain.saved.per_image if plain.path else True
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("vit_tiny_patch16_224", {"depth": 4}), pytest.param("convnext_atto", {}, marks=pytest.mark.long)]
+)
+def test_what_branches_leave_out_is_not_counted(name: str, options: dict[str, int]) -> None:
+    """Neither in the predicted time and MFU nor in the FLOPs that a run's MFU is of, which count the same."""
+    found = {}
+    for mode in ("mask", "skip"):
+        model = {"name": name, "num_classes": 10, "image_size": 64, "drop_path": 0.4, "drop_path_mode": mode}
+        model["options"] = options
+        plain = {"model": model, "parallel": {"strategy": "ddp", "device": "cuda", "compile": False}}
+        config = load_config(plain | {"train": {"global_batch": 20000, "micro_batch": 10000}})
+        plan = planned(config, 10, build_task(config.task))
+        counted = profile(config, 10, plan=plan)
+        flops = [flops_of_image(config, *plan, (64, 64), samples) for samples in (10000, 2)]
+        time = step_time(counted, config, Layout.of(config, 1), parse_hardware("H100"))
+        found[mode] = counted, flops, time
+    (every, (all_of_them, few_of_all), slow), (some, (kept, few), fast) = found["mask"], found["skip"]
+    assert some.flops == every.flops == every.flops_in(10000)
+    share = some.flops_in(10000) / every.flops
+    assert 0.75 < share < 0.85, "a fifth is left out: rates grow from 0 to 0.4"
+    assert kept / all_of_them == pytest.approx(share, rel=0.01)
+    assert fast.mfu * fast.total / (slow.mfu * slow.total) == pytest.approx(share)
+    assert share < (fast.forward + fast.backward) / (slow.forward + slow.backward) < share + 0.1
+    assert few == few_of_all and some.flops_in(2) == every.flops, "of two samples none can be left out"
 
 
 def test_what_the_number_of_images_divides_grows_with_them() -> None:

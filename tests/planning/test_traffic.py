@@ -29,12 +29,14 @@ from tests.planning.held import Make, batch_of, profiled
 
 VIT = {"name": "vit_tiny_patch16_224", "image_size": 32, "num_classes": 10, "options": {"depth": 4, "patch_size": 8}}
 RESNET = {"name": "resnet18", "image_size": 32, "num_classes": 10}
+CONVNEXT = {"name": "convnext_atto", "image_size": 64, "num_classes": 10}
 CASES = {
     "fsdp": (8, VIT, {"strategy": "fsdp"}, 2),
     "fsdp, micro-batches": (8, VIT, {"strategy": "fsdp"}, 1),
     "fsdp, replicas": (8, VIT, {"strategy": "fsdp", "replicas": 2}, 1),
     "fsdp, kept, scattered last": (6, VIT, {"strategy": "fsdp", "reshard": "never", "scatter": "last"}, 1),
     "fsdp, bf16": (4, VIT, {"strategy": "fsdp", "precision": "bf16"}, 2),
+    "fsdp, blocks by themselves": (4, VIT, {"strategy": "fsdp", "unit_size": "block"}, 2),
     "fsdp, BatchNorm": (4, RESNET, {"strategy": "fsdp"}, 2),
     "fsdp, replicas, reduced in bf16": (8, RESNET, {"strategy": "fsdp", "replicas": 2, "reduce": "bf16"}, 2),
     "pipeline": (2, VIT, {"strategy": "pipeline", "schedule": "1f1b"}, None),
@@ -42,6 +44,9 @@ CASES = {
     "pipeline, sharded, gpipe": (4, VIT, {"strategy": "pipeline", "stages": 2, "schedule": "gpipe"}, None),
     "pipeline, sharded, interleaved": (4, VIT, {"strategy": "pipeline", "stages": 2, "schedule": "interleaved"}, None),
     "pipeline, sharded, kept": (4, VIT, {"strategy": "pipeline", "stages": 2, "reshard": "never"}, None),
+    "pipeline, sharded, BatchNorm": (4, RESNET, {"strategy": "pipeline", "stages": 2}, 2),
+    "pipeline, sharded, cut inside a block": (6, CONVNEXT, {"strategy": "pipeline", "stages": 3}, None),
+    "pipeline, sharded, units": (4, VIT, {"strategy": "pipeline", "stages": 2, "unit_size": "4MB"}, None),
     "pipeline, copied": (4, VIT, {"strategy": "pipeline", "stages": 2, "replicas": 2}, None),
     "pipeline, sharded, reduced in bf16": (4, VIT, {"strategy": "pipeline", "stages": 2, "reduce": "bf16"}, None),
     "pipeline, copied, reduced in bf16": (4, VIT, {"strategy": "pipeline", "stages": 2, "replicas": 2, "reduce": "bf16"}, None),

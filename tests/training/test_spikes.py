@@ -12,11 +12,12 @@ from unittest.mock import patch
 
 import pytest
 
-from bigvision import checkpoint
+import bigvision
+from bigvision import checkpoint, load_config
 from bigvision.training.numbers import LEAST, WINDOW, Spikes
 from tests.distributed import run_ranks, start_ranks
 from tests.recipes import digests, lines, losses, recipe
-from tests.training.planted import run_planted, run_without, scalars
+from tests.training.planted import planted, run_planted, run_without, scalars
 
 
 def noise(count: int, seed: int = 0) -> list[float]:
@@ -128,6 +129,29 @@ def test_the_checkpoint_of_a_spike_is_not_saved_and_the_beginning_is(tmp_path: P
     same(tmp_path / "spike", tmp_path / "without", 0)
     progress = json.loads((tmp_path / "spike" / f"step-{AT + 1:08}" / "progress.json").read_text())
     assert progress["faults"]["passed_over"] == [[AT * 12, 12]]
+
+
+@pytest.mark.parametrize("stops", [AT, AT - 2])
+def test_a_callback_ends_a_run_in_the_read_that_goes_back(tmp_path: Path, stops: int) -> None:
+    """The step before the spike is read with it, at an epoch's end. STOP comes there, or all ranks hear of it there."""
+    made = plain(tmp_path, "small", every=8, monitor={"every": 1})
+    asked: list[int] = []
+
+    def until(event: bigvision.Event) -> object:
+        if event.kind != "step" or event.step < stops or asked:
+            return None
+        asked.append(event.step)
+        return bigvision.STOP
+
+    with planted("spike", [AT], None):
+        result = bigvision.train(load_config(made), callbacks=[until])
+    assert asked == [stops] and result.reason == "the callback until returned STOP"
+    told = lines(tmp_path)
+    (back,) = [at for at, line in enumerate(told) if "rolled_back" in line]
+    evaluated = [line["step"] for line in told[back:] if "val_loss" in line]
+    assert evaluated == [result.step] and checkpoint.steps_in(tmp_path)[0] == result.step < AT, "evaluated and saved once"
+    progress = json.loads((tmp_path / f"step-{result.step:08}" / "progress.json").read_text())
+    assert progress["faults"]["passed_over"] == [[AT * 12, 12]] and progress["evaluated"] == result.step
 
 
 def run_until(made: dict[str, Any], passes: int, step: int) -> None:
