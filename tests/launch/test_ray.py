@@ -54,6 +54,7 @@ def test_nobody_else_can_reach_it(session: str) -> None:
     assert session.startswith("127.0.0.1:") and listened_on(processes) == {"127.0.0.1"}
 
 
+@pytest.mark.long
 def test_the_losses_are_those_of_every_launcher(session: str, tmp_path: Path) -> None:
     expected = run_ranks(run, 2, recipe(tmp_path / "reference", train={"eval_every": 10}))[0]
     plain = recipe(tmp_path / "ray", train={"eval_every": 10}, monitor={"report": True})

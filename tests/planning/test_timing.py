@@ -146,6 +146,7 @@ def test_calibration_measures_what_plans_ask_for(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "SECONDS", 0.0)
     monkeypatch.setattr(calibrate, "NETWORK", 1)
+    monkeypatch.setattr(calibrate, "TURNS", 2)
     for name, sizes in (("PRODUCTS_OF", ((8, 8, 8),)), ("ATTENTION", ((1, 1, 8, 8),)), ("VALUES", (1 << 12, 1 << 18))):
         monkeypatch.setattr(calibrate, name, {"cpu": sizes})
     small = {what: tuple((2, *widths[1:3], 8) for widths in shapes[:1]) for what, shapes in calibrate.CONVOLUTIONS.items()}

@@ -172,3 +172,8 @@ def test_report() -> None:
     task.prepare(many, {})
     report = task.report(torch.zeros(3 + 42_000), 3, torch.tensor([[5.0, 20_999.0], [5.0, 20_999.0], [4.0, 4.0]]), many)
     assert report["confused"] == [["5", "20999", 2]] and "confusion" not in report
+
+
+def test_a_model_without_a_head_is_named() -> None:
+    with pytest.raises(UserError, match=r"returns \(7, 10\) for an image instead of a score for each class"):
+        Classify().loss(torch.zeros(2, 7, 10), torch.tensor([0, 1]))
