@@ -30,7 +30,8 @@ FLOPs for each byte moved where the rate is in FLOP/s, and in bytes moved where 
 
 
 KEPT = 64 << 20
-"""Bytes that glibc keeps for the next step when all is freed: twice the largest array that it does not map by itself."""
+"""Bytes of a step's memory that cost no more than its operations measured by themselves, twice the largest array that glibc does
+not map by itself."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Rates:
     gaps: float = 1.0
     """What a pass takes over the sum of its operations, each measured by itself."""
     fresh: float = 0.0
-    """Seconds for each byte beyond `KEPT` that a step needs at once: the system gives such memory anew in each step."""
+    """Seconds for each byte beyond `KEPT` that a step needs at once, as a small network took them (`calibrate.py`)."""
 
 
 @dataclass(frozen=True)
