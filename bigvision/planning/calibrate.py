@@ -324,8 +324,8 @@ def _overhead(meter: _Meter) -> float:
 def _fresh(meter: _Meter) -> float:
     """Seconds for each byte that a step needs at once beyond `KEPT`: what both passes of a network take over their operations.
 
-    Ranks keep what they free (`runtime.process.keep_freed_memory`), but arrays of more than 32 MiB come from the system each time, a
-    page at a time, and values of so large a step are in no cache.
+    Ranks keep what they free (`runtime.process.keep_freed_memory`), but arrays of more than 32 MiB come from the system each
+    time, a page at a time, and values of so large a step are in no cache.
     """
     device = meter.runtime.device
 

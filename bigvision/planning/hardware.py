@@ -30,8 +30,8 @@ FLOPs for each byte moved where the rate is in FLOP/s, and in bytes moved where 
 
 
 KEPT = 64 << 20
-"""Bytes of a step's memory that cost no more than its operations measured by themselves, twice the largest array that glibc does
-not map by itself."""
+"""Bytes of a step's memory that cost no more than its operations measured by themselves: twice the largest array that glibc
+does not map by itself."""
 
 
 @dataclass(frozen=True)
