@@ -91,7 +91,7 @@ class StageMemory:
     """How the stages of a run use memory, and how much a device has."""
 
     placement: Placement
-    kept: list[int]  # Micro-batches whose activations each stage keeps (`micro_batches_kept`)
+    kept: tuple[int, ...]  # Micro-batches whose activations each stage keeps (`micro_batches_kept`)
     count: int  # Micro-batches of a step
     micro_batch: int
     shards: int  # ranks over which the parameters of a stage are sharded; 1 for copies
