@@ -305,6 +305,8 @@ class Prices:
         self.costs = [Cost()] * len(flow.nodes)
         for node in flow.nodes:
             self.costs[flow.position.get(node.name, 0)] += costs[node.name]
+        self.searches: dict[int, tuple[list[int], Callable[..., list[int] | None], list[int] | None]] = {}
+        """By the number of stages: allowed cuts, the search for the best ones, and those without a limit of memory."""
         # The search for the best cuts asks for the same ones again and again.
         self.crossing, self.stage = functools.cache(self._crossing), functools.cache(self._stage)
 
@@ -325,9 +327,48 @@ class Prices:
         return sum(self.costs[start:end], Cost(received=self.crossing(start), sent=self.crossing(end)))
 
 
+class DoesNotFit(UserError):
+    """No cut leaves each stage the memory that it needs."""
+
+
 def choose_cuts(model: nn.Module, blocks: list[Block], prices: Prices, memory: StageMemory) -> list[int]:
-    """Cut the flow of *prices* into stages of equal work between blocks; return the positions, indices into its nodes."""
-    name, stages, flow = tracing.model_name(model), memory.placement.stages, prices.flow
+    """Cut the flow of *prices* into stages of equal work between *blocks*, which are always the same for one *prices*; return
+    the positions, indices into its nodes. Where *memory* has a limit, cuts that do not fit are moved; `DoesNotFit` if none do.
+    """
+    name, stages = tracing.model_name(model), memory.placement.stages
+    if stages not in prices.searches:
+        allowed = _allowed_cuts(model, blocks, prices, stages)
+        search = functools.partial(best_cuts, [cost.work for cost in prices.costs], allowed, stages, prices.crossing)
+        prices.searches[stages] = allowed, search, search()
+    allowed, search, cuts = prices.searches[stages]
+    assert cuts is not None, "enough cuts are allowed"
+    if memory.capacity is None:
+        return cuts
+    # Equal stages, as far as memory goes.
+    whole, crossing = prices.stage(0, len(prices.costs)), max(map(prices.crossing, allowed))
+    sizes = {key: getattr(whole, key) / stages for key in ("activations", "parameters", "trained")}
+    even = replace(whole, **sizes, received=crossing, sent=crossing)
+    limits = memory.limits(even)
+
+    def fits(stage: int, start: int, end: int) -> bool:
+        return memory.needed(stage, prices.stage(start, end)) <= limits[stage]
+
+    bounds = pairwise([0, *cuts, len(prices.costs)])
+    if all(fits(stage, *ends) for stage, ends in enumerate(bounds)):
+        return cuts
+    if cuts := search(fits):
+        return cuts
+    share, worst = max((memory.needed(stage, even) / limit, stage) for stage, limit in enumerate(limits))
+    raise DoesNotFit(
+        f"parallel.stages: no cut of {name} into {stages} stages fits the devices' memory (of equal stages, stage {worst} "
+        f"needs {share:.2f} times what its device has for it): use more stages, parallel.recompute blocks, or smaller "
+        "micro-batches"
+    )
+
+
+def _allowed_cuts(model: nn.Module, blocks: list[Block], prices: Prices, stages: int) -> list[int]:
+    """The positions between blocks at which nothing that must stay on one stage is cut. Raises `UserError` for too few."""
+    flow = prices.flow
     shared = bound_together(model, flow)
     paths = {block.path for block in blocks}
     between = {cut for at, path in enumerate(flow.called) if path in paths for cut in (at, at + 1) if 0 < cut < len(flow.nodes)}
@@ -335,27 +376,10 @@ def choose_cuts(model: nn.Module, blocks: list[Block], prices: Prices, memory: S
     if len(allowed) < stages - 1:
         widest = max(shared, key=lambda key: shared[key][1] - shared[key][0], default="what connects them")
         raise UserError(
-            f"parallel.stages: {name} cannot be cut into {stages} stages, since {widest} is shared between its blocks: "
-            "use fewer stages, or parallel.strategy fsdp"
+            f"parallel.stages: {tracing.model_name(model)} cannot be cut into {stages} stages, since {widest} is shared "
+            "between its blocks: use fewer stages, or parallel.strategy fsdp"
         )
-    search = functools.partial(best_cuts, [cost.work for cost in prices.costs], allowed, stages, prices.crossing)
-    if memory.capacity is None:
-        cuts = search()
-        assert cuts is not None, "enough cuts are allowed"
-        return cuts
-    # Equal stages, as far as memory goes.
-    whole, crossing = prices.stage(0, len(prices.costs)), max(map(prices.crossing, allowed))
-    sizes = {key: getattr(whole, key) / stages for key in ("activations", "parameters", "trained")}
-    even = replace(whole, **sizes, received=crossing, sent=crossing)
-    limits = memory.limits(even)
-    if cuts := search(lambda stage, start, end: memory.needed(stage, prices.stage(start, end)) <= limits[stage]):
-        return cuts
-    share, worst = max((memory.needed(stage, even) / limit, stage) for stage, limit in enumerate(limits))
-    raise UserError(
-        f"parallel.stages: no cut of {name} into {stages} stages fits the devices' memory (of equal stages, stage {worst} "
-        f"needs {share:.2f} times what its device has for it): use more stages, parallel.recompute blocks, or smaller "
-        "micro-batches"
-    )
+    return allowed
 
 
 def bound_together(model: nn.Module, flow: Flow) -> dict[str, tuple[int, int]]:

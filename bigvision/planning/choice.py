@@ -30,6 +30,7 @@ from bigvision.errors import UserError
 from bigvision.models import Blocks, Blueprint, GivenModel, blueprint, find_blocks
 from bigvision.optim import freeze
 from bigvision.pipeline.schedules import USABLE
+from bigvision.pipeline.stages import DoesNotFit
 from bigvision.planning.hardware import PER_HOST, Hardware
 from bigvision.planning.memory import Memory, shards_teacher, worst
 from bigvision.planning.profile import Profile, planned, profile
@@ -182,11 +183,23 @@ class Estimates:
     def memory(self, config: Config) -> Memory:
         """Of the worst rank."""
         config = self._alone(config)
-        return worst(self.profile(config), config, Layout.of(config, self.hardware.ranks))
+        return worst(self.profile(config), config, self.layout(config))
+
+    def fits(self, config: Config) -> bool:
+        """Whether the worst rank has the memory. A pipeline of which no cut fits does not start."""
+        try:
+            return self.memory(config).peak <= self.usable
+        except DoesNotFit:
+            return False
+
+    def layout(self, config: Config) -> Layout:
+        """The mesh of *config* on the hardware."""
+        capacity = self.usable if self.hardware.device.kind == "cuda" else None
+        return Layout.of(config, self.hardware.ranks, capacity)
 
     def time(self, config: Config) -> StepTime:
         config = self._alone(config)
-        return step_time(self.profile(config), config, Layout.of(config, self.hardware.ranks), self.hardware)
+        return step_time(self.profile(config), config, self.layout(config), self.hardware)
 
     def least(self, config: Config, strategy: str) -> float:
         """Seconds of a step that no layout of *strategy* undercuts."""
@@ -282,7 +295,7 @@ def _allowed(estimates: Estimates, config: Config, size: int) -> bool:
 def largest(estimates: Estimates, config: Config, share: int) -> int:
     """The largest micro-batch up to *share* that fits; 0 where none does. Memory grows with it."""
     sizes = _sizes(estimates, config, share)
-    fits = bisect_left(sizes, True, key=lambda size: estimates.memory(with_size(config, size)).peak > estimates.usable)
+    fits = bisect_left(sizes, True, key=lambda size: not estimates.fits(with_size(config, size)))
     return next((size for size in reversed(sizes[:fits]) if _allowed(estimates, config, size)), 0)
 
 
@@ -345,7 +358,7 @@ def smallest_change(estimates: Estimates, config: Config, adapters: bool) -> str
         changed = with_size(with_values(config, values | {"train.global_batch": total}), 1)
         try:
             there.check(changed)
-            if there.memory(changed).peak <= there.usable:
+            if there.fits(changed):
                 return name
         except UserError:
             continue

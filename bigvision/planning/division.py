@@ -53,20 +53,24 @@ class Stages:
 
 
 def cut_stages(profile: Profile, config: Config, layout: Layout) -> Stages:
-    """Where the engine cuts the model of *profile*. Without a limit of memory that does not depend on the micro-batch."""
+    """Where the engine cuts the model of *profile*. `DoesNotFit` where memory has a limit, and no cut keeps to it."""
     assert profile.model is not None
     placement = Placement(layout.stages, layout.stages_per_rank, config.parallel.schedule in SPLIT_BACKWARD)
-    memory = StageMemory.of(config, placement, layout.micro_batch(config), layout.data_ranks, layout.shards)
-    found, key = _cuts.setdefault(profile.model, {}), (placement, memory.compute, memory.recompute, config.parallel.unit_size)
+    memory = StageMemory.of(config, placement, layout.micro_batch(config), layout.data_ranks, layout.shards, layout.capacity)
+    found, key = _cuts.setdefault(profile.model, {}), (memory, config.parallel.unit_size)
     if key not in found:
         model, device = profile.model, torch.device(profile.device)
         if "blocks" not in found:
             found["blocks"] = find_blocks(model, profile.image[1:])
         best = cut(model, found["blocks"], profile.image, device, memory, found.setdefault("flows", {}))
-        owners, returned = best.owners(model), [best.prices.returning(end) for _, end in best.bounds]
-        units = [_units_of_stage(profile, config, best, owners, stage) for stage in range(placement.stages)]
-        found[key] = Stages(best.costs, owners, _shares(profile.parts, best), units, memory, returned)
-    return replace(found[key], memory=memory)
+        # Most micro-batches are cut alike.
+        alike = placement, memory.compute, memory.recompute, config.parallel.unit_size, tuple(best.cuts), tuple(best.inside)
+        if alike not in found:
+            owners, returned = best.owners(model), [best.prices.returning(end) for _, end in best.bounds]
+            units = [_units_of_stage(profile, config, best, owners, stage) for stage in range(placement.stages)]
+            found[alike] = Stages(best.costs, owners, _shares(profile.parts, best), units, memory, returned)
+        found[key] = replace(found[alike], memory=memory)
+    return found[key]
 
 
 _cuts: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()

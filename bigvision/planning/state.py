@@ -41,9 +41,11 @@ class Layout:
     replicas: int = 1
     shards: int = 1
     stages_per_rank: int = 1
+    capacity: float | None = None
+    """Bytes of a device that a run may take, by which the engine cuts stages; None is no limit, as on CPUs."""
 
     @classmethod
-    def of(cls, config: Config, ranks: int) -> Layout:
+    def of(cls, config: Config, ranks: int, capacity: float | None = None) -> Layout:
         """Raises `UserError` where *ranks* cannot be divided as *config* asks."""
         parallel = config.parallel
         pipelined = parallel.strategy == "pipeline"
@@ -55,7 +57,7 @@ class Layout:
             of_stage = " of a stage" if pipelined and stages > 1 else ""
             raise UserError(f"parallel.replicas: {replicas} does not divide the {ranks // stages} ranks{of_stage}")
         shards = ranks // stages // replicas
-        return cls(parallel.strategy, ranks, stages, replicas, shards, parallel.per_rank if pipelined else 1)
+        return cls(parallel.strategy, ranks, stages, replicas, shards, parallel.per_rank if pipelined else 1, capacity)
 
     @property
     def data_ranks(self) -> int:

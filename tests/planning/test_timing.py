@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from bigvision import load_config
-from bigvision.config import ONE_STAGE, Config
+from bigvision.config import ONE_STAGE, Config, with_values
 from bigvision.pipeline import Placement, StageMemory, plan_stages
+from bigvision.pipeline.schedules import USABLE
+from bigvision.pipeline.stages import DoesNotFit
 from bigvision.planning import calibrate
+from bigvision.planning.choice import Estimates, largest, with_size
 from bigvision.planning.division import cut_stages
 from bigvision.planning.hardware import parse_hardware
 from bigvision.planning.operations import Work
@@ -153,6 +156,32 @@ def test_stages_are_priced_where_the_engine_cuts(name: str, options: dict[str, A
     for stage, units in enumerate(found.units):
         assert sum(tensor.numel for unit in units for tensor in unit if not tensor.buffer) == plan.costs[stage].parameters
         assert len(units) == len(plan.blocks[stage]) + 1
+
+
+def test_stages_are_priced_where_memory_lets_the_engine_cut() -> None:
+    """The first of two stages keeps two micro-batches: where that is too much for a device, it gets fewer blocks."""
+    parallel = {"strategy": "pipeline", "stages": 2, "device": "cpu", "precision": "fp32", "compile": False}
+    model = {"name": "vit_tiny_patch16_224", "num_classes": 10, "options": {"depth": 6}}
+    config = load_config({"model": model, "parallel": parallel, "train": {"global_batch": 64, "micro_batch": 16}})
+    counted, layout = profile(config, 10), Layout.of(config, 2)
+    even = cut_stages(counted, config, layout)
+    needs = [even.memory.needed(stage, cost) for stage, cost in enumerate(even.costs)]
+    made, blocks = planned(config, 10, build_task(config.task))
+    for capacity, moved in ((1.01 * max(needs), False), (0.9 * max(needs), True)):
+        memory = StageMemory.of(config, Placement(2, 1, False), 16, 1, 1, capacity)
+        plan = plan_stages(made.module, blocks, made.input_shape, torch.device("cpu"), memory)
+        found = cut_stages(counted, config, replace(layout, capacity=capacity))
+        assert found.costs == plan.costs, "the engine's stages"
+        assert (found.costs != even.costs) is moved
+        assert all(memory.needed(stage, cost) <= capacity for stage, cost in enumerate(found.costs))
+    with pytest.raises(DoesNotFit, match="no cut of vit_tiny_patch16_224 into 2 stages fits the devices' memory"):
+        cut_stages(counted, config, replace(layout, capacity=0.3 * max(needs)))
+    # On a GPU for whose memory the largest micro-batch is the one that a cut still fits.
+    device = replace(parse_hardware("H100").device, memory=360 * 2**20 / USABLE)
+    estimates = Estimates(replace(parse_hardware("2xH100"), device=device))
+    on_gpus = with_values(config, {"parallel.device": "auto"})
+    sizes = [size for size in (1, 2, 4, 8, 16, 32) if estimates.fits(with_size(on_gpus, size))]
+    assert sizes == [1, 2, 4, 8] and largest(estimates, on_gpus, 64) == 8
 
 
 def test_ten_thousand_ranks_take_no_longer_than_one() -> None:
