@@ -160,3 +160,21 @@ def test_no_gpu_is_one_line(tmp_path: Path) -> None:
         run(recipe(tmp_path, data={"decode": "cuda"}))
     with pytest.raises(UserError, match=r"data\.reduce: true is for data\.decode: cpu"):
         load_config(recipe(tmp_path, data={"decode": "cuda", "reduce": True}))
+
+
+def test_a_run_resumes_with_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigvision.training.data.check_decoder", lambda device: None)
+    for number in range(40):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded("cut" if number == 7 else "jpeg", number))
+    name = f"imagefolder:{tmp_path / 'photos'}"
+
+    def losses(out: str, steps: int) -> list[float]:
+        data = {"train": name, "val": name, "decode": "cuda", "bad_budget": 5}
+        optim = {"schedule": "constant", "warmup": 0}
+        return run(recipe(tmp_path / out, data=data, train={"steps": steps, "global_batch": 16}, optim=optim))
+
+    whole = losses("whole", 4)
+    losses("parts", 1)
+    assert losses("parts", 4) == whole and len(whole) == 4
