@@ -125,7 +125,8 @@ def test_an_evaluation_and_a_start_in_the_middle(source: Photos) -> None:
 
 
 def test_later_steps_draw_the_same_on_the_device(source: Photos, counted: list[int]) -> None:
-    for change in ({"erase": 1.0}, {"policy": "three-augment"}, {"jitter": 0.3}):
+    changes: list[dict[str, Any]] = [{"erase": 1.0}, {"policy": "three-augment"}, {"jitter": 0.3}]
+    for change in changes:
         usual, _ = trained(source, False, **change)
         found, _ = trained(source, True, **change)
         same(found, usual)
