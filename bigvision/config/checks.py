@@ -255,6 +255,8 @@ def check(config: Config) -> None:
         value = get(config, key)
         if value is not None and not fits(value):
             raise UserError(f"{key}: {spell(value) if isinstance(value, tuple) else value} must be {text}")
+    if config.data.reduce and config.data.decode == "cuda":
+        raise UserError("data.reduce: true is for data.decode: cpu, since GPUs decode whole images: use one of both")
     _check_task(config.task)
     _check_recompute(config.parallel.recompute)
     if config.data.balance and config.task.name in ("multilabel", "regress", "segment"):

@@ -141,6 +141,9 @@ class DataConfig:
     """Samples that lie next to each other and stay near each other, so that a disk reads in long runs; 1 shuffles all."""
     shuffle_window: int = 16
     """Blocks whose samples are shuffled among each other."""
+    decode: Literal["cpu", "cuda"] = "cpu"
+    """Where JPEGs are decoded, cropped and resized. cuda: on the run's GPU (nvJPEG), by the rank, while workers only read files
+    and draw what is random; not quite the same pixels. What a GPU's decoder may not take stays with the workers."""
     reduce: bool = False
     """Decode JPEGs at 1/2, 1/4 or 1/8 where the crop allows it: faster, and not quite the same pixels."""
     max_pixels: int = 180_000_000

@@ -74,7 +74,7 @@ def open_picture(image: bytes | Tensor | Image.Image, decoding: Decoding = AS_US
     Raises `UnreadableSample`: it is no image, too large, or of values whose black and white are not known.
     """
     if isinstance(image, bytes):
-        return _Jpeg.of(image, decoding) or Pixels(_from_file(image, decoding))
+        return Jpeg.of(image, decoding) or Pixels(_from_file(image, decoding))
     picture = Pixels(image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else _from_pillow(image, decoding))
     check_size(picture.width, picture.height, decoding)
     return picture
@@ -92,17 +92,18 @@ class Pixels:
 
 
 @dataclass
-class _Jpeg:
+class Jpeg:
     """A JPEG that libjpeg-turbo takes, upright."""
 
     data: bytes
     height: int
     width: int
     decoding: Decoding
+    colours: str
     channels: int = 3
 
     @classmethod
-    def of(cls, data: bytes, decoding: Decoding) -> _Jpeg | None:
+    def of(cls, data: bytes, decoding: Decoding) -> Jpeg | None:
         """None where Pillow is to try: no JPEG, or CMYK, turned, or not quite as it should be."""
         if data[:3] != b"\xff\xd8\xff" or _turned(data):
             return None
@@ -114,7 +115,13 @@ class _Jpeg:
             return None
         height, width = int(height), int(width)
         check_size(width, height, decoding)
-        return cls(data, height, width, decoding)
+        return cls(data, height, width, decoding, colours)
+
+    @property
+    def for_devices(self) -> bool:
+        """Whether a device's decoder can be given this file: it ends as it should, so that it is not one that was cut off, and
+        is baseline in YCbCr, which every decoder takes. Others are left to those of the CPU."""
+        return self.colours == "YCbCr" and self.data.endswith(b"\xff\xd9") and _frame(self.data) in (0xC0, 0xC1)
 
     def pixels(self, reduce: int = 1) -> np.ndarray:
         least = (-(-self.height // reduce), -(-self.width // reduce)) if reduce > 1 else (0, 0)
@@ -123,6 +130,20 @@ class _Jpeg:
         except ValueError:
             # Damaged, or only odd: Pillow knows.
             return _from_file(self.data, self.decoding)
+
+
+def _frame(data: bytes) -> int:
+    """The marker that begins a JPEG's frame, of which 0xC0 and 0xC1 are sequential; 0 where there is none."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return marker
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return 0
 
 
 def check_size(width: int, height: int, decoding: Decoding) -> None:

@@ -9,13 +9,15 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bigvision.data.batch import Batch, Mix, Mixer
+from bigvision.data.on_device import finish
 from bigvision.data.order import Stream
 from bigvision.data.reading import Answer, BadSample, Reader, Request, Slots
 from bigvision.data.sources.base import Source
-from bigvision.data.transforms import Transform
+from bigvision.data.transforms import Steps, Transform
 from bigvision.data.workers import main_hidden, needs_main, settle, signals_held, worker_context
 from bigvision.errors import UserError
 from bigvision.samples import Targets, stack
@@ -41,6 +43,7 @@ def train_batches(
     mixer: Mixer | None = None,
     micro_batch: int | None = None,
     collate: Collate = stack,
+    on_device: bool = False,
 ) -> Batches:
     """Return this rank's part of each training step's batch, for ever, as one batch or in micro-batches.
 
@@ -57,6 +60,7 @@ def train_batches(
         mixer: mixes samples in pairs, which lie in one micro-batch (else `ValueError`). They are counted from *position* on.
         micro_batch: samples of what comes at once; the last of a step's may be shorter. By default the whole part.
         collate: the task's, which makes a batch's targets of those of its samples.
+        on_device: decode JPEGs on *device*, where the images of batches then are.
     """
     if global_batch % ranks:
         raise ValueError(f"a global batch of {global_batch} does not divide over {ranks} ranks")
@@ -81,7 +85,9 @@ def train_batches(
                 yield Request(start + begin, count, count)
             step, part = step + 1, 0
 
-    return Batches(Reader(source, transform, seed, stream, mixer), requests, together, size, workers, device, collate)
+    return Batches(
+        Reader(source, transform, seed, stream, mixer, on_device), requests, together, size, workers, device, collate
+    )
 
 
 def eval_batches(
@@ -94,6 +100,7 @@ def eval_batches(
     workers: int,
     device: torch.device | str = "cpu",
     collate: Collate = stack,
+    on_device: bool = False,
 ) -> Batches:
     """Return this rank's part of an evaluation, which sees every sample once over all ranks, in the source's order.
 
@@ -107,7 +114,7 @@ def eval_batches(
             start = min(begin + rank * batch, length)
             yield Request(start, min(batch, length - start), batch)
 
-    return Batches(Reader(source, transform, 0), requests, batch, batch, workers, device, collate)
+    return Batches(Reader(source, transform, 0, on_device=on_device), requests, batch, batch, workers, device, collate)
 
 
 class Batches(Iterator[Batch]):
@@ -129,7 +136,8 @@ class Batches(Iterator[Batch]):
         self.restarts = 0
         """How often the workers had to be started again."""
         self._reader, self._requests, self._together, self._size = reader, requests, together, size
-        self._workers, self._pinned, self._collate = workers, torch.device(device).type == "cuda", collate
+        self._workers, self._device, self._collate = workers, torch.device(device), collate
+        self._pinned = self._device.type == "cuda"
         self._ready: deque[Batch] = deque()
         self._taken, self._in_a_row = 0, 0
         self._slots: Slots | None = None
@@ -185,6 +193,8 @@ class Batches(Iterator[Batch]):
             [one for answer in answers for one in getattr(answer, name)] for name in ("targets", "ids", "valid")
         )
         mix = Mix.join(mixes) if mixes else None
+        if self._reader.on_device:
+            images = self._decoded(images, answers, targets, ids, valid)
         return [
             Batch(
                 images[begin : min(begin + self._size, len(ids))],
@@ -195,6 +205,18 @@ class Batches(Iterator[Batch]):
             )
             for begin in range(0, len(ids), self._size)
         ]
+
+    def _decoded(self, images: Tensor, answers: list[Answer], targets: list[Any], ids: list[int], valid: list[bool]) -> Tensor:
+        """*images* on the device, those that workers left to it decoded; what stands in for others goes into the lists."""
+        encoded = [one for answer in answers for one in answer.encoded or [None] * answer.request.size]
+
+        def again(place: int, buffer: Tensor) -> None:
+            # Answers that are asked for together follow each other in the stream.
+            found = self._reader.again(answers[0].request.start + place, buffer, answers[-1].bad)
+            targets[place], ids[place], valid[place] = found
+
+        assert isinstance(self._reader.transform, Steps)
+        return finish(images, encoded, self._reader.transform, self._device, again)
 
     def close(self) -> None:
         """End the worker processes; ``next`` raises `StopIteration` from now on."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bigvision.data.batch import Mix, Mixer
+from bigvision.data.on_device import Encoded, leave_encoded
 from bigvision.data.order import Place, Stream, generators_kept, seed_everything
 from bigvision.data.sources.base import Source, UnreadableSample, described
 from bigvision.data.transforms import Begun, Steps, Transform
@@ -63,6 +64,8 @@ class Answer:
     bad: list[BadSample]
     slots: int | None = None
     """The key of the slots."""
+    encoded: list[Encoded | None] | None = None
+    """Of each sample, what a device is to make its pixels of; None where there is no such sample."""
 
     def pin_memory(self) -> Answer:
         """Copy the images to page-locked memory (`DataLoader` calls this in its pinning thread)."""
@@ -78,13 +81,16 @@ class Answer:
         images = None if self.images is None else self.images.permute(0, 2, 3, 1).numpy()
         mix = None if self.mix is None else vars(self.mix.map(Tensor.numpy))
         targets = each_tensor(np.asarray, self.targets)
-        return _received, (tuple(self.request), images, targets, self.ids, self.valid, mix, self.bad, self.slots)
+        return _received, (tuple(self.request), images, targets, self.ids, self.valid, mix, self.bad, self.slots, self.encoded)
 
 
-def _received(request: Any, images: Any, targets: Any, ids: Any, valid: Any, mix: Any, bad: Any, slots: Any) -> Answer:
+def _received(
+    request: Any, images: Any, targets: Any, ids: Any, valid: Any, mix: Any, bad: Any, slots: Any, encoded: Any
+) -> Answer:  # fmt: skip
     mixed = None if mix is None else Mix(**mix).map(torch.from_numpy)
     pixels = None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)
-    return Answer(Request(*request), pixels, each_tensor(torch.as_tensor, targets), ids, valid, mixed, bad, slots)
+    targets = each_tensor(torch.as_tensor, targets)
+    return Answer(Request(*request), pixels, targets, ids, valid, mixed, bad, slots, encoded)
 
 
 class Reader(Dataset):
@@ -96,10 +102,13 @@ class Reader(Dataset):
     """Samples that are read and begun before the first of them is decoded (see :meth:`Steps.begin`)."""
 
     def __init__(
-        self, source: Source, transform: Transform, seed: int, stream: Stream | None = None, mixer: Mixer | None = None
-    ) -> None:
-        """Args: *stream* gives what stands in for an unreadable sample; None leaves its place black and not valid."""
+        self, source: Source, transform: Transform, seed: int, stream: Stream | None = None, mixer: Mixer | None = None,
+        on_device: bool = False,
+    ) -> None:  # fmt: skip
+        """Args: *stream* gives what stands in for an unreadable sample; None leaves its place black and not valid. *on_device*
+        leaves JPEGs to the device where that can make their pixels."""
         self.source, self.transform, self.seed, self.stream, self.mixer = source, transform, seed, stream, mixer
+        self.on_device = on_device and isinstance(transform, Steps)
         self.slots: Slots | None = None
 
     @property
@@ -115,13 +124,14 @@ class Reader(Dataset):
 
     def _answer(self, request: Request) -> Answer:
         start, stop = request.start, request.start + request.valid
-        places = self.stream.places(start, stop) if self.stream else [Place(0, index) for index in range(start, stop)]
+        places = self._places(start, stop)
         shape = self.shape
         images = None if shape is None else self._memory(request, shape)
         # What only makes pixels has to make the first of them before the shape is known.
         ahead = self.AHEAD if images is not None else max(1, len(places))
         bad: list[BadSample] = []
         taken: list[_Taken] = []
+        encoded: list[Encoded | None] = []
         with generators_kept():
             for first in range(0, len(places), ahead):
                 some = places[first : first + ahead]
@@ -129,9 +139,18 @@ class Reader(Dataset):
                 if images is None:
                     images = self._memory(request, self._shape_of(opened))
                 buffers = images[first : first + ahead].unbind()
-                filled = [self._fill(*each, bad) for each in zip(buffers, opened, some)]
-                for buffer, one in zip(buffers, filled):
-                    taken.append(one if one.opened is None else one._replace(target=one.opened.finish(buffer)))
+                left = [self._left(*each) for each in zip(buffers, opened)]
+                filled = [
+                    _Taken(begun, None, place.id) if file is not None and not isinstance(begun, UnreadableSample)
+                    else self._fill(buffer, begun, place, bad)
+                    for buffer, begun, place, file in zip(buffers, opened, some, left)
+                ]  # fmt: skip
+                for buffer, one, file in zip(buffers, filled, left):
+                    if file is not None:
+                        taken.append(one._replace(target=one.opened.target if isinstance(one.opened, Begun) else None))
+                    else:
+                        taken.append(one if one.opened is None else one._replace(target=one.opened.finish(buffer)))
+                encoded += left
             if images is None:
                 images = self._memory(request, self._shape_of([]))
         valid = [one.opened is not None for one in taken]
@@ -148,7 +167,23 @@ class Reader(Dataset):
             self.mixer.draw(request.start, request.size, *images.shape[-2:]) if self.mixer else None,
             bad,
             None if self.slots is None else self.slots.key,
+            encoded + [None] * padding if any(one is not None for one in encoded) else None,
         )
+
+    def _places(self, start: int, stop: int) -> Sequence[Place]:
+        return self.stream.places(start, stop) if self.stream else [Place(0, index) for index in range(start, stop)]
+
+    def _left(self, buffer: Tensor, opened: object) -> Encoded | None:
+        """What is left for the device."""
+        return leave_encoded(opened, buffer) if self.on_device and isinstance(opened, Begun) else None
+
+    def again(self, index: int, buffer: Tensor, bad: list[BadSample]) -> tuple[Any, int, bool]:
+        """Make the sample at *index* of the stream, or else of the source, in *buffer*; returns its target, its id, and whether
+        it could be read. For what a device could not decode, in the rank itself."""
+        (place,) = self._places(index, index + 1)
+        with generators_kept():
+            one = self._fill(buffer, self._open(place, place), place, bad)
+            return one.target if one.opened is None else one.opened.finish(buffer), one.id, one.opened is not None
 
     def _open(self, place: Place, read: Place) -> Begun | _Made | UnreadableSample:
         """The sample *read*, which stands at *place*, with what is random of it drawn."""

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask, TVTensor
 
-from bigvision.data.decode import AS_USUAL, Decoding, Picture, open_picture
+from bigvision.data.decode import AS_USUAL, Decoding, Jpeg, Picture, open_picture
 from bigvision.data.sources.base import Style, UnreadableSample
 from bigvision.errors import UserError
 from bigvision.samples import each_tensor
@@ -39,6 +39,8 @@ POLICY: dict[Policy, Callable[[], v2.Transform]] = {
         [v2.RandomGrayscale(1.0), v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(9, (0.1, 2.0))]
     ),
 }
+ON_DEVICES = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
+"""The filters that PyTorch has on every device."""
 POLICIES = (v2.RandAugment, v2.AutoAugment, v2.TrivialAugmentWide)
 """Steps that turn and shift an image, which torchvision cannot do to masks and boxes."""
 
@@ -177,6 +179,31 @@ class Steps:
             target = _each(target, lambda part: self._moved(part, (picture.height, picture.width), rectangle, flipped))
         return Begun(self, picture, target, rectangle, flipped, bool(moving), torch.get_rng_state() if self.steps else None)
 
+    def fill_from(self, buffer: Tensor, pixels: Tensor, rectangle: Rectangle) -> None:
+        """Crop and resize *pixels*, uint8 (C, H, W) on any device, into *buffer* there, uint8 (C, height, width).
+
+        As devices resize: in fp32, rounded once. On the CPU `Begun.fill` rounds after the columns and after the rows.
+        """
+        top, left, height, width, resized = rectangle
+        part = pixels[None, :, top : top + height, left : left + width].float()
+        part = F.resize_image(part, list(resized), interpolation=self.crop.mode, antialias=True)
+        _put_middle(buffer, part.round_().clamp_(0, 255).to(torch.uint8), self.crop.outside)
+
+    def finish(self, buffer: Tensor, flipped: bool, generator: Tensor | None, moving: Any = None) -> Any:
+        """Do the steps after the crop to *buffer*, on any device; returns *moving*, a target with masks or boxes, moved."""
+        if flipped:
+            buffer.copy_(buffer.flip(-1))
+        if generator is not None:
+            torch.set_rng_state(generator)
+            values = buffer
+            for step in self.steps:
+                if moving is not None and isinstance(step, MOVING):
+                    values, moving = step(ImageTensor(values), moving)
+                else:
+                    values = step(values)
+            buffer.copy_(values)
+        return moving
+
     def _moved(self, part: Tensor, whole: Size, rectangle: Rectangle, flipped: bool) -> Tensor:
         """What belongs to an image of the size *whole*, with the crop and the flip of its pixels."""
         top, left, height, width, resized = rectangle
@@ -213,6 +240,14 @@ class Begun:
     generator: Tensor | None
     """torch's state for the steps after the crop"""
 
+    @property
+    def file(self) -> bytes | None:
+        """The JPEG, where a device can do the rest: decode it, `fill_from` it and finish."""
+        later = self.moves and any(isinstance(step, MOVING) for step in self.steps.steps)
+        if later or self.steps.crop.mode not in ON_DEVICES or not isinstance(self.picture, Jpeg):
+            return None
+        return self.picture.data if self.picture.for_devices else None
+
     def fill(self, buffer: Tensor) -> None:
         """Decode, crop and resize into *buffer*, uint8 (C, height, width). Raises `UnreadableSample`."""
         if self.picture.channels != len(buffer):
@@ -221,18 +256,8 @@ class Begun:
 
     def finish(self, buffer: Tensor) -> Any:
         """Do the rest of the steps to what :meth:`fill` left in *buffer*; returns the target that belongs to it."""
-        if self.flipped:
-            buffer.copy_(buffer.flip(-1))
-        if self.generator is not None:
-            torch.set_rng_state(self.generator)
-            values = buffer
-            for step in self.steps.steps:
-                if self.moves and isinstance(step, MOVING):
-                    values, self.target = step(ImageTensor(values), self.target)
-                else:
-                    values = step(values)
-            buffer.copy_(values)
-        return self.target
+        moved = self.steps.finish(buffer, self.flipped, self.generator, self.target if self.moves else None)
+        return moved if self.moves else self.target
 
 
 def _each(target: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -351,10 +376,14 @@ def _resize_into(buffer: Tensor, pixels: Tensor, size: Size, mode: Interpolation
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         operator(pixels, size, False, None, None, out=buffer.unsqueeze(0))
         return
-    resized = F.resize_image(pixels, list(size), interpolation=mode, antialias=True)
-    height, width = (min(has, wants) for has, wants in zip(size, buffer.shape[1:]))
+    _put_middle(buffer, F.resize_image(pixels, list(size), interpolation=mode, antialias=True), outside)
+
+
+def _put_middle(buffer: Tensor, resized: Tensor, outside: Sequence[int]) -> None:
+    """Put the middle of *resized*, uint8 (1, C, H, W), into *buffer*, (C, h, w); what it leaves becomes *outside*."""
+    height, width = (min(has, wants) for has, wants in zip(resized.shape[2:], buffer.shape[1:]))
     if (height, width) != tuple(buffer.shape[1:]):
-        buffer.copy_(torch.tensor(outside, dtype=torch.uint8).view(-1, 1, 1))
+        buffer.copy_(torch.tensor(outside, dtype=torch.uint8, device=buffer.device).view(-1, 1, 1))
     top, left = (buffer.shape[1] - height) // 2, (buffer.shape[2] - width) // 2
     middle = F.center_crop_image(resized, [height, width])[0]
     buffer[:, top : top + height, left : left + width] = middle

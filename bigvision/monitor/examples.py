@@ -63,7 +63,7 @@ class Examples:
         if self.runtime.is_main:
             for place in places:
                 target = each_tensor(lambda part, place=place: part[place].clone(), batch.targets)
-                self.images[ids[place]] = (batch.images[place].clone(), target)
+                self.images[ids[place]] = (batch.images[place].to("cpu", copy=True), target)
 
         def also(outputs: Any, part: Batch) -> None:
             if self.failure:

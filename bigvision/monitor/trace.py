@@ -25,8 +25,10 @@ CATEGORIES = (
 )  # fmt: skip
 """elementwise has reductions and all else that computes, optimizer also the gradient's norm and the average of the weights."""
 COMPUTING = frozenset(CATEGORIES[: CATEGORIES.index(COMMUNICATION)])
-LATER = (COMMUNICATION, COPIES, DATA)
-"""What counts where nothing computes, in this order; else the device is idle."""
+UPDATING = "between the update's operators"
+"""Python within `UPDATE`, on the CPU: it counts as the optimizer's, unless a collective is what it waits for."""
+LATER = {COMMUNICATION: COMMUNICATION, COPIES: COPIES, DATA: DATA, UPDATING: OPTIMIZER}
+"""What counts where nothing computes, in this order, and as what; else the device is idle."""
 
 UPDATE = frozenset((ranges.REDUCE, ranges.OPTIMIZER, ranges.EMA))
 """Ranges of the training thread that belong to the optimizer."""
@@ -119,7 +121,7 @@ def summarise(trace: dict[str, Any]) -> dict[str, Any] | None:
     for work in works:
         inside = sum(max(0, min(work.end, end) - max(work.begin, begin)) for begin, end in windows)
         if inside and work.category != DATA:
-            entry = longest[work.category, work.name]
+            entry = longest[LATER.get(work.category, work.category), work.name]
             entry[0], entry[1] = entry[0] + inside, entry[1] + 1
     each = 1e6 * len(steps)
     top = sorted(longest.items(), key=lambda item: -item[1][0])[:20]
@@ -221,11 +223,11 @@ def operator_category(chain: tuple[str, ...]) -> str | None:
     """The category of the self time of the last of *chain*, on the CPU; None where Python runs between operators."""
     if any(map(EXCHANGE.match, chain)):
         return COMMUNICATION
+    operations = [name for name in chain if OPERATION.match(name) or COMPILED.search(name)]
     if not UPDATE.isdisjoint(chain):
-        return OPTIMIZER
+        return OPTIMIZER if operations else UPDATING
     if WAIT in chain:
         return DATA
-    operations = [name for name in chain if OPERATION.match(name) or COMPILED.search(name)]
     if not operations:
         return None
     return _within(operations) or _first(INNERMOST, operations[-1]) or ELEMENTWISE
@@ -275,7 +277,7 @@ def share_out(windows: Sequence[tuple[int, int]], works: Iterable[Work]) -> tupl
     for time, change, category in changes:
         if (passed := time - since) and active[""]:
             computing = [name for name in CATEGORIES if name in COMPUTING and active[name]]
-            shares = computing or [next((name for name in LATER if active[name]), IDLE)]
+            shares = computing or [next((LATER[name] for name in LATER if active[name]), IDLE)]
             for place, name in enumerate(shares):
                 spent[name] += passed * (place + 1) // len(shares) - passed * place // len(shares)
             hidden += passed if computing and active[COMMUNICATION] else 0

@@ -33,6 +33,7 @@ from bigvision.data import (
 )
 from bigvision.data.batch import Mix
 from bigvision.data.decode import Decoding
+from bigvision.data.on_device import check_decoder
 from bigvision.data.order import balanced
 from bigvision.data.report import describe
 from bigvision.data.transforms import check_channels
@@ -88,6 +89,8 @@ def open_data(
 
     A source that is unknown, missing, empty or does not fit the other is the same `UserError` on every rank.
     """
+    if config.data.decode == "cuda":
+        all_or_none(lambda: check_decoder(runtime.device))
     train, val = open_on_all(lambda first: open_sources(config, task, first, given), runtime)
     if say is not None and runtime.is_main:
         for line in describe(train, val):
@@ -118,6 +121,8 @@ def open_validation(config: Config, runtime: Runtime, task: Task, classes: list[
             ignore=config.task.ignore,
         )  # fmt: skip
 
+    if config.data.decode == "cuda":
+        all_or_none(lambda: check_decoder(runtime.device))
     val = open_on_all(open_it, runtime)
     return Data(val, val, BadSamples(config.data.bad_budget, {"train": 0, "val": len(val)}), task)
 
@@ -204,7 +209,7 @@ class Feed(Iterator[StepBatch]):
                     data.train, _transform(config, data.train, blueprint, self.image_size, train=True), seed=config.seed,
                     position=position, global_batch=total, rank=runtime.data_rank, ranks=runtime.data_ranks,
                     workers=settings.workers, device=runtime.device, stream=stream, mixer=mixer, micro_batch=self.size,
-                    collate=collate,
+                    collate=collate, on_device=settings.decode == "cuda",
                 )  # fmt: skip
             return _relayed(self.batches, runtime)
 
@@ -287,7 +292,7 @@ class Validation(Iterator[Batch]):
             self.batches = eval_batches(
                 source, _transform(config, source, blueprint, size, train=False), batch=batch, rank=runtime.data_rank,
                 ranks=runtime.data_ranks, workers=config.data.workers, device=runtime.device,
-                collate=data.task.collate,
+                collate=data.task.collate, on_device=config.data.decode == "cuda",
             )  # fmt: skip
         self.number = -(-len(source) // (batch * runtime.data_ranks))
         self.relayed = _relayed(self.batches, runtime, self.number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from bigvision.config import Config, load_config, micro_batch, with_values
 from bigvision.errors import UserError
 from bigvision.planning import choice, command
 from bigvision.planning.choice import NothingFits, plan
-from bigvision.planning.hardware import parse_hardware
+from bigvision.planning.hardware import LINKS, Hardware, parse_hardware
 
 GIB = 1 << 30
 
@@ -154,6 +155,29 @@ def test_a_teacher_is_held_as_the_engine_holds_it(monkeypatch: pytest.MonkeyPatc
             assert estimates.profile(with_values(taught, {"parallel.strategy": strategy})) == expected
             plain = estimates.profile(config(parallel={"strategy": strategy}))
             assert plain == ("ddp" if strategy == "ddp" else "fsdp"), "no profile more than without"
+
+
+@pytest.mark.long
+def test_weights_are_gathered_within_a_host_where_that_is_faster_and_fits() -> None:
+    """Of a real model on two hosts: over a slow network each host has a replica, unless memory takes all of them for one."""
+    open_ = load_config({"model": {"name": "vit_tiny_patch16_224"}, "train": {"global_batch": 128}})
+    quick = parse_hardware("2x4xH100")
+    slow = replace(quick, between=replace(LINKS["Ethernet-10"], bandwidth=LINKS["Ethernet-10"].bandwidth / quick.per_host))
+    estimates = REAL(quick)
+
+    def chosen(hardware: Hardware) -> tuple[str, int]:
+        made = choice.choose(open_, estimates.on(hardware))
+        return made.values["parallel.strategy"], made.values.get("parallel.replicas", 1)
+
+    assert chosen(quick)[1] == 1, "a replica on each host gains nothing where the network is fast"
+    assert chosen(slow) == ("fsdp", 2)
+    # Just too little memory for a replica on a host.
+    layouts = [with_values(open_, {"parallel.strategy": "fsdp", "parallel.replicas": count}) for count in (1, 2)]
+    whole, halves = (estimates.memory(layout).peak for layout in layouts)
+    assert whole < halves
+    memory = int((whole + halves) / 2 / choice.USABLE)
+    small = replace(slow, device=replace(slow.device, memory=memory))
+    assert chosen(small) == ("fsdp", 1)
 
 
 @pytest.mark.long
