@@ -36,6 +36,7 @@ from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
 from bigvision.models import Block, Blueprint, SkippedBranches, formats, kinds, share_rates
 from bigvision.models.alike import tensors_in
+from bigvision.models.offload import Hooks, Offload
 from bigvision.models.recompute import recompute_blocks
 from bigvision.models.tracing import size
 from bigvision.runtime import Runtime
@@ -143,12 +144,13 @@ def synchronize_norms(module: nn.Module, runtime: Runtime) -> list[str]:
 
 def wrap_blocks(
     blocks: Sequence[nn.Module], config: Config, device: torch.device, model: nn.Module, image_shape: tuple[int, int, int],
-    branches: SkippedBranches | None = None,
+    branches: SkippedBranches | None = None, around: Hooks | None = None,
 ) -> list[str]:  # fmt: skip
-    """Recompute and compile each block of *model*, on meta, where *config* says so, in this order and in place; return what the
-    user should know. *image_shape*: channels, height and width.
+    """Recompute, compile and offload each block of *model*, on meta, where *config* says so, in this order and in place; return
+    what the user should know. *image_shape*: channels, height and width.
 
-    A block that is recomputed draws no other samples for its *branches*.
+    A block that is recomputed draws no other samples for its *branches*. *around*: hooks of autograd that the strategy has
+    around the whole model.
 
     Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside of
     what is compiled. Raises `UserError` where both are asked for blocks with BatchNorm.
@@ -161,7 +163,10 @@ def wrap_blocks(
             f"parallel.recompute: {recompute} and parallel.compile: true exclude each other for BatchNorm: drop one"
         )
     # In compiled code both passes read the same tensors.
-    recompute_blocks(blocks, recompute, model, image_shape, branches if eager is not None else None)
+    offloads = config.parallel.offloads_activations
+    recompute_blocks(
+        blocks, recompute, model, image_shape, branches if eager is not None else None, offloads and eager is not None
+    )
     if eager is None:
         # Under a budget, blocks of one kind may keep one of two choices of products.
         variants = 2 if recompute.startswith("budget") else 1
@@ -169,6 +174,10 @@ def wrap_blocks(
         for block in blocks:
             if branches is not None and block in branches.parts:
                 block.forward = functools.partial(_with_any_number, block.forward, branches)
+    if offloads:
+        offload = Offload(device, around)
+        for block in blocks:
+            offload.wrap(block)
     return [f"parallel.compile: auto compiles nothing: {eager}"] if eager and config.parallel.compile == "auto" else []
 
 

@@ -44,7 +44,8 @@ class ZeroEngine(Engine):
         # Autocast, if any, inside the model: DeepSpeed switches off one under which it is entered.
         self.computing.apply(self.parts, blocks, True, self.runtime.device)
         self.notes += wrap_blocks(
-            blocks, self.config, self.runtime.device, self.module, self.input_shape, self.branches
+            blocks, self.config, self.runtime.device, self.module, self.input_shape, self.branches,
+            (_pack, _unpack) if self.config.parallel.strategy == "zero3" else None,
         )  # fmt: skip
         self.stepper = ZeroStep(self.module, blocks, blueprint, self.config, self.runtime, self.restoring)
         self.forward = self.stepper.forward
@@ -85,7 +86,7 @@ class ZeroStep:
         named = dict(module.named_parameters())
         for group in groups:
             group["params"] = [named[name] for name in group["names"]]
-        self.inner: Any = build_optimizer(groups, config.optim, on_cpu=parallel.offload != "none")
+        self.inner: Any = build_optimizer(groups, config.optim, on_cpu=parallel.offloads_state)
         # Every rank fills its own tensors; what rank 0 would send has no values yet, and DeepSpeed cannot send 0-D ones.
         with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda self: None):
             wrapped: Any = deepspeed.initialize(model=module, optimizer=self.inner, config=settings, dist_init_required=False)

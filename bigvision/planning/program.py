@@ -320,7 +320,7 @@ def update(tensors: Sequence[StateTensor], profile: Profile, config: Config, mes
         # bf16 too, whether a gradient is not finite.
         groups, compute, third = len(profile.groups), profile.compute, strategy == "zero3"
         flag = int(compute == torch.float16 or (compute == torch.bfloat16 and not third))
-        size = flag + (8 if third and config.parallel.offload == "none" else 4) * groups
+        size = flag + (8 if third and not config.parallel.offloads_state else 4) * groups
         yield Start("norm", Collective("all_reduce", size, data, flag + groups))
         yield Wait("norm")
     trained = float(trained_values(tensors))
