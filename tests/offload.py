@@ -36,7 +36,7 @@ class LateCopies:
         """Bytes on the host, now and at most."""
 
     def leave(self, sources: Sequence[Tensor]) -> tuple[list[Any], int]:
-        hosts = [np.full(source.numel(), NEVER_WRITTEN, np.uint8) for source in sources]
+        hosts = [np.full(source.untyped_storage().nbytes(), NEVER_WRITTEN, np.uint8) for source in sources]
         self.queue += [(StorageWeakRef(source.untyped_storage()), host, True) for source, host in zip(sources, hosts)]
         self.leaving += [len(host) for host in hosts]
         self.held += sum(map(len, hosts))

@@ -41,8 +41,8 @@ class Teacher:
         self.computing = choose_computing(config, blueprint, blocks, runtime.device, channels_last)
         sharded = config.parallel.strategy in ("fsdp", "zero3") and runtime.world_size > 1
         self.computing.apply([module], parts, not sharded, runtime.device)
-        # There is nothing to recompute, and nothing is kept, without a backward pass.
-        once = replace(config, parallel=replace(config.parallel, recompute="none", offload="none"))
+        # There is nothing to recompute without a backward pass.
+        once = replace(config, parallel=replace(config.parallel, recompute="none"))
         wrap_blocks(parts, once, runtime.device, module, blueprint.input_shape)
         if sharded:
             spread = shard(module, [module], parts, config, self.computing.dtype, runtime)

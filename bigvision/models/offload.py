@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from bigvision.errors import UserError
 
@@ -40,7 +39,7 @@ class Transfers(Protocol):
     """Copies between a device and its host, beside what the device computes."""
 
     def leave(self, sources: Sequence[Tensor]) -> tuple[list[Any], Any]:
-        """Begin to copy *sources*, bytes on the device, which stay until the event that is returned behind the copies."""
+        """Begin to copy the whole memory of each of *sources*, which stays until the event that is returned behind the copies."""
         ...
 
     def bring(self, copies: Sequence[Any]) -> tuple[list[Tensor], Any]:
@@ -68,10 +67,11 @@ class PinnedCopies:
         self.buffers = Buffers(functools.partial(torch.empty, dtype=torch.uint8, pin_memory=True))
 
     def leave(self, sources: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
-        hosts = [self.buffers.take(source.numel()) for source in sources]
+        wholes = [whole(source) for source in sources]
+        hosts = [self.buffers.take(source.numel()) for source in wholes]
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            for host, source in zip(hosts, sources):
+            for host, source in zip(hosts, wholes):
                 host.copy_(source, non_blocking=True)
         return hosts, self.stream.record_event()
 
@@ -148,13 +148,8 @@ class _Memory:
         """The event behind which its bytes are there."""
         self.changed = False
         self.views: set[Any] = set()
-        self.address = StorageWeakRef(source.untyped_storage())  # no other memory gets this address while it is held
-
-    @property
-    def whole(self) -> Tensor:
-        assert self.here is not None
-        storage = self.here.untyped_storage()
-        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+        self.storage = weakref.ref(source.untyped_storage())
+        """That of *source*, whose address another one gets when it is gone."""
 
     def ours(self) -> bool:
         """Whether enough of it was saved that it is worth to be moved."""
@@ -202,7 +197,7 @@ class _Group:
             memory.check()
         found = [memory for memory in found if not memory.changed]
         if found:
-            copies, self.left = transfers.leave([memory.whole for memory in found])
+            copies, self.left = transfers.leave([memory.here for memory in found if memory.here is not None])
             for memory, copy in zip(found, copies):
                 memory.copy = copy
             self.leaving = [weakref.ref(memory) for memory in found]
@@ -234,6 +229,22 @@ class _Saved:
         self.group, self.memory, self.view = group, memory, view
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The bytes of all memory of which *tensor* is a part."""
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+
+
+def view(here: Tensor, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
+    """A tensor in the memory of *here*: another part of it, or its bytes as another type."""
+    if here.dtype == torch.uint8 and here.numel() == here.untyped_storage().nbytes() and here.numel() % dtype.itemsize == 0:
+        here = here.view(-1).view(dtype)
+    if here.dtype == dtype:
+        return here.as_strided(shape, stride, offset)
+    empty = torch.empty(0, dtype=dtype, device=here.device)
+    return empty.set_(here.untyped_storage(), offset, shape, stride)  # type: ignore[call-overload]
+
+
 def alive(refs: Iterable[weakref.ref[_Memory]]) -> list[_Memory]:
     return [memory for ref in refs if (memory := ref()) is not None]
 
@@ -241,9 +252,14 @@ def alive(refs: Iterable[weakref.ref[_Memory]]) -> list[_Memory]:
 class Offload:
     """Moves what some blocks of a model save. Their forward passes may follow each other in any order, as in pipelines."""
 
-    def __init__(self, device: torch.device, around: Hooks | None = None, transfers: Transfers | None = None) -> None:
-        """*around*: the hooks of autograd under which the model runs, for what stays on the device."""
-        self.device = device
+    def __init__(
+        self, device: torch.device, around: Hooks | None = None, transfers: Transfers | None = None, least: int | None = None
+    ) -> None:  # fmt: skip
+        """*around*: the hooks of autograd under which the model runs, for what stays on the device. *least*: in place of
+        `LEAST`."""
+        self.device, self.least = device, LEAST if least is None else least
+        self.kinds: tuple[type[Tensor], ...] = (Tensor,)
+        """A subclass has memory of another kind."""
         self.keep, self.kept = around or (Tensor.detach, lambda kept: kept)
         self.transfers = transfers or TRANSFERS[device.type](device)
         self.now: _Group | None = None
@@ -272,21 +288,24 @@ class Offload:
     def _pack(self, tensor: Tensor) -> Any:
         kept, group = self.keep(tensor), self.now
         assert group is not None
-        # A subclass has memory of its own kind.
-        if type(kept) is not Tensor or kept.device.type != self.device.type or isinstance(tensor, nn.Parameter):
+        if type(kept) not in self.kinds or kept.device.type != self.device.type or isinstance(tensor, nn.Parameter):
             return kept
         storage = kept.untyped_storage()
-        if storage.nbytes() < LEAST or storage._cdata in group.weights or _is_weight(tensor):
+        if storage.nbytes() < self.least or storage._cdata in group.weights or _is_weight(tensor):
             return kept
         key = storage._cdata, kept._version
         memory = known() if (known := self.known.get(key)) is not None else None
-        if memory is None:
+        if memory is None or memory.storage() is not storage:
             memory = _Memory(kept, self.transfers)
-            self.known[key] = weakref.ref(memory, lambda _: self.known.pop(key, None))
+            self.known[key] = weakref.ref(memory, functools.partial(self._forget, key))
         view = kept.dtype, kept.shape, kept.stride(), kept.storage_offset()
         memory.views.add(view)
         group.memories[id(memory)] = weakref.ref(memory)
         return _Saved(group, memory, view)
+
+    def _forget(self, key: tuple[int, int], memory: weakref.ref[_Memory]) -> None:
+        if self.known.get(key) is memory:
+            del self.known[key]
 
     def _unpack(self, saved: Any) -> Tensor:
         if not isinstance(saved, _Saved):
@@ -306,9 +325,7 @@ class Offload:
             self.transfers.wait(memory.arriving)
             memory.arriving = None
         assert memory.here is not None
-        dtype, shape, stride, offset = saved.view
-        empty = torch.empty(0, dtype=dtype, device=memory.here.device)
-        return empty.set_(memory.here.untyped_storage(), offset, shape, stride)  # type: ignore[call-overload]
+        return view(memory.here, *saved.view)
 
 
 def _is_weight(tensor: Tensor) -> bool:

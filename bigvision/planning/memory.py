@@ -73,6 +73,8 @@ class Memory:
     """The most that is allocated at a time."""
     teacher: int = 0
     """What it holds of the task's teacher."""
+    pinned: int = 0
+    """In the host's memory: activations that wait there for the backward pass."""
 
     @property
     def state(self) -> int:
@@ -126,6 +128,7 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
     return Memory(
         rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, 0, scalars, images, state.host,
         round(most.working), round(most.activations), 0, round(max(held + total, after)), teacher.held if teacher else 0,
+        round(sum(part.leaves.at(step.images) for part in profile.parts)),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bigvision import load_config
 from bigvision.engine import check_engine
-from bigvision.engine.parallelize import wrap_blocks
+from bigvision.engine.parallelize import make_offload, wrap_blocks
 from bigvision.errors import UserError
 from bigvision.models import blueprint, find_blocks
 from bigvision.models.offload import ALIGNED, SLAB, Buffers, Offload
@@ -255,7 +255,8 @@ def passes(model: str, recompute: str, offload: str, dtype: str = "fp32", compil
     blocks = [block.module for block in find_blocks(module, plan.image_size)]
     parallel = {"recompute": recompute, "offload": offload, "precision": dtype, "compile": compiled}
     with on_the_cpu() as found:
-        wrap_blocks(blocks, load_config({"parallel": parallel}), CPU, module, plan.input_shape)
+        config = load_config({"parallel": parallel})
+        wrap_blocks(blocks, config, CPU, module, plan.input_shape, offload=make_offload(config, CPU))
         module.to_empty(device="cpu")
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
@@ -329,7 +330,11 @@ RUNS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "parallel", "model", "more"), RUNS)
+def _named(value: Any) -> str:
+    return "-".join(str(part) for part in value.values()) or "plain" if isinstance(value, dict) else str(value)
+
+
+@pytest.mark.parametrize(("ranks", "parallel", "model", "more"), RUNS, ids=_named)
 def test_a_run_ends_with_the_same_bytes(
     tmp_path: Path, ranks: int, parallel: dict[str, Any], model: str, more: dict[str, Any]
 ) -> None:
