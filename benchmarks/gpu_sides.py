@@ -82,7 +82,8 @@ class Side:
     def name(self) -> str:
         words = {
             "amp_bf16": self.precision == "amp_bf16", "compiled": self.compiled, "channels_last": self.channels_last,
-            "EMA": self.ema, f"recompute {self.recompute}": self.recompute != "none", f"offload {self.offload}": self.offload != "none",
+            "EMA": self.ema, f"recompute {self.recompute}": self.recompute != "none",
+            f"offload {self.offload}": self.offload != "none",
         }  # fmt: skip
         return ", ".join([f"{self.kind} {self.strategy}".strip(), *(word for word, holds in words.items() if holds)])
 

@@ -1,8 +1,8 @@
 """Host memory beside the CPU's, for tests of offloaded activations without a GPU.
 
-What is "on the host" is numpy's, so that torch's memory is the device's alone. A copy is made as late as CUDA might make it: when
-something waits for its event. What reads before that, or keeps too little alive, reads bytes of ones, which are NaN in every
-format.
+What is "on the host" is numpy's, so that torch's memory is the device's alone. A copy is made as late as CUDA might make it:
+when something waits for its event. What reads before that, or keeps too little alive, reads bytes of ones, which are NaN in
+every format.
 """
 
 from __future__ import annotations

@@ -330,7 +330,9 @@ def _check_strategy(config: Config) -> None:
         raise UserError(f"parallel.offload: {parallel.offload} needs parallel.strategy zero1, zero2 or zero3{other}")
     if parallel.offloads_parameters and parallel.strategy != "zero3":
         other = parallel.offload.replace("all", "optimizer")
-        raise UserError(f"parallel.offload: {parallel.offload} needs parallel.strategy zero3; {other} works with each ZeRO stage")
+        raise UserError(
+            f"parallel.offload: {parallel.offload} needs parallel.strategy zero3; {other} works with each ZeRO stage"
+        )
     if parallel.offloads_activations and parallel.strategy == "pipeline" and parallel.schedule in SPLIT_BACKWARD:
         raise UserError(
             f"parallel.offload: activations excludes parallel.schedule: {parallel.schedule}, which takes backward passes apart "

@@ -146,8 +146,8 @@ def wrap_blocks(
     blocks: Sequence[nn.Module], config: Config, device: torch.device, model: nn.Module, image_shape: tuple[int, int, int],
     branches: SkippedBranches | None = None, offload: Offload | None = None,
 ) -> list[str]:  # fmt: skip
-    """Recompute, compile and *offload* each block of *model*, on meta, where *config* says so, in this order and in place; return
-    what the user should know. *image_shape*: channels, height and width.
+    """Recompute, compile and *offload* each block of *model*, on meta, where *config* says so, in this order and in place;
+    return what the user should know. *image_shape*: channels, height and width.
 
     A block that is recomputed draws no other samples for its *branches*.
 

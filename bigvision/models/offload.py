@@ -39,7 +39,7 @@ class Transfers(Protocol):
     """Copies between a device and its host, beside what the device computes."""
 
     def leave(self, sources: Sequence[Tensor]) -> tuple[list[Any], Any]:
-        """Begin to copy the whole memory of each of *sources*, which stays until the event that is returned behind the copies."""
+        """Begin to copy the whole memory of each of *sources*, which stays until the event that is returned has come."""
         ...
 
     def bring(self, copies: Sequence[Any]) -> tuple[list[Tensor], Any]:

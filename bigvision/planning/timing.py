@@ -32,8 +32,8 @@ from bigvision.planning.program import (
     Start,
     computed,
     passes,
-    sharded_stages,
     reached,
+    sharded_stages,
     update,
 )
 from bigvision.planning.state import Layout

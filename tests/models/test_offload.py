@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from bigvision.runtime import start
 from bigvision.tasks import Classify
 from tests.distributed import run_ranks
 from tests.offload import LateCopies, on_the_cpu
-from tests.recipes import MODELS, digests, losses, recipe, run
+from tests.recipes import MODELS, digests, recipe, run
 
 LONG = pytest.mark.long
 CPU = torch.device("cpu")
@@ -201,7 +201,11 @@ def test_hooks_around_the_model_see_what_stays(monkeypatch: pytest.MonkeyPatch) 
 
     def keep(tensor: Tensor) -> Any:
         seen.append(tensor)
-        return ("weight", tensor) if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) else tensor.detach()
+        return (
+            ("weight", tensor)
+            if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+            else tensor.detach()
+        )
 
     def kept(value: Any) -> Tensor:
         return value[1] if isinstance(value, tuple) else value
@@ -230,7 +234,7 @@ def test_slabs_are_used_again() -> None:
         assert {one.data_ptr() % ALIGNED for one in taken[:3]} == {taken[0].data_ptr() % ALIGNED}
         assert [one.numel() for one in taken] == [1000, 3 << 20, 1000, SLAB + 5]
         ends = sorted((one.data_ptr(), one.data_ptr() + one.numel()) for one in taken)
-        assert all(end <= begin for (_, end), (begin, _) in zip(ends, ends[1:]))
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends))
         buffers.give(taken[0])
         assert buffers.take(1000).data_ptr() == taken[0].data_ptr()
         for one in taken:
@@ -367,9 +371,15 @@ def test_a_run_ends_with_the_same_bytes(
 @pytest.mark.parametrize(
     ("parallel", "words"),
     [
-        ({"strategy": "fsdp", "offload": "optimizer+activations"}, ["needs parallel.strategy zero1", "activations alone works"]),
+        (
+            {"strategy": "fsdp", "offload": "optimizer+activations"},
+            ["needs parallel.strategy zero1", "activations alone works"],
+        ),
         ({"strategy": "zero2", "offload": "all+activations"}, ["needs parallel.strategy zero3", "optimizer+activations works"]),
-        ({"strategy": "pipeline", "schedule": "zbv", "offload": "activations"}, ["excludes parallel.schedule: zbv", "use 1f1b"]),
+        (
+            {"strategy": "pipeline", "schedule": "zbv", "offload": "activations"},
+            ["excludes parallel.schedule: zbv", "use 1f1b"],
+        ),
     ],
 )
 def test_what_does_not_go_together(parallel: dict[str, Any], words: list[str]) -> None:
@@ -380,5 +390,8 @@ def test_what_does_not_go_together(parallel: dict[str, Any], words: list[str]) -
 
 def test_the_cpu_has_no_other_memory() -> None:
     config = load_config({"parallel": {"offload": "activations", "strategy": "ddp", "device": "cpu"}})
-    with start("cpu") as runtime, pytest.raises(UserError, match=r"parallel.offload: activations .* the device is the CPU: use none"):
+    with (
+        start("cpu") as runtime,
+        pytest.raises(UserError, match=r"parallel.offload: activations .* the device is the CPU: use none"),
+    ):
         check_engine(config, runtime, Classify())
