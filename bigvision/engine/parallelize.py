@@ -171,8 +171,9 @@ def wrap_blocks(
         for block in blocks:
             if branches is not None and block in branches.parts:
                 block.forward = functools.partial(_with_any_number, block.forward, branches)
-    for block in blocks if offload is not None else ():
-        offload.wrap(block)
+    if offload is not None:
+        for block in blocks:
+            offload.wrap(block)
     return [f"parallel.compile: auto compiles nothing: {eager}"] if eager and config.parallel.compile == "auto" else []
 
 

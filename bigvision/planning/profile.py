@@ -323,8 +323,9 @@ class _Recording:
         wrap_blocks(modules, eager, here, self.module, self.shape, offload=None if self.compiled else offload)
         if self.compiled:
             compile_without_code(modules, self.attention, parallel.recompute != "none")
-            for block in modules if offload is not None else ():
-                offload.wrap(block)
+            if offload is not None:
+                for block in modules:
+                    offload.wrap(block)
 
     def _whole(self, parameter: Tensor) -> bool:
         return parameter.ndim == 0 or id(parameter) in self.norms

@@ -39,7 +39,7 @@ class Block(nn.Module):
         return x + self.second(torch.tanh(self.first(x)))
 
 
-def wrapped(blocks: list[nn.Module]) -> LateCopies:
+def wrapped(blocks: Sequence[nn.Module]) -> LateCopies:
     with on_the_cpu(least=1) as found:
         offload = Offload(CPU)
     for block in blocks:
@@ -47,7 +47,7 @@ def wrapped(blocks: list[nn.Module]) -> LateCopies:
     return found[0]
 
 
-def gradients(blocks: list[nn.Module], images: Tensor) -> list[Tensor]:
+def gradients(blocks: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
     parameters = [parameter for block in blocks for parameter in block.parameters()]
     for parameter in parameters:
         parameter.grad = None
@@ -96,6 +96,7 @@ def test_parameters_buffers_and_cast_weights_stay(monkeypatch: pytest.MonkeyPatc
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.randn(6, 6))
+            self.table: Tensor
             self.register_buffer("table", torch.randn(4, 6))
 
         def forward(self, x: Tensor) -> Tensor:
@@ -269,7 +270,7 @@ def passes(model: str, recompute: str, offload: str, dtype: str = "fp32", compil
                 tensor.zero_()
         for part in module.modules():
             if hasattr(part, "relative_position_index"):
-                part.relative_position_index.zero_()
+                part.get_buffer("relative_position_index").zero_()
         images = torch.randn(6, *plan.input_shape)
         for _ in range(2):  # two micro-batches, the second shorter
             module(images).float().logsumexp(1).sum().backward()
