@@ -86,6 +86,14 @@ PARTS: dict[str, Part] = {
         f"vit_l_{stage}": Part(VIT_L, (Side("deepspeed", stage), ours(stage, bound=1.02)))
         for stage in ("zero1", "zero2", "zero3")
     },
+    # How much of the copies' time computing hides, and the peaks.
+    "vit_l_offload": Part(
+        VIT_L, (
+            ours("ddp", compiled=True), ours("ddp", compiled=True, offload="activations"),
+            ours("ddp", compiled=True, recompute="blocks"),
+            ours("ddp", compiled=True, recompute="blocks", offload="activations"),
+        )
+    ),
     "vit_l_ema": Part(VIT_L, (ours("ddp"), ours("ddp", ema=True))),
     # The bound is what the new bf16 should gain over autocast: 1 / 1.03.
     "vit_h_compiled": Part(VIT_H, (HAND_COMPILED, ours("ddp", compiled=True, bound=1 / 1.03))),

@@ -73,6 +73,8 @@ class Side:
     channels_last: bool = False
     ema: bool = False
     """Whether it averages its weights."""
+    recompute: str = "none"
+    offload: str = "none"
     bound: float | None = None
     """The most that its time over the baseline's should be."""
 
@@ -80,15 +82,20 @@ class Side:
     def name(self) -> str:
         words = {
             "amp_bf16": self.precision == "amp_bf16", "compiled": self.compiled, "channels_last": self.channels_last,
-            "EMA": self.ema,
+            "EMA": self.ema, f"recompute {self.recompute}": self.recompute != "none",
+            f"offload {self.offload}": self.offload != "none",
         }  # fmt: skip
         return ", ".join([f"{self.kind} {self.strategy}".strip(), *(word for word, holds in words.items() if holds)])
 
     @property
     def missing(self) -> str:
         """Why it cannot be measured here, or nothing."""
-        if self.precision not in get_args(get_type_hints(schema.ParallelConfig)["precision"]):
-            return f"this version has no parallel.precision {self.precision}"
+        kinds = get_type_hints(schema.ParallelConfig)
+        for key, value in (("precision", self.precision), ("offload", self.offload)):
+            if value not in get_args(kinds[key]):
+                return f"this version has no parallel.{key} {value}"
+        if self.offload != "none" and not torch.cuda.is_available():
+            return "a CPU has no other memory"
         return ""
 
 
@@ -146,7 +153,7 @@ class Bench:
                 "optim": {"lr": work.lr, "weight_decay": work.weight_decay, "clip": work.clip, "warmup": work.warmup},
                 "parallel": {
                     "strategy": side.strategy, "precision": side.precision, "compile": side.compiled,
-                    "device": self.device.type,
+                    "device": self.device.type, "recompute": side.recompute, "offload": side.offload,
                 },
                 "train": {"global_batch": self.batch * self.runtime.data_ranks},
                 "ema": {"decay": 0.9999 if side.ema else None},

@@ -327,10 +327,19 @@ def _check_strategy(config: Config) -> None:
             f"optim.name: {config.optim.name} {what}, but parallel.strategy: {parallel.strategy} gives each rank {part} of "
             f"them: use {either(fits)}, or adamw"
         )
-    if parallel.offload != "none" and not parallel.strategy.startswith("zero"):
-        raise UserError(f"parallel.offload: {parallel.offload} needs parallel.strategy zero1, zero2 or zero3")
-    if parallel.offload == "all" and parallel.strategy != "zero3":
-        raise UserError("parallel.offload: all needs parallel.strategy zero3; optimizer works with each ZeRO stage")
+    if parallel.offloads_state and not parallel.strategy.startswith("zero"):
+        other = "; activations alone works with every strategy" if parallel.offloads_activations else ""
+        raise UserError(f"parallel.offload: {parallel.offload} needs parallel.strategy zero1, zero2 or zero3{other}")
+    if parallel.offloads_parameters and parallel.strategy != "zero3":
+        other = parallel.offload.replace("all", "optimizer")
+        raise UserError(
+            f"parallel.offload: {parallel.offload} needs parallel.strategy zero3; {other} works with each ZeRO stage"
+        )
+    if parallel.offloads_activations and parallel.strategy == "pipeline" and parallel.schedule in SPLIT_BACKWARD:
+        raise UserError(
+            f"parallel.offload: activations excludes parallel.schedule: {parallel.schedule}, which takes backward passes apart "
+            "and would keep what has come back until the second part: use 1f1b, gpipe or interleaved"
+        )
     unused = {"pipeline": (), "fsdp": PIPELINE_KEYS}.get(parallel.strategy, SHARDED_KEYS + PIPELINE_KEYS)
     for key in unused:
         if (value := getattr(parallel, key)) != getattr(ParallelConfig, key):

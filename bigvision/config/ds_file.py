@@ -211,16 +211,22 @@ class DsFile:
         stage = self.written["zero_optimization.stage"]
         if param == "cpu" and stage not in (3, "auto"):
             raise self.error(f'{keys[1]}: "cpu" needs zero_optimization.stage 3, not {stage}')
+        also: tuple[str, ...] = ()
         if optimizer == "none":
             self.ask("parallel.offload", "none", keys[0])
         elif param == "cpu":
             self.ask("parallel.offload", "all", keys[1])
         elif optimizer == "cpu":
             self.ask("parallel.offload", "optimizer", keys[0])
-            self.also["parallel.offload"] = ("all",) if param == "auto" else ()
+            also = ("all",) if param == "auto" else ()
         elif param == "none":
             self.ask("parallel.offload", "none", keys[1])
-            self.also["parallel.offload"] = ("optimizer",) if optimizer == "auto" else ()
+            also = ("optimizer",) if optimizer == "auto" else ()
+        if "parallel.offload" in self.asked:
+            # Of activations the file says nothing.
+            mine = (self.asked["parallel.offload"][0], *also)
+            others = tuple("activations" if one == "none" else f"{one}+activations" for one in mine)
+            self.also["parallel.offload"] = also + others
 
     def optimizer(self) -> None:
         name, _ = self._chosen("optimizer", "optim.name", "AdamW, Lion, SGD")
@@ -437,7 +443,7 @@ def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int,
     if parallel.deepspeed:
         settings = _with_knobs(settings, read_ds_file(parallel.deepspeed).knobs)
     zero = settings["zero_optimization"]
-    for section, wanted in (("offload_optimizer", parallel.offload != "none"), ("offload_param", parallel.offload == "all")):
+    for section, wanted in (("offload_optimizer", parallel.offloads_state), ("offload_param", parallel.offloads_parameters)):
         given = {"pin_memory": True} | zero.pop(section, {})
         if wanted:
             zero[section] = given | {"device": "cpu", "pin_memory": given["pin_memory"] and device == "cuda"}

@@ -68,6 +68,11 @@ def resolve(
         given |= {key: (value, where) for key, value in flatten(tree, kinds, where).items()}
     given |= keywords or {}
     before, overrides = _build(given, kinds), overrides or {}
+    if "parallel.offload" in overrides and before.parallel.offloads_activations:
+        state, asker = overrides["parallel.offload"]  # of activations a launcher says nothing
+        if not state.endswith("activations"):
+            both = "activations" if state == "none" else f"{state}+activations"
+            overrides = {**overrides, "parallel.offload": (both, asker)}
     for key, (value, asker) in overrides.items():
         if get(before, key) != value:
             origin = given[key][1] if key in given else "default"

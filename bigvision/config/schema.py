@@ -282,12 +282,28 @@ class ParallelConfig:
     that it is needed, or faster for its larger micro-batch."""
     compile: Literal["auto"] | bool = "auto"
     """Compile each block with torch.compile. auto: on CUDA, where blocks repeat and nothing forbids it."""
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """zero1, zero2, zero3: keep the optimizer state in CPU memory and take its step there; all: the parameters too (zero3)."""
+    offload: Literal["none", "optimizer", "all", "activations", "optimizer+activations", "all+activations"] = "none"
+    """optimizer (zero1, zero2, zero3): keep the optimizer state in CPU memory and take its step there; all: the parameters too
+    (zero3). activations (CUDA, each strategy): what blocks keep for the backward pass waits in pinned CPU memory."""
     deepspeed: str | None = None
     """A DeepSpeed configuration file (JSON): its ZeRO stage is the strategy, "auto" in it takes the values from here."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA when the machine has it."""
+
+    @property
+    def offloads_state(self) -> bool:
+        """Whether the optimizer state is in CPU memory."""
+        return self.offload.partition("+")[0] in ("optimizer", "all")
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether the parameters are too."""
+        return self.offload.startswith("all")
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether activations wait there for the backward pass."""
+        return self.offload.endswith("activations")
 
     @property
     def pipeline_ranks(self) -> int | None:

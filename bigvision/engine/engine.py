@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from bigvision.config import Config, micro_batch, other_sizes, peak_rate
 from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.ema import Ema, never_averaged
-from bigvision.engine.parallelize import choose_computing, overlap, replicate, shard, synchronize_norms, why_eager, wrap_blocks
+from bigvision.engine.parallelize import (
+    choose_computing,
+    make_offload,
+    overlap,
+    replicate,
+    shard,
+    synchronize_norms,
+    why_eager,
+    wrap_blocks,
+)
 from bigvision.engine.state import RUNNING, average, make_contiguous
 from bigvision.engine.step import REQUESTS, Metrics, NativeStep, Record, StepResult, reduce_with, seed_dropout
 from bigvision.engine.teacher import Teacher
@@ -116,7 +125,8 @@ class Engine:
         config, runtime, parallel = self.config, self.runtime, self.config.parallel
         sharded = parallel.strategy == "fsdp" and runtime.world_size > 1
         self.computing.apply(self.parts, blocks, not sharded, runtime.device)
-        self.notes += wrap_blocks(blocks, config, runtime.device, self.module, self.input_shape, self.branches)
+        offload = make_offload(config, runtime.device) if self.trains else None
+        self.notes += wrap_blocks(blocks, config, runtime.device, self.module, self.input_shape, self.branches, offload)
         if sharded:
             spread = shard(self.module, self.parts, blocks, config, self.computing.dtype, runtime)
         else:

@@ -36,6 +36,7 @@ from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
 from bigvision.models import Block, Blueprint, SkippedBranches, formats, kinds, share_rates
 from bigvision.models.alike import tensors_in
+from bigvision.models.offload import Hooks, Offload
 from bigvision.models.recompute import recompute_blocks
 from bigvision.models.tracing import size
 from bigvision.runtime import Runtime
@@ -143,10 +144,10 @@ def synchronize_norms(module: nn.Module, runtime: Runtime) -> list[str]:
 
 def wrap_blocks(
     blocks: Sequence[nn.Module], config: Config, device: torch.device, model: nn.Module, image_shape: tuple[int, int, int],
-    branches: SkippedBranches | None = None,
+    branches: SkippedBranches | None = None, offload: Offload | None = None,
 ) -> list[str]:  # fmt: skip
-    """Recompute and compile each block of *model*, on meta, where *config* says so, in this order and in place; return what the
-    user should know. *image_shape*: channels, height and width.
+    """Recompute, compile and *offload* each block of *model*, on meta, where *config* says so, in this order and in place;
+    return what the user should know. *image_shape*: channels, height and width.
 
     A block that is recomputed draws no other samples for its *branches*.
 
@@ -161,7 +162,8 @@ def wrap_blocks(
             f"parallel.recompute: {recompute} and parallel.compile: true exclude each other for BatchNorm: drop one"
         )
     # In compiled code both passes read the same tensors.
-    recompute_blocks(blocks, recompute, model, image_shape, branches if eager is not None else None)
+    offloaded = offload is not None and eager is not None
+    recompute_blocks(blocks, recompute, model, image_shape, branches if eager is not None else None, offloaded)
     if eager is None:
         # Under a budget, blocks of one kind may keep one of two choices of products.
         variants = 2 if recompute.startswith("budget") else 1
@@ -169,7 +171,15 @@ def wrap_blocks(
         for block in blocks:
             if branches is not None and block in branches.parts:
                 block.forward = functools.partial(_with_any_number, block.forward, branches)
+    if offload is not None:
+        for block in blocks:
+            offload.wrap(block)
     return [f"parallel.compile: auto compiles nothing: {eager}"] if eager and config.parallel.compile == "auto" else []
+
+
+def make_offload(config: Config, device: torch.device, around: Hooks | None = None) -> Offload | None:
+    """What moves activations off *device*, where *config* says so. *around*: the strategy's hooks of autograd."""
+    return Offload(device, around) if config.parallel.offloads_activations else None
 
 
 def _with_any_number(forward: Callable[..., Any], branches: SkippedBranches, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bigvision.config import SPLIT_BACKWARD, Config, Size, micro_batch, other_sizes
 from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.engine import Engine
-from bigvision.engine.parallelize import replicate, shard, wrap_blocks
+from bigvision.engine.parallelize import make_offload, replicate, shard, wrap_blocks
 from bigvision.engine.step import NativeStep, seed_dropout
 from bigvision.errors import UserError, either
 from bigvision.models import Blocks, Blueprint
@@ -41,7 +41,8 @@ class PipelineEngine(Engine):
         # Before blocks are wrapped: their forwards are still timm's.
         shape = blueprint.input_shape
         size, capacity = micro_batch(config, runtime.data_ranks, self.placement.ranks), None
-        if runtime.device.type == "cuda":
+        # With offloaded activations a stage needs less than is counted here.
+        if runtime.device.type == "cuda" and not config.parallel.offloads_activations:
             capacity = USABLE * torch.cuda.get_device_properties(runtime.device).total_memory
         memory = StageMemory.of(
             config, self.placement, size, runtime.data_ranks, runtime.mesh["shard"].size(), capacity
@@ -70,7 +71,8 @@ class PipelineEngine(Engine):
         if self.branches is not None:
             # A cut may lie between the ends of a branch.
             self.branches.run_whole(block.path for stage in self.plan.blocks for block in stage)
-        self.notes += wrap_blocks(pieces, config, runtime.device, self.module, self.input_shape, self.branches)
+        offload = make_offload(config, runtime.device) if self.trains else None
+        self.notes += wrap_blocks(pieces, config, runtime.device, self.module, self.input_shape, self.branches, offload)
         for number, stage in self.stages.items():
             stage.around = lambda number=number: self._surroundings(number)
             stage.apart = parallel.schedule in SPLIT_BACKWARD

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bigvision.config import Config, deepspeed_settings
 from bigvision.engine.engine import Engine
-from bigvision.engine.parallelize import wrap_blocks
+from bigvision.engine.parallelize import make_offload, wrap_blocks
 from bigvision.engine.state import Statistics, allocate, fill
 from bigvision.engine.step import reduce_with
 from bigvision.errors import UserError
@@ -43,9 +43,9 @@ class ZeroEngine(Engine):
     def _build(self, blueprint: Blueprint, blocks: list[nn.Module]) -> None:
         # Autocast, if any, inside the model: DeepSpeed switches off one under which it is entered.
         self.computing.apply(self.parts, blocks, True, self.runtime.device)
-        self.notes += wrap_blocks(
-            blocks, self.config, self.runtime.device, self.module, self.input_shape, self.branches
-        )  # fmt: skip
+        device, hooks = self.runtime.device, (_pack, _unpack) if self.config.parallel.strategy == "zero3" else None
+        offload = make_offload(self.config, device, hooks)
+        self.notes += wrap_blocks(blocks, self.config, device, self.module, self.input_shape, self.branches, offload)
         self.stepper = ZeroStep(self.module, blocks, blueprint, self.config, self.runtime, self.restoring)
         self.forward = self.stepper.forward
 
@@ -85,7 +85,7 @@ class ZeroStep:
         named = dict(module.named_parameters())
         for group in groups:
             group["params"] = [named[name] for name in group["names"]]
-        self.inner: Any = build_optimizer(groups, config.optim, on_cpu=parallel.offload != "none")
+        self.inner: Any = build_optimizer(groups, config.optim, on_cpu=parallel.offloads_state)
         # Every rank fills its own tensors; what rank 0 would send has no values yet, and DeepSpeed cannot send 0-D ones.
         with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda self: None):
             wrapped: Any = deepspeed.initialize(model=module, optimizer=self.inner, config=settings, dist_init_required=False)

@@ -94,7 +94,7 @@ RULES: dict[str, Rule] = {
     # Every launch sets it to false when nothing was asked for, so that leaves the recipe's choice.
     "FSDP_ACTIVATION_CHECKPOINTING": Rule(dict.fromkeys(YES, "blocks") | dict.fromkeys(NO), YES_NO, "parallel.recompute"),
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": Rule(
-        NO, "activations are recomputed, not offloaded; use fsdp_activation_checkpointing_offload: false"),
+        dict.fromkeys(YES, "activations") | dict.fromkeys(NO), YES_NO, "parallel.offload"),
     **each(
         "FSDP_BACKWARD_PREFETCH FSDP_BACKWARD_PREFETCH_POLICY",
         Rule(ANY, "the next block is gathered before one has run", usual=("backward_pre", "1"))),

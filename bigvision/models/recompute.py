@@ -9,6 +9,7 @@ Products whose values no backward pass needs are never kept.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -33,17 +34,20 @@ from bigvision.models.blocks import Block, kinds
 from bigvision.models.drop_path import SkippedBranches
 from bigvision.models.tracing import FusedAttention, Key, OpCounter, attributes_kept, computes_products, first_line, product
 
+KEPT_THROUGH_HOOKS = "respect_saved_tensors_hooks"
+"""An argument of torch's checkpoint; older ones would hand it on to the block."""
 MOST_SUBSETS = 12
 """Products of a block among which the best choice is looked for; with more, they are taken by operations for a byte."""
 
 
 def recompute_blocks(
     blocks: Sequence[nn.Module], recompute: str, model: nn.Module, image_shape: tuple[int, int, int],
-    branches: SkippedBranches | None = None,
+    branches: SkippedBranches | None = None, offloaded: bool = False,
 ) -> None:  # fmt: skip
     """Let each of *blocks* of *model*, on meta, compute activations again as ``parallel.recompute`` says, in place.
 
     *image_shape*: channels, height and width. The second pass keeps the samples that the first one drew for *branches*.
+    *offloaded*: what is kept goes through hooks of autograd around the blocks, which are not compiled.
     """
     if recompute == "none":
         return
@@ -54,6 +58,13 @@ def recompute_blocks(
             if getattr(module, "inplace", False):  # it would change a kept value
                 module.inplace = False  # type: ignore[assignment]
         options: dict[str, Any] = {}
+        if kept[block] and offloaded:
+            if KEPT_THROUGH_HOOKS not in inspect.signature(checkpoint).parameters:
+                raise UserError(
+                    f"parallel.recompute: {recompute} and parallel.offload: activations need torch 2.14 or newer together: use "
+                    "parallel.recompute: blocks"
+                )
+            options[KEPT_THROUGH_HOOKS] = True
         if kept[block] or norms or branches is not None:
             options["context_fn"] = functools.partial(_contexts, kept[block], tuple(norms), branches)
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)

@@ -28,6 +28,7 @@ from bigvision.config.values import get, spell
 from bigvision.engine import check_layout
 from bigvision.errors import UserError
 from bigvision.models import Blocks, Blueprint, GivenModel, blueprint, find_blocks
+from bigvision.models.offload import TRANSFERS
 from bigvision.optim import freeze
 from bigvision.pipeline.schedules import USABLE
 from bigvision.pipeline.stages import DoesNotFit
@@ -155,9 +156,11 @@ class Estimates:
             casts = "zero2"  # the student's weights are cast before, the teacher's where they are read
         # As `why_eager` decides: the schedule and zero3's hooks.
         eager = parallel.compile == "auto" and (parallel.strategy == "zero3" or parallel.schedule in SPLIT_BACKWARD)
-        key = (repr(config.model), repr(config.task), parallel.recompute, parallel.precision, casts, eager)
+        offloads = parallel.offloads_activations
+        key = (repr(config.model), repr(config.task), parallel.recompute, parallel.precision, casts, eager, offloads)
         if key not in self._profiles:
-            alike = {"parallel.device": self.hardware.device.kind, "parallel.strategy": casts, "parallel.offload": "none"}
+            offload = "activations" if parallel.offloads_activations else "none"
+            alike = {"parallel.device": self.hardware.device.kind, "parallel.strategy": casts, "parallel.offload": offload}
             alike |= {"parallel.schedule": "1f1b"} | ({"parallel.compile": False} if eager else {})
             config = with_values(config, alike)
             self._profiles[key] = profile(config, self.outputs, self._given_task, self.built(config))
@@ -203,7 +206,10 @@ class Estimates:
 
     def least(self, config: Config, strategy: str) -> float:
         """Seconds of a step that no layout of *strategy* undercuts."""
-        plain = with_values(config, {"parallel.strategy": "ddp", "parallel.recompute": "none", "parallel.schedule": "1f1b"})
+        plain = with_values(
+            config,
+            {"parallel.strategy": "ddp", "parallel.recompute": "none", "parallel.schedule": "1f1b", "parallel.offload": "none"},
+        )
         return least_seconds(self.profile(plain), config, self.hardware, strategy in CASTING)
 
     @property
@@ -216,6 +222,10 @@ class Estimates:
         check(config)
         layout, parallel = Layout.of(config, self.hardware.ranks), config.parallel
         check_layout(config, layout.data_ranks, layout.stages, self.task(config))
+        if parallel.offloads_activations and self.hardware.device.kind not in TRANSFERS:
+            raise UserError(f"parallel.offload: {parallel.offload} needs devices with memory of their own, not a CPU")
+        if parallel.offloads_activations and parallel.strategy == "pipeline":
+            raise UserError("parallel.offload: activations is not predicted for pipelines, which can be trained with it")
         if parallel.recompute != "none" and parallel.compile is True and has_batchnorm(self.profile(config)):
             raise UserError(
                 f"parallel.recompute: {parallel.recompute} and parallel.compile: true exclude each other for BatchNorm"
@@ -371,10 +381,14 @@ def _changes(config: Config, hardware: Hardware, adapters: bool) -> Iterator[tup
     few: list[dict[str, Any]] = []
     if parallel.strategy == "ddp" and hardware.ranks > 1:
         few.append({"parallel.strategy": "fsdp"})
-    if parallel.strategy.startswith("zero") and parallel.offload == "none":
-        few.append({"parallel.offload": "optimizer"})
-    if parallel.strategy == "zero3" and parallel.offload != "all":
-        few.append({"parallel.offload": "all"})
+    also = "+activations" * parallel.offloads_activations
+    if parallel.strategy.startswith("zero") and not parallel.offloads_state:
+        few.append({"parallel.offload": f"optimizer{also}"})
+    if parallel.strategy == "zero3" and not parallel.offloads_parameters:
+        few.append({"parallel.offload": f"all{also}"})
+    if not parallel.offloads_activations and hardware.device.kind in TRANSFERS and parallel.strategy != "pipeline":
+        activations = "activations" if parallel.offload == "none" else f"{parallel.offload}+activations"
+        few.append({"parallel.offload": activations})
     if (config.model.lora is not None or config.model.trainable != "all") and config.model.frozen_dtype == "fp32":
         few.append({"model.frozen_dtype": "bf16"})
     more = [recompute] if parallel.recompute == "none" else []

@@ -73,6 +73,8 @@ class Memory:
     """The most that is allocated at a time."""
     teacher: int = 0
     """What it holds of the task's teacher."""
+    pinned: int = 0
+    """In the host's memory: activations that wait there for the backward pass."""
 
     @property
     def state(self) -> int:
@@ -96,7 +98,7 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
         # A counter of updates; averages lie where what they follow lies.
         masters = averages_of(profile, layout, shard, tensors)
         ema = 8 + sum(tensor.nbytes for tensor in tensors if tensor.buffer and tensor.averaged)
-        if layout.strategy.startswith("zero") and config.parallel.offload != "none":
+        if layout.strategy.startswith("zero") and config.parallel.offloads_state:
             state = replace(state, host=state.host + masters)
         else:
             ema += masters
@@ -126,6 +128,7 @@ def rank_memory(profile: Profile, config: Config, layout: Layout, rank: int) -> 
     return Memory(
         rank, state.parameters, buffers, state.optimizer, ema, state.gradients, state.buckets, 0, scalars, images, state.host,
         round(most.working), round(most.activations), 0, round(max(held + total, after)), teacher.held if teacher else 0,
+        round(sum(part.leaves.at(step.images) for part in profile.parts)),
     )  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def _stages_memory(
 
 def _stepped(profile: Profile, config: Config, layout: Layout, gradients: int) -> float:
     """Bytes that the optimizer's step allocates on a rank with so many bytes of *gradients*."""
-    if not profile.update or config.parallel.offload != "none":
+    if not profile.update or config.parallel.offloads_state:
         return 0.0
     if config.optim.name == "muon" and layout.strategy != "ddp" and layout.shards > 1:
         # Rows of matrices in bf16: a rank's own, as they are sent and as they arrive, and their results before and after that.

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import timm.models
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from bigvision.config import Config, other_sizes, pair
@@ -41,14 +41,17 @@ from bigvision.models import (
 from bigvision.models.alike import tensors_in
 from bigvision.models.arguments import current_name
 from bigvision.models.formats import hold_frozen
+from bigvision.models.offload import LEAST, Offload
 from bigvision.models.tracing import FusedAttention, named_tensors, plain_attributes
 from bigvision.optim import freeze, parameter_groups
 from bigvision.planning.compiled import compile_without_code
 from bigvision.planning.operations import IMAGES, NOTHING, Amount, Work, fused, per_image
-from bigvision.planning.recorder import Recorder, Recording, Span, spans, step_bytes
-from bigvision.planning.repeats import extended, leave_out, runs_of
+from bigvision.planning.recorder import Counted, Recorder, Recording, Span, spans, step_bytes
+from bigvision.planning.repeats import OFFLOADED, REACH, extended, leave_out, runs_of
 from bigvision.tasks import Classify, Task, build_task
 
+USUAL = 64
+"""Images of a micro-batch for which it is asked what is too small to be offloaded."""
 FUSED = ("adamw", "sgd")
 """Optimizers whose step is one kernel, which allocates nothing."""
 
@@ -111,6 +114,10 @@ class Part:
     """Of compiled blocks as compiled code runs them."""
     backward_operations: tuple[Work, ...] = ()
     """Without what is recomputed."""
+    leaves: Amount = NOTHING
+    """Bytes of offloaded activations of an earlier part that begin to leave when its forward pass begins."""
+    returns: Amount = NOTHING
+    """Bytes that begin to come back when its backward pass begins."""
     branches: tuple[float, ...] = ()
     """Rates of its branches under ``model.drop_path_mode: skip``; 0 for one that runs on all samples.
 
@@ -208,7 +215,7 @@ def _teacher(config: Config, task: Task) -> Profile:
     strategy = "fsdp" if config.parallel.strategy in ("fsdp", "zero3") else "ddp"
     used = replace(
         config, model=model, data=replace(config.data, resize_schedule=()),
-        parallel=replace(config.parallel, strategy=strategy, recompute="none"),
+        parallel=replace(config.parallel, strategy=strategy, recompute="none", offload="none"),
     )  # fmt: skip
     plan = blueprint(model, outputs, around=around)
     plan.module.requires_grad_(False)
@@ -300,7 +307,8 @@ class _Recording:
             if changes:
                 parameter.data = parameter.data.to(self.computing.dtype)
         self.tensors = self._state(held)
-        self.runs = runs_of(self.module, self.blocks, self.kinds) if short else []
+        offloads = parallel.offloads_activations and self.learns
+        self.runs = runs_of(self.module, self.blocks, self.kinds, OFFLOADED if offloads else REACH) if short else []
         self.recorded = leave_out(self.module, self.blocks, self.runs)
         modules = [block.module for block in self.recorded]
         self.attention = FusedAttention(self.device)
@@ -308,9 +316,16 @@ class _Recording:
             # A backward pass runs without the modes of functions that it was called in.
             block.forward = functools.partial(_within, self.attention, block.forward)
         eager = replace(config, parallel=replace(parallel, compile=False))
-        wrap_blocks(modules, eager, here, self.module, self.shape)
+        self.host, offload = Counted(), None
+        if offloads:
+            offload = Offload(here, None, self.host, LEAST * IMAGES // USUAL)
+            offload.kinds = (FakeTensor,)
+        wrap_blocks(modules, eager, here, self.module, self.shape, offload=None if self.compiled else offload)
         if self.compiled:
             compile_without_code(modules, self.attention, parallel.recompute != "none")
+            if offload is not None:
+                for block in modules:
+                    offload.wrap(block)
 
     def _whole(self, parameter: Tensor) -> bool:
         return parameter.ndim == 0 or id(parameter) in self.norms
@@ -357,6 +372,7 @@ class _Recording:
         size = self.config.train.micro_batch
         many = torch.get_num_threads() > 1 or not isinstance(size, int) or size >= 16
         recorder = Recorder(ignored, self.device == "cpu", many)
+        self.host.recorder = recorder
         owned = {p for block in self.recorded for p in (*block.module.parameters(), *block.module.buffers())}
         recorder.watched = {
             t.untyped_storage()._cdata: name
@@ -434,6 +450,9 @@ class _Recording:
                 before = work.get((kind, one.place), nothing)
                 work[kind, one.place] = before[0] + flops, before[1] + moved
         operations = found.operations()
+        copied: dict[tuple[bool, int], Amount] = {}
+        for one in found.stretches:
+            copied[one.backward, one.place] = copied.get((one.backward, one.place), NOTHING) + one.offloaded
         parts = []
         for place, number in index.items():
             block = self.blocks[place // 2] if place % 2 else None
@@ -451,7 +470,7 @@ class _Recording:
                 Part(
                     path, kind, tuple(used.get(number, ())),
                     ahead[0].per_image, back[0].per_image, again[0].per_image, ahead[1], back[1], again[1], saved,
-                    enters, leaves, forward, backward,
+                    enters, leaves, forward, backward, copied.get((False, place), NOTHING), copied.get((True, place), NOTHING),
                 )
             )  # fmt: skip
         return Profile(

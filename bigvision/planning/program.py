@@ -19,6 +19,7 @@ from bigvision.pipeline.schedules import passes_of
 from bigvision.planning.division import Stages, cut_stages, units_of_parts
 from bigvision.planning.hardware import Hardware, Link
 from bigvision.planning.memory import DDP_BUCKET, shards_teacher
+from bigvision.planning.operations import NOTHING, Amount
 from bigvision.planning.profile import Profile, StateTensor
 from bigvision.planning.state import Layout, after_passes, padded_groups, used_map, zero_settings
 from bigvision.planning.zero3 import gathered, in_shares
@@ -31,6 +32,8 @@ OPTIMIZER_BYTES = {"adamw": 28, "sgd": 20, "lion": 20, "lamb": 44, "adafactor": 
 """Read and written by an update, for a trained value."""
 NORM_BYTES, EMA_BYTES, SUM_BYTES = 4, 36, 12
 """For a trained value: the gradient's norm; an update of an average (measured on an H100); adding a micro-batch's gradient."""
+COPIED = "copied"
+"""How the keys of copies to the host and back begin."""
 NUMBERS = 8 * (3 + len(REQUESTS))
 """Bytes of the numbers that all ranks add up in a step (`engine/step.py: reduce_with`); under ZeRO one fp64 value less."""
 
@@ -75,15 +78,15 @@ class Collective:
         within, between = hardware.within, hardware.between
         if self.kind == "send":
             link = within if hosts == 1 else between
-            return link.latency + self.size / _speed(link)
+            return link.latency + self.size / reached(link)
         if self.group.ranks == 1:
             return 0.0
         if hardware.device.kind == "cpu" and self.kind == "reduce_scatter":
             # gloo has none: torch reduces all and takes a part.
             return Collective("all_reduce", self.size, self.group, self.calls).seconds(hardware)
-        speed = _speed(within) if hosts == 1 else _speed(between) * there
+        speed = reached(within) if hosts == 1 else reached(between) * there
         if hosts > 1 and there > 1:
-            speed = min(speed, _speed(within))
+            speed = min(speed, reached(within))
         steps = (there - 1) * within.latency * max(1, hosts if self.kind != "all_reduce" else 1)
         steps += (
             between.latency * (math.ceil(math.log2(hosts)) if self.kind == "all_reduce" else hosts - 1) if hosts > 1 else 0.0
@@ -93,7 +96,8 @@ class Collective:
         return self.sent / speed + self.calls * (steps + start)
 
 
-def _speed(link: Link) -> float:
+def reached(link: Link) -> float:
+    """Bytes per second that are assumed or were measured."""
     return link.bandwidth * (1.0 if link.measured else LINK_SHARE)
 
 
@@ -124,7 +128,16 @@ class Wait:
     key: object
 
 
-Instruction = Compute | Start | Wait
+@dataclass(frozen=True)
+class Copy:
+    """Begin to copy activations to the host or back, behind all that was computed and copied before."""
+
+    key: object
+    size: Amount
+    """Bytes."""
+
+
+Instruction = Compute | Start | Wait | Copy
 
 
 @dataclass(frozen=True)
@@ -187,11 +200,31 @@ def passes(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator
     """One micro-batch, forward and backward, of a model that is not cut into stages."""
     strategy = config.parallel.strategy
     if strategy == "fsdp" and mesh.data.ranks > 1:
-        yield from _fsdp(profile, config, mesh, last)
+        found = _fsdp(profile, config, mesh, last)
     elif strategy == "zero3":
-        yield from _zero3(profile, config, mesh)
+        found = _zero3(profile, config, mesh)
     else:
-        yield from _whole(profile, config, mesh, last)
+        found = _whole(profile, config, mesh, last)
+    yield from _offloaded(profile, found) if config.parallel.offloads_activations else found
+
+
+def _offloaded(profile: Profile, instructions: Iterator[Instruction]) -> Iterator[Instruction]:
+    """*instructions* with the copies of activations: what a part waits for when it begins, and what it begins to copy."""
+    begun: set[tuple[bool, int]] = set()
+    under_way: dict[bool, object] = {False: None, True: None}
+    for one in instructions:
+        if isinstance(one, Compute) and one.what in ("forward", "recompute", "backward") and one.part >= 0:
+            backward, part = one.what != "forward", profile.parts[one.part]
+            size = part.returns if backward else part.leaves
+            if part.path and (backward, one.part) not in begun:
+                begun.add((backward, one.part))
+                if under_way[backward] is not None:
+                    yield Wait(under_way[backward])
+                under_way[backward] = None
+                if size != NOTHING:
+                    under_way[backward] = (COPIED, backward, one.part)
+                    yield Copy(under_way[backward], size)
+        yield one
 
 
 def teaching(teacher: Profile, config: Config, mesh: Mesh) -> Iterator[Instruction]:
@@ -336,7 +369,7 @@ def update(tensors: Sequence[StateTensor], profile: Profile, config: Config, mes
         # bf16 too, whether a gradient is not finite.
         groups, compute, third = len(profile.groups), profile.compute, strategy == "zero3"
         flag = int(compute == torch.float16 or (compute == torch.bfloat16 and not third))
-        size = flag + (8 if third and config.parallel.offload == "none" else 4) * groups
+        size = flag + (8 if third and not config.parallel.offloads_state else 4) * groups
         yield Start("norm", Collective("all_reduce", size, data, flag + groups))
         yield Wait("norm")
     trained = float(trained_values(tensors))

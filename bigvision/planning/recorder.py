@@ -58,6 +58,8 @@ class Stretch:
     events: list[tuple[str, int]] = field(default_factory=list)
     """("allocate" | "free" | "gradient", number of the allocation)."""
     operations: list[Operation] = field(default_factory=list)
+    offloaded: Amount = NOTHING
+    """Bytes of activations that begin to leave for the host, or, backward, to come back."""
 
 
 @dataclass
@@ -232,6 +234,28 @@ class Recorder(OpCounter):
                 self._free(number)
 
         self._alive[key] = number, weakref.ref(storage, freed)
+
+
+class Counted:
+    """The host's memory for offloaded activations, of which only the bytes are counted; see `bigvision.models.offload`."""
+
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+
+    def leave(self, sources: Sequence[Tensor]) -> tuple[list[int], None]:
+        return [self._counted(source.untyped_storage().nbytes()) for source in sources], None
+
+    def bring(self, copies: Sequence[int]) -> tuple[list[Tensor], None]:
+        return [torch.empty(self._counted(size), dtype=torch.uint8) for size in copies], None
+
+    def wait(self, event: None) -> None: ...
+
+    def free(self, copy: int) -> None: ...
+
+    def _counted(self, size: int) -> int:
+        if self.recorder is not None:
+            self.recorder.stretch.offloaded += Amount.of(size)
+        return size
 
 
 def step_bytes(groups: list[dict[str, Any]], optim: OptimConfig) -> int:

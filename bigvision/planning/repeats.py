@@ -1,6 +1,7 @@
 """Equal blocks in a row are recorded few times: what those in the middle do, every further one does.
 
-Of a *run* of equal blocks the first four and the last two are recorded; the third stands for those that are left out. Its
+Of a *run* of equal blocks the first four and the last two are recorded; the third stands for those that are left out. Where
+activations are offloaded, a block frees what blocks up to three places before it made, so there are five and the fourth. Its
 allocations are named by where they were made (which pass, how many blocks ahead, the how-manieth), so that a copy of its passes
 refers to its own neighbours. Where the third and the fourth block differ in anything, `NotRepeated` is raised, and the whole
 model has to be recorded.
@@ -18,12 +19,10 @@ from bigvision.models import Block
 from bigvision.models.alike import RATES
 from bigvision.planning.recorder import Recording, Stretch
 
-AHEAD, BEHIND = 4, 2
-"""How many blocks of a run are recorded at its beginning and at its end."""
-TEMPLATE = 2
-"""Which of them stands for the others, counted from 0."""
-SHORTEST = AHEAD + BEHIND + 2
-"""A run of fewer blocks is recorded whole."""
+BEHIND = 2
+"""How many blocks of a run are recorded at its end."""
+REACH, OFFLOADED = 1, 3
+"""How many places from itself a block frees what others made, and where activations are offloaded."""
 
 
 class NotRepeated(Exception):
@@ -37,15 +36,26 @@ class Run:
     first: int
     """The number of its first block among all blocks."""
     length: int
+    reach: int = REACH
+
+    @property
+    def template(self) -> int:
+        """Which of its blocks stands for the others, counted from 0."""
+        return max(2, self.reach)
+
+    @property
+    def ahead(self) -> int:
+        """How many are recorded at its beginning."""
+        return self.template + 2
 
     @property
     def left_out(self) -> range:
         """The numbers of the blocks that are not recorded."""
-        return range(self.first + AHEAD, self.first + self.length - BEHIND)
+        return range(self.first + self.ahead, self.first + self.length - BEHIND)
 
 
-def runs_of(module: nn.Module, blocks: Sequence[Block], kinds: Mapping[nn.Module, int]) -> list[Run]:
-    """The runs of at least `SHORTEST` blocks of *module*; *kinds* are those of `bigvision.models.kinds`."""
+def runs_of(module: nn.Module, blocks: Sequence[Block], kinds: Mapping[nn.Module, int], reach: int = REACH) -> list[Run]:
+    """The runs of *module* of which two blocks or more are left out; *kinds* are those of `bigvision.models.kinds`."""
     found: list[Run] = []
     begin, before = 0, None
     for number, block in enumerate([*blocks, None]):
@@ -56,8 +66,8 @@ def runs_of(module: nn.Module, blocks: Sequence[Block], kinds: Mapping[nn.Module
             now = path, list(container._modules).index(name), _signature(block.module, kinds)
         follows = before is not None and now is not None and (before[0], before[1] + 1, before[2]) == now
         if not follows:
-            if number - begin >= SHORTEST:
-                found.append(Run(begin, number - begin))
+            if len((run := Run(begin, number - begin, reach)).left_out) >= 2:
+                found.append(run)
             begin = number
         before = now
     return found
@@ -83,7 +93,7 @@ def extended(recording: Recording, runs: Sequence[Run]) -> Recording:
     """*recording*, of a model without the blocks that *runs* leave out, with what these would do."""
     skipped = [sum(len(other.left_out) for other in runs[:place]) for place in range(len(runs))]
     for run, before in reversed(list(zip(runs, skipped))):  # the later ones first: numbers before them stay
-        recording = _Extension(recording, run.first - before, len(run.left_out)).made()
+        recording = _Extension(recording, run, run.first - before).made()
     return recording
 
 
@@ -93,12 +103,12 @@ def _unit(stretch: Stretch) -> int:
 
 
 class _Extension:
-    """*recording* with *count* further blocks behind the third of the run that begins with the block *first*."""
+    """*recording* with the blocks that *run*, whose first block is recorded as the block *first*, leaves out."""
 
-    def __init__(self, recording: Recording, first: int, count: int) -> None:
-        self.recording, self.count = recording, count
-        self.run = range(first, first + AHEAD + BEHIND)
-        self.template = first + TEMPLATE
+    def __init__(self, recording: Recording, run: Run, first: int) -> None:
+        self.recording, self.count, self.reach = recording, len(run.left_out), run.reach
+        self.run = range(first, first + run.ahead + BEHIND)
+        self.template = first + run.template
         self.allocations: dict[tuple[bool, int], list[int]] = {}
         """The allocations in the passes of each block, in their order."""
         self.home: dict[int, tuple[bool, int, int]] = {}
@@ -112,10 +122,10 @@ class _Extension:
         self._check()
         self.sizes = list(recording.sizes)
         self.copies: dict[tuple[bool, int, int], int] = {}
-        """The allocations of the further blocks, which are numbered on from the third."""
+        """The allocations of the further blocks, which are numbered on from the template."""
         for backward in (False, True):
             for place, number in enumerate(self.allocations.get((backward, self.template), ())):
-                for further in range(1, count + 1):
+                for further in range(1, self.count + 1):
                     self.copies[backward, self.template + further, place] = len(self.sizes)
                     self.sizes.append(recording.sizes[number])
 
@@ -175,7 +185,7 @@ class _Extension:
             at = _unit(stretch)
             for _, number in stretch.events:
                 unit = self.home[number][1]
-                near = abs(unit - at) <= 1 if at in middle else unit not in middle or at in self.run
+                near = abs(unit - at) <= self.reach if at in middle else unit not in middle or at in self.run
                 if unit in self.run and not near:
                     raise NotRepeated
 
@@ -190,6 +200,6 @@ class _Extension:
                 made, unit, place = self.home[allocation]
                 where = (made, unit - number, place) if unit in self.run else allocation
                 events.append((kind, where, sizes[allocation]))
-            work = stretch.flops, stretch.moved, stretch.again_flops, stretch.again_moved
+            work = stretch.flops, stretch.moved, stretch.again_flops, stretch.again_moved, stretch.offloaded
             found.append((stretch.place - 2 * number, work, events, [one.kind for one in stretch.operations]))
         return found

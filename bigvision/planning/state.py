@@ -147,7 +147,7 @@ def scalars_of(config: Config, layout: Layout, profile: Profile, computes_loss: 
     # Of each micro-batch its loss, and of each sample whether its outputs are finite.
     checks = MASTER * -(-share // layout.micro_batch(config)) + share if computes_loss else 0
     if layout.strategy == "zero3":  # finite, the norm as fp64, or as fp32 where the CPU steps, a flag of overflows
-        return normalisation + numbers + checks + 1 + (8 if config.parallel.offload == "none" else 4) + 1
+        return normalisation + numbers + checks + 1 + (4 if config.parallel.offloads_state else 8) + 1
     if layout.strategy.startswith("zero"):  # finite, the norm as fp32
         return normalisation + numbers + checks + 1 + 4
     skipping = {"adamw": 4, "sgd": 4, "muon": 1}.get(optim.name, 0)  # whether to skip: fp32 for torch's fused steps, or bool
@@ -158,7 +158,7 @@ def scalars_of(config: Config, layout: Layout, profile: Profile, computes_loss: 
 
 def _zero_state(profile: Profile, config: Config, layout: Layout, shard: int) -> State:
     """Of DeepSpeed's stages: weights in the compute type, fp32 masters and moments of a share."""
-    ranks, offload, compute = layout.ranks, config.parallel.offload, profile.compute
+    ranks, compute = layout.ranks, profile.compute
     parameters = [tensor for tensor in profile.tensors if not tensor.buffer]
     trained = [tensor for tensor in parameters if tensor.trained]
     knobs = zero_settings(profile, config, ranks)
@@ -182,7 +182,7 @@ def _zero_state(profile: Profile, config: Config, layout: Layout, shard: int) ->
         gradients = MASTER * sum(t.numel for t in trained) // (ranks if layout.strategy == "zero2" else 1)
     masters = MASTER * share
     moments = share * sum(dtype.itemsize for _, dtype in state_layout(config.optim, (1, 1)).values())
-    if offload == "none":
+    if not config.parallel.offloads_state:
         # Stage 3 keeps its share of the gradients; stage 1 in bf16 accumulates all of them in fp32, laid out as the weights,
         # beside those that the backward pass makes.
         persistent = gradients if layout.strategy == "zero3" else 0
@@ -201,7 +201,7 @@ def _zero_state(profile: Profile, config: Config, layout: Layout, shard: int) ->
         if layout.strategy == "zero2" and several and compute.itemsize == MASTER:
             # Sums of micro-batches, of each parameter of which it has a part; in half precision they stay on the device.
             host += sum(MASTER * numel for numel in _in_share(profile, ranks, shard))
-    if offload == "all":
+    if config.parallel.offloads_parameters:
         host, held = host + held, 0
     return State(held + whole, 0, 0, bucket, host)
 
@@ -224,7 +224,7 @@ def zero_settings(profile: Profile, config: Config, ranks: int) -> dict[str, int
 def after_passes(config: Config, compute: torch.dtype) -> bool:
     """Whether gradients are exchanged after all passes: for bf16 DeepSpeed's first stage has an optimizer of its own."""
     parallel = config.parallel
-    return parallel.strategy == "zero1" and parallel.offload == "none" and compute == torch.bfloat16
+    return parallel.strategy == "zero1" and not parallel.offloads_state and compute == torch.bfloat16
 
 
 def local_share(layout: Layout, tensor: StateTensor, shard: int) -> tuple[int, int]:

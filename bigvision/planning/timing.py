@@ -21,15 +21,18 @@ from bigvision.planning.hardware import KEPT, Curve, Device, Hardware, Rates
 from bigvision.planning.operations import PRODUCTS, Work, rate_name
 from bigvision.planning.profile import Profile
 from bigvision.planning.program import (
+    COPIED,
     SUM_BYTES,
     Collective,
     Compute,
+    Copy,
     Group,
     Instruction,
     Mesh,
     Start,
     computed,
     passes,
+    reached,
     sharded_stages,
     teaching,
     update,
@@ -65,6 +68,8 @@ class StepTime:
     """What of that computing waits for."""
     bubble: float
     """Of a pipeline: waiting for other stages."""
+    offload: float
+    """What computing waits for copies of activations to the host and back."""
     total: float
     images_per_second: float
     """Of all ranks."""
@@ -177,6 +182,9 @@ class Streams:
     host: float = 0.0
     compute: float = 0.0
     link: float = 0.0
+    bus: float = 0.0
+    """Of the copies to the host and back."""
+    offload: float = 0.0
     spent: dict[str, float] = field(default_factory=dict)
     exposed: float = 0.0
     communication: float = 0.0
@@ -188,13 +196,19 @@ class Streams:
                 self._compute(one)
             elif isinstance(one, Start):
                 self._start(one)
+            elif isinstance(one, Copy):
+                self.bus = max(self.bus, self.compute) + one.size.at(self.images) / reached(self.hardware.host)
+                self.ready[one.key] = self.bus
             elif (until := self.ready.pop(one.key, None)) is not None and until > self.compute:
-                self.exposed += until - self.compute
+                if isinstance(one.key, tuple) and one.key[0] == COPIED:
+                    self.offload += until - self.compute
+                else:
+                    self.exposed += until - self.compute
                 self.compute = until
 
     def repeat(self, before: Streams, times: int) -> None:
         """Add what happened since *before* another *times*."""
-        for name in ("host", "compute", "link", "exposed", "communication"):
+        for name in ("host", "compute", "link", "bus", "exposed", "offload", "communication"):
             now = getattr(self, name)
             setattr(self, name, now + times * (now - getattr(before, name)))
         for what, seconds in self.spent.items():
@@ -245,7 +259,8 @@ def step_time(profile: Profile, config: Config, layout: Layout, hardware: Hardwa
     flops = profile.flops_in(size)
     spent = {what: streams.spent.get(what, 0.0) for what in ("forward", "backward", "recompute", "optimizer")}
     return StepTime(
-        **spent, communication=streams.communication, exposed=streams.exposed, bubble=bubble, total=total,
+        **spent, communication=streams.communication, exposed=streams.exposed, bubble=bubble, offload=streams.offload,
+        total=total,
         images_per_second=batch / total, mfu=flops * batch / (total * hardware.ranks * peak) if peak else None,
     )  # fmt: skip
 

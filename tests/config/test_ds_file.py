@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bigvision.config import load_config, read_ds_file, resolve
+from bigvision.config import deepspeed_settings, load_config, read_ds_file, resolve
 from bigvision.config.ds_keys import TOP
 from bigvision.errors import UserError
 
@@ -478,6 +478,23 @@ def test_a_deepspeed_file_that_agrees_with_flags_is_accepted(tmp_path: Path) -> 
     path = write(tmp_path, auto, 3)
     assert load_config(None, ["--parallel.deepspeed", path]).parallel.offload == "optimizer"
     assert load_config(None, ["--parallel.deepspeed", path, "--parallel.offload", "all"]).parallel.offload == "all"
+
+
+@pytest.mark.parametrize(
+    ("device", "ours", "agrees"),
+    [("cpu", "optimizer+activations", True), ("none", "activations", True), ("cpu", "activations", False)],
+)
+def test_activations_of_which_the_file_says_nothing(tmp_path: Path, device: str, ours: str, agrees: bool) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device}}}))
+    flags = ["--parallel.deepspeed", str(path), "--parallel.offload", ours]
+    if agrees:
+        config = load_config(None, flags)
+        assert config.parallel.offload == ours
+        assert ("offload_optimizer" in deepspeed_settings(config, 2, "cpu", 100, 10)["zero_optimization"]) == (device == "cpu")
+    else:
+        with pytest.raises(UserError, match=r"offload_optimizer.device: \"cpu\".*parallel.offload: activations"):
+            load_config(None, flags)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.cuda.jobs import job
 from tests.cuda.runs import DATA_PARALLEL, compiler, on_cpu, parallel, peak_of, plain, synchronize
-from tests.recipes import MODELS, digests, run
+from tests.recipes import MODELS, digests, losses, run
 
 
 def batch(size: int = 8, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,6 +210,91 @@ def test_recompute_needs_less_memory(results: Callable[..., Any], figure: Callab
     if not on_cpu():
         figure(f"peak memory: {without / 2**20:.0f} MiB, with recompute {with_it / 2**20:.0f} MiB")
         assert with_it < 0.6 * without
+
+
+# Offloaded activations.
+
+MOVED = ("none", "blocks", "selective")
+
+
+def offloads(folder: Path) -> dict[str, Any]:
+    """Of each kind of recompute the peaks, losses and files without and with offloaded activations."""
+    from contextlib import nullcontext
+
+    from tests.cuda.test_faults import LARGE
+    from tests.offload import on_the_cpu
+
+    found: dict[str, Any] = {}
+    with on_the_cpu() if on_cpu() else nullcontext():
+        for recompute in MOVED:
+            for offload in ("none", "activations"):
+                out = folder / f"{recompute}-{offload}"
+                made = plain(
+                    out, parallel={"precision": "bf16", "recompute": recompute, "offload": offload},
+                    train={"steps": 3, "global_batch": 48, "micro_batch": 32},
+                    data={"train": f"synthetic:96x{LARGE['image_size']}", "val": f"synthetic:8x{LARGE['image_size']}"},
+                ) | {"model": LARGE}  # fmt: skip
+                peak = peak_of(made)
+                found[out.name] = peak, losses(out), digests(out / "step-00000003")
+    return found
+
+
+@pytest.mark.parametrize("recompute", MOVED)
+@job(offloads, seconds=90)
+def test_offloaded_activations_change_no_byte_and_need_less_memory(
+    results: Callable[..., Any], figure: Callable[[str], None], recompute: str
+) -> None:
+    (without, *numbers), (with_it, *same) = (results(offloads)[f"{recompute}-{kind}"] for kind in ("none", "activations"))
+    assert same == numbers
+    if not on_cpu():
+        figure(f"peak memory, recompute {recompute}: {without / 2**20:.0f} MiB, offloaded {with_it / 2**20:.0f} MiB")
+        assert with_it < (0.6 if recompute == "none" else 0.95) * without
+
+
+def pinned_copies(folder: Path) -> dict[str, Any]:
+    """Passes of blocks behind a busy device: the host does not wait, the values come back, and slabs are used again."""
+    from bigvision.models.offload import Offload, PinnedCopies
+    from tests.offload import LateCopies
+
+    device = torch.device("cpu" if on_cpu() else "cuda")
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)).to(device) for _ in range(6)]
+    images = torch.randn(2048, 512, device=device)
+
+    def gradients() -> list[torch.Tensor]:
+        for parameter in nn.Sequential(*blocks).parameters():
+            parameter.grad = None
+        nn.Sequential(*blocks)(images).square().mean().backward()
+        return [parameter.grad for parameter in nn.Sequential(*blocks).parameters() if parameter.grad is not None]
+
+    expected = gradients()
+    copies: Any = LateCopies(device) if on_cpu() else PinnedCopies(device)
+    offload = Offload(device, transfers=copies)
+    for block in blocks:
+        offload.wrap(block)
+    gradients()  # which asks for pinned memory
+    synchronize()
+    if not on_cpu():
+        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda._sleep(SLEEP)
+    begin = time.perf_counter()
+    passes = [gradients() for _ in range(3)]
+    host = time.perf_counter() - begin
+    if not on_cpu():
+        torch.cuda.set_sync_debug_mode("default")
+    synchronize()
+    equal = all(torch.equal(one, other) for found in passes for one, other in zip(found, expected, strict=True))
+    slabs = 0 if on_cpu() else len(copies.buffers.slabs)
+    return {"equal": equal, "host": host, "whole": time.perf_counter() - begin, "slabs": slabs}
+
+
+@job(pinned_copies)
+def test_copies_of_activations_never_wait_for_the_device(results: Callable[..., Any], figure: Callable[[str], None]) -> None:
+    found = results(pinned_copies)
+    assert found["equal"]
+    if not on_cpu():
+        figure(f"offloaded passes: {found['host'] * 1e3:.0f} ms of the host behind {found['whole'] * 1e3:.0f} ms")
+        assert found["host"] < 0.5 * found["whole"] and found["slabs"] <= 4
 
 
 # A save in the background.

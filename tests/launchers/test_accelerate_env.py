@@ -93,6 +93,7 @@ def test_a_plain_launch_leaves_the_recipes_values() -> None:
         ("ACCELERATE_MIXED_PRECISION", "bf16", "parallel.precision", "bf16"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "parallel.precision", "fp16"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "True", "parallel.recompute", "blocks"),
+        ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "True", "parallel.offload", "activations"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "parallel.compile", True),
         ("ACCELERATE_USE_CPU", "True", "parallel.device", "cpu"),
         ("FSDP_RESHARD_AFTER_FORWARD", "false", "parallel.reshard", "never"),
@@ -164,7 +165,7 @@ def test_neutral_with_a_line_that_says_so(name: str, value: str) -> None:
         ("ACCELERATE_USE_FSDP", "perhaps"),
         ("ACCELERATE_USE_MEGATRON_LM", "true"),
         ("ACCELERATE_USE_SAGEMAKER", "true"),
-        ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true"),
+        ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "perhaps"),
         ("FSDP_IGNORED_MODULES", "head.*"),
         ("FSDP_OFFLOAD_PARAMS", "true"),
         ("FSDP_RESHARD_AFTER_FORWARD", "NO_SHARD"),
@@ -233,6 +234,12 @@ def test_deepspeed_settings_that_are_honoured(environ: dict[str, str], key: str,
     assert overrides(ZERO | environ) == overrides(ZERO) | {key: ours}
     offload_all = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"} if ours[0] == "all" else {}
     assert resolve(overrides=overrides(ZERO | environ | offload_all))[1][key] == ours[1]
+
+
+@pytest.mark.parametrize(("optimizer", "both"), [("none", "activations"), ("cpu", "optimizer+activations")])
+def test_activations_of_which_accelerate_says_nothing(optimizer: str, both: str) -> None:
+    recipe = {"parallel": {"offload": "activations"}}
+    assert resolve(recipe, overrides=overrides(ZERO | {OPTIMIZER: optimizer}))[0].parallel.offload == both
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ class Simple(choice.Estimates):
         weights = 16 * self.parameters * (0.01 if config.model.lora else 1)
         shards = {"ddp": 1, "zero1": 2, "zero2": 3}.get(parallel.strategy, ranks // parallel.replicas)
         recomputed = {"blocks": 0.1, "selective": 0.6}.get(parallel.recompute, 1.0)
+        recomputed *= 0.05 if parallel.offloads_activations else 1.0
         size = micro_batch(config, ranks // stages, stages)
         peak = weights / shards + size * self.image * recomputed / stages * min(4, stages)
         return SimpleNamespace(peak=peak, rank=ranks - 1)
@@ -121,6 +122,26 @@ def test_the_table_ranks_what_fits_and_says_what_would_make_the_rest_fit() -> No
     assert command.as_dict(found)["rows"][0]["strategy"] == "fsdp"
     asked = plan(config(parallel={"strategy": "zero2"}, train={"global_batch": 64, "micro_batch": 4}), parse_hardware("8xH200"))
     assert {one.micro_batch for one in asked.rows} == {4} and {one.largest for one in asked.rows if one.name == "ddp"} == {8}
+
+
+def test_offloaded_activations_are_a_change_that_makes_a_layout_fit(simple: type[Simple]) -> None:
+    """Where blocks are recomputed already, or cannot be: with BatchNorm compiled code excludes it."""
+    simple.parameters, simple.image = 1e9, 80.0 * GIB
+    lacking = {one.config.parallel.recompute: one.change for one in plan(config(), parse_hardware("RTX4090")).refusals}
+    assert lacking == {"none": "parallel.offload activations", "blocks": "parallel.offload activations"}
+    simple.image = 400.0 * GIB
+    lacking = {one.config.parallel.recompute: one.change for one in plan(config(), parse_hardware("RTX4090")).refusals}
+    assert lacking["none"] == "parallel.recompute blocks and parallel.offload activations"
+    simple.image = 8.0 * GIB
+    plain = config(parallel={"strategy": "zero2", "recompute": "none"})
+    assert "parallel.offload" not in (plan(plain, parse_hardware("8xRTX4090")).refusals[0].change or "")
+    named = {one.name for one in plan(config(parallel={"offload": "activations"}), parse_hardware("8xRTX4090")).rows}
+    assert "fsdp, offload activations" in named and not any(name.startswith("pipeline") and "offload" in name for name in named)
+
+
+def test_offloaded_activations_need_another_memory() -> None:
+    with pytest.raises(UserError, match=r"parallel.offload: activations needs devices with memory of their own, not a CPU"):
+        plan(config(parallel={"strategy": "ddp", "offload": "activations", "device": "cpu"}), parse_hardware("cpu"))
 
 
 def test_a_model_that_fits_nowhere(simple: type[Simple]) -> None:

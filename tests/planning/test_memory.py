@@ -14,13 +14,15 @@ from safetensors.torch import save_file
 
 from bigvision.config import load_config
 from bigvision.errors import UserError
+from bigvision.models.offload import LEAST
 from bigvision.planning.memory import rank_memory, worst
-from bigvision.planning.profile import Part, Profile, StateTensor, profile
+from bigvision.planning.profile import USUAL, Part, Profile, StateTensor, profile
 from bigvision.planning.recorder import Moment, Span
 from bigvision.planning.state import HOST_COUNTERS, Layout
 from bigvision.planning.zero3 import gathered
 from tests.distributed import run_ranks
 from tests.engine.test_batchnorm import in_evaluation
+from tests.offload import on_the_cpu
 from tests.planning.held import held, one_of_many, predicted
 from tests.planning.measured import difference, peak_of_step
 from tests.recipes import MODELS, recipe
@@ -270,6 +272,48 @@ def test_peak_is_what_the_allocator_sees(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_peaks_of_every_kind(tmp_path: Path, case: tuple[Any, ...]) -> None:
     check_peak(tmp_path, case)
+
+
+DEEP = VIT | {"options": {"depth": 12}}
+# model, ranks, micro-batch, micro-batches of a step, strategy, other keys of parallel, task
+OFFLOADS: list[tuple[Any, ...]] = [
+    (VIT, 1, 16, 1, "ddp", NONE, NONE),
+    (DEEP, 1, 16, TWICE, "ddp", AGAIN, NONE),
+    (DEEP, 1, 16, 1, "ddp", SELECTIVE, NONE),
+    (DEEP, 2, 16, 1, "fsdp", NONE, NONE),
+    (VIT, 2, 16, 1, "fsdp", HALF, NONE),
+    (VIT, 2, 16, 1, "zero2", NONE, NONE),
+    (VIT, 2, 16, 1, "zero3", NONE, NONE),
+    (CONVNEXT, 1, 16, 1, "ddp", NONE, NONE),
+    (SWIN, 1, 16, 1, "ddp", NONE, NONE),
+]
+
+
+def peak_of_offloaded(plain: dict[str, Any]) -> dict[str, Any]:
+    """`peak_of_step` with host memory beside the CPU's, whose least size is that of the profile for 16 images."""
+    with on_the_cpu(LEAST * 16 // USUAL):
+        return peak_of_step(plain)
+
+
+def check_offloaded(tmp_path: Path, case: tuple[Any, ...]) -> None:
+    model, ranks, *rest = case
+    plain = plain_of(case, tmp_path)
+    without = max(run_ranks(peak_of_step, ranks, plain), key=lambda one: one["measured"])
+    plain["parallel"]["offload"] = "activations"
+    found = max(run_ranks(peak_of_offloaded, ranks, plain), key=lambda one: one["measured"])
+    print(f"{model['name']}, {ranks} ranks, {rest}: {difference(found):+.1%}, {found['measured'] / without['measured']:.2f}")
+    assert abs(difference(found)) < 0.1, found
+    assert found["measured"] < without["measured"] and found["pinned"] > 0
+
+
+def test_peak_with_offloaded_activations(tmp_path: Path) -> None:
+    check_offloaded(tmp_path, OFFLOADS[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", OFFLOADS[1:], ids=str)
+def test_peaks_with_offloaded_activations(tmp_path: Path, case: tuple[Any, ...]) -> None:
+    check_offloaded(tmp_path, case)
 
 
 @pytest.mark.parametrize(
