@@ -84,8 +84,9 @@ class Engine:
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             raise UserError(f"model.name: all parameters of {config.model.name} are frozen: leave some with requires_grad=True")
         channels_last = make_contiguous(self.module)
-        self.computing = choose_computing(config, blueprint, blocks, runtime.device, channels_last)
+        self.computing = choose_computing(config, blueprint, blocks, runtime.device, channels_last, self.micro_batch)
         self.notes = [self.computing.note] if self.computing.note else []
+        self.notes += [self.computing.float8.note] if self.computing.float8 else []
         if config.optim.lr_base_size is not None and trains:
             root = "the root of " if config.optim.lr_base_scale == "sqrt" else ""
             self.notes.append(

@@ -36,6 +36,7 @@ from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
 from bigvision.models import Block, Blueprint, SkippedBranches, formats, kinds, share_rates
 from bigvision.models.alike import tensors_in
+from bigvision.models.float8 import Float8, choose_float8, use_float8
 from bigvision.models.recompute import recompute_blocks
 from bigvision.models.tracing import size
 from bigvision.runtime import Runtime
@@ -82,9 +83,13 @@ class Computing:
     residual: bool = True  # whether blocks get their input in fp32
     channels_last: bool = False
     note: str | None = None
+    float8: Float8 | None = None  # the layers that compute in fp8, where any do
 
     def apply(self, parts: Sequence[nn.Module], blocks: Sequence[nn.Module], cast_weights: bool, device: torch.device) -> None:
         """Make *parts* compute so, in place."""
+        if self.float8 is not None:
+            for part in parts:
+                use_float8(part, self.float8.names)
         if self.dtype == torch.float32 or self.autocast:
             formats.compute_in(parts, (), None, self.channels_last, norms=self.autocast)
             for part in parts if self.autocast else ():
@@ -94,14 +99,20 @@ class Computing:
 
 
 def choose_computing(
-    config: Config, blueprint: Blueprint, blocks: Sequence[Block], device: torch.device, given_layout: bool
+    config: Config, blueprint: Blueprint, blocks: Sequence[Block], device: torch.device, given_layout: bool, images: int
 ) -> Computing:
-    """Decide how the model of *blueprint*, on meta, computes; *given_layout*: the caller's own came in channels_last."""
+    """Decide how the model of *blueprint*, on meta, computes; *given_layout*: the caller's own came in channels_last.
+
+    *images* are those of a micro-batch, on which it depends what fp8 pays for.
+    """
     asked, dtype = config.parallel.channels_last, formats.COMPUTE_DTYPES[config.parallel.precision]
     liked = given_layout or (device.type == "cuda" and formats.likes_channels_last(blueprint.module))
     choice = Computing(dtype, channels_last=asked == "always" or (asked == "auto" and liked))
     if config.parallel.precision in ("fp32", "amp_bf16"):
         return replace(choice, autocast=config.parallel.precision == "amp_bf16")
+    if config.parallel.precision == "fp8":
+        asked = config.parallel.fp8_layers
+        choice = replace(choice, float8=choose_float8(blueprint.module, blocks, blueprint.input_shape, images, asked))
     modules = [block.module for block in blocks]
     if formats.why_not(blueprint.module, modules, blueprint.input_shape, dtype) is None:
         return choice

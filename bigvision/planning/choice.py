@@ -28,6 +28,7 @@ from bigvision.config.values import get, spell
 from bigvision.engine import check_layout
 from bigvision.errors import UserError
 from bigvision.models import Blocks, Blueprint, GivenModel, blueprint, find_blocks
+from bigvision.models.float8 import choose_float8
 from bigvision.optim import freeze
 from bigvision.pipeline.schedules import USABLE
 from bigvision.planning.hardware import PER_HOST, Hardware
@@ -155,6 +156,14 @@ class Estimates:
         # As `why_eager` decides: the schedule and zero3's hooks.
         eager = parallel.compile == "auto" and (parallel.strategy == "zero3" or parallel.schedule in SPLIT_BACKWARD)
         key = (repr(config.model), repr(config.task), parallel.recompute, parallel.precision, casts, eager)
+        if parallel.precision == "fp8":
+            size = config.train.micro_batch
+            if not isinstance(size, int):
+                layout = Layout.of(config, self.hardware.ranks)
+                size = config.train.global_batch // layout.data_ranks if size == "auto" else layout.micro_batch(config)
+                config = with_size(config, size)
+            made, blocks = self.built(config)
+            key += (choose_float8(made.module, blocks, made.input_shape, size, parallel.fp8_layers).names,)
         if key not in self._profiles:
             alike = {"parallel.device": self.hardware.device.kind, "parallel.strategy": casts, "parallel.offload": "none"}
             alike |= {"parallel.schedule": "1f1b"} | ({"parallel.compile": False} if eager else {})
@@ -201,6 +210,12 @@ class Estimates:
     def check(self, config: Config) -> None:
         """Raise `UserError` for what no run on so many ranks can have."""
         check(config)
+        device = self.hardware.device
+        if config.parallel.precision == "fp8" and device.kind == "cuda" and "fp8" not in device.flops:
+            raise UserError(
+                f"parallel.precision: fp8, but no peak of fp8 is known for {device.name} (GPUs below compute capability 8.9 have "
+                "none): use bf16"
+            )
         layout, parallel = Layout.of(config, self.hardware.ranks), config.parallel
         check_layout(config, layout.data_ranks, layout.stages, self.task(config))
         if parallel.recompute != "none" and parallel.compile is True and has_batchnorm(self.profile(config)):
