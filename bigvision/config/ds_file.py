@@ -443,8 +443,9 @@ def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int,
         if wanted:
             zero[section] = given | {"device": "cpu", "pin_memory": given["pin_memory"] and device == "cuda"}
     zero["stage"] = int(parallel.strategy[-1])
+    held = "bf16" if parallel.precision == "fp8" else parallel.precision
     for precision in ("fp16", "bf16"):
-        settings[precision]["enabled"] = parallel.precision.endswith(precision) or (parallel.precision, precision) == ("fp8", "bf16")
+        settings[precision]["enabled"] = held.endswith(precision)
     return settings | {
         # The engine says which micro-batch is a step's last, since the last one may be short.
         "train_batch_size": share * ranks,

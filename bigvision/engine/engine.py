@@ -117,7 +117,8 @@ class Engine:
         config, runtime, parallel = self.config, self.runtime, self.config.parallel
         sharded = parallel.strategy == "fsdp" and runtime.world_size > 1
         self.computing.apply(self.parts, blocks, not sharded, runtime.device)
-        self.notes += wrap_blocks(blocks, config, runtime.device, self.module, self.input_shape, self.branches)
+        gathered = self.computing.dtype if sharded else torch.float32
+        self.notes += wrap_blocks(blocks, config, runtime.device, self.module, self.input_shape, self.branches, gathered)
         if sharded:
             spread = shard(self.module, self.parts, blocks, config, self.computing.dtype, runtime)
         else:

@@ -14,8 +14,8 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,12 +154,13 @@ def synchronize_norms(module: nn.Module, runtime: Runtime) -> list[str]:
 
 def wrap_blocks(
     blocks: Sequence[nn.Module], config: Config, device: torch.device, model: nn.Module, image_shape: tuple[int, int, int],
-    branches: SkippedBranches | None = None,
+    branches: SkippedBranches | None = None, gathered: torch.dtype = torch.float32,
 ) -> list[str]:  # fmt: skip
     """Recompute and compile each block of *model*, on meta, where *config* says so, in this order and in place; return what the
     user should know. *image_shape*: channels, height and width.
 
-    A block that is recomputed draws no other samples for its *branches*.
+    A block that is recomputed draws no other samples for its *branches*. *gathered*: in which type weights are when they are
+    read, where the modules do not cast them (see :func:`shard`).
 
     Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside of
     what is compiled. Raises `UserError` where both are asked for blocks with BatchNorm.
@@ -172,7 +173,8 @@ def wrap_blocks(
             f"parallel.recompute: {recompute} and parallel.compile: true exclude each other for BatchNorm: drop one"
         )
     # In compiled code both passes read the same tensors.
-    recompute_blocks(blocks, recompute, model, image_shape, branches if eager is not None else None)
+    with _held_as(model, gathered):
+        recompute_blocks(blocks, recompute, model, image_shape, branches if eager is not None else None)
     if eager is None:
         # Under a budget, blocks of one kind may keep one of two choices of products.
         variants = 2 if recompute.startswith("budget") else 1
@@ -181,6 +183,19 @@ def wrap_blocks(
             if branches is not None and block in branches.parts:
                 block.forward = functools.partial(_with_any_number, block.forward, branches)
     return [f"parallel.compile: auto compiles nothing: {eager}"] if eager and config.parallel.compile == "auto" else []
+
+
+@contextmanager
+def _held_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let the weights of *model*, on meta, be as ``fully_shard`` gathers them in *dtype*."""
+    fp32 = {p: p.data for p in model.parameters() if p.is_meta and p.dtype == torch.float32 != dtype}
+    for parameter in fp32.keys() - _kept_whole(model.modules(), fp32):
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in fp32.items():
+            parameter.data = data
 
 
 def _with_any_number(forward: Callable[..., Any], branches: SkippedBranches, *args: Any, **kwargs: Any) -> Any:
@@ -357,9 +372,7 @@ def shard(
     """
     spread = replicate(module, parts, runtime)
     parallel = config.parallel
-    norms = [m for part in parts for m in part.modules() if isinstance(m, BatchNorm)]
-    whole = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
-    whole |= {parameter for parameter in spread.held().values() if parameter.ndim == 0}
+    whole = _kept_whole((module for part in parts for module in part.modules()), spread.held().values())
     names = [name for name, parameter in spread.held().items() if parameter in whole]
     mesh = runtime.mesh["replicate", "shard"] if parallel.replicas > 1 else runtime.mesh["shard"]
     policy = MixedPrecisionPolicy(
@@ -413,6 +426,13 @@ def shard(
     spread.equal_gradients = lambda gradient: parallel.replicas if isinstance(gradient, DTensor) else runtime.data_ranks
     spread.unreduced = names
     return spread
+
+
+def _kept_whole(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+    """Those of *parameters* that are not sharded."""
+    norms = [module for module in modules if isinstance(module, BatchNorm)]
+    whole = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
+    return whole | {parameter for parameter in parameters if parameter.ndim == 0}
 
 
 def units_of(sizes: Sequence[int], config: Config, device: str) -> list[range]:

@@ -213,8 +213,8 @@ class Estimates:
         device = self.hardware.device
         if config.parallel.precision == "fp8" and device.kind == "cuda" and "fp8" not in device.flops:
             raise UserError(
-                f"parallel.precision: fp8, but no peak of fp8 is known for {device.name} (GPUs below compute capability 8.9 have "
-                "none): use bf16"
+                f"parallel.precision: fp8, but no peak of fp8 is known for {device.name} (GPUs below compute capability 8.9 "
+                "have none): use bf16"
             )
         layout, parallel = Layout.of(config, self.hardware.ranks), config.parallel
         check_layout(config, layout.data_ranks, layout.stages, self.task(config))

@@ -38,7 +38,8 @@ from bigvision.planning.state import Layout
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SHARES = {
-    "product": 0.73, "product fp8": float8.SHARE, "attention": 0.141, "convolution": 0.21, "grouped": 0.071, "bytes": 0.73, "optimizer": 0.46,
+    "product": 0.73, "attention": 0.141, "convolution": 0.21, "grouped": 0.071, "bytes": 0.73, "optimizer": 0.46,
+    "product fp8": float8.SHARE,
 }  # fmt: skip
 """Of the peaks, what kinds of operations reach. From three of the times measured on an H100: ViT-H/14 with compiled blocks, of
 which a profile gave the products, attention, the code between them and the optimizer; ResNet-50 (convolutions); ConvNeXt-L
