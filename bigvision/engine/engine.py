@@ -25,6 +25,7 @@ from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint, SkippedBranches
 from bigvision.models.drop_path import dropping
+from bigvision.models.float8 import check_float8
 from bigvision.models.formats import hold_frozen
 from bigvision.optim import group_table, learning_rate
 from bigvision.ranges import BACKWARD, EMA, FORWARD, mark
@@ -86,7 +87,10 @@ class Engine:
         channels_last = make_contiguous(self.module)
         self.computing = choose_computing(config, blueprint, blocks, runtime.device, channels_last, self.micro_batch)
         self.notes = [self.computing.note] if self.computing.note else []
-        self.notes += [self.computing.float8.note] if self.computing.float8 else []
+        if self.computing.float8 is not None:
+            if self.computing.float8.names:
+                check_float8(runtime.device)  # also where a checkpoint is evaluated on another device
+            self.notes.append(self.computing.float8.note)
         if config.optim.lr_base_size is not None and trains:
             root = "the root of " if config.optim.lr_base_scale == "sqrt" else ""
             self.notes.append(
