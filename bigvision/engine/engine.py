@@ -24,7 +24,7 @@ from bigvision.engine.teacher import Teacher
 from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint, SkippedBranches
-from bigvision.models.drop_path import dropping
+from bigvision.models.branches import dropping
 from bigvision.models.float8 import check_float8
 from bigvision.models.formats import hold_frozen
 from bigvision.optim import group_table, learning_rate

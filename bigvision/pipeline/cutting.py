@@ -8,6 +8,8 @@ each stage that needs it, unless parameters go into it: then it is made once and
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import key_get, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
 from bigvision.models.alike import EqualCalls, Result, tensors_in
-from bigvision.models.tracing import Runner, first_line, tensors_of
+from bigvision.models.tracing import Runner, first_line, named_tensors, tensors_of
 
 SAMPLES = (2, 3)  # numbers of images with which a graph is watched; what differs follows the number of samples
 
@@ -43,12 +45,18 @@ class Spec:
         """Its shape for *samples* images."""
         return tuple(n * samples // SAMPLES[0] if follows else n for n, follows in zip(self.shape, self.per_sample))
 
+    def type_in(self, compute: torch.dtype | None) -> torch.dtype:
+        """Its type where floating-point values are in *compute*."""
+        return compute if compute and self.dtype.is_floating_point else self.dtype
+
+    def nbytes(self, samples: int, compute: torch.dtype | None = None) -> int:
+        """Its bytes for *samples* images."""
+        return math.prod(self.sizes(samples)) * self.type_in(compute).itemsize
+
     def empty(self, samples: int, compute: torch.dtype | None = None, device: torch.device | str = "meta") -> Tensor:
         """Such a tensor for *samples* images, floating-point values in the type *compute*; without gradient under no_grad."""
-        return torch.empty(
-            self.sizes(samples), dtype=compute if compute and self.dtype.is_floating_point else self.dtype, device=device,
-            requires_grad=self.requires_grad and torch.is_grad_enabled(),
-        )  # fmt: skip
+        requires_grad = self.requires_grad and torch.is_grad_enabled()
+        return torch.empty(self.sizes(samples), dtype=self.type_in(compute), device=device, requires_grad=requires_grad)
 
 
 Leaf = tuple[str, int]  # a tensor in the graph: the node that makes it and its place among the leaves of the node's value
@@ -58,12 +66,13 @@ class _Watched(Runner):
     """Runs a graph, of a model on meta, and keeps what each node makes: fake tensors, as they would lie on *device*."""
 
     def __init__(self, graph: fx.GraphModule, device: torch.device) -> None:
+        super().__init__(graph)
         self.device, self.calls = device, EqualCalls()
         self.values: dict[str, Any] = {}
         # Not on meta, which does not know in which order a convolution writes.
-        self.mode, twin = FakeTensorMode(allow_non_fake_inputs=True), copy.deepcopy(graph)
-        with self.mode:
-            super().__init__(twin.to_empty(device=device))
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._used: dict[str, Any] = {}
+        self._fakes: dict[Tensor, Tensor] = {}
 
     def watch(self, images: tuple[int, ...]) -> dict[str, Any]:
         """What each node makes of so many images."""
@@ -72,10 +81,28 @@ class _Watched(Runner):
             self.run(torch.empty(images, device=self.device))
         return self.values
 
+    def fetch_attr(self, target: str) -> Any:
+        """The module or tensor at the path *target*, with fake tensors: made when it is first used, as few modules are run."""
+        if target not in self._used:
+            found = super().fetch_attr(target)
+            tensors = [tensor for _, tensor in named_tensors(found)] if isinstance(found, nn.Module) else tensors_in(found)
+            # What a deep copy is told to have copied already, it takes as it is.
+            self._used[target] = copy.deepcopy(found, {id(tensor): self._fake(tensor) for tensor in tensors})
+        return self._used[target]
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        """What stands for *tensor*, which is on meta, on the device."""
+        if tensor not in self._fakes:
+            fake = torch.empty_like(tensor, device=self.device, requires_grad=False)
+            trained = isinstance(tensor, nn.Parameter)
+            self._fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if trained else fake
+        return self._fakes[tensor]
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module, known = self.fetch_attr(target), self.calls.results
-        if (key := self.calls.key(module, args, kwargs)) in known:
+        known = self.calls.results
+        if (key := self.calls.key(super().fetch_attr(target), args, kwargs)) in known:
             return known[key].made()
+        module = self.fetch_attr(target)
         value = super().call_module(target, args, kwargs)
         if key is not None and (result := Result.of(value, tensors_in((args, kwargs)), module)) is not None:
             known[key] = result
@@ -122,15 +149,21 @@ class Flow:
                 at = self.position.get(sources[0].name, at)  # only what is taken out of a list crosses
             if node.name not in self.free:
                 self.position[node.name] = at
+        last = {node: max((self.position.get(user.name, -1) for user in node.users), default=-1) for node in graph.graph.nodes}
+        self._reaches = [(self.position[node.name], last[node], node) for node in (self.images, *self.nodes)
+                         if node.name in self.position]  # fmt: skip
+        """Between which positions the value of each node lives."""
+        self.spec = functools.cache(self._spec)
 
-    def spec(self, leaf: Leaf) -> Spec:
+    def _spec(self, leaf: Leaf) -> Spec:
         """The shape and type of *leaf*; raises `CannotCut` where sizes are neither fixed nor proportional to the samples."""
         name, place = leaf
         first, second = (tree_leaves(values[name])[place] for values in (self.values, self.others))
-        order = tuple(sorted(range(first.ndim), key=lambda dimension: -first.stride(dimension)))
-        first, second = first.permute(order), second.permute(order)
-        follows = tuple(_follows(name, a, b) for a, b in zip(first.shape, second.shape))
-        return Spec(tuple(first.shape), order, follows, first.dtype, first.requires_grad)
+        strides = first.stride()
+        order = tuple(sorted(range(first.ndim), key=lambda dimension: -strides[dimension]))
+        shape, other = (tuple(one.shape[dimension] for dimension in order) for one in (first, second))
+        follows = tuple(_follows(name, a, b) for a, b in zip(shape, other))
+        return Spec(shape, order, follows, first.dtype, first.requires_grad)
 
     def leaves(self, nodes: Sequence[fx.Node]) -> list[Leaf]:
         """The tensors in what *nodes* make."""
@@ -139,12 +172,7 @@ class Flow:
 
     def crossing(self, cut: int) -> list[Leaf]:
         """What crosses *cut*, which separates the nodes before it from it on, in the order in which it is made."""
-
-        def crosses(node: fx.Node) -> bool:
-            uses = (self.position.get(user.name, -1) for user in node.users)
-            return self.position.get(node.name, cut) < cut <= max(uses, default=-1)
-
-        return self.leaves([node for node in (self.images, *self.nodes) if crosses(node)])
+        return self.leaves([node for made, used, node in self._reaches if made < cut <= used])
 
     def split(self, cuts: list[int]) -> tuple[list[fx.Graph], list[tuple[Spec, ...]]]:
         """The graph of each stage between *cuts*, and the tensors that leave it: of the last, those of the model's output.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class StageMemory:
     """How the stages of a run use memory, and how much a device has."""
 
     placement: Placement
-    kept: list[int]  # Micro-batches whose activations each stage keeps (`micro_batches_kept`)
+    kept: tuple[int, ...]  # Micro-batches whose activations each stage keeps (`micro_batches_kept`)
     count: int  # Micro-batches of a step
     micro_batch: int
     shards: int  # ranks over which the parameters of a stage are sharded; 1 for copies
@@ -186,7 +187,8 @@ def passes_of(name: str, placement: Placement, count: int) -> dict[int, list[Pas
     }
 
 
-def micro_batches_kept(name: str, placement: Placement, count: int) -> list[int]:
+@functools.cache
+def micro_batches_kept(name: str, placement: Placement, count: int) -> tuple[int, ...]:
     """How many of *count* micro-batches each stage keeps at the moment at which the stages of its rank together keep most."""
     kept = [0] * placement.stages
     for passes in passes_of(name, placement, count).values():
@@ -199,4 +201,4 @@ def micro_batches_kept(name: str, placement: Placement, count: int) -> list[int]
                 most = now.copy()
         for stage in most:
             kept[stage] = most[stage]
-    return kept
+    return tuple(kept)

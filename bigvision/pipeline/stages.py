@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -311,17 +310,15 @@ class Prices:
 
     def _crossing(self, cut: int) -> float:
         """The bytes that cross *cut* for one image."""
-        return sum(tensor.nbytes for tensor in self._tensors(cut)) / SAMPLES[0]
+        return sum(spec.nbytes(SAMPLES[0], self.compute) for spec in self._specs(cut)) / SAMPLES[0]
 
     def returning(self, cut: int) -> float:
         """The bytes of gradients that come back over *cut* for one image."""
-        return sum(tensor.nbytes for tensor in self._tensors(cut) if tensor.requires_grad) / SAMPLES[0]
+        return sum(spec.nbytes(SAMPLES[0], self.compute) for spec in self._specs(cut) if spec.requires_grad) / SAMPLES[0]
 
-    def _tensors(self, cut: int) -> list[Tensor]:
-        """What crosses *cut*, on meta."""
-        if cut in (0, len(self.costs)):
-            return []
-        return [self.flow.spec(leaf).empty(SAMPLES[0], self.compute) for leaf in self.flow.crossing(cut)]
+    def _specs(self, cut: int) -> list[Spec]:
+        """What crosses *cut*."""
+        return [] if cut in (0, len(self.costs)) else list(map(self.flow.spec, self.flow.crossing(cut)))
 
     def _stage(self, start: int, end: int) -> Cost:
         """Of the stage between the cuts *start* and *end*."""
@@ -389,19 +386,26 @@ def best_cuts(
     total = [0.0, *accumulate(work)]
 
     def search(limit: float, value: Callable[[float, int, int], float]) -> tuple[float, list[int]] | None:
-        """The cuts of the least *value* of (so far, start, end), summed up stage by stage; no stage costs more than *limit*."""
+        """The cuts of the least *value* of (so far, start, end), summed up stage by stage; no stage costs more than *limit*.
+
+        A value is at least what came before, and grows with its stage's cost, which grows from the last start to the first.
+        """
         best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
         for stage in range(stages):
-            reached = {}
+            reached: dict[int, tuple[float, list[int]]] = {}
+            starts = [(start, total[start], so_far) for start, (so_far, _) in best.items()][::-1]
             for end in allowed if stage < stages - 1 else [len(work)]:
-                ways = [
-                    (value(so_far, start, end), start)
-                    for start, (so_far, _) in best.items()
-                    if start < end and total[end] - total[start] <= limit and fits(stage, start, end)
-                ]
-                if ways:
-                    least, start = min(ways, key=operator.itemgetter(0))
-                    reached[end] = least, [*best[start][1], end]
+                least, chosen, until = float("inf"), None, total[end]
+                for start, begun, so_far in starts:
+                    if start >= end:
+                        continue
+                    if until - begun > limit or value(0.0, start, end) > least:
+                        break
+                    # Of equal ones the first start, as the earlier stages are then the smallest.
+                    if (worth := value(so_far, start, end)) <= least and fits(stage, start, end):
+                        least, chosen = worth, start
+                if chosen is not None:
+                    reached[end] = least, [*best[chosen][1], end]
             best = reached
         return best.get(len(work))
 

@@ -275,7 +275,9 @@ class _Recording:
         target, here = torch.device(self.device), torch.device("cpu")
         size = config.train.micro_batch
         images = size if isinstance(size, int) else config.train.global_batch
-        format = parallel.precision, parallel.channels_last, self.device, parallel.fp8_layers, images
+        format: Any = parallel.precision, parallel.channels_last, self.device
+        if parallel.precision == "fp8":
+            format += parallel.fp8_layers, images
         if format not in known:
             known[format] = choose_computing(config, plan, blocks, target, channels_last, images)
         self.computing = known[format]

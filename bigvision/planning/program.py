@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -17,7 +18,7 @@ from bigvision.models.formats import COMPUTE_DTYPES
 from bigvision.pipeline.schedules import passes_of
 from bigvision.planning.division import Stages, cut_stages, units_of_parts
 from bigvision.planning.hardware import Hardware, Link
-from bigvision.planning.memory import DDP_BUCKET
+from bigvision.planning.memory import DDP_BUCKET, shards_teacher
 from bigvision.planning.profile import Profile, StateTensor
 from bigvision.planning.state import Layout, after_passes, padded_groups, used_map, zero_settings
 from bigvision.planning.zero3 import gathered, in_shares
@@ -191,6 +192,21 @@ def passes(profile: Profile, config: Config, mesh: Mesh, last: bool) -> Iterator
         yield from _zero3(profile, config, mesh)
     else:
         yield from _whole(profile, config, mesh, last)
+
+
+def teaching(teacher: Profile, config: Config, mesh: Mesh) -> Iterator[Instruction]:
+    """What a *teacher* adds to a micro-batch: a forward pass. The numbers of parts are those of its profile."""
+    strategy = "fsdp" if shards_teacher(config.parallel.strategy, mesh.data.ranks) else "ddp"
+    held = replace(config, parallel=replace(config.parallel, strategy=strategy, recompute="none"))
+    # `fully_shard` leaves what lies outside of blocks gathered by a forward pass, and no backward pass frees it: it is neither
+    # gathered, waited for nor copied again in later steps.
+    known = 3 if strategy == "fsdp" else 0
+    for one in islice(passes(teacher, held, mesh, last=False), known, None):
+        if isinstance(one, Compute) and one.what == "backward":
+            return
+        if isinstance(one, Start) and isinstance(one.key, tuple) and one.key[0] == "backward":
+            return  # it would be gathered ahead of its backward pass
+        yield one
 
 
 def computed(profile: Profile, config: Config, number: int) -> Iterator[Compute]:
@@ -406,6 +422,8 @@ def sent(profile: Profile, config: Config, layout: Layout, rank: int = 0) -> dic
             add(sharded_stages(profile, config, plan, mesh, place))
     else:
         count = -(-share // size)
+        if profile.teacher is not None:
+            add(teaching(profile.teacher, config, mesh), count)
         if count > 1:
             add(passes(profile, config, mesh, False), count - 1)
         add(passes(profile, config, mesh, True))

@@ -32,6 +32,7 @@ from bigvision.planning.program import (
     computed,
     passes,
     sharded_stages,
+    teaching,
     update,
 )
 from bigvision.planning.state import Layout
@@ -294,6 +295,10 @@ def _accumulated(config: Config, mesh: Mesh, streams: Streams, count: int, rest:
         before = replace(streams, spent=dict(streams.spent))
         streams.images = images
         streams.run(iter([Compute(-1, "copy", 13.0 * math.prod(profile.image) * images)]))  # the images as the model gets them
+        if profile.teacher is not None:
+            streams.profile = profile.teacher
+            streams.run(teaching(profile.teacher, config, mesh))
+            streams.profile = profile
         streams.run(passes(profile, config, mesh, last))
         if not first:
             streams.run(iter(added))

@@ -44,6 +44,11 @@ def gathered(profile: Profile, ranks: int, knobs: Mapping[str, int], recomputed:
     events = _events(list(modules), trained, [part.path for part in profile.parts if part.path and recomputed])
     # gloo gathers into memory of its own, and copies what it has.
     copies = 2 if profile.device == "cpu" else 1
+    inside: dict[str, list[int]] = {}
+    """The parts with weights of each module and of those that it holds."""
+    for path, weights in modules.items():
+        for outer in _with_outer(path):
+            inside.setdefault(outer, []).append(part_of[weights[0].name])
     coordinator = _Coordinator([modules[path] for enters, path, _ in events if enters], ranks, knobs, copies)
     for enters, path, backward in events:
         if not enters:
@@ -53,8 +58,7 @@ def gathered(profile: Profile, ranks: int, knobs: Mapping[str, int], recomputed:
         for weight in fetched:
             found.sizes[backward, part_of[weight.name]] += padded(weight, ranks)
         # A module that holds others is entered before the first of them, in the backward pass before the last of them.
-        inner = [part_of[weights[0].name] for other, weights in modules.items() if _within(other, path)]
-        place = place_of.get((backward, max(inner) if backward else min(inner)))
+        place = place_of.get((backward, max(inside[path]) if backward else min(inside[path])))
         if place is not None:
             found.held[place] = max(found.held[place], most)
     return found
@@ -74,6 +78,12 @@ def _within(path: str, outer: str) -> bool:
     return not outer or path == outer or path.startswith(f"{outer}.")
 
 
+def _with_outer(path: str) -> list[str]:
+    """*path* and the paths of the modules around it, the model's last."""
+    names = path.split(".") if path else []
+    return [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
+
+
 def _events(paths: Sequence[str], trained: Collection[str], again: Sequence[str]) -> list[Event]:
     """How the passes enter and leave the modules at *paths*, in the order of their calls.
 
@@ -83,9 +93,7 @@ def _events(paths: Sequence[str], trained: Collection[str], again: Sequence[str]
 
     known, order = set(paths), dict[str, None]()
     for path in paths:
-        names = path.split(".")
-        outer = [".".join(names[:depth]) for depth in range(len(names) + 1)]
-        order.update(dict.fromkeys(one for one in outer if one in known))
+        order.update(dict.fromkeys(one for one in reversed(_with_outer(path)) if one in known))
     forward: list[Event] = []
     inside: list[str] = []
     for path in order:

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from bigvision.config import ModelConfig
 from bigvision.errors import UserError
 from bigvision.models import blueprint
-from bigvision.models.drop_path import SkippedBranches, dropping, find_branches, kept_samples, set_constant_rate
+from bigvision.models.branches import dropping, find_branches
+from bigvision.models.drop_path import SkippedBranches, kept_samples, set_constant_rate
 from bigvision.samples import seed_from
 from tests.models.zoo import ZOO, Entry
 

@@ -38,7 +38,7 @@ class Staged:
 
 def unlimited(stages: int) -> StageMemory:
     """Of devices that have enough: AdamW in fp32 under 1f1b, six micro-batches of three images."""
-    kept = [stages - stage for stage in range(stages)]
+    kept = tuple(stages - stage for stage in range(stages))
     return StageMemory(Placement(stages, 1, False), kept, 6, 3, 1, 8, torch.float32, "none")
 
 

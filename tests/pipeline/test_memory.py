@@ -163,11 +163,11 @@ def test_moments_are_those_of_the_optimizer(changes: dict[str, Any], expected: i
 def test_micro_batches_kept() -> None:
     """By hand from the schedules' papers; with fewer micro-batches than stages nothing is freed before all are through."""
     one, two = Placement(4, 1, False), Placement(4, 2, True)
-    assert micro_batches_kept("gpipe", one, 9) == [9] * 4
-    assert micro_batches_kept("1f1b", one, 9) == [4, 3, 2, 1]
-    assert micro_batches_kept("1f1b", one, 3) == [3, 3, 3, 3]
-    assert micro_batches_kept("zbv", two, 9)[:4] == [7, 6, 5, 4]
-    assert micro_batches_kept("interleaved", Placement(4, 2, False), 16) == [7, 5, 4, 4, 4, 4, 3, 1]
+    assert micro_batches_kept("gpipe", one, 9) == (9,) * 4
+    assert micro_batches_kept("1f1b", one, 9) == (4, 3, 2, 1)
+    assert micro_batches_kept("1f1b", one, 3) == (3, 3, 3, 3)
+    assert micro_batches_kept("zbv", two, 9)[:4] == (7, 6, 5, 4)
+    assert micro_batches_kept("interleaved", Placement(4, 2, False), 16) == (7, 5, 4, 4, 4, 4, 3, 1)
 
 
 MIB = 2**20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from functools import cache
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from bigvision import load_config
 from bigvision.config import ONE_STAGE, Config
@@ -72,6 +75,24 @@ def timed(hardware: str, batch: int, micro: int | None = None, **parallel: Any) 
     config = replace(config, train=replace(config.train, global_batch=batch, micro_batch=micro))
     here = parse_hardware(hardware)
     return step_time(counted, config, Layout.of(config, here.ranks), here)
+
+
+def test_a_teachers_forward_pass_takes_time(tmp_path: Path) -> None:
+    """Nearly as long as the forward passes of the student, where the teacher is the same model: it keeps nothing for later."""
+    model = {"name": "vit_small_patch16_224", "num_classes": 10, "options": {"depth": 4}}
+    here = timm.create_model(model["name"], num_classes=10, depth=4)
+    save_file(here.state_dict(), tmp_path / "model.safetensors")
+    facts = {"input_size": [3, 224, 224], "mean": [0.5] * 3, "std": [0.5] * 3}
+    card = {"architecture": model["name"], "num_classes": 10, "pretrained_cfg": facts, "model_args": {"depth": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(card))
+    train, hardware = {"global_batch": 512, "micro_batch": 32}, parse_hardware("2xH100")
+    for strategy in ("ddp", "fsdp"):
+        plain: dict[str, Any] = {"model": model, "train": train, "parallel": {"strategy": strategy}}
+        alone, taught = load_config(plain), load_config(plain | {"task": {"teacher": str(tmp_path)}})
+        times = [step_time(profile(one, 10), one, Layout.of(one, 2), hardware) for one in (alone, taught)]
+        added = times[1].forward - times[0].forward
+        assert 0.5 * times[0].forward < added < 1.05 * times[0].forward
+        assert times[1].total > times[0].total + 0.9 * added
 
 
 def test_what_must_hold_on_any_hardware() -> None:

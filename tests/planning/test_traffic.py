@@ -7,6 +7,7 @@ a step whose gradients are not finite, they are real.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,7 @@ from bigvision.training.build import build_model
 from tests.distributed import run_ranks
 from tests.engine.test_batchnorm import in_evaluation
 from tests.planning.held import Make, batch_of, profiled
+from tests.planning.test_memory import written_teacher
 
 VIT = {"name": "vit_tiny_patch16_224", "image_size": 32, "num_classes": 10, "options": {"depth": 4, "patch_size": 8}}
 RESNET = {"name": "resnet18", "image_size": 32, "num_classes": 10}
@@ -151,6 +153,18 @@ def test_a_rank_sends_what_is_predicted(name: str) -> None:
     }
     real = parallel["strategy"] in ("ddp", "zero1", "zero2", "zero3") or parallel.get("precision") == "fp16"
     check(plain, (run_ranks(sent_in_a_step, ranks, plain) if real else run_ranks(one_of_fake, 1, plain, ranks))[0], ranks)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("strategy", "ranks", "micro"), [("fsdp", 4, 1), ("zero3", 3, 2), ("zero2", 2, 1), ("ddp", 2, 2)])
+def test_a_teacher_is_gathered_where_it_is_sharded(tmp_path: Path, strategy: str, ranks: int, micro: int) -> None:
+    plain = {
+        "model": VIT | {"image_size": 112},
+        "task": {"teacher": written_teacher(tmp_path)},
+        "parallel": {"precision": "fp32", "device": "cpu", "strategy": strategy},
+        "train": {"global_batch": 2 * ranks, "micro_batch": micro},
+    }
+    check(plain, run_ranks(sent_in_a_step, ranks, plain)[0], ranks)
 
 
 @pytest.mark.long
