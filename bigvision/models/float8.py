@@ -10,6 +10,7 @@ would be another module than the one that blocks, stages and adapters hold. What
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -224,13 +225,13 @@ def _watched(module: nn.Module, image_shape: tuple[int, int, int]) -> Mapping[st
     found: dict[str, float] = {}
     samples = 2
 
-    def called(path: str, layer: nn.Linear, inputs: tuple[Any, ...]) -> None:
+    def called(path: str, layer: Any, inputs: Any) -> None:
         if inputs and isinstance(inputs[0], Tensor):
             count = inputs[0].numel() / layer.in_features / samples
             found[path] = min(count, found.get(path, count))
 
     hooks = [
-        part.register_forward_pre_hook(lambda layer, inputs, path=path: called(path, layer, inputs))
+        part.register_forward_pre_hook(functools.partial(called, path))
         for path, part in module.named_modules() if isinstance(part, nn.Linear)
     ]  # fmt: skip
     modes = {part: part.training for part in module.modules()}
