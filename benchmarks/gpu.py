@@ -30,6 +30,7 @@ import torch
 from benchmarks.gpu_sides import (
     CONVNEXT_L,
     RESNET_50,
+    VIT_G,
     VIT_H,
     VIT_L,
     Bench,
@@ -99,6 +100,10 @@ PARTS: dict[str, Part] = {
     "vit_h_compiled": Part(VIT_H, (HAND_COMPILED, ours("ddp", compiled=True, bound=1 / 1.03))),
     "vit_h_autocast": Part(VIT_H, (HAND_COMPILED, ours("ddp", precision="amp_bf16", compiled=True, bound=1.01))),
     "vit_h_fsdp": Part(VIT_H, (Side("fully_shard", compiled=True), ours("fsdp", compiled=True, bound=1.02))),
+    # With fp8 it should be at least 1.15 times as fast.
+    "vit_g_fp8": Part(
+        VIT_G, (ours("ddp", compiled=True), ours("ddp", precision="fp8", compiled=True, bound=1 / 1.15))
+    ),
     "convnext_l": Part(CONVNEXT_L, (HAND_CHANNELS_LAST, ours("ddp", bound=1.01), HAND)),
     "resnet_50": Part(RESNET_50, (HAND_CHANNELS_LAST, ours("ddp", bound=1.01), ours("fsdp"), HAND, Side("accelerate"))),
     # Compiled with drop path the first step may take 1.3 times as long as without.
@@ -294,7 +299,53 @@ def saves(asked: argparse.Namespace, runtime: Any) -> dict[str, Any]:
     return found
 
 
-SPECIAL: dict[str, Callable[[argparse.Namespace, Any], dict[str, Any]]] = {"saves": saves}
+LAYERS = (
+    (768, 3072), (1024, 1024), (1024, 3072), (1024, 4096), (4096, 1024), (1280, 3840), (1280, 5120), (1408, 1408), (1408, 4224),
+    (1408, 6144), (6144, 1408), (4096, 12288),
+)  # fmt: skip
+"""Inputs and outputs of linear layers of ViT-B, ViT-L, ViT-H, ViT-g and DINOv3's 7B."""
+
+
+def fp8_layers(asked: argparse.Namespace, runtime: Any) -> dict[str, Any]:
+    """Linear layers of ViTs forward and backward, behind a norm as in a block and compiled: bf16's time over fp8's, beside the
+    roofline's by which a run chooses its layers."""
+    from bigvision.models.float8 import speedup, use_float8
+
+    dry = asked.device == "cpu"
+    rows = 64 if dry else (asked.batch or 64) * 257
+    found: dict[str, Any] = {"model": "linear layers", "batch": rows, "ranks": runtime.world_size, "sides": {}}
+    for wide, out in LAYERS[:2] if dry else LAYERS:
+        seconds: list[float] = []
+        for names in (frozenset[str](), frozenset({"1"})):
+            layers = torch.nn.Sequential(torch.nn.LayerNorm(wide), torch.nn.Linear(wide, out), torch.nn.GELU())
+            layers = layers.to(runtime.device, torch.bfloat16)
+            use_float8(layers, names)
+            images = torch.randn(rows, wide, device=runtime.device, dtype=torch.bfloat16, requires_grad=True)
+            gradient = torch.randn(rows, out, device=runtime.device, dtype=torch.bfloat16)
+            run = layers if dry else torch.compile(layers, dynamic=False)
+            seconds.append(_seconds(lambda run=run, images=images, gradient=gradient: run(images).backward(gradient), dry))
+        found["sides"][f"{wide} to {out}"] = {
+            "bf16 ms": 1e3 * seconds[0], "fp8 ms": 1e3 * seconds[1], "bf16 over fp8": seconds[0] / seconds[1],
+            "by the roofline": speedup(rows, wide, out),
+        }  # fmt: skip
+    return found
+
+
+def _seconds(work: Callable[[], object], dry: bool) -> float:
+    """The median of a call of *work*, after three that do not count."""
+    times = []
+    for _ in range(3 + (2 if dry else 30)):
+        if not dry:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        if not dry:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return median(times[3:])
+
+
+SPECIAL: dict[str, Callable[[argparse.Namespace, Any], dict[str, Any]]] = {"saves": saves, "fp8_layers": fp8_layers}
 
 
 # The files.
@@ -348,7 +399,7 @@ def table(device: str, parts: dict[str, Any]) -> str:
         )
         rows += [f"## {name}", "", facts + (f", {found['rounds']} rounds of {CALLS} steps" if "rounds" in found else ""), ""]
         sides = found["sides"]
-        if name == "saves":
+        if name in SPECIAL:
             columns = {key: (lambda f, key=key: f"{f[key]:.3g}") for key in next(iter(sides.values()))}
         else:
             # Without those that no side has.

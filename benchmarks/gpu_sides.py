@@ -55,6 +55,7 @@ class Model:
 
 VIT_L = Model("vit_large_patch16_224", 192)
 VIT_H = Model("vit_huge_patch14_224", 96)
+VIT_G = Model("vit_giant_patch14_224", 64)
 CONVNEXT_L = Model(
     "convnext_large", 128, "convnext_atto", {"depths": [1, 1, 2, 1], "dims": [18, 24, 36, 45]}, block="ConvNeXtBlock"
 )
@@ -82,7 +83,7 @@ class Side:
     def name(self) -> str:
         words = {
             "amp_bf16": self.precision == "amp_bf16", "compiled": self.compiled, "channels_last": self.channels_last,
-            "EMA": self.ema, f"recompute {self.recompute}": self.recompute != "none",
+            "EMA": self.ema, "fp8": self.precision == "fp8", f"recompute {self.recompute}": self.recompute != "none",
             f"offload {self.offload}": self.offload != "none",
         }  # fmt: skip
         return ", ".join([f"{self.kind} {self.strategy}".strip(), *(word for word, holds in words.items() if holds)])

@@ -259,6 +259,7 @@ def check(config: Config) -> None:
         raise UserError("data.reduce: true is for data.decode: cpu, since GPUs decode whole images: use one of both")
     _check_task(config.task)
     _check_recompute(config.parallel.recompute)
+    _check_fp8(config.parallel)
     if config.data.balance and config.task.name in ("multilabel", "regress", "segment"):
         raise UserError(
             f"data.balance: {config.data.balance}, but task.name: {config.task.name} has no class for each sample: use 0"
@@ -387,6 +388,15 @@ def _check_recompute(recompute: str) -> None:
     )
 
 
+def _check_fp8(parallel: ParallelConfig) -> None:
+    """Settings that contradict ``parallel.fp8_layers``."""
+    asked = parallel.fp8_layers
+    if asked != "auto" and parallel.precision != "fp8":
+        raise UserError(f"parallel.fp8_layers: {spell(asked)} needs parallel.precision: fp8: use it, or drop fp8_layers")
+    if not asked or "" in tuple(asked):
+        raise UserError(f"parallel.fp8_layers: {spell(asked)} names no layer: name some, or use auto")
+
+
 def without_auto(config: Config) -> Config:
     """*config* with the values of `AUTO_KEYS` for what is auto: where nothing is planned, or before it is."""
     values = {key: AUTO_KEYS[key] for key in auto_keys(config)}
@@ -461,6 +471,11 @@ def _check_schedule(parallel: ParallelConfig) -> None:
         )
     if count is not None and count != 2 and parallel.schedule in SPLIT_BACKWARD:
         raise UserError(f"parallel.stages_per_rank: {count}, but parallel.schedule: {parallel.schedule} needs 2")
+    if parallel.precision == "fp8" and parallel.schedule in SPLIT_BACKWARD:
+        raise UserError(
+            f"parallel.precision: fp8 excludes parallel.schedule: {parallel.schedule}, which takes backward passes apart and "
+            "would compute both parts of fp8 layers twice: use interleaved, 1f1b or gpipe, or bf16"
+        )
     if parallel.compile is True and parallel.schedule in SPLIT_BACKWARD:
         raise UserError(
             f"parallel.compile: true, but parallel.schedule: {parallel.schedule} takes backward passes apart, "

@@ -197,6 +197,7 @@ class DsFile:
             raise self.error(f"{states['fp16']} and {states['bf16']} are both true: choose one of the two")
         if on:
             self.ask("parallel.precision", on[0], states[on[0]])
+            self.also["parallel.precision"] = ("fp8",) if on[0] == "bf16" else ()  # which holds and sends what bf16 does
         elif off:
             self.ask("parallel.precision", "fp32", states[off[0]])
             self.also["parallel.precision"] = tuple(name for name in states if name not in off)
@@ -448,8 +449,9 @@ def deepspeed_settings(config: Config, ranks: int, device: str, parameters: int,
         if wanted:
             zero[section] = given | {"device": "cpu", "pin_memory": given["pin_memory"] and device == "cuda"}
     zero["stage"] = int(parallel.strategy[-1])
+    held = "bf16" if parallel.precision == "fp8" else parallel.precision
     for precision in ("fp16", "bf16"):
-        settings[precision]["enabled"] = parallel.precision.endswith(precision)
+        settings[precision]["enabled"] = held.endswith(precision)
     return settings | {
         # The engine says which micro-batch is a step's last, since the last one may be short.
         "train_batch_size": share * ranks,

@@ -260,9 +260,13 @@ class ParallelConfig:
     DeepSeek-AI 2025). interleaved, zbv and dualpipev have several pieces of the model on a rank."""
     microbatches: int | None = None
     """pipeline: micro-batches of one step; null takes what train.micro_batch gives, else at most four per stage."""
-    precision: Literal["fp32", "bf16", "fp16", "amp_bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "amp_bf16", "fp8"] = "bf16"
     """What is computed in; master weights, gradient reduction and optimizer state stay fp32. bf16, fp16: weights are cast once
-    in each pass, and what blocks add up stays fp32. amp_bf16: torch.autocast decides for each operation."""
+    in each pass, and what blocks add up stays fp32. amp_bf16: torch.autocast decides for each operation. fp8: as bf16, but wide
+    linear layers multiply 8-bit floats, with a scale for each row; the gradients of their weights are computed in bf16."""
+    fp8_layers: str | tuple[str, ...] = "auto"
+    """precision: fp8: the linear layers that compute in fp8, patterns as in optim.groups. auto: those of the blocks that are
+    wide enough to be faster, without the first and the last block."""
     reshard: Literal["forward", "never"] = "forward"
     """fsdp: free gathered parameters after each block's forward pass, or keep them until the backward pass."""
     unit_size: str = "auto"

@@ -19,6 +19,7 @@ from bigvision.engine.teacher import Teacher
 from bigvision.engine.zero import ZeroEngine, check_cpu_adam
 from bigvision.errors import UserError
 from bigvision.models import Blocks, Blueprint
+from bigvision.models.float8 import check_float8
 from bigvision.models.offload import TRANSFERS
 from bigvision.runtime import Runtime
 from bigvision.tasks import Task
@@ -38,6 +39,8 @@ def check_engine(config: Config, runtime: Runtime, task: Task) -> None:
         raise UserError(f"parallel.compile: true needs {missing}: install it, or use auto or false")
     if config.model.sync_batchnorm and runtime.device.type not in parallelize.SYNCHRONIZED:
         raise UserError(f"model.sync_batchnorm: true needs CUDA, but this run is on {runtime.device.type}: use false")
+    if config.parallel.precision == "fp8":
+        check_float8(runtime.device)
     if config.parallel.offloads_activations and runtime.device.type not in TRANSFERS:
         raise UserError(
             f"parallel.offload: {config.parallel.offload} moves activations from a device to its host, but the device is the "

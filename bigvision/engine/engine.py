@@ -34,6 +34,7 @@ from bigvision.errors import UserError
 from bigvision.fragments import Fragment
 from bigvision.models import Blocks, Blueprint, SkippedBranches
 from bigvision.models.branches import dropping
+from bigvision.models.float8 import check_float8
 from bigvision.models.formats import hold_frozen
 from bigvision.optim import group_table, learning_rate
 from bigvision.ranges import BACKWARD, EMA, FORWARD, mark
@@ -93,8 +94,12 @@ class Engine:
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             raise UserError(f"model.name: all parameters of {config.model.name} are frozen: leave some with requires_grad=True")
         channels_last = make_contiguous(self.module)
-        self.computing = choose_computing(config, blueprint, blocks, runtime.device, channels_last)
+        self.computing = choose_computing(config, blueprint, blocks, runtime.device, channels_last, self.micro_batch)
         self.notes = [self.computing.note] if self.computing.note else []
+        if self.computing.float8 is not None:
+            if self.computing.float8.names:
+                check_float8(runtime.device)  # also where a checkpoint is evaluated on another device
+            self.notes.append(self.computing.float8.note)
         if config.optim.lr_base_size is not None and trains:
             root = "the root of " if config.optim.lr_base_scale == "sqrt" else ""
             self.notes.append(
@@ -125,8 +130,11 @@ class Engine:
         config, runtime, parallel = self.config, self.runtime, self.config.parallel
         sharded = parallel.strategy == "fsdp" and runtime.world_size > 1
         self.computing.apply(self.parts, blocks, not sharded, runtime.device)
+        gathered = self.computing.dtype if sharded else torch.float32
         offload = make_offload(config, runtime.device) if self.trains else None
-        self.notes += wrap_blocks(blocks, config, runtime.device, self.module, self.input_shape, self.branches, offload)
+        self.notes += wrap_blocks(
+            blocks, config, runtime.device, self.module, self.input_shape, self.branches, offload, gathered
+        )
         if sharded:
             spread = shard(self.module, self.parts, blocks, config, self.computing.dtype, runtime)
         else:

@@ -14,8 +14,8 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from bigvision.engine.state import Located, Statistics, local_tensor
 from bigvision.errors import UserError
 from bigvision.models import Block, Blueprint, SkippedBranches, formats, kinds, share_rates
 from bigvision.models.alike import tensors_in
+from bigvision.models.float8 import Float8, choose_float8, use_float8
 from bigvision.models.offload import Hooks, Offload
 from bigvision.models.recompute import recompute_blocks
 from bigvision.models.tracing import size
@@ -83,9 +84,13 @@ class Computing:
     residual: bool = True  # whether blocks get their input in fp32
     channels_last: bool = False
     note: str | None = None
+    float8: Float8 | None = None  # the layers that compute in fp8, where any do
 
     def apply(self, parts: Sequence[nn.Module], blocks: Sequence[nn.Module], cast_weights: bool, device: torch.device) -> None:
         """Make *parts* compute so, in place."""
+        if self.float8 is not None:
+            for part in parts:
+                use_float8(part, self.float8.names)
         if self.dtype == torch.float32 or self.autocast:
             formats.compute_in(parts, (), None, self.channels_last, norms=self.autocast)
             for part in parts if self.autocast else ():
@@ -95,14 +100,20 @@ class Computing:
 
 
 def choose_computing(
-    config: Config, blueprint: Blueprint, blocks: Sequence[Block], device: torch.device, given_layout: bool
+    config: Config, blueprint: Blueprint, blocks: Sequence[Block], device: torch.device, given_layout: bool, images: int
 ) -> Computing:
-    """Decide how the model of *blueprint*, on meta, computes; *given_layout*: the caller's own came in channels_last."""
+    """Decide how the model of *blueprint*, on meta, computes; *given_layout*: the caller's own came in channels_last.
+
+    *images* are those of a micro-batch, on which it depends what fp8 pays for.
+    """
     asked, dtype = config.parallel.channels_last, formats.COMPUTE_DTYPES[config.parallel.precision]
     liked = given_layout or (device.type == "cuda" and formats.likes_channels_last(blueprint.module))
     choice = Computing(dtype, channels_last=asked == "always" or (asked == "auto" and liked))
     if config.parallel.precision in ("fp32", "amp_bf16"):
         return replace(choice, autocast=config.parallel.precision == "amp_bf16")
+    if config.parallel.precision == "fp8":
+        asked = config.parallel.fp8_layers
+        choice = replace(choice, float8=choose_float8(blueprint.module, blocks, blueprint.input_shape, images, asked))
     modules = [block.module for block in blocks]
     if formats.why_not(blueprint.module, modules, blueprint.input_shape, dtype) is None:
         return choice
@@ -144,12 +155,13 @@ def synchronize_norms(module: nn.Module, runtime: Runtime) -> list[str]:
 
 def wrap_blocks(
     blocks: Sequence[nn.Module], config: Config, device: torch.device, model: nn.Module, image_shape: tuple[int, int, int],
-    branches: SkippedBranches | None = None, offload: Offload | None = None,
+    branches: SkippedBranches | None = None, offload: Offload | None = None, gathered: torch.dtype = torch.float32,
 ) -> list[str]:  # fmt: skip
     """Recompute, compile and *offload* each block of *model*, on meta, where *config* says so, in this order and in place;
     return what the user should know. *image_shape*: channels, height and width.
 
-    A block that is recomputed draws no other samples for its *branches*.
+    A block that is recomputed draws no other samples for its *branches*. *gathered*: in which type weights are when they are
+    read, where the modules do not cast them (see :func:`shard`).
 
     Only the blocks' ``forward`` is replaced: names do not change, and hooks that gather and free parameters stay outside of
     what is compiled. Raises `UserError` where both are asked for blocks with BatchNorm.
@@ -163,7 +175,8 @@ def wrap_blocks(
         )
     # In compiled code both passes read the same tensors.
     offloaded = offload is not None and eager is not None
-    recompute_blocks(blocks, recompute, model, image_shape, branches if eager is not None else None, offloaded)
+    with _held_as(model, gathered):
+        recompute_blocks(blocks, recompute, model, image_shape, branches if eager is not None else None, offloaded)
     if eager is None:
         # Under a budget, blocks of one kind may keep one of two choices of products.
         variants = 2 if recompute.startswith("budget") else 1
@@ -180,6 +193,19 @@ def wrap_blocks(
 def make_offload(config: Config, device: torch.device, around: Hooks | None = None) -> Offload | None:
     """What moves activations off *device*, where *config* says so. *around*: the strategy's hooks of autograd."""
     return Offload(device, around) if config.parallel.offloads_activations else None
+
+
+@contextmanager
+def _held_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let the weights of *model*, on meta, be as ``fully_shard`` gathers them in *dtype*."""
+    fp32 = {p: p.data for p in model.parameters() if p.is_meta and p.dtype == torch.float32 != dtype}
+    for parameter in fp32.keys() - _kept_whole(model.modules(), fp32):
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in fp32.items():
+            parameter.data = data
 
 
 def _with_any_number(forward: Callable[..., Any], branches: SkippedBranches, *args: Any, **kwargs: Any) -> Any:
@@ -356,9 +382,7 @@ def shard(
     """
     spread = replicate(module, parts, runtime)
     parallel = config.parallel
-    norms = [m for part in parts for m in part.modules() if isinstance(m, BatchNorm)]
-    whole = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
-    whole |= {parameter for parameter in spread.held().values() if parameter.ndim == 0}
+    whole = _kept_whole((module for part in parts for module in part.modules()), spread.held().values())
     names = [name for name, parameter in spread.held().items() if parameter in whole]
     mesh = runtime.mesh["replicate", "shard"] if parallel.replicas > 1 else runtime.mesh["shard"]
     policy = MixedPrecisionPolicy(
@@ -412,6 +436,13 @@ def shard(
     spread.equal_gradients = lambda gradient: parallel.replicas if isinstance(gradient, DTensor) else runtime.data_ranks
     spread.unreduced = names
     return spread
+
+
+def _kept_whole(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+    """Those of *parameters* that are not sharded."""
+    norms = [module for module in modules if isinstance(module, BatchNorm)]
+    whole = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
+    return whole | {parameter for parameter in parameters if parameter.ndim == 0}
 
 
 def units_of(sizes: Sequence[int], config: Config, device: str) -> list[range]:

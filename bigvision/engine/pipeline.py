@@ -71,8 +71,11 @@ class PipelineEngine(Engine):
         if self.branches is not None:
             # A cut may lie between the ends of a branch.
             self.branches.run_whole(block.path for stage in self.plan.blocks for block in stage)
+        gathered = self.computing.dtype if sharded else torch.float32
         offload = make_offload(config, runtime.device) if self.trains else None
-        self.notes += wrap_blocks(pieces, config, runtime.device, self.module, self.input_shape, self.branches, offload)
+        self.notes += wrap_blocks(
+            pieces, config, runtime.device, self.module, self.input_shape, self.branches, offload, gathered
+        )
         for number, stage in self.stages.items():
             stage.around = lambda number=number: self._surroundings(number)
             stage.apart = parallel.schedule in SPLIT_BACKWARD

@@ -21,8 +21,16 @@ from bigvision.models import Blocks, Blueprint
 from bigvision.runtime import Runtime
 
 
+def precision_of_teacher(config: Config) -> Config:
+    """*config* as a teacher computes: in bf16 in place of fp8, which would round what is learned from."""
+    if config.parallel.precision != "fp8":
+        return config
+    return replace(config, parallel=replace(config.parallel, precision="bf16", fp8_layers="auto"))
+
+
 class Teacher:
-    """Runs in evaluation mode and without gradients, in the run's precision. Checkpoints have only its fingerprint.
+    """Runs in evaluation mode and without gradients, in the run's precision, but in bf16 where that is fp8. Checkpoints have
+    only its fingerprint.
 
     Under fsdp and zero3 it is sharded block by block with ``fully_shard``; under ddp, zero1 and zero2 each rank has all of it.
     """
@@ -38,7 +46,8 @@ class Teacher:
         self.std = torch.tensor(blueprint.std, device=runtime.device)
         module.requires_grad_(False).eval()
         channels_last = make_contiguous(module)
-        self.computing = choose_computing(config, blueprint, blocks, runtime.device, channels_last)
+        config = precision_of_teacher(config)
+        self.computing = choose_computing(config, blueprint, blocks, runtime.device, channels_last, 1)
         sharded = config.parallel.strategy in ("fsdp", "zero3") and runtime.world_size > 1
         self.computing.apply([module], parts, not sharded, runtime.device)
         # There is nothing to recompute without a backward pass.

@@ -27,7 +27,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from bigvision.config import Config
-from bigvision.errors import one_line
+from bigvision.errors import UserError, one_line
+from bigvision.models.float8 import check_float8
 from bigvision.runtime.process import choose_device, lacks_shared_memory
 from bigvision.runtime.rendezvous import Identity
 
@@ -173,6 +174,11 @@ def devices(here: Here) -> Lines:
             f"{', '.join(torch.cuda.get_arch_list())}): install a build of torch that has"
         )
         return
+    if here.config.parallel.precision == "fp8":
+        try:
+            check_float8(device)
+        except UserError as refused:
+            yield error(str(refused))
     if found.major < 8 and here.config.parallel.precision in ("bf16", "amp_bf16"):
         asked = f"parallel.precision: {here.config.parallel.precision}"
         yield warning(f"{asked}, but {found.name} computes bf16 slowly: use fp16 or fp32")

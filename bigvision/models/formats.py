@@ -21,7 +21,10 @@ from torch.utils._pytree import tree_leaves
 from bigvision.errors import UserError
 from bigvision.models.tracing import first_line
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "amp_bf16": torch.bfloat16}
+COMPUTE_DTYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "amp_bf16": torch.bfloat16, "fp8": torch.bfloat16,
+}  # fmt: skip
+"""What is computed in by ``parallel.precision``; with fp8 some linear layers round further (`float8.py`)."""
 PRODUCTS: set[Any] = {
     F.linear, F.bilinear, torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.mm, torch.bmm, torch.einsum,
     torch.addmm, torch.baddbmm, torch.conv_transpose1d, torch.conv_transpose2d, F.scaled_dot_product_attention,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigvision.config import LoraConfig
@@ -37,7 +36,7 @@ class LoraLinear(nn.Linear):
     scaling: float
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + self.lora_B(self.lora_A(x)) * self.scaling
+        return super().forward(x) + self.lora_B(self.lora_A(x)) * self.scaling
 
 
 def add_adapters(module: nn.Module, config: LoraConfig, input_shape: tuple[int, int, int]) -> list[str]:

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import (
 from bigvision.models.alike import EqualCalls, Result, tensors_in
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_mm")
 """Operations whose weight, or second factor, tells one from another."""
 Key = tuple[str, tuple[int, ...]]
 """A product: the operation, and the shape of its weight. It is the same for every micro-batch."""

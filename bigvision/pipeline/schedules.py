@@ -109,7 +109,7 @@ class StageMemory:
         parallel = config.parallel
         count = config.train.global_batch // data_ranks // micro_batch
         # Under autocast some activations stay fp32: there they are counted as if all did.
-        compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(parallel.precision, torch.float32)
+        compute = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(parallel.precision, torch.float32)
         return cls(
             placement, micro_batches_kept(parallel.schedule, placement, count), count, micro_batch, shards,
             state_bytes(config.optim), compute, parallel.recompute, capacity,

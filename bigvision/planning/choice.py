@@ -28,6 +28,7 @@ from bigvision.config.values import get, spell
 from bigvision.engine import check_layout
 from bigvision.errors import UserError
 from bigvision.models import Blocks, Blueprint, GivenModel, blueprint, find_blocks
+from bigvision.models.float8 import choose_float8
 from bigvision.models.offload import TRANSFERS
 from bigvision.optim import freeze
 from bigvision.pipeline.schedules import USABLE
@@ -158,6 +159,14 @@ class Estimates:
         eager = parallel.compile == "auto" and (parallel.strategy == "zero3" or parallel.schedule in SPLIT_BACKWARD)
         offloads = parallel.offloads_activations
         key = (repr(config.model), repr(config.task), parallel.recompute, parallel.precision, casts, eager, offloads)
+        if parallel.precision == "fp8":
+            size = config.train.micro_batch
+            if not isinstance(size, int):
+                layout = Layout.of(config, self.hardware.ranks)
+                size = config.train.global_batch // layout.data_ranks if size == "auto" else layout.micro_batch(config)
+                config = with_size(config, size)
+            made, blocks = self.built(config)
+            key += (choose_float8(made.module, blocks, made.input_shape, size, parallel.fp8_layers).names,)
         if key not in self._profiles:
             offload = "activations" if parallel.offloads_activations else "none"
             alike = {"parallel.device": self.hardware.device.kind, "parallel.strategy": casts, "parallel.offload": offload}
@@ -220,6 +229,12 @@ class Estimates:
     def check(self, config: Config) -> None:
         """Raise `UserError` for what no run on so many ranks can have."""
         check(config)
+        device = self.hardware.device
+        if config.parallel.precision == "fp8" and device.kind == "cuda" and "fp8" not in device.flops:
+            raise UserError(
+                f"parallel.precision: fp8, but no peak of fp8 is known for {device.name} (GPUs below compute capability 8.9 "
+                "have none): use bf16"
+            )
         layout, parallel = Layout.of(config, self.hardware.ranks), config.parallel
         check_layout(config, layout.data_ranks, layout.stages, self.task(config))
         if parallel.offloads_activations and self.hardware.device.kind not in TRANSFERS:

@@ -275,6 +275,12 @@ def _cpu(ranks: int, per_host: int, found: Hardware | None) -> Hardware:
     return _of(device, ranks, per_host, *(LINKS[link] for link in LINKED["CPU"]))
 
 
+def peak_of(device: Device, precision: str) -> float | None:
+    """FLOP/s to which ``parallel.precision`` is compared (MFU). For fp8 it is bf16's peak, as in torchtitan: attention and the
+    gradients of weights stay in bf16."""
+    return device.flops.get({"amp_bf16": "bf16", "fp8": "bf16"}.get(precision, precision))
+
+
 # One's own hardware.
 
 

@@ -20,7 +20,7 @@ from bigvision.models.alike import tensors_in
 PRODUCTS = ("product", "attention", "convolution", "grouped")
 """The kinds that are counted in FLOPs; the others are counted in bytes."""
 KINDS = {
-    "product": ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul"),
+    "product": ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul", "_scaled_mm"),
     "convolution": ("convolution", "_convolution", "convolution_backward", "convolution_overrideable"),
     "norm": (
         "native_layer_norm", "native_layer_norm_backward", "native_batch_norm", "native_batch_norm_backward",
@@ -53,7 +53,7 @@ FREE = {
 
 FILLING = {"zero", "fill", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full", "full_like"}
 """Operations that write without reading."""
-FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
 
 
 PRIME = 1009
@@ -94,7 +94,7 @@ class Operation:
     kind: str
     """Of `KINDS`; or "grouped", "attention", "add"."""
     format: str
-    """Number format of what is multiplied: fp32, bf16, fp16."""
+    """Number format of what is multiplied: fp32, bf16, fp16, fp8."""
     flops: float
     reads: Mapping[int, float]
     """Bytes, by the tensor's number."""

@@ -27,6 +27,7 @@ from bigvision.engine.ema import never_averaged
 from bigvision.engine.engine import finite_samples
 from bigvision.engine.parallelize import Computing, choose_computing, why_eager, wrap_blocks
 from bigvision.engine.state import RUNNING, allocate, is_frozen, make_contiguous
+from bigvision.engine.teacher import precision_of_teacher
 from bigvision.models import (
     Block,
     Blocks,
@@ -213,6 +214,7 @@ def _teacher(config: Config, task: Task) -> Profile:
     outputs = known.outputs if around is None else None
     model = replace(known.config, pretrained=False, weights=None, num_classes=outputs or 0)
     strategy = "fsdp" if config.parallel.strategy in ("fsdp", "zero3") else "ddp"
+    config = precision_of_teacher(config)
     used = replace(
         config, model=model, data=replace(config.data, resize_schedule=()),
         parallel=replace(config.parallel, strategy=strategy, recompute="none", offload="none"),
@@ -276,12 +278,15 @@ class _Recording:
         self.target_bytes, self.task_bytes, self.unused = 0.0, 0, False
         self.blocks: list[Block] = list(blocks)
         modules = [block.module for block in blocks]
-        self.kinds = {module: number for number, group in enumerate(kinds(modules)) for module in group}
         channels_last = make_contiguous(self.module)
         target, here = torch.device(self.device), torch.device("cpu")
-        format = parallel.precision, parallel.channels_last, self.device
+        size = config.train.micro_batch
+        images = size if isinstance(size, int) else config.train.global_batch
+        format: Any = parallel.precision, parallel.channels_last, self.device
+        if parallel.precision == "fp8":
+            format += parallel.fp8_layers, images
         if format not in known:
-            known[format] = choose_computing(config, plan, blocks, target, channels_last)
+            known[format] = choose_computing(config, plan, blocks, target, channels_last, images)
         self.computing = known[format]
         if config.model.frozen_dtype == "bf16":
             hold_frozen(self.module, plan.input_shape)
@@ -298,6 +303,8 @@ class _Recording:
         # DeepSpeed holds, and fully_shard gathers, weights in the compute type.
         self.casts = not (parallel.strategy.startswith("zero") or parallel.strategy == "fsdp")
         self.computing.apply([self.module], modules, parallel.strategy != "fsdp", here)
+        # Now, since blocks with layers in fp8 are others than those without.
+        self.kinds = {module: number for number, group in enumerate(kinds(modules)) for module in group}
         self.norms = {id(p) for m in self.module.modules() if isinstance(m, BatchNorm) for p in m.parameters(recurse=False)}
         for parameter in self.module.parameters() if not self.casts else ():
             if parallel.strategy == "fsdp":

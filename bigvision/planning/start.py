@@ -21,7 +21,7 @@ from bigvision.config import Config, admitted, auto_keys, leaves, with_values, w
 from bigvision.config.values import coerce, get, spell
 from bigvision.errors import UserError, one_line
 from bigvision.models import GivenModel
-from bigvision.planning.hardware import DEVICES, LINKED, LINKS, Hardware, hardware_here
+from bigvision.planning.hardware import DEVICES, LINKED, LINKS, Hardware, hardware_here, peak_of
 from bigvision.planning.state import Layout
 from bigvision.runtime import Runtime, all_or_none, collective_timeout, from_main, gather_json, start
 from bigvision.tasks import Task
@@ -154,7 +154,7 @@ def as_predicted(config: Config, estimates: Estimates) -> dict[str, Any]:
         "images_per_second": time.images_per_second,
         "flops_per_image": found.flops_in(Layout.of(config, estimates.hardware.ranks).micro_batch(config)),
         "hardware": str(estimates.hardware),
-        "peak_flops": device.flops.get(precision.removeprefix("amp_")),
+        "peak_flops": peak_of(device, precision),
     }
 
 

@@ -38,7 +38,7 @@ from bigvision.models import (
     training_flops,
 )
 from bigvision.optim import freeze
-from bigvision.planning.hardware import device_named
+from bigvision.planning.hardware import device_named, peak_of
 from bigvision.planning.start import Planner, with_mesh
 from bigvision.redact import redacted
 from bigvision.runtime import Runtime, all_or_none, from_main, warn_of_shared_memory
@@ -277,7 +277,7 @@ def peak_flops(config: Config, runtime: Runtime) -> float | None:
     """FLOPs that all devices together have in a second by their datasheet; None where they are not known."""
     if runtime.device.type != "cuda" or (device := device_named(torch.cuda.get_device_name(runtime.device))) is None:
         return None
-    peak = device.flops.get(config.parallel.precision.removeprefix("amp_"))
+    peak = peak_of(device, config.parallel.precision)
     return None if peak is None else peak * runtime.world_size
 
 

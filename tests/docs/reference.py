@@ -70,6 +70,7 @@ SEE = {
     "parallel.stages": "stages.md",
     "parallel.schedule": "stages.md#schedules",
     "parallel.precision": "strategies.md#precision",
+    "parallel.fp8_layers": "strategies.md#fp8",
     "parallel.reshard": "strategies.md#memory-of-a-rank",
     "parallel.channels_last": "engine.md#channels_last",
     "parallel.compile": "engine.md#compile",

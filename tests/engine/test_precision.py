@@ -207,7 +207,7 @@ def test_every_timm_module_trains_in_bf16_without_autocast(entry: Entry) -> None
     module = plan.module
     blocks = find_blocks(module, plan.image_size)
     config = load_config({"model": {"name": entry.name}, "parallel": {"precision": "bf16", "device": "cpu"}})
-    computing = choose_computing(config, plan, blocks, CPU, False)
+    computing = choose_computing(config, plan, blocks, CPU, False, 2)
     assert not computing.autocast and computing.note is None
     for name, parameter in module.named_parameters():
         assert not parameter.is_floating_point() or parameter.dtype == torch.float32, name

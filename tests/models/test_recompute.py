@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigvision import load_config
-from bigvision.engine.parallelize import wrap_blocks
+from bigvision.engine.parallelize import choose_computing, wrap_blocks
 from bigvision.errors import UserError
-from bigvision.models import find_blocks
+from bigvision.models import blueprint, find_blocks
 from bigvision.models.formats import compute_in
 from bigvision.models.recompute import Choice, choose_kept, shared_out
 from bigvision.models.tracing import product
@@ -152,6 +152,19 @@ def test_losses_are_those_of_one_process(tmp_path: Path, ranks: int, parallel: d
     reference = run_ranks(run, 1, recipe(tmp_path / "one", train=train))[0]
     plain = recipe(tmp_path / "out", train=train, parallel=parallel | {"recompute": recompute})
     assert run_ranks(run, ranks, plain)[0] == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_products_are_listed_where_fsdp_casts_the_weights(tmp_path: Path, precision: str) -> None:
+    """The modules cast their inputs alone there: on meta, where nothing is gathered, weights would be of another type."""
+    config = load_config(recipe(tmp_path, parallel={"strategy": "fsdp", "precision": precision, "recompute": "selective"}))
+    plan = blueprint(config.model, 10)
+    blocks, cpu = find_blocks(plan.module, 32), torch.device("cpu")
+    modules = [block.module for block in blocks]
+    computing = choose_computing(config, plan, blocks, cpu, False, 6)
+    computing.apply([plan.module], modules, False, cpu)
+    wrap_blocks(modules, config, cpu, plan.module, plan.input_shape, None, computing.dtype)
+    assert {parameter.dtype for parameter in plan.module.parameters()} == {torch.float32}
 
 
 def test_attention_with_dropout_is_computed_again() -> None:
