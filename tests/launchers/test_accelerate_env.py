@@ -344,7 +344,7 @@ def test_each_key_is_one_of_the_configuration() -> None:
     everything = (
         FSDP
         | MESH
-        | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
+        | {"FSDP_ACTIVATION_CHECKPOINTING": "true", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}
         | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_USE_CPU": "1", "WORLD_SIZE": "1"}
     )
     asked = overrides(everything)

@@ -163,7 +163,7 @@ def test_products_are_listed_where_fsdp_casts_the_weights(tmp_path: Path, precis
     modules = [block.module for block in blocks]
     computing = choose_computing(config, plan, blocks, cpu, False, 6)
     computing.apply([plan.module], modules, False, cpu)
-    wrap_blocks(modules, config, cpu, plan.module, plan.input_shape, None, computing.dtype)
+    wrap_blocks(modules, config, cpu, plan.module, plan.input_shape, gathered=computing.dtype)
     assert {parameter.dtype for parameter in plan.module.parameters()} == {torch.float32}
 
 
