@@ -162,7 +162,7 @@ LINKED = {
     "CPU": ("memory", "Ethernet-10"),
 }  # fmt: skip
 """The links that hosts with a device are usually sold with: within a host, between hosts."""
-TO_HOST = dict.fromkeys(("H100", "H100-PCIe", "H100-NVL", "H200", "B200", "RTX5090"), "PCIe5")
+TO_HOST: dict[str, str] = dict.fromkeys(("H100", "H100-PCIe", "H100-NVL", "H200", "B200", "RTX5090"), "PCIe5")
 """The link between a device and its host; PCIe 4 where a device is not in the table."""
 OTHER_NAMES = {
     "a100": "A100-80", "a10040gb": "A100-40", "a10080gb": "A100-80", "h100sxm": "H100", "h10080gb": "H100", "h200sxm": "H200",
