@@ -28,6 +28,7 @@ from bigvision.planning.choice import GIB, Estimates, choose, has_batchnorm, rat
 from bigvision.planning.hardware import parse_hardware
 
 BATCH = 1024
+AGAIN = {"blocks": " with recompute", "selective": " with selective recompute"}
 
 
 def planned(name: str, hardware: str, known: dict[str, str]) -> dict[str, Any]:
@@ -92,12 +93,11 @@ def table(lines: list[dict[str, Any]], known: int, commit: str) -> str:
     hardware = ", ".join(sorted({line["hardware"] for line in lines}))
     strategies = Counter((line["strategy"].partition(",")[0], line["recompute"]) for line in fits)
     counts = ", ".join(
-        f"{count} {strategy}{' with recompute' if recompute == 'blocks' else ''}"
-        for (strategy, recompute), count in strategies.most_common()
+        f"{count} {strategy}{AGAIN.get(recompute, '')}" for (strategy, recompute), count in strategies.most_common()
     )
     rows = [
         f"| `{line['model']}` | {line['parameters'] / 1e6:.1f} | {line['image'][1]} | {line['flops'] / 1e9:.4g} | "
-        f"{line['strategy']}{', recompute' if line['recompute'] == 'blocks' else ''} | "
+        f"{line['strategy']}{AGAIN.get(line['recompute'], '').replace(' with', ',')} | "
         f"{line['micro_batch']}{' (whole)' if line['batchnorm'] else ''} | {line['memory'] / GIB:.1f} | "
         f"{rate(line['images_per_second'])} |"
         for line in fits
@@ -113,9 +113,9 @@ def table(lines: list[dict[str, Any]], known: int, commit: str) -> str:
         "micro-batch is a rank's whole part of the batch. GFLOPs are of an image's forward and backward pass, GiB of the",
         "rank that needs the most.",
         "",
-        f"{len(lines) + len(same)} of timm's {known} names were planned, by commit {commit}: {len(lines)} architectures, as",
-        f"{len(same)} names stand for the same one as another, with images of the same size. {counts or 'None'}"
-        f"{f'; {len(others)} have no plan' if others else ''}.",
+        f"{len(lines) + len(same)} of timm's {known} names were planned, by commit {commit}.",
+        *([f"{len(same)} names stand for the same architecture as another, with images of the same size."] if same else []),
+        f"{counts or 'None'}{f'; {len(others)} have no plan' if others else ''}.",
         f"A model took {seconds / max(1, len(lines)):.1f} s of processor time on average.",
         "",
         "| model | M parameters | image | GFLOPs | layout | micro-batch | GiB | images/s |",
