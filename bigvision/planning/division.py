@@ -18,6 +18,7 @@ from bigvision.pipeline import Placement, StageMemory
 from bigvision.pipeline.stages import Candidate, cut
 from bigvision.planning.profile import Part, Profile, StateTensor
 from bigvision.planning.state import Layout
+from bigvision.planning.zero3 import with_outer
 
 
 def units_of_parts(profile: Profile, config: Config) -> list[list[int]]:
@@ -106,16 +107,10 @@ def _parts_of_nodes(parts: Sequence[Part], nodes: Sequence[fx.Node]) -> Iterator
     outside = 0
     for node in nodes:
         path = str(node.target) if node.op == "call_module" else next(reversed(node.meta.get("nn_module_stack") or [""]))
-        block = next((outer for outer in _with_outer(path) if outer in blocks), None)
+        block = next((outer for outer in with_outer(path) if outer in blocks), None)
         if block is not None:
             outside = min(blocks[block] + 1, len(parts) - 1)
         yield outside if block is None else blocks[block]
-
-
-def _with_outer(path: str) -> Iterator[str]:
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
 
 
 def _units_of_stage(

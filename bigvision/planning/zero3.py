@@ -47,7 +47,7 @@ def gathered(profile: Profile, ranks: int, knobs: Mapping[str, int], recomputed:
     inside: dict[str, list[int]] = {}
     """The parts with weights of each module and of those that it holds."""
     for path, weights in modules.items():
-        for outer in _with_outer(path):
+        for outer in with_outer(path):
             inside.setdefault(outer, []).append(part_of[weights[0].name])
     coordinator = _Coordinator([modules[path] for enters, path, _ in events if enters], ranks, knobs, copies)
     for enters, path, backward in events:
@@ -78,7 +78,7 @@ def _within(path: str, outer: str) -> bool:
     return not outer or path == outer or path.startswith(f"{outer}.")
 
 
-def _with_outer(path: str) -> list[str]:
+def with_outer(path: str) -> list[str]:
     """*path* and the paths of the modules around it, the model's last."""
     names = path.split(".") if path else []
     return [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
@@ -93,7 +93,7 @@ def _events(paths: Sequence[str], trained: Collection[str], again: Sequence[str]
 
     known, order = set(paths), dict[str, None]()
     for path in paths:
-        order.update(dict.fromkeys(one for one in reversed(_with_outer(path)) if one in known))
+        order.update(dict.fromkeys(one for one in reversed(with_outer(path)) if one in known))
     forward: list[Event] = []
     inside: list[str] = []
     for path in order:
