@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 
+from bigvision import importing
 from bigvision.errors import Exit, Stopped, UserError, nearest
 from bigvision.redact import without_secrets
 from bigvision.signals import listening
@@ -197,8 +198,8 @@ def _plan(arguments: list[str]) -> int:
 
         return calibrate.run()
     recipe, flags, note = take_recipe(rest)
-    from bigvision.planning import command
-
+    with importing():
+        from bigvision.planning import command
     return command.run(recipe, flags, named[0][1] if named else None, as_json, [note] if note else [])
 
 

@@ -117,7 +117,7 @@ def choose_computing(
     modules = [block.module for block in blocks]
     if formats.why_not(blueprint.module, modules, blueprint.input_shape, dtype) is None:
         return choice
-    if (reason := formats.why_not(blueprint.module, (), blueprint.input_shape, dtype)) is None:
+    if (reason := formats.why_not(blueprint.module, modules, blueprint.input_shape, dtype, residual=False)) is None:
         return replace(choice, residual=False)
     note = f"{config.model.name} computes under autocast: its own forward mixes number formats ({reason})"
     return replace(choice, autocast=True, note=note)

@@ -5,7 +5,9 @@ Most blocks of a backbone repeat. Where a graph is run only to see shapes and co
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,14 +86,51 @@ class EqualCalls:
                 found.append((type(leaf), leaf))
             else:
                 return None
-        return self._module(module), tuple(found), str(structure)
+        return self.number(module), tuple(found), str(structure)
 
-    def _module(self, module: nn.Module) -> int:
-        """The number of those that are equal to *module*."""
+    def run(
+        self, module: nn.Module, call: Callable[[], Any], args: Sequence[Any], kwargs: Mapping[str, Any],
+        twin: Callable[[], nn.Module] | None = None,
+    ) -> Any:  # fmt: skip
+        """What *call*, a call of *module* with these arguments, returns; an equal one is not made again. *twin* is the module
+        that runs in its place, where another one does."""
+        key = self.key(module, args, kwargs)
+        if key is not None and key in self.results:
+            return self.results[key].made()
+        value = call()
+        ran = module if twin is None else twin()
+        if key is not None and (result := Result.of(value, tensors_in((args, kwargs)), ran)) is not None:
+            self.results[key] = result
+        return value
+
+    def number(self, module: nn.Module) -> int:
+        """The number of those that are equal to *module*, as it is when it is first asked for."""
         if module not in self._modules:
             key = tuple((path, *_described(part)) for path, part in module.named_modules())
             self._modules[module] = self._numbers.setdefault(key, len(self._numbers))
         return self._modules[module]
+
+
+@contextmanager
+def equal_run_once(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Of equal calls of *modules*, none of which lies in another, one is made; the others return what it did."""
+    calls = EqualCalls()
+    for module in modules:
+        calls.number(module)  # now, since equal ones get a forward of their own each
+    before = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        module.forward = functools.partial(_once, calls, module, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _once(calls: EqualCalls, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return calls.run(module, lambda: forward(*args, **kwargs), args, kwargs)
 
 
 def _described(module: nn.Module) -> tuple[Hashable, ...]:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from bigvision.errors import UserError
+from bigvision.models.alike import equal_run_once
 from bigvision.models.tracing import first_line
 
 COMPUTE_DTYPES = {
@@ -120,7 +121,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 class OneType(TorchFunctionMode):
-    """Raises `TypeError` where tensors of several types would be multiplied."""
+    """Raises `RuntimeError`, as torch does, where tensors of several types would be multiplied."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -128,27 +129,30 @@ class OneType(TorchFunctionMode):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             kinds = {tensor.dtype for tensor in tensors if tensor.dtype != torch.bool}
             if len(kinds) > 1:
-                raise TypeError(f"{getattr(func, '__name__', func)} of {' and '.join(sorted(map(str, kinds)))}")
+                raise RuntimeError(f"{getattr(func, '__name__', func)} of {' and '.join(sorted(map(str, kinds)))}")
         return func(*args, **kwargs)
 
 
 def why_not(
-    module: nn.Module, blocks: Sequence[nn.Module], image_shape: tuple[int, int, int], dtype: torch.dtype
+    module: nn.Module, blocks: Sequence[nn.Module], image_shape: tuple[int, int, int], dtype: torch.dtype, residual: bool = True
 ) -> str | None:  # fmt: skip
-    """Why *module*, on meta, cannot compute in *dtype* by :func:`compute_in`; None where it can. Nothing is computed."""
+    """Why *module*, on meta, with these *blocks* cannot compute in *dtype* by :func:`compute_in`; None where it can. Nothing is
+    computed. *residual*: the blocks are given their inputs in fp32."""
     paths = {id(part): path for path, part in module.named_modules()}
     twin = copy.deepcopy(module)
-    compute_in([twin], [twin.get_submodule(paths[id(block)]) for block in blocks], dtype)
-    return _failure(twin, image_shape)
+    twins = [twin.get_submodule(paths[id(block)]) for block in blocks]
+    compute_in([twin], twins if residual else (), dtype)
+    return _failure(twin, image_shape, twins)
 
 
-def _failure(module: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
-    """Why a forward pass of *module*, on meta, fails in training or evaluation; its mode changes."""
+def _failure(module: nn.Module, image_shape: tuple[int, int, int], blocks: Sequence[nn.Module] = ()) -> str | None:
+    """Why a forward pass of *module*, on meta, fails in training or evaluation; its mode changes. Equal *blocks* run once."""
     try:
         with torch.random.fork_rng(devices=[]), OneType():
             for training in (True, False):
                 module.train(training)
-                module(torch.empty(2, *image_shape, device="meta"))
+                with equal_run_once(blocks):
+                    module(torch.empty(2, *image_shape, device="meta"))
     except Exception as error:
         return first_line(error)
     return None

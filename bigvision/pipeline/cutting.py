@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import key_get, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
-from bigvision.models.alike import EqualCalls, Result, tensors_in
+from bigvision.models.alike import EqualCalls, tensors_in
 from bigvision.models.tracing import Runner, first_line, named_tensors, tensors_of
 
 SAMPLES = (2, 3)  # numbers of images with which a graph is watched; what differs follows the number of samples
@@ -99,14 +99,8 @@ class _Watched(Runner):
         return self._fakes[tensor]
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = self.calls.results
-        if (key := self.calls.key(super().fetch_attr(target), args, kwargs)) in known:
-            return known[key].made()
-        module = self.fetch_attr(target)
-        value = super().call_module(target, args, kwargs)
-        if key is not None and (result := Result.of(value, tensors_in((args, kwargs)), module)) is not None:
-            known[key] = result
-        return value
+        call, twin = functools.partial(super().call_module, target, args, kwargs), functools.partial(self.fetch_attr, target)
+        return self.calls.run(super().fetch_attr(target), call, args, kwargs, twin)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from bigvision.models.alike import EqualCalls
+from bigvision.models.alike import EqualCalls, equal_run_once
 from bigvision.models.blocks import trace
+from bigvision.models.formats import why_not
 from bigvision.models.tracing import node_costs
 from bigvision.pipeline.cutting import Flow
 
@@ -61,3 +64,31 @@ def test_calls_differ_where_modules_or_inputs_do() -> None:
     hooked = nn.Linear(4, 4)
     hooked.register_forward_hook(lambda *_: None)
     assert calls.key(hooked, [one], {}) != key
+
+
+def test_equal_blocks_run_once_and_a_different_one_is_still_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        model: Any = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=6, drop_path_rate=0.1, num_classes=5)
+    model.blocks[5].mlp.fc1.bias = None
+    ran, attention = list[nn.Module](), type(model.blocks[0].attn)
+    forward = attention.forward
+
+    def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        ran.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", counted)
+    with equal_run_once(list(model.blocks)):
+        outputs = model(torch.empty(2, *SHAPE, device="meta"))
+    # The first block's drop path has rate 0, the last has no bias; the other four are one.
+    assert outputs.shape == (2, 5) and len(ran) == 3
+    assert not any("forward" in vars(block) for block in model.blocks)
+    model.blocks[4].mlp.act = Mixing()
+    assert "bfloat16" in str(why_not(model, list(model.blocks), SHAPE, torch.bfloat16))
+
+
+class Mixing(nn.Module):
+    """Multiplies what it is given with a table in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.eye(x.shape[-1], device=x.device)
