@@ -463,7 +463,8 @@ class _Keeping(OpCounter):
 
 class _CostRunner(Runner):
     def __init__(
-        self, graph: fx.GraphModule, device: str, compute: torch.dtype, recomputed: Mapping[str, Collection[Key]]
+        self, graph: fx.GraphModule, device: str, compute: torch.dtype, recomputed: Mapping[str, Collection[Key]],
+        calls: EqualCalls,
     ) -> None:  # fmt: skip
         super().__init__(graph)
         self.attention, self.flops_per_byte = FusedAttention(device), FLOPS_PER_BYTE[device]
@@ -471,7 +472,7 @@ class _CostRunner(Runner):
         self.costs: dict[str, Cost] = {}
         self.kept: dict[int, Tensor] = {}  # by storage: a tensor that two nodes need is kept once
         self.counted: set[nn.Parameter] = set()
-        self.calls, self.numbers = EqualCalls(), itertools.count(1)
+        self.calls, self.numbers = calls, itertools.count(1)
 
     def run_node(self, n: fx.Node) -> Any:
         again = self.recomputed.get(str(n.target)) if n.op == "call_module" else None
@@ -555,15 +556,15 @@ def training_flops(module: nn.Module, image_shape: tuple[int, int, int], samples
 
 def node_costs(
     graph: fx.GraphModule, image_shape: tuple[int, int, int], device: torch.device, compute: torch.dtype = torch.float32,
-    recomputed: Mapping[str, Collection[Key]] | None = None,
+    recomputed: Mapping[str, Collection[Key]] | None = None, calls: EqualCalls | None = None,
 ) -> dict[str, Cost]:  # fmt: skip
     """The cost of each node of *graph* for one image of (channels, height, width), by the node's name.
 
     A parameter counts where it is used first. *device* is where the graph will run: it decides what an operation that only
     moves memory costs. *compute* is the type of activations; the modules at the paths *recomputed* keep only their inputs, and
-    what the products at each path compute.
+    what the products at each path compute. *calls* has what was counted of modules of other graphs, on the same device.
     """
-    runner = _CostRunner(graph, device.type, compute, recomputed or {})
+    runner = _CostRunner(graph, device.type, compute, recomputed or {}, calls or EqualCalls())
     with torch.random.fork_rng(devices=[]), attributes_kept(graph):
         runner.run(torch.empty(SAMPLES, *image_shape, device="meta"))
     return runner.costs

@@ -65,9 +65,9 @@ Leaf = tuple[str, int]  # a tensor in the graph: the node that makes it and its 
 class _Watched(Runner):
     """Runs a graph, of a model on meta, and keeps what each node makes: fake tensors, as they would lie on *device*."""
 
-    def __init__(self, graph: fx.GraphModule, device: torch.device) -> None:
+    def __init__(self, graph: fx.GraphModule, device: torch.device, calls: EqualCalls) -> None:
         super().__init__(graph)
-        self.device, self.calls = device, EqualCalls()
+        self.device, self.calls = device, calls
         self.values: dict[str, Any] = {}
         # Not on meta, which does not know in which order a convolution writes.
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -115,13 +115,16 @@ class _Watched(Runner):
 class Flow:
     """Where the values of a graph come from, and what of them crosses a cut."""
 
-    def __init__(self, graph: fx.GraphModule, image_shape: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, image_shape: tuple[int, int, int], device: torch.device, calls: EqualCalls | None = None
+    ) -> None:
         """Watch *graph*, of a model on meta that will run on *device*, with images of (channels, height, width).
 
-        Nothing is computed. Raises `CannotCut` when it does not run.
+        Nothing is computed. *calls* has what is known of modules from other graphs, on the same device. Raises `CannotCut`
+        when it does not run.
         """
         try:
-            watched = _Watched(graph, device)
+            watched = _Watched(graph, device, calls or EqualCalls())
             self.values, self.others = (watched.watch((count, *image_shape)) for count in SAMPLES)
         except Exception as error:
             raise CannotCut(f"its trace does not run: {first_line(error)}") from error

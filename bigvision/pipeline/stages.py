@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from bigvision.config import Size
 from bigvision.errors import UserError
 from bigvision.models import Block, Blocks, tracing
+from bigvision.models.alike import EqualCalls
 from bigvision.models.recompute import kept_by_path
 from bigvision.models.tracing import Cost, Runner, TraceFailed, named_tensors, size, tensors_of
 from bigvision.pipeline.cutting import SAMPLES, CannotCut, Flow, Spec
@@ -169,11 +170,11 @@ def _one_error(model: nn.Module) -> Iterator[None]:
 
 def _flow(
     model: nn.Module, blocks: Blocks, image_shape: tuple[int, int, int], device: torch.device, training: bool,
-    inside: Sequence[str],
+    inside: Sequence[str], calls: EqualCalls | None = None,
 ) -> Flow:  # fmt: skip
     # Of a copy: a module that keeps what it computes would keep the trace's proxies.
     graph = tracing.trace(copy.deepcopy(model).train(training), blocks.max_share, inside)
-    return Flow(graph, image_shape, device)
+    return Flow(graph, image_shape, device, calls)
 
 
 def cut(
@@ -187,12 +188,15 @@ def cut(
     if stages > len(blocks):
         raise UserError(f"parallel.stages: {stages} stages, but {name} has {len(blocks)} blocks: use fewer stages")
 
+    # What modules do when their calls are watched, and when they are counted.
+    watched, counted = known.setdefault("calls", (EqualCalls(), EqualCalls()))
+
     def cut_between(pieces: list[Block], inside: Sequence[str]) -> Candidate:
         if (key := tuple(inside)) not in known:
-            known[key] = _flow(model, blocks, image_shape, device, True, inside)
+            known[key] = _flow(model, blocks, image_shape, device, True, inside, watched)
         if (kind := (key, memory.recompute, memory.compute)) not in known:
             recomputed = kept_by_path(pieces, memory.recompute, model, image_shape)
-            costs = tracing.node_costs(known[key].graph, image_shape, device, memory.compute, recomputed)
+            costs = tracing.node_costs(known[key].graph, image_shape, device, memory.compute, recomputed, counted)
             known[kind] = Prices(known[key], costs, memory.compute)
         return Candidate(pieces, inside, known[kind], choose_cuts(model, pieces, known[kind], memory))
 
