@@ -24,7 +24,8 @@ from torch import nn
 
 from bigvision.config import load_config
 from bigvision.errors import UserError, one_line
-from bigvision.planning.choice import GIB, Estimates, choose, has_batchnorm, rate
+from bigvision.planning.choice import GIB, choose, rate
+from bigvision.planning.estimates import Estimates, has_batchnorm
 from bigvision.planning.hardware import parse_hardware
 
 BATCH = 1024

@@ -27,7 +27,7 @@ from bigvision.runtime import Runtime, all_or_none, collective_timeout, from_mai
 from bigvision.tasks import Task
 
 if TYPE_CHECKING:
-    from bigvision.planning.choice import Estimates
+    from bigvision.planning.estimates import Estimates
 
 CHOICE, PLAN = "choice.json", "plan.json"
 DECISIVE = ("model.", "task.", "parallel.", "train.global_batch", "train.micro_batch", "optim.name", "ema.decay", "data.resize")
@@ -118,7 +118,7 @@ class Planner:
 
     def estimates(self, memory: int) -> Estimates | None:
         """What is known of the run on these devices, *memory* being that of the smallest; None for an unknown device."""
-        from bigvision.planning.choice import Estimates  # it takes a while, and not every start needs it
+        from bigvision.planning.estimates import Estimates  # it takes a while, and not every start needs it
 
         if self._estimates is None and (hardware := planned_hardware(self.runtime, memory)) is not None:
             self._estimates = Estimates(hardware, *self._given)

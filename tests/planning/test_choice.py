@@ -10,7 +10,7 @@ import pytest
 
 from bigvision.config import Config, load_config, micro_batch, with_values
 from bigvision.errors import UserError
-from bigvision.planning import choice, command
+from bigvision.planning import choice, command, estimates
 from bigvision.planning.choice import NothingFits, plan
 from bigvision.planning.hardware import LINKS, Hardware, parse_hardware
 
@@ -167,14 +167,14 @@ def test_a_mesh_that_does_not_divide(sections: dict, hardware: str, words: list[
 
 def test_a_teacher_is_held_as_the_engine_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under zero1 and zero2, and on one rank, whole on each rank; the student's weights are cast before either way."""
-    monkeypatch.setattr(choice, "profile", lambda config, *_: config.parallel.strategy)
+    monkeypatch.setattr(estimates, "profile", lambda config, *_: config.parallel.strategy)
     monkeypatch.setattr(REAL, "built", lambda *_: None)
     taught = config(task={"teacher": "vit_tiny_patch16_224"})
     for hardware, teacher in (("2xH100", "fsdp"), ("H100", "zero2")):
-        estimates = REAL(parse_hardware(hardware))
+        known = REAL(parse_hardware(hardware))
         for strategy, expected in (("zero1", "zero2"), ("zero2", "zero2"), ("zero3", teacher), ("ddp", "ddp")):
-            assert estimates.profile(with_values(taught, {"parallel.strategy": strategy})) == expected
-            plain = estimates.profile(config(parallel={"strategy": strategy}))
+            assert known.profile(with_values(taught, {"parallel.strategy": strategy})) == expected
+            plain = known.profile(config(parallel={"strategy": strategy}))
             assert plain == ("ddp" if strategy == "ddp" else "fsdp"), "no profile more than without"
 
 
@@ -184,19 +184,19 @@ def test_weights_are_gathered_within_a_host_where_that_is_faster_and_fits() -> N
     open_ = load_config({"model": {"name": "vit_tiny_patch16_224"}, "train": {"global_batch": 128}})
     quick = parse_hardware("2x4xH100")
     slow = replace(quick, between=replace(LINKS["Ethernet-10"], bandwidth=LINKS["Ethernet-10"].bandwidth / quick.per_host))
-    estimates = REAL(quick)
+    known = REAL(quick)
 
     def chosen(hardware: Hardware) -> tuple[str, int]:
-        made = choice.choose(open_, estimates.on(hardware))
+        made = choice.choose(open_, known.on(hardware))
         return made.values["parallel.strategy"], made.values.get("parallel.replicas", 1)
 
     assert chosen(quick)[1] == 1, "a replica on each host gains nothing where the network is fast"
     assert chosen(slow) == ("fsdp", 2)
     # Just too little memory for a replica on a host.
     layouts = [with_values(open_, {"parallel.strategy": "fsdp", "parallel.replicas": count}) for count in (1, 2)]
-    whole, halves = (estimates.memory(layout).peak for layout in layouts)
+    whole, halves = (known.memory(layout).peak for layout in layouts)
     assert whole < halves
-    memory = int((whole + halves) / 2 / choice.USABLE)
+    memory = int((whole + halves) / 2 / estimates.USABLE)
     small = replace(slow, device=replace(slow.device, memory=memory))
     assert chosen(small) == ("fsdp", 1)
 

@@ -9,7 +9,7 @@ import pytest
 
 from bigvision.config import Config, load_config, with_values
 from bigvision.errors import UserError
-from bigvision.planning.choice import Estimates
+from bigvision.planning.estimates import Estimates
 from bigvision.planning.hardware import parse_hardware, peak_of
 
 MODEL = {"name": "vit_giant_patch14_224", "num_classes": 10, "options": {"depth": 4}}

@@ -20,8 +20,9 @@ from bigvision.pipeline import Placement, StageMemory, plan_stages
 from bigvision.pipeline.schedules import USABLE
 from bigvision.pipeline.stages import DoesNotFit
 from bigvision.planning import calibrate
-from bigvision.planning.choice import Estimates, largest, with_size
+from bigvision.planning.choice import largest
 from bigvision.planning.division import cut_stages
+from bigvision.planning.estimates import Estimates, with_size
 from bigvision.planning.hardware import parse_hardware
 from bigvision.planning.operations import Work
 from bigvision.planning.profile import Profile, planned, profile
