@@ -79,6 +79,7 @@ class CoarseTracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
         self._opened = opened
         self.inside: list[str] = []  # paths of the modules being called; after a failure, the last is where it happened
+        self._buffers: dict[int, str] = {}
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """The images alone: what else a forward takes is left at its default, by which Python may decide."""
@@ -98,12 +99,13 @@ class CoarseTracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """What is computed from buffers is part of the graph too; without this it would be a constant, here on meta."""
         if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
-            for name, buffer in self.root.named_buffers():
-                if buffer is attr_val:
-                    if name not in parameter_proxy_cache:
-                        node = self.create_node("get_attr", name, (), {})
-                        parameter_proxy_cache[name] = _BufferProxy(self, node, buffer)
-                    return parameter_proxy_cache[name]
+            if not self._buffers:
+                self._buffers = {id(buffer): name for name, buffer in self.root.named_buffers()}
+            if (name := self._buffers.get(id(attr_val))) is not None:
+                if name not in parameter_proxy_cache:
+                    node = self.create_node("get_attr", name, (), {})
+                    parameter_proxy_cache[name] = _BufferProxy(self, node, attr_val)
+                return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -160,11 +160,12 @@ class Pass:
     micro_batch: int
 
 
-def passes_of(name: str, placement: Placement, count: int) -> dict[int, list[Pass]]:
+@functools.lru_cache(64)
+def passes_of(name: str, placement: Placement, count: int) -> Mapping[int, Sequence[Pass]]:
     """The passes of each rank of a pipeline with *count* micro-batches, in torch's order."""
     schedule, total = torch_schedule(name, placement, count), placement.stages
     if schedule in ONE_STAGE:  # which torch runs without writing the order down
-        found = {}
+        found: dict[int, list[Pass]] = {}
         for stage in range(total):
             ahead = count if schedule == "gpipe" else min(count, total - stage)
             found[stage] = [Pass(stage, "F", number) for number in range(ahead)]

@@ -29,7 +29,7 @@ from bigvision.models.offload import TRANSFERS
 from bigvision.planning.estimates import Estimates, has_batchnorm, with_size
 from bigvision.planning.hardware import PER_HOST, Hardware
 from bigvision.planning.memory import Memory
-from bigvision.planning.profile import Profile
+from bigvision.planning.profile import Profile, collector_paused
 from bigvision.planning.state import Layout
 from bigvision.planning.timing import StepTime
 from bigvision.tasks import Task
@@ -289,6 +289,7 @@ def _named(values: Mapping[str, Any]) -> str:
 # All layouts, ranked.
 
 
+@collector_paused()
 def plan(
     config: Config, hardware: Hardware, *, model: GivenModel | None = None, task: Task | None = None, outputs: int | None = None
 ) -> Plan:  # fmt: skip
@@ -338,6 +339,7 @@ def _selective_helps(found: Sequence[Row | Refusal]) -> bool:
 # What auto takes.
 
 
+@collector_paused()
 def choose(config: Config, estimates: Estimates) -> Choice:
     """The values for the keys of *config* that are auto.
 

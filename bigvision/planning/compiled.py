@@ -8,6 +8,7 @@ fuse into the kernel that reads it is not counted.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -32,7 +33,6 @@ def compile_without_code(blocks: Sequence[nn.Module], attention: FusedAttention,
     *recomputed*: what the backward graph has of the forward pass is counted as recompute.
     """
     import torch._dynamo
-    import torch._inductor.lowering  # which the decomposition of pooling takes for imported
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -48,10 +48,19 @@ def compile_without_code(blocks: Sequence[nn.Module], attention: FusedAttention,
         # What is computed again keeps its name.
         return _Unfused(graph, attention, frozenset(ahead) if recomputed else frozenset()).boxed
 
-    backend = aot_autograd(
+    compiled = aot_autograd(
         fw_compiler=forward, bw_compiler=backward, decompositions=select_decomp_table(),
         partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
     )  # fmt: skip
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            return compiled(graph, inputs)
+        except AttributeError:
+            # The decomposition of pooling takes it for imported. That takes half a second, and most models do without.
+            importlib.import_module("torch._inductor.lowering")
+            return compiled(graph, inputs)
+
     groups = kinds(blocks)
     for group in groups:
         share_rates(group, torch.device("cpu"))

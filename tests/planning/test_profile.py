@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from bigvision.config import load_config
@@ -63,3 +66,19 @@ def test_what_branches_leave_out_is_not_counted(name: str, options: dict[str, in
 def test_what_the_number_of_images_divides_grows_with_them() -> None:
     assert Amount.of(IMAGES * 12.0) == Amount(0.0, 12.0) and Amount.of(1000 * 768 * 4) == Amount(1000 * 768 * 4, 0.0)
     assert (Amount.of(IMAGES * 3.0) + Amount(5.0)).at(2) == 11.0
+
+
+POOLED = """
+import sys
+from bigvision.config import load_config
+from bigvision.planning.profile import profile
+
+config = load_config({"out": "out", "model": {"name": "poolformer_s12"}, "parallel": {"device": "cuda"}, "data": {"train": "none"}})
+print(profile(config).compiled, "torch._inductor.lowering" in sys.modules)
+"""
+
+
+@pytest.mark.long
+def test_pooling_in_compiled_blocks_is_profiled_in_a_new_process() -> None:
+    done = subprocess.run([sys.executable, "-c", POOLED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True True\n"), done.stderr
