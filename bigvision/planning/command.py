@@ -59,7 +59,9 @@ def table(found: Plan) -> list[str]:
         "",
     ]
     if found.rows:
-        cells = [("", "strategy", "recompute", "micro-batch", "largest", "GiB", "worst rank", "images/s", "s/step", "MFU")]
+        heads = ("", "strategy", "recompute", "micro-batch", "largest", "GiB", "worst rank", "images/s", "s/step", "MFU")
+        offloads = any(one.memory.host or one.memory.pinned for one in found.rows)
+        cells: list[tuple[str, ...]] = [heads + ("host GiB",) * offloads]
         for place, one in enumerate(found.rows[:SHOWN], start=1):
             time = one.time
             mfu = "" if time.mfu is None else f"{time.mfu:.0%}"
@@ -67,6 +69,7 @@ def table(found: Plan) -> list[str]:
                 (
                     str(place), one.name, one.config.parallel.recompute, str(one.micro_batch), str(one.largest),
                     gib(one.memory.peak), str(one.memory.rank), rate(time.images_per_second), f"{time.total:.3g}", mfu,
+                    *[gib(one.memory.host + one.memory.pinned)] * offloads,
                 )
             )  # fmt: skip
         lines += _columns(cells)

@@ -73,7 +73,8 @@ import sys
 from bigvision.config import load_config
 from bigvision.planning.profile import profile
 
-config = load_config({"out": "out", "model": {"name": "poolformer_s12"}, "parallel": {"device": "cuda"}, "data": {"train": "none"}})
+keys = {"model": {"name": "poolformer_s12"}, "parallel": {"device": "cuda"}, "data": {"train": "none"}}
+config = load_config({"out": "out"} | keys)
 print(profile(config).compiled, "torch._inductor.lowering" in sys.modules)
 """
 
