@@ -7,7 +7,9 @@ time is from the start of a process, or from its end by SIGKILL, to a line on it
     start: to the first step, and from a SIGKILL, once the first epoch is saved, to the next step. bigvision has --restarts: its
         rank is killed, and started again by its parent, which has imported everything. The peers have nothing like it: they
         are killed whole, and their command is run again at once, as by a launcher that loses no time
-    accuracy: to the first evaluation of at least 97 %, in a run of eight epochs
+    accuracy: to the first evaluation of at least 97 %, in a run of eight epochs. Where a copy of timm's train.py is named
+        (--timm-train), that program is a side too: the same model, batch, optimizer and schedule, the images as PNG files, and
+        its own crops, since it has no shifts and turns
     train: images/s of ``make train`` (two ranks, the recipe's strategy), beside another checkout of this project (--other)
 
 Run it with ``make bench``, beside Fabric where the extra ``bench`` is installed; it writes
@@ -30,12 +32,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from subprocess import PIPE, STDOUT
 from typing import Any
 
 import numpy as np
 import torch
+from torchvision.io import write_png
 
 from benchmarks.checkpoint_report import Target
+from benchmarks.digits_loops import BATCH, CLIP, DECAY, LR, MODEL, SIZE, WARMUP
 from benchmarks.harness import machine, summarize, turn
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +48,9 @@ OWN, PEERS = "bigvision", ("accelerate", "fabric", "timm")
 GOAL = 97.0
 """Percent of the validation images."""
 FIRST, ACCURACY = re.compile(r"^step \d+ of \d+"), re.compile(r"accuracy +([\d.]+)%")
+TIMM = "timm's train.py"
+OF_TIMM = re.compile(r"Test: +\[ *(?:\d+)/(?:\d+)\].*Acc@1: +[\d.]+ +\( *([\d.]+)\)")
+"""Its lines of the first and the last batch of an evaluation, each with the accuracy so far."""
 LIMIT = 120.0
 """Seconds that a program may take to its next line."""
 RESTARTS = ["--restarts", "3"]
@@ -51,11 +59,12 @@ RESTARTS = ["--restarts", "3"]
 class Program:
     """A training program in a process group of its own, and the time of each of its lines."""
 
-    def __init__(self, command: list[str], environment: Mapping[str, str] = {}) -> None:
+    def __init__(self, command: list[str], environment: Mapping[str, str] = {}, errors: int = PIPE) -> None:
+        """Args: *errors*: STDOUT for a program whose lines are on its standard error."""
         self.begun = time.perf_counter()
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, process_group=0,
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, stdout=PIPE,
+            stderr=errors, text=True, process_group=0,
         )  # fmt: skip
 
     def wait_for(self, pattern: re.Pattern[str]) -> tuple[float, re.Match[str]]:
@@ -64,8 +73,8 @@ class Program:
         for line in self.process.stdout:
             if (found := pattern.search(line)) is not None:
                 return time.perf_counter() - self.begun, found
-        assert self.process.stderr is not None
-        raise RuntimeError(f"{self.process.args}: ended without a line like {pattern.pattern}: {self.process.stderr.read()}")
+        said = self.process.stderr.read() if self.process.stderr is not None else ""
+        raise RuntimeError(f"{self.process.args}: ended without a line like {pattern.pattern}: {said}")
 
     def kill_rank(self) -> float:
         """End the one rank that the program has forked, as a crash does; returns when."""
@@ -111,6 +120,28 @@ def write_digits(path: Path) -> None:
     np.savez(path, **arrays)
 
 
+def write_files(arrays: Path, folder: Path) -> None:
+    """The digits of `write_digits` as PNG files in a folder for each class."""
+    found = np.load(arrays)
+    for split in ("train", "val"):
+        for number, (image, label) in enumerate(zip(found[f"{split}_images"], found[f"{split}_labels"])):
+            (folder / split / str(label)).mkdir(parents=True, exist_ok=True)
+            write_png(torch.from_numpy(image), str(folder / split / str(label) / f"{number:04}.png"))
+
+
+def command_of_timm(program: Path, folder: Path, epochs: int) -> list[str]:
+    """timm's train.py with the digits' recipe, without the name of its experiment, which comes last."""
+    options = {
+        "model": MODEL, "num-classes": 10, "img-size": SIZE, "crop-pct": 1.0, "batch-size": BATCH, "opt": "adamw", "lr": LR,
+        "weight-decay": DECAY, "epochs": epochs, "warmup-epochs": round(WARMUP * epochs), "warmup-lr": 0, "min-lr": 0,
+        "clip-grad": CLIP, "workers": 1, "device": "cpu", "hflip": 0, "color-jitter": 0, "train-split": "train",
+        "val-split": "val", "output": folder,
+    }  # fmt: skip
+    listed = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    crops = ["--scale", "0.8", "1.0", "--ratio", "0.9", "1.1"]
+    return [sys.executable, str(program), str(folder / "files"), *listed, *crops, "--sched-on-updates", "--experiment"]
+
+
 def starts(asked: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[float]]]:
     """Seconds to the first step and from a crash to the next step, of each side and round."""
     sides = commands(asked, folder, 15)
@@ -142,13 +173,19 @@ def accuracies(asked: argparse.Namespace, folder: Path) -> dict[str, dict[str, l
     """Seconds to `GOAL`, and to the end of the process, of each side and round."""
     sides = {name: command for name, command in commands(asked, folder, asked.epochs).items() if name != "accelerate"}
     sides |= {"timm (again)": sides["timm"]}
+    if asked.timm_train is not None:
+        write_files(folder / "digits.npz", folder / "files")
+        sides[TIMM] = command_of_timm(asked.timm_train, folder, asked.epochs)
     times: dict[str, dict[str, list[float]]] = {what: {name: [] for name in sides} for what in ("accuracy", "whole run")}
     for number in range(asked.rounds):
         for name in turn(list(sides), number):
-            program = Program([*sides[name], str(folder / f"accuracy-{name.replace(' ', '')}-{number}")])
+            out = str(folder / f"accuracy-{name.replace(' ', '')}-{number}")
+            is_timm = name == TIMM
+            program = Program([*sides[name], Path(out).name if is_timm else out], errors=STDOUT if is_timm else PIPE)
             reached, last = None, 0.0
             for _ in range(asked.epochs):
-                seconds, found = program.wait_for(ACCURACY)
+                for _ in range(2 if is_timm else 1):
+                    seconds, found = program.wait_for(OF_TIMM if is_timm else ACCURACY)
                 last = float(found[1])
                 if reached is None and last >= GOAL:
                     reached = seconds
@@ -186,7 +223,7 @@ def training(asked: argparse.Namespace, folder: Path) -> dict[str, dict[str, lis
 TARGETS: dict[str, list[tuple[str, str, str, float]]] = {
     "start": [("first step", peer, "command to first step", 0.9) for peer in PEERS[:2]]
     + [("after a crash", peer, "crash to next step", 0.6) for peer in PEERS[:2]],
-    "accuracy": [("accuracy", peer, f"time to {GOAL:g} %", 0.8) for peer in ("timm", "fabric")],
+    "accuracy": [("accuracy", peer, f"time to {GOAL:g} %", 0.8) for peer in ("timm", TIMM, "fabric")],
     "train": [("images", "other", "make train's time for an image", 1 / 1.25)],
 }
 """Of each part: (which times, the peer, what is compared, at most so much of the peer's)."""
@@ -223,6 +260,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=8, help="of the runs to an accuracy and of make train")
     parser.add_argument("--other", type=Path, help="another checkout, for train")
+    parser.add_argument("--timm-train", type=Path, metavar="FILE", help="timm's train.py, which its package lacks")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     asked = parser.parse_args()
     if "train" in (asked.part or ()) and asked.other is None:

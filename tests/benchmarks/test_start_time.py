@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.start_time import ACCURACY, FIRST, OWN, ROOT, Program, table, write_digits
+from benchmarks.start_time import ACCURACY, FIRST, OF_TIMM, OWN, ROOT, Program, table, write_digits
 
 SCRIPT = """
 import sys, time
@@ -27,6 +27,9 @@ def test_a_line_is_timed_and_a_program_killed() -> None:
     second, found = program.wait_for(ACCURACY)
     assert 0.2 < first <= second < 30 and found[1] == "97.22"
     assert program.kill() >= program.begun + second and program.process.returncode == -9
+    line = "Test: [   5/5]  Time: 0.050 (0.101)  Loss:   0.284 ( 0.353)  Acc@1:  90.000 ( 91.111)  Acc@5: 100.000 ( 99.722)"
+    timm = Program([sys.executable, "-c", f"import sys; print({line!r}, file=sys.stderr)"], errors=subprocess.STDOUT)
+    assert timm.wait_for(OF_TIMM)[1][1] == "91.111"
     ended = Program([sys.executable, "-c", SCRIPT, "ends"])
     ended.wait_for(ACCURACY)
     with pytest.raises(RuntimeError, match=r"without a line like .*out of luck"):
