@@ -16,6 +16,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import stage_backward_weight
 
 from bigvision.config import ONE_STAGE, Config
+from bigvision.models.formats import COMPUTE_DTYPES
 from bigvision.models.tracing import Cost
 from bigvision.optim import state_bytes
 from bigvision.ranges import BACKWARD, mark
@@ -100,6 +101,7 @@ class StageMemory:
     recompute: str  # parallel.recompute
     capacity: float | None = None  # bytes of a device that a run may use; None is no limit
     frozen: int = MASTER  # bytes in which a frozen parameter is held
+    whole: int = MASTER  # bytes in which the gradient of a sharded parameter is added up before it is reduced
 
     @classmethod
     def of(
@@ -109,11 +111,11 @@ class StageMemory:
         parallel = config.parallel
         count = config.train.global_batch // data_ranks // micro_batch
         # Under autocast some activations stay fp32: there they are counted as if all did.
-        compute = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(parallel.precision, torch.float32)
+        compute = torch.float32 if parallel.precision == "amp_bf16" else COMPUTE_DTYPES[parallel.precision]
         return cls(
             placement, micro_batches_kept(parallel.schedule, placement, count), count, micro_batch, shards,
             state_bytes(config.optim), compute, parallel.recompute, capacity,
-            2 if config.model.frozen_dtype == "bf16" else MASTER,
+            2 if config.model.frozen_dtype == "bf16" else MASTER, COMPUTE_DTYPES[parallel.reduce].itemsize,
         )  # fmt: skip
 
     def needed(self, stage: int, cost: Cost) -> float:
@@ -128,7 +130,7 @@ class StageMemory:
         if self.shards > 1:
             # A backward pass leaves gathered weights in place until the stage's next forward pass frees them, and gradients
             # stay whole until the last micro-batch: at the end of a backward pass a stage has all of both.
-            return weight * cost.parameters + MASTER * cost.trained
+            return weight * cost.parameters + self.whole * cost.trained
         # Each backward pass holds on to the weights that its forward pass cast; recomputed blocks cast them again.
         return weight * cost.parameters * (self.kept[stage] if self.recompute == "none" else 1) if weight < MASTER else 0.0
 
