@@ -92,6 +92,7 @@ gpu: $(STAMP)  ## on a machine with GPUs: the tests of CUDA (minutes), then trai
 	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.optimizer_time --device cuda
 	$(BIN)/python -m benchmarks.determinism_time --device cuda
+	$(BIN)/python -m benchmarks.kernel_time --device cuda
 
 clean:  ## remove .venv and caches; checkpoints stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache
