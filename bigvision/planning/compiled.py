@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 from torch.overrides import _pop_mode_temporarily
 
 from bigvision.models import kinds, share_rates
@@ -90,11 +91,23 @@ class _Unfused(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         recorder: Any = self.attention.counter
         recorder.fused = n in self.fused
+        again = n.name in self.again or (self.again and n.target is run_with_rng_state)
         try:
-            with recorder.recomputing() if n.name in self.again else nullcontext():
+            with recorder.recomputing() if again else nullcontext():
                 return super().run_node(n)
         finally:
             recorder.fused = False
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Random operations that a backward pass computes again keep the generator's state, on CUDA in the generator itself."""
+        if target is run_and_save_rng_state:
+            operation, *given = args
+            size = torch.get_rng_state().numel() if self.attention.device == "cpu" else 0
+            return torch.empty(size, dtype=torch.uint8), operation(*given, **kwargs)
+        if target is run_with_rng_state:
+            _, operation, *given = args
+            return operation(*given, **kwargs)
+        return super().call_function(target, args, kwargs)
 
 
 def _name(node: fx.Node) -> str:

@@ -41,7 +41,8 @@ class Simple(choice.Estimates):
         recomputed *= 0.05 if parallel.offloads_activations else 1.0
         size = micro_batch(config, ranks // stages, stages)
         peak = weights / shards + size * self.image * recomputed / stages * min(4, stages)
-        return SimpleNamespace(peak=peak, rank=ranks - 1)
+        host = 8 * self.parameters / shards if parallel.offloads_state else 0
+        return SimpleNamespace(peak=peak, rank=ranks - 1, host=host, pinned=GIB if parallel.offloads_activations else 0)
 
     def time(self, config: Config) -> Any:
         slower = {"ddp": 1.0, "fsdp": 1.02, "pipeline": 1.3}.get(config.parallel.strategy, 1.2)
@@ -118,10 +119,18 @@ def test_the_table_ranks_what_fits_and_says_what_would_make_the_rest_fit() -> No
     assert "needs 30.3" in lacking["ddp"].why and "on rank 7" in lacking["ddp"].why
     assert lacking["ddp"].change is not None
     text = "\n".join(command.table(found))
-    assert "fsdp" in text and "the first: --parallel.strategy fsdp --train.micro_batch 8" in text
+    assert "fsdp" in text and "the first: --parallel.strategy fsdp --train.micro_batch 8" in text and "host" not in text
     assert command.as_dict(found)["rows"][0]["strategy"] == "fsdp"
     asked = plan(config(parallel={"strategy": "zero2"}, train={"global_batch": 64, "micro_batch": 4}), parse_hardware("8xH200"))
     assert {one.micro_batch for one in asked.rows} == {4} and {one.largest for one in asked.rows if one.name == "ddp"} == {8}
+
+
+def test_the_hosts_memory_is_in_the_table_where_something_is_offloaded() -> None:
+    found = plan(config(parallel={"strategy": "zero2", "offload": "optimizer+activations"}), parse_hardware("8xH200"))
+    head, *lines = command.table(found)[4:]
+    (mine,) = (line for line in lines if "offload optimizer+activations" in line and " none " in line)
+    assert head.endswith("host GiB") and mine.endswith("  5.97"), mine
+    assert any(line.endswith("  0.00") for line in lines), "nothing of a layout that offloads nothing is there"
 
 
 def test_offloaded_activations_are_a_change_that_makes_a_layout_fit(simple: type[Simple]) -> None:
