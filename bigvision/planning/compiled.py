@@ -27,6 +27,9 @@ COPIES = {"_to_copy", "clone", "convert_element_type", "full", "full_like", "emp
           "slice_scatter", "select_scatter", "iota", "scalar_tensor"}  # fmt: skip
 """Others that inductor computes where they are read."""
 
+AGAIN = "bigvision_again"
+"""Whether a node of a backward graph computes again what the forward pass has computed."""
+
 
 def compile_without_code(blocks: Sequence[nn.Module], attention: FusedAttention, recomputed: bool) -> None:
     """Let each of *blocks* do, in place, what its compiled form would do. Blocks of one kind share a trace.
@@ -38,21 +41,18 @@ def compile_without_code(blocks: Sequence[nn.Module], attention: FusedAttention,
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
-    ahead: set[str] = set()  # the operations of the forward pass whose backward pass is compiled next
+    def partition(*args: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        forward, backward = min_cut_rematerialization_partition(*args, compiler="inductor", **kwargs)
+        # What is computed again keeps its name, or is wrapped where it is random.
+        names = {node.name for node in forward.graph.nodes if node.op == "call_function"}
+        for node in backward.graph.nodes if recomputed else ():
+            node.meta[AGAIN] = node.op == "call_function" and (node.name in names or node.target is run_with_rng_state)
+        return forward, backward
 
-    def forward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        ahead.clear()
-        ahead.update(node.name for node in graph.graph.nodes if node.op == "call_function")
-        return _Unfused(graph, attention, frozenset()).boxed
+    def run(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        return _Unfused(graph, attention).boxed
 
-    def backward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        # What is computed again keeps its name.
-        return _Unfused(graph, attention, frozenset(ahead) if recomputed else frozenset()).boxed
-
-    compiled = aot_autograd(
-        fw_compiler=forward, bw_compiler=backward, decompositions=select_decomp_table(),
-        partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
-    )  # fmt: skip
+    compiled = aot_autograd(fw_compiler=run, bw_compiler=run, decompositions=select_decomp_table(), partition_fn=partition)
 
     def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
@@ -80,10 +80,9 @@ def _outside(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 class _Unfused(fx.Interpreter):
     """Runs a graph, and tells the recorder which values get no memory."""
 
-    def __init__(self, graph: fx.GraphModule, attention: FusedAttention, again: frozenset[str]) -> None:
-        """*again*: names of operations of a backward pass that recompute."""
+    def __init__(self, graph: fx.GraphModule, attention: FusedAttention) -> None:
         super().__init__(graph)
-        self.attention, self.again = attention, again
+        self.attention = attention
         self.fused = {node for node in graph.graph.nodes if _computed_where_read(node) and all(map(_reads, _readers(node)))}
         self.boxed: Callable[[list[Any]], Any] = lambda inputs: self.boxed_run(inputs)
         vars(self.boxed)["_boxed_call"] = True
@@ -91,9 +90,8 @@ class _Unfused(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         recorder: Any = self.attention.counter
         recorder.fused = n in self.fused
-        again = n.name in self.again or (self.again and n.target is run_with_rng_state)
         try:
-            with recorder.recomputing() if again else nullcontext():
+            with recorder.recomputing() if n.meta.get(AGAIN) else nullcontext():
                 return super().run_node(n)
         finally:
             recorder.fused = False
