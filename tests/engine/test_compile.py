@@ -366,7 +366,7 @@ def graphs_of_a_run(plain: dict[str, Any]) -> list[float]:
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.long)])
+@pytest.mark.parametrize("strategy", ["fsdp", *(pytest.param(name, marks=pytest.mark.long) for name in ("ddp", "zero2"))])
 def test_graphs_of_a_strategy(tmp_path: Path, strategy: str) -> None:
     plain = recipe(tmp_path, parallel={"strategy": strategy, "compile": True})
     # The parts of so small a model lie inside of branches: of a micro-batch of five they get five or four samples.

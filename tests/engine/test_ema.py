@@ -133,7 +133,7 @@ def evaluated(folder: Path, plain: dict[str, Any], ema: bool) -> dict[str, float
     return evaluate_checkpoint(folder, load_config(plain), ema=ema)
 
 
-@pytest.mark.parametrize("layout", SOME)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name == "fsdp2" else pytest.mark.long) for name in LAYOUTS])
 def test_it_is_evaluated_saved_and_resumed(tmp_path: Path, layout: str) -> None:
     """Bit for bit; what is evaluated between is what is saved, and evaluating it changes nothing."""
     ranks, parallel = LAYOUTS[layout]

@@ -216,7 +216,8 @@ def test_losses_are_those_of_one_process(tmp_path: Path, layout: str) -> None:
         assert off(torch.tensor(reference), torch.tensor(bf16)) > 1e-5, "fp8 computes something else"
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", *(pytest.param(name, marks=LONG) for name in LAYOUTS if name != "fsdp2")])
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_resumes_bit_for_bit_and_crosses_to_bf16_and_back(tmp_path: Path, layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
 

@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "offloaded": ("zero2", 2, {"offload": "optimizer"}),
 }
 """The columns of the table in docs/strategies.md: a strategy, a number of ranks, other keys of `parallel`."""
-SHORT = {("lion", "`zero2`"), ("adafactor", "`ddp`"), ("adafactor", "`pipeline`"), ("muon", "`fsdp`")}
+SHORT = {("adafactor", "`ddp`"), ("adafactor", "`pipeline`"), ("muon", "`fsdp`")}
 PAGE = Path(__file__).parents[2] / "docs" / "strategies.md"
 
 

@@ -55,6 +55,7 @@ print("done", steps, two.step, len(two.history))
 """
 
 
+@pytest.mark.long
 def test_a_script_without_a_guard(tmp_path: Path) -> None:
     """Twenty steps on two interpreters, with data workers: the losses of ranks that a launcher starts, and one run of main."""
     plain = small(Path("out"), train={"steps": 20}, data={"workers": 1, "val": "digits"})

@@ -306,6 +306,7 @@ def check_offloaded(tmp_path: Path, case: tuple[Any, ...]) -> None:
     assert found["measured"] < without["measured"] and found["pinned"] > 0
 
 
+@pytest.mark.long
 def test_peak_with_offloaded_activations(tmp_path: Path) -> None:
     check_offloaded(tmp_path, OFFLOADS[0])
 
@@ -394,6 +395,7 @@ def test_a_mesh_that_does_not_divide() -> None:
             Layout.of(config, 8)
 
 
+@pytest.mark.long
 def test_shares_of_many_ranks() -> None:
     config = load_config({"parallel": {"strategy": "fsdp", "replicas": 4, "device": "cuda"}, "train": {"global_batch": 4096}})
     counted, layout = profile(config, 10), Layout.of(config, 1024)

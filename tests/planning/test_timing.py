@@ -81,6 +81,7 @@ def timed(hardware: str, batch: int, micro: int | None = None, **parallel: Any) 
     return step_time(counted, config, Layout.of(config, here.ranks), here)
 
 
+@pytest.mark.long
 def test_a_teachers_forward_pass_takes_time(tmp_path: Path) -> None:
     """Nearly as long as the forward passes of the student, where the teacher is the same model: it keeps nothing for later."""
     model = {"name": "vit_small_patch16_224", "num_classes": 10, "options": {"depth": 4}}
@@ -99,6 +100,7 @@ def test_a_teachers_forward_pass_takes_time(tmp_path: Path) -> None:
         assert times[1].total > times[0].total + 0.9 * added
 
 
+@pytest.mark.long
 def test_what_must_hold_on_any_hardware() -> None:
     base = timed("8xH100", 1024)
     assert base.total == pytest.approx(base.forward + base.backward + base.optimizer + base.exposed, rel=0.2)
@@ -159,6 +161,7 @@ def test_stages_are_priced_where_the_engine_cuts(name: str, options: dict[str, A
         assert len(units) == len(plan.blocks[stage]) + 1
 
 
+@pytest.mark.long
 def test_stages_are_priced_where_memory_lets_the_engine_cut() -> None:
     """The first of two stages keeps two micro-batches: where that is too much for a device, it gets fewer blocks."""
     parallel = {"strategy": "pipeline", "stages": 2, "device": "cpu", "precision": "fp32", "compile": False}
