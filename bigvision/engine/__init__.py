@@ -4,8 +4,8 @@ In come a model on meta (`Blueprint`), its blocks and batches; out come step res
 
 Read ``engine.py`` first (the step from above), then ``step.py`` (the update and what it returns) and ``parallelize.py`` (how a
 model is spread over the ranks). ``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage,
-first values, running statistics and fragments, ``ema.py`` the average of the weights, ``teacher.py`` a frozen model to learn
-from.
+first values, running statistics and fragments, ``graphs.py`` passes as CUDA graphs, ``ema.py`` the average of the weights, ``teacher.py`` a
+frozen model to learn from.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from bigvision.config import Config, check_batches, micro_batch
 from bigvision.engine import parallelize
 from bigvision.engine.engine import Engine
+from bigvision.engine.graphs import RECORDERS
 from bigvision.engine.pipeline import PipelineEngine
 from bigvision.engine.step import Metrics, StepResult
 from bigvision.engine.teacher import Teacher
@@ -46,6 +47,12 @@ def check_engine(config: Config, runtime: Runtime, task: Task) -> None:
             f"parallel.offload: {config.parallel.offload} moves activations from a device to its host, but the device is the "
             f"{runtime.device.type.upper()}: use none on it"
         )
+    if config.parallel.cuda_graphs and runtime.device.type not in RECORDERS:
+        raise UserError(
+            f"parallel.cuda_graphs: true needs CUDA, but the device is the {runtime.device.type.upper()}: use false on it"
+        )
+    if config.parallel.cuda_graphs and runtime.world_size > 1:
+        raise UserError(f"parallel.cuda_graphs: true is for one rank, but this run has {runtime.world_size}: use false")
     if config.parallel.offloads_state and config.optim.name == "adamw":
         check_cpu_adam(runtime.device)
 
