@@ -3,9 +3,9 @@
 In come a model on meta (`Blueprint`), its blocks and batches; out come step results, sums of metrics and fragments.
 
 Read ``engine.py`` first (the step from above), then ``step.py`` (the update and what it returns) and ``parallelize.py`` (how a
-model is spread over the ranks). ``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage,
-first values, running statistics and fragments, ``graphs.py`` passes as CUDA graphs, ``ema.py`` the average of the weights, ``teacher.py`` a
-frozen model to learn from.
+model is spread over the ranks). ``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``graphs.py`` passes
+that run as CUDA graphs, ``state.py`` storage, first values, running statistics and fragments, ``ema.py`` the average of the
+weights, ``teacher.py`` a frozen model to learn from.
 """
 
 from __future__ import annotations
