@@ -204,8 +204,7 @@ class Graphs:
                 parameter.grad = fixed.copy_(grad)
 
     def _captured(self, kind: _Kind) -> _Graph:
-        """The passes of *kind*, where parameters have the gradients that they have now."""
-        given = [parameter.grad for parameter in self.parameters]
+        """The passes of *kind*, where parameters have the gradients that they have now, which it forgets."""
 
         def work() -> tuple[Tensor, Tensor]:
             results = self.passes(kind.batch, kind.factor, kind.scale)
@@ -226,10 +225,7 @@ class Graphs:
             changed = [name for name, buffer in module._buffers.items() if buffer is not before.get(name)]
             if changed:
                 raise self._refusal(f"{type(module).__name__} replaces its buffer {changed[0]}")
-        learned = [parameter for parameter in self.parameters if parameter.grad is not None]
-        for parameter, grad in zip(self.parameters, given):
-            parameter.grad = grad
-        return _Graph(loss, finite, launch, learned)
+        return _Graph(loss, finite, launch, [parameter for parameter in self.parameters if parameter.grad is not None])
 
     def _refusal(self, reason: str) -> UserError:
         return UserError(f"parallel.cuda_graphs: true, but the passes of {self.name} cannot be captured ({reason}): use false")

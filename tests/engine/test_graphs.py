@@ -124,8 +124,8 @@ def test_a_run_resumes_with_the_same_bytes(tmp_path: Path, graphs: bool) -> None
 # What else may happen in a step.
 
 
-def engine_of(folder: Path, model: nn.Module, graphs: bool = True) -> bigvision.Engine:
-    made = recipe(folder, parallel={"cuda_graphs": graphs}, train={"micro_batch": None}, optim={"warmup": 0})
+def engine_of(folder: Path, model: nn.Module, graphs: bool = True, micro_batch: int | None = None) -> bigvision.Engine:
+    made = recipe(folder, parallel={"cuda_graphs": graphs}, train={"micro_batch": micro_batch}, optim={"warmup": 0})
     del made["model"]
     return bigvision.Engine(made, model=model, num_classes=10, image_size=32, steps=20, global_batch=8)
 
@@ -181,6 +181,24 @@ def test_more_shapes_than_get_graphs(tmp_path: Path) -> None:
     assert found["numbers"] == reference["numbers"] and same(found, reference)
     assert found["launches"] == [2, 2, 1, 1]
     assert found["warned"].count("warning: parallel.cuda_graphs: 4 kinds of micro-batches have graphs") == 1
+
+
+def step_of_both(folder: Path, graphs: bool) -> list[Tensor]:
+    """Weights after a step whose first micro-batch has no graph any more, and whose second one has one."""
+    torch.manual_seed(0)
+    with on_the_cpu() as found, engine_of(folder, Pooled(), graphs, micro_batch=5) as engine:
+        engine.train_step(*images_of(16))
+        if (held := engine.engine.graphs) is not None:
+            held.most = 1
+            del held.kinds[next(iter(held.kinds))]
+        engine.train_step(*images_of(16, 1))
+        assert not graphs or [graph.launches for graph in found[0].graphs] == [1, 2]
+        return [fragment.values.clone() for fragment in engine.engine.fragments()]
+
+
+def test_passes_with_and_without_a_graph_add_up(tmp_path: Path) -> None:
+    found, reference = (run_ranks(step_of_both, 1, tmp_path, graphs)[0] for graphs in (True, False))
+    assert all(torch.equal(one, other) for one, other in zip(found, reference, strict=True))
 
 
 # What cannot be captured.
