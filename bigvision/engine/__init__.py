@@ -51,8 +51,6 @@ def check_engine(config: Config, runtime: Runtime, task: Task) -> None:
         raise UserError(
             f"parallel.cuda_graphs: true needs CUDA, but the device is the {runtime.device.type.upper()}: use false on it"
         )
-    if config.parallel.cuda_graphs and runtime.world_size > 1:
-        raise UserError(f"parallel.cuda_graphs: true is for one rank, but this run has {runtime.world_size}: use false")
     if config.parallel.offloads_state and config.optim.name == "adamw":
         check_cpu_adam(runtime.device)
 
@@ -60,6 +58,9 @@ def check_engine(config: Config, runtime: Runtime, task: Task) -> None:
 def check_layout(config: Config, data_ranks: int, stages: int, task: Task) -> None:
     """Raise `UserError` for batch sizes and tasks that *data_ranks* with *stages* (see `micro_batch`) cannot have."""
     check_batches(config, data_ranks, stages)
+    if config.parallel.cuda_graphs and data_ranks > 1:
+        # DistributedDataParallel's exchange would be captured too.
+        raise UserError(f"parallel.cuda_graphs: true is for one rank, but there are {data_ranks}: use false")
     if config.parallel.strategy == "pipeline" and (not task.cuttable or task.span == "global batch"):
         why = "whose model cannot be cut into stages" if not task.cuttable else "whose loss spans the global batch"
         raise UserError(f"parallel.strategy: pipeline cannot run task.name: {config.task.name}, {why}: use fsdp")

@@ -281,7 +281,7 @@ def refused_on_ranks(config: Any) -> str:
 def test_where_graphs_are_refused(tmp_path: Path) -> None:
     config = load_config(recipe(tmp_path, parallel={"cuda_graphs": True}))
     assert run_ranks(refused_by_the_engine, 1, config)[0].startswith("parallel.cuda_graphs: true needs CUDA")
-    assert "is for one rank, but this run has 2: use false" in run_ranks(refused_on_ranks, 2, config)[0]
+    assert "parallel.cuda_graphs: true is for one rank, but there are 2: use false" in run_ranks(refused_on_ranks, 2, config)[0]
 
 
 # The imitation: what is wrong shows.
