@@ -56,7 +56,7 @@ def check_engine(config: Config, runtime: Runtime, task: Task) -> None:
 
 
 def check_layout(config: Config, data_ranks: int, stages: int, task: Task) -> None:
-    """Raise `UserError` for batch sizes and tasks that *data_ranks* with *stages* (see `micro_batch`) cannot have."""
+    """Raise `UserError` for batch sizes, tasks and graphs that *data_ranks* with *stages* (see `micro_batch`) cannot have."""
     check_batches(config, data_ranks, stages)
     if config.parallel.cuda_graphs and data_ranks > 1:
         # DistributedDataParallel's exchange would be captured too.

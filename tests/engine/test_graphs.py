@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -19,8 +22,8 @@ from bigvision.engine import check_engine
 from bigvision.errors import UserError
 from bigvision.runtime import start
 from bigvision.tasks import Classify
-from tests.distributed import run_ranks
-from tests.graphs import Imitation, on_the_cpu
+from tests.distributed import RankError, run_ranks
+from tests.graphs import Graph, Imitation, on_the_cpu
 from tests.recipes import MODELS, digests, recipe, run
 
 LONG = pytest.mark.long
@@ -108,17 +111,35 @@ def test_a_student_has_the_same_bytes(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_a_run_resumes_with_the_same_bytes(tmp_path: Path, graphs: bool) -> None:
+def killed(plain: dict[str, Any]) -> None:
+    """Die in the fourth step, whose first micro-batch has a graph already, when the second one is saved."""
+    launch, saved = Graph.launch, Path(plain["out"]) / "step-00000002"
+
+    def die(self: Graph) -> None:
+        if self.launches == 3:
+            while not saved.exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        launch(self)
+
+    Graph.launch = die  # type: ignore[method-assign]
+    graphed(plain)
+
+
+def test_a_killed_run_resumes_with_the_same_bytes(tmp_path: Path) -> None:
     """Also without graphs where it had some."""
-    plain = made(tmp_path / "run", "vit, skip", cuda_graphs=True) | {"checkpoint": {"every": 2, "keep": 9}}
+    plain = made(tmp_path / "whole", "vit, skip", cuda_graphs=True) | {"checkpoint": {"every": 2, "keep": 9}}
     whole, _ = run_ranks(graphed, 1, plain)[0]
-    expected = digests(tmp_path / "run" / "step-00000004")
-    shutil.rmtree(tmp_path / "run" / "step-00000004")
-    plain["parallel"]["cuda_graphs"] = graphs
-    losses, launches = run_ranks(graphed, 1, plain)[0]
-    assert losses == whole and launches == ([2, 4, 2] if graphs else [])
-    assert digests(tmp_path / "run" / "step-00000004") == expected
+    plain["out"] = str(tmp_path / "graphs")
+    with pytest.raises(RankError, match="the process died"):
+        run_ranks(killed, 1, plain)
+    shutil.copytree(tmp_path / "graphs", tmp_path / "eager")
+    for graphs, launches in ((True, [2, 4, 2]), (False, [])):
+        plain["out"] = str(tmp_path / ("graphs" if graphs else "eager"))
+        plain["parallel"]["cuda_graphs"] = graphs
+        losses, found = run_ranks(graphed, 1, plain)[0]
+        assert losses[-2:] == whole[2:] and found == launches
+        assert digests(Path(plain["out"]) / "step-00000004") == digests(tmp_path / "whole" / "step-00000004")
 
 
 # What else may happen in a step.
