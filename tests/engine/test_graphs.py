@@ -97,6 +97,7 @@ def test_a_run_has_the_same_bytes(tmp_path: Path, name: str) -> None:
     assert launches == ([2, 4, 2] * 3 if name == "sizes" else [4, 8, 4])
 
 
+@LONG
 def test_a_student_has_the_same_bytes(tmp_path: Path) -> None:
     """The teacher's passes are captured too, and what the task makes of its first outputs is not in a graph's memory."""
     teacher = recipe(tmp_path / "teacher", train={"steps": 1, "micro_batch": None}) | {"model": MODELS["pyramid"]}
