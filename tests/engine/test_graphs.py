@@ -113,12 +113,14 @@ def test_a_student_has_the_same_bytes(tmp_path: Path) -> None:
 
 
 def killed(plain: dict[str, Any]) -> None:
-    """Die in the fourth step, whose first micro-batch has a graph already, when the second one is saved."""
+    """Die between two micro-batches of the fourth step, when the second step is saved."""
     launch, saved = Graph.launch, Path(plain["out"]) / "step-00000002"
 
     def die(self: Graph) -> None:
-        if self.launches == 3:
-            while not saved.exists():
+        if self.launches == 6:  # that of the second and third micro-batch
+            for _ in range(2000):
+                if saved.exists():
+                    break
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         launch(self)
