@@ -129,6 +129,7 @@ def killed(plain: dict[str, Any]) -> None:
     graphed(plain)
 
 
+@LONG
 def test_a_killed_run_resumes_with_the_same_bytes(tmp_path: Path) -> None:
     """Also without graphs where it had some."""
     plain = made(tmp_path / "whole", "vit, skip", cuda_graphs=True) | {"checkpoint": {"every": 2, "keep": 9}}
