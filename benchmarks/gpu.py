@@ -29,10 +29,13 @@ import torch
 
 from benchmarks.gpu_sides import (
     CONVNEXT_L,
+    RESNET_18,
     RESNET_50,
     VIT_G,
     VIT_H,
     VIT_L,
+    VIT_S,
+    VIT_TI,
     Bench,
     Model,
     Side,
@@ -76,6 +79,10 @@ HAND, HAND_COMPILED = Side("hand-written"), Side("hand-written", compiled=True)
 FEW = replace(VIT_L, batch=8)
 HAND_CHANNELS_LAST = Side("hand-written", channels_last=True)
 
+GRAPHS = (
+    ours("ddp"), ours("ddp", graphs=True, bound=1 / 1.3), ours("ddp", compiled=True), ours("ddp", compiled=True, graphs=True),
+)  # fmt: skip
+
 # At most so many sides as an 80 GB device holds beside one side's activations.
 PARTS: dict[str, Part] = {
     "vit_l": Part(VIT_L, (HAND, ours("ddp", bound=1.01), ours("ddp", precision="amp_bf16"), Side("accelerate"))),
@@ -106,6 +113,10 @@ PARTS: dict[str, Part] = {
     ),
     "convnext_l": Part(CONVNEXT_L, (HAND_CHANNELS_LAST, ours("ddp", bound=1.01), HAND)),
     "resnet_50": Part(RESNET_50, (HAND_CHANNELS_LAST, ours("ddp", bound=1.01), ours("fsdp"), HAND, Side("accelerate"))),
+    # Bound by launches: passes as CUDA graphs should be at least 1.3 times as fast.
+    "vit_ti_graphs": Part(VIT_TI, GRAPHS),
+    "vit_s_graphs": Part(VIT_S, GRAPHS),
+    "resnet_18_graphs": Part(RESNET_18, GRAPHS[:2]),
     # Compiled with drop path the first step may take 1.3 times as long as without.
     "first_step_hand_written": Part(FEW, (HAND_COMPILED,), first_step=True),
     "first_step": Part(FEW, (ours("ddp", compiled=True),), first_step=True),

@@ -59,6 +59,8 @@ VIT_G = Model("vit_giant_patch14_224", 64)
 CONVNEXT_L = Model(
     "convnext_large", 128, "convnext_atto", {"depths": [1, 1, 2, 1], "dims": [18, 24, 36, 45]}, block="ConvNeXtBlock"
 )
+VIT_TI, VIT_S = Model("vit_tiny_patch16_224", 64), Model("vit_small_patch16_224", 64)
+RESNET_18 = Model("resnet18", 64, "test_resnet", {}, block="BasicBlock")
 RESNET_50 = Model("resnet50", 256, "test_resnet", {}, block="Bottleneck")
 
 
@@ -76,6 +78,8 @@ class Side:
     """Whether it averages its weights."""
     recompute: str = "none"
     offload: str = "none"
+    graphs: bool = False
+    """Whether its passes are CUDA graphs."""
     bound: float | None = None
     """The most that its time over the baseline's should be."""
 
@@ -84,7 +88,7 @@ class Side:
         words = {
             "amp_bf16": self.precision == "amp_bf16", "compiled": self.compiled, "channels_last": self.channels_last,
             "EMA": self.ema, "fp8": self.precision == "fp8", f"recompute {self.recompute}": self.recompute != "none",
-            f"offload {self.offload}": self.offload != "none",
+            f"offload {self.offload}": self.offload != "none", "CUDA graphs": self.graphs,
         }  # fmt: skip
         return ", ".join([f"{self.kind} {self.strategy}".strip(), *(word for word, holds in words.items() if holds)])
 
@@ -95,6 +99,10 @@ class Side:
         for key, value in (("precision", self.precision), ("offload", self.offload)):
             if value not in get_args(kinds[key]):
                 return f"this version has no parallel.{key} {value}"
+        if self.graphs and "cuda_graphs" not in kinds:
+            return "this version has no parallel.cuda_graphs"
+        if self.graphs and not torch.cuda.is_available():
+            return "a CPU has no graphs"
         if self.offload != "none" and not torch.cuda.is_available():
             return "a CPU has no other memory"
         return ""
@@ -155,6 +163,7 @@ class Bench:
                 "parallel": {
                     "strategy": side.strategy, "precision": side.precision, "compile": side.compiled,
                     "device": self.device.type, "recompute": side.recompute, "offload": side.offload,
+                    **({"cuda_graphs": True} if side.graphs else {}),
                 },
                 "train": {"global_batch": self.batch * self.runtime.data_ranks},
                 "ema": {"decay": 0.9999 if side.ema else None},

@@ -103,14 +103,13 @@ def passes_alone(engine: PipelineEngine, whole: Batch, count: int) -> Callable[[
     sends = engine.plan.sends[True, (height, width)]
 
     def run() -> None:
-        engine.checks = []
         engine.passes = dict.fromkeys(engine.stages, 0)
         for number, stage in engine.stages.items():
             inputs = [filled(sends[number - 1], size) if number else (images,) for _ in labels]
             for received, targets in zip(inputs, labels):
                 outputs = stage(*received)
                 if number == last:
-                    engine._checked_loss(outputs, targets, len(targets)).backward()
+                    engine._loss(outputs, targets).backward()
                 else:
                     torch.autograd.backward(outputs, [torch.ones_like(sent) for sent in outputs])
         engine.stepper.optimizer.zero_grad(set_to_none=True)

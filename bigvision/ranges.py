@@ -8,9 +8,11 @@ from torch.autograd import profiler
 
 NOTHING = nullcontext()
 WAIT, FORWARD, BACKWARD = "wait for data", "forward", "backward"
+GRAPH = "forward and backward"
+"""Both as one CUDA graph."""
 REDUCE, OPTIMIZER, EMA = "reduce", "optimizer", "ema"
 """What ranks still have to exchange of gradients after the passes, with their norm; the update; the average of the weights."""
-RANGES = frozenset((WAIT, FORWARD, BACKWARD, REDUCE, OPTIMIZER, EMA))
+RANGES = frozenset((WAIT, FORWARD, BACKWARD, GRAPH, REDUCE, OPTIMIZER, EMA))
 
 
 def mark(name: str) -> AbstractContextManager[object]:

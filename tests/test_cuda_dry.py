@@ -31,7 +31,7 @@ def test_the_tests_of_cuda() -> None:
 
 @pytest.mark.long
 @pytest.mark.alone
-@pytest.mark.parametrize("part", ["vit_l", "vit_l_zero2", "resnet_50", "saves"])
+@pytest.mark.parametrize("part", ["vit_l", "vit_l_zero2", "resnet_50", "resnet_18_graphs", "saves"])
 def test_parts_of_the_benchmark(tmp_path: Path, part: str) -> None:
     run("-m", "benchmarks.gpu", "--part", part, "--device", "cpu", "--rounds", "2", "--results", str(tmp_path), timeout=600)
     assert "| side |" in (tmp_path / "gpu_dry_run_on_the_cpu.md").read_text()

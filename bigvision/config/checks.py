@@ -281,6 +281,8 @@ def check(config: Config) -> None:
         )
     if monitor.memory_snapshot and monitor.profile is None:
         raise UserError("monitor.memory_snapshot: true needs monitor.profile: name the steps, such as [2, 3]")
+    if config.parallel.cuda_graphs:
+        _check_graphs(config.parallel)
     if config.parallel.strategy == "auto":
         admitted(config)
     else:
@@ -341,6 +343,8 @@ def _check_strategy(config: Config) -> None:
             f"parallel.offload: activations excludes parallel.schedule: {parallel.schedule}, which takes backward passes apart "
             "and would keep what has come back until the second part: use 1f1b, gpipe or interleaved"
         )
+    if parallel.cuda_graphs and parallel.strategy != "ddp":
+        raise UserError(f"parallel.cuda_graphs: true needs parallel.strategy ddp, not {parallel.strategy}: use ddp, or false")
     unused = {"pipeline": (), "fsdp": PIPELINE_KEYS}.get(parallel.strategy, SHARDED_KEYS + PIPELINE_KEYS)
     for key in unused:
         if (value := getattr(parallel, key)) != getattr(ParallelConfig, key):
@@ -348,6 +352,20 @@ def _check_strategy(config: Config) -> None:
             raise UserError(f"parallel.{key}: {value} needs parallel.strategy {fits}")
     if parallel.strategy == "pipeline":
         _check_schedule(parallel)
+
+
+def _check_graphs(parallel: ParallelConfig) -> None:
+    """Settings under which ``parallel.cuda_graphs`` captures nothing; strategies, ranks and devices are checked elsewhere."""
+    key = "parallel.cuda_graphs: true"
+    if parallel.recompute != "none":
+        # checkpoint asks for the state of the device's generator, which is not known during a capture.
+        raise UserError(f"{key} excludes parallel.recompute: {parallel.recompute}: use none, or cuda_graphs: false")
+    if parallel.offloads_activations:
+        # Copies on another stream, of memory that the host counts.
+        raise UserError(f"{key} excludes parallel.offload: {parallel.offload}: use none, or cuda_graphs: false")
+    if parallel.precision == "fp8":
+        why = "whose layers are too wide to be bound by launches"
+        raise UserError(f"{key} excludes parallel.precision: fp8, {why}: use bf16, or cuda_graphs: false")
 
 
 def auto_keys(config: Config) -> list[str]:
@@ -365,7 +383,7 @@ def admitted(config: Config) -> list[str]:
             continue
         allowed.append(strategy)
     if not allowed:
-        keys = ("optim.name", *(f"parallel.{key}" for key in ("offload", *SHARDED_KEYS, *PIPELINE_KEYS)))
+        keys = ("optim.name", *(f"parallel.{key}" for key in ("offload", "cuda_graphs", *SHARDED_KEYS, *PIPELINE_KEYS)))
         given = [f"{key}: {spell(get(config, key))}" for key in keys if get(config, key) != get(Config(), key)]
         raise UserError(f"parallel.strategy: auto finds none that has {', '.join(given)} together: drop one of them")
     return allowed

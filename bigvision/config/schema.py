@@ -286,6 +286,9 @@ class ParallelConfig:
     that it is needed, or faster for its larger micro-batch."""
     compile: Literal["auto"] | bool = "auto"
     """Compile each block with torch.compile. auto: on CUDA, where blocks repeat and nothing forbids it."""
+    cuda_graphs: bool = False
+    """ddp on one CUDA device: capture the forward and backward pass of a micro-batch as a CUDA graph, and launch it as a whole.
+    For small models at small batches, whose step is the time to launch kernels."""
     offload: Literal["none", "optimizer", "all", "activations", "optimizer+activations", "all+activations"] = "none"
     """optimizer (zero1, zero2, zero3): keep the optimizer state in CPU memory and take its step there; all: the parameters too
     (zero3). activations (CUDA, each strategy): what blocks keep for the backward pass waits in pinned CPU memory."""

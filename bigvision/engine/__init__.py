@@ -3,9 +3,9 @@
 In come a model on meta (`Blueprint`), its blocks and batches; out come step results, sums of metrics and fragments.
 
 Read ``engine.py`` first (the step from above), then ``step.py`` (the update and what it returns) and ``parallelize.py`` (how a
-model is spread over the ranks). ``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``state.py`` storage,
-first values, running statistics and fragments, ``ema.py`` the average of the weights, ``teacher.py`` a frozen model to learn
-from.
+model is spread over the ranks). ``pipeline.py`` and ``zero.py`` hold what those strategies do otherwise, ``graphs.py`` passes
+that run as CUDA graphs, ``state.py`` storage, first values, running statistics and fragments, ``ema.py`` the average of the
+weights, ``teacher.py`` a frozen model to learn from.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from bigvision.config import Config, check_batches, micro_batch
 from bigvision.engine import parallelize
 from bigvision.engine.engine import Engine
+from bigvision.engine.graphs import RECORDERS
 from bigvision.engine.pipeline import PipelineEngine
 from bigvision.engine.step import Metrics, StepResult
 from bigvision.engine.teacher import Teacher
@@ -46,13 +47,20 @@ def check_engine(config: Config, runtime: Runtime, task: Task) -> None:
             f"parallel.offload: {config.parallel.offload} moves activations from a device to its host, but the device is the "
             f"{runtime.device.type.upper()}: use none on it"
         )
+    if config.parallel.cuda_graphs and runtime.device.type not in RECORDERS:
+        raise UserError(
+            f"parallel.cuda_graphs: true needs CUDA, but the device is the {runtime.device.type.upper()}: use false on it"
+        )
     if config.parallel.offloads_state and config.optim.name == "adamw":
         check_cpu_adam(runtime.device)
 
 
 def check_layout(config: Config, data_ranks: int, stages: int, task: Task) -> None:
-    """Raise `UserError` for batch sizes and tasks that *data_ranks* with *stages* (see `micro_batch`) cannot have."""
+    """Raise `UserError` for batch sizes, tasks and graphs that *data_ranks* with *stages* (see `micro_batch`) cannot have."""
     check_batches(config, data_ranks, stages)
+    if config.parallel.cuda_graphs and data_ranks > 1:
+        # DistributedDataParallel's exchange would be captured too.
+        raise UserError(f"parallel.cuda_graphs: true is for one rank, but there are {data_ranks}: use false")
     if config.parallel.strategy == "pipeline" and (not task.cuttable or task.span == "global batch"):
         why = "whose model cannot be cut into stages" if not task.cuttable else "whose loss spans the global batch"
         raise UserError(f"parallel.strategy: pipeline cannot run task.name: {config.task.name}, {why}: use fsdp")

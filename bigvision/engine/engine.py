@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bigvision.config import Config, micro_batch, other_sizes, peak_rate
 from bigvision.data.batch import Batch, StepBatch
 from bigvision.engine.ema import Ema, never_averaged
+from bigvision.engine.graphs import Graphs
 from bigvision.engine.parallelize import (
     choose_computing,
     make_offload,
@@ -37,7 +38,7 @@ from bigvision.models.branches import dropping
 from bigvision.models.float8 import check_float8
 from bigvision.models.formats import hold_frozen
 from bigvision.optim import group_table, learning_rate
-from bigvision.ranges import BACKWARD, EMA, FORWARD, mark
+from bigvision.ranges import BACKWARD, EMA, FORWARD, GRAPH, mark
 from bigvision.runtime import Runtime
 from bigvision.samples import Targets, each_tensor
 from bigvision.tasks import Task
@@ -54,6 +55,7 @@ class Engine:
     forward: Any  # what is called in a step: the module, or what a strategy wrapped around it
     stepper: Any  # a `NativeStep`, or ZeRO's step with the same methods
     ema: Ema | None = None  # the average of the weights, where the run keeps one
+    graphs: Graphs | None = None  # runs the passes of micro-batches, where they are captured
     teacher: Teacher | None = None  # a frozen model whose outputs the task's loss gets too
     step: int = 0  # batches taken, also those that were skipped or passed over
     samples: int = 0  # samples consumed: the whole state of the data
@@ -146,6 +148,11 @@ class Engine:
             example = torch.zeros(min(2, self.micro_batch), *self.input_shape, device=runtime.device)
             overlap(spread, example.contiguous(memory_format=layout), self.stepper.statistics, parallel.reduce)
         self.forward, self.local_first = spread.forward, not sharded
+        if parallel.cuda_graphs and self.trains:
+            sizes = 1 + len(set(other_sizes(config.data).values()))
+            self.graphs = Graphs(self._pass, self.parts, runtime.device, config.model.name, 2 * sizes)
+            if self.branches is not None:
+                self.branches.fixed = True
 
     # The step.
 
@@ -225,17 +232,28 @@ class Engine:
             part = self._on_device(part)
             self._draw(len(part), number - 1)
             with self.stepper.around(number == count):
-                with mark(FORWARD):
-                    told = self.teacher(part) if self.teacher is not None else None
-                    outputs = self.forward(self._inputs(part))
-                    if self.local_first:
-                        self._local = self._moment()  # the last backward pass is the first to exchange anything
-                    loss = self._checked_loss(outputs, self._loss_targets(part), len(part), told)
-                del outputs, told  # maps of class scores may be larger than what the backward pass needs
-                with mark(BACKWARD):
-                    self.stepper.backward(loss, factor)
-            loss_sum += loss.detach()
+                if self.graphs is not None:
+                    with mark(GRAPH):
+                        loss, finite = self.graphs(part, factor, self._scale)
+                else:
+                    loss, finite = self._pass(part, factor, self._scale)
+            self.checks.append((loss, finite))
+            loss_sum += loss
         return loss_sum
+
+    def _pass(self, part: Batch, factor: Tensor | float, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Run a micro-batch forward and backward; return its loss, which samples' outputs are finite, and no gradients."""
+        with mark(FORWARD):
+            told = self.teacher(part) if self.teacher is not None else None
+            outputs = self.forward(self._inputs(part))
+            if self.local_first and self.graphs is None:
+                self._local = self._moment()  # the last backward pass is the first to exchange anything
+            finite = finite_samples(outputs, len(part), self.runtime.device)
+            loss = self._loss(outputs, self._loss_targets(part), told, scale)
+        del outputs, told  # maps of class scores may be larger than what the backward pass needs
+        with mark(BACKWARD):
+            self.stepper.backward(loss, factor)
+        return loss.detach(), finite
 
     def _draw(self, samples: int, number: int) -> None:
         """Draw which samples residual branches leave out of the step's micro-batch *number*, of so many *samples*."""
@@ -246,19 +264,15 @@ class Engine:
         """What the task's loss gets."""
         return batch.targets if batch.mix is None else self.task.mixed(batch.targets, batch.mix.partners, batch.mix.share)
 
-    def _checked_loss(self, outputs: Any, targets: Targets, samples: int, told: Any = None) -> Tensor:
-        """The sum of the task's losses; which outputs are finite is kept, in case that it is not. *told*: the teacher's."""
-        finite = finite_samples(outputs, samples, self.runtime.device)
+    def _loss(self, outputs: Any, targets: Targets, told: Any = None, scale: Tensor | float = 1.0) -> Tensor:
+        """The sum of the task's losses. *told* is the teacher's output, *scale* what such a loss is multiplied with."""
         if self.teacher is not None:
-            loss = self.task.loss_with_teacher(outputs, targets, told, self._scale)
-        elif self.task.span == "global batch" and (ranks := self.runtime.data_ranks) > 1:
+            return self.task.loss_with_teacher(outputs, targets, told, scale)
+        if self.task.span == "global batch" and (ranks := self.runtime.data_ranks) > 1:
             everyone = partial(_AllSamples.apply, self.runtime.data_group, self.runtime.data_rank, ranks)
             # Each rank computes the sum of all samples.
-            loss = self.task.loss(each_tensor(everyone, outputs), each_tensor(everyone, targets)) / ranks
-        else:
-            loss = self.task.loss(outputs, targets)
-        self.checks.append((loss.detach(), finite))
-        return loss
+            return self.task.loss(each_tensor(everyone, outputs), each_tensor(everyone, targets)) / ranks
+        return self.task.loss(outputs, targets)
 
     def _on_device(self, batch: Batch) -> Batch:
         """*batch* on the device; the copy runs beside what was launched before."""

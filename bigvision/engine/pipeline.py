@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bigvision.config import SPLIT_BACKWARD, Config, Size, micro_batch, other_sizes
 from bigvision.data.batch import Batch, StepBatch
-from bigvision.engine.engine import Engine
+from bigvision.engine.engine import Engine, finite_samples
 from bigvision.engine.parallelize import make_offload, replicate, shard, wrap_blocks
 from bigvision.engine.step import NativeStep, seed_dropout
 from bigvision.errors import UserError, either
@@ -152,7 +152,9 @@ class PipelineEngine(Engine):
         def loss(outputs: Tensor, places: Tensor) -> Tensor:
             begin = places.storage_offset()
             targets = each_tensor(lambda tensor: tensor[begin : begin + len(places)], self.targets)
-            return self._checked_loss(outputs, targets, len(places)) * self.loss_factor
+            loss = self._loss(outputs, targets)
+            self.checks.append((loss.detach(), finite_samples(outputs, len(places), self.runtime.device)))
+            return loss * self.loss_factor
 
         sends = self.plan.sends[True, image_size]
         values = [tuple(spec.empty(size, self.computing.dtype) for spec in specs) for specs in sends]

@@ -186,6 +186,8 @@ class SkippedBranches:
         """
         self.device, self.compiled = device, compiled
         self.masks = False  # whether nothing is drawn: modules then mask as timm's do
+        self.fixed = False  # whether what is drawn lies in the same memory each time, where a CUDA graph reads it
+        self._tables: dict[int, Tensor] = {}  # that memory, by the number of samples
         self.branches: list[Branch] = []
         self.parts: set[nn.Module] = set()  # modules that branches may run on the kept samples
         self.drawn: list[Drawn] | None = None
@@ -262,7 +264,12 @@ class SkippedBranches:
         table[:, :, :samples] = torch.stack([origin, kept])
         if self.device.type == "cuda":
             table = table.pin_memory()
-        table = table.to(self.device, non_blocking=True)
+        if self.fixed:
+            if samples not in self._tables:
+                self._tables[samples] = torch.empty_like(table, device=self.device, pin_memory=False)
+            table = self._tables[samples].copy_(table, non_blocking=True)
+        else:
+            table = table.to(self.device, non_blocking=True)
         factors = self._factors_of(samples, rates, counts)
         counts = [samples if branch.whole else count for branch, count in zip(self.branches, counts)]
         rows = zip(*table, counts, factors)

@@ -42,6 +42,7 @@ class Classify(Task):
         """
         self.label_smoothing, self.binary, self.class_weights = label_smoothing, loss == "bce", class_weights
         self.classes = 0
+        self._padded: dict[tuple[torch.device, int], Tensor] = {}
         """Of the data; without them (see :meth:`prepare`) there is no mean over classes."""
         self.weights: Tensor | None = None
 
@@ -66,6 +67,7 @@ class Classify(Task):
                 f"task.class_weights: {len(weights)} numbers, but the data has {len(classes)} classes: give one for each"
             )
         self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self._padded = {}
 
     # Training.
 
@@ -97,8 +99,9 @@ class Classify(Task):
         """The weights of as many classes as the model has *outputs*, which may be more than the data's."""
         if self.weights is None:
             raise UserError("task.class_weights: balanced counts the training data: name it (data=...), or give numbers")
-        self.weights = F.pad(self.weights.to(device), (0, outputs - len(self.weights)), value=1.0)
-        return self.weights
+        if (key := (device, outputs)) not in self._padded:
+            self._padded[key] = F.pad(self.weights.to(device), (0, outputs - len(self.weights)), value=1.0)
+        return self._padded[key]
 
     def loss(self, outputs: Tensor, targets: Tensor | tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return the sum of the samples' losses. *outputs* are logits, (B, classes); *targets* may be :meth:`mixed`.

@@ -45,11 +45,11 @@ def steps_without_waiting(folder: Path, strategy: str) -> dict[str, dict[str, An
     return found
 
 
-def steps_behind_a_busy_device(folder: Path, strategy: str, precision: str) -> dict[str, Any]:
+def steps_behind_a_busy_device(folder: Path, strategy: str, precision: str, **more: Any) -> dict[str, Any]:
     import bigvision
 
     with bigvision.Engine(
-        plain(folder / "out", parallel={"strategy": strategy, "precision": precision}), num_classes=10, steps=20,
+        plain(folder / "out", parallel={"strategy": strategy, "precision": precision} | more), num_classes=10, steps=20,
         global_batch=8, train={"micro_batch": 4}, optim={"warmup": 0}, ema={"decay": 0.99},
     ) as engine:  # fmt: skip
         images, labels = batch()

@@ -74,6 +74,7 @@ SEE = {
     "parallel.reshard": "strategies.md#memory-of-a-rank",
     "parallel.channels_last": "engine.md#channels_last",
     "parallel.compile": "engine.md#compile",
+    "parallel.cuda_graphs": "engine.md#cuda-graphs",
     "parallel.offload": "strategies.md#zero",
     "parallel.deepspeed": "launching/deepspeed.md#a-deepspeed-file",
     "task.k": "embed.md",

@@ -64,7 +64,7 @@ def train(config: dict[str, Any], name: str, moment: str = "") -> None:
     from bigvision.engine import Engine
 
     out, rank, last = Path(config["out"]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
-    trained, loss, publish = Engine.train_step, Engine._checked_loss, disk.publish
+    trained, loss, publish = Engine.train_step, Engine._loss, disk.publish
     losses = []
 
     def wait_for_the_kill() -> None:
@@ -79,7 +79,7 @@ def train(config: dict[str, Any], name: str, moment: str = "") -> None:
             file.write(json.dumps([self.step, batch.ids.tolist()]) + "\n")
         return result
 
-    def checked_loss(self: Any, *args: Any) -> Any:
+    def counted_loss(self: Any, *args: Any) -> Any:
         losses.append(self.step)
         if moment == "step" and rank == last and losses.count(6) == 2:  # the last rank: others of a pipeline compute no loss
             wait_for_the_kill()
@@ -96,7 +96,7 @@ def train(config: dict[str, Any], name: str, moment: str = "") -> None:
         given = {"data": Scenes(64, target), "val": Scenes(53, target, seed=1)}
     with (
         mock.patch.object(Engine, "train_step", train_step),
-        mock.patch.object(Engine, "_checked_loss", checked_loss),
+        mock.patch.object(Engine, "_loss", counted_loss),
         mock.patch.object(disk, "publish", publish_step),
     ):
         run(config, **given)
