@@ -42,9 +42,10 @@ class Classify(Task):
         """
         self.label_smoothing, self.binary, self.class_weights = label_smoothing, loss == "bce", class_weights
         self.classes = 0
-        self._padded: dict[tuple[torch.device, int], Tensor] = {}
         """Of the data; without them (see :meth:`prepare`) there is no mean over classes."""
         self.weights: Tensor | None = None
+        self._padded: dict[tuple[torch.device, int], Tensor] = {}
+        """The weights by device and number of outputs: in memory that stays, which a CUDA graph may read."""
 
     def study(self, targets: TargetsOf, classes: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
         if self.class_weights != "balanced":
