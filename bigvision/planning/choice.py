@@ -293,7 +293,8 @@ def _named(values: Mapping[str, Any]) -> str:
 def plan(
     config: Config, hardware: Hardware, *, model: GivenModel | None = None, task: Task | None = None, outputs: int | None = None
 ) -> Plan:  # fmt: skip
-    """Look at every layout of *config* on *hardware*, whatever it says about the strategy and recompute.
+    """Look at every layout of *config* on *hardware*, whatever it says about the strategy and recompute: at recompute where it
+    is asked for, or makes a larger micro-batch fit.
 
     A ``train.micro_batch`` that is a number is kept; null and auto take the largest that fits. `UserError` for a model that
     cannot be built, and for what *config* says itself where it is impossible.
@@ -312,6 +313,8 @@ def plan(
         for values in layouts(base, hardware, strategies, blocks):
             here: list[Row | Refusal] = []
             for recompute in ("none", "blocks") if blocks else ("none",):
+                if here and config.parallel.recompute != recompute and not _recompute_helps(estimates, here[0]):
+                    break
                 laid = with_values(base, values | {"parallel.recompute": recompute})
                 if repr(laid.parallel) not in found:
                     found[repr(laid.parallel)] = row(estimates, config, laid)
@@ -323,6 +326,14 @@ def plan(
     rows = sorted((one for one in found.values() if isinstance(one, Row)), key=lambda one: -one.time.images_per_second)
     refusals = tuple(_explained(estimates, one, not rows) for one in found.values() if isinstance(one, Refusal))
     return Plan(config, hardware, first, tuple(rows), refusals, None if rows else _advice(refusals))
+
+
+def _recompute_helps(estimates: Estimates, found: Row | Refusal) -> bool:
+    """Whether recompute is looked at, given what became of the layout without: where the largest micro-batch does not fit.
+
+    It spares memory for larger ones, and takes time.
+    """
+    return isinstance(found, Refusal) or found.largest < max(_sizes(estimates, found.config, found.share))
 
 
 def _selective_helps(found: Sequence[Row | Refusal]) -> bool:

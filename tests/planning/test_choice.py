@@ -93,8 +93,11 @@ def test_recompute_and_micro_batch_follow_from_memory(simple: type[Simple]) -> N
         assert chosen.values["parallel.recompute"] == recompute, "64 images at once, 18 GiB for them"
         rows = plan(whole, parse_hardware("8xRTX4090")).rows
         listed = {one.config.parallel.recompute for one in rows if one.name == "fsdp"}
-        assert listed == ({"none", "blocks"} if recompute == "none" else {"none", "blocks", "selective"})
+        assert listed == ({"none"} if recompute == "none" else {"none", "blocks", "selective"}), "where a larger part fits so"
         assert not any(one.config.parallel.recompute == "selective" for one in rows if one.name.startswith("pipeline"))
+    simple.image = 0.2 * GIB
+    asked = plan(config(parallel={"recompute": "blocks"}), parse_hardware("8xRTX4090")).rows
+    assert {one.config.parallel.recompute for one in asked if one.name == "fsdp"} == {"none", "blocks"}, "it is asked for"
     simple.image = 30.0 * GIB
     made = choose(open_, "8xRTX4090").values
     assert (made["parallel.recompute"], made["train.micro_batch"]) == ("blocks", 5)
