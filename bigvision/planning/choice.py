@@ -333,7 +333,7 @@ def _recompute_helps(estimates: Estimates, found: Row | Refusal) -> bool:
 
     It spares memory for larger ones, and takes time.
     """
-    return isinstance(found, Refusal) or found.largest < max(_sizes(estimates, found.config, found.share))
+    return isinstance(found, Refusal) or found.largest < max(_sizes(estimates, found.config, found.share), default=0)
 
 
 def _selective_helps(found: Sequence[Row | Refusal]) -> bool:
