@@ -18,6 +18,7 @@ from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.immutable_collections import immutable_list
+from torch.fx.proxy import ParameterProxy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,7 +65,7 @@ class TraceFailed(Exception):
 class _BufferProxy(fx.Proxy):
     """Stands for a buffer; its shape is known, so that Python may decide by it."""
 
-    def __init__(self, tracer: fx.Tracer, node: fx.Node, buffer: Tensor) -> None:
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, buffer: Tensor) -> None:
         super().__init__(node, tracer)
         self._buffer = buffer
 
@@ -79,7 +80,7 @@ class CoarseTracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
         self._opened = opened
         self.inside: list[str] = []  # paths of the modules being called; after a failure, the last is where it happened
-        self._buffers: dict[int, str] = {}
+        self._names: dict[int, str] = {}  # of the root's parameters and buffers; fx would look through all of them each time
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """The images alone: what else a forward takes is left at its default, by which Python may decide."""
@@ -96,24 +97,26 @@ class CoarseTracer(fx.Tracer):
         self.inside.pop()
         return result
 
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        named = (*root.named_buffers(), *root.named_parameters())
+        self._names = {id(tensor): name for name, tensor in named}
+        return super().trace(root, concrete_args)
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """What is computed from buffers is part of the graph too; without this it would be a constant, here on meta."""
-        if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
-            if not self._buffers:
-                self._buffers = {id(buffer): name for name, buffer in self.root.named_buffers()}
-            if (name := self._buffers.get(id(attr_val))) is not None:
-                if name not in parameter_proxy_cache:
-                    node = self.create_node("get_attr", name, (), {})
-                    parameter_proxy_cache[name] = _BufferProxy(self, node, attr_val)
-                return parameter_proxy_cache[name]
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            node = self.create_node("get_attr", name, (), {})
+            stands_for = ParameterProxy if isinstance(attr_val, nn.Parameter) else _BufferProxy
+            parameter_proxy_cache[name] = stands_for(self, node, name, attr_val)
+        return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
         """Refuse a tensor of no name (in a list or dict, or made by forward): whoever runs the graph could not find it."""
-        if isinstance(a, Tensor):
-            named = (*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs)
-            if not any(a is one for one in named):
-                raise TraceFailed("it computes with a tensor that has no name: register it as a buffer")
+        if isinstance(a, Tensor) and id(a) not in self._names and not any(a is one for one in self.tensor_attrs):
+            raise TraceFailed("it computes with a tensor that has no name: register it as a buffer")
         return super().create_arg(a)
 
 

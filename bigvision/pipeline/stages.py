@@ -140,15 +140,17 @@ def plan_stages(
     be traced or cut, has too few blocks or shares parameters too widely.
     """
     with _one_error(model):
-        best = cut(model, blocks, image_shape, device, memory)
+        known: dict[Any, Any] = {}
+        best = cut(model, blocks, image_shape, device, memory, known)
         training, graphs, sends = best.prices.flow, {}, {}
         channels, height, width = image_shape
+        trained, evaluated = known["trained"], copy.deepcopy(model).eval()
         for size in dict.fromkeys([(height, width), *sizes]):
             # The same modules on each stage for every size; what was folded into a graph may differ.
             resized = training
             if size != (height, width):
-                resized = _flow(model, blocks, (channels, *size), device, True, best.inside)
-            evaluation = _flow(model, blocks, (channels, *size), device, False, best.inside)
+                resized = _flow(trained, blocks, (channels, *size), device, best.inside)
+            evaluation = _flow(evaluated, blocks, (channels, *size), device, best.inside)
             graphs[True, size], sends[True, size] = resized.split(best.cuts)
             graphs[False, size], sends[False, size] = evaluation.split(_same_cuts(resized, evaluation, best.cuts))
     known = {block.path: block for block in best.blocks}
@@ -169,12 +171,10 @@ def _one_error(model: nn.Module) -> Iterator[None]:
 
 
 def _flow(
-    model: nn.Module, blocks: Blocks, image_shape: tuple[int, int, int], device: torch.device, training: bool,
-    inside: Sequence[str], calls: EqualCalls | None = None,
+    model: nn.Module, blocks: Blocks, image_shape: tuple[int, int, int], device: torch.device, inside: Sequence[str],
+    calls: EqualCalls | None = None,
 ) -> Flow:  # fmt: skip
-    # Of a copy: a module that keeps what it computes would keep the trace's proxies.
-    graph = tracing.trace(copy.deepcopy(model).train(training), blocks.max_share, inside)
-    return Flow(graph, image_shape, device, calls)
+    return Flow(tracing.trace(model, blocks.max_share, inside), image_shape, device, calls)
 
 
 def cut(
@@ -190,10 +190,12 @@ def cut(
 
     # What modules do when their calls are watched, and when they are counted.
     watched, counted = known.setdefault("calls", (EqualCalls(), EqualCalls()))
+    if "trained" not in known:
+        known["trained"] = copy.deepcopy(model).train()
 
     def cut_between(pieces: list[Block], inside: Sequence[str]) -> Candidate:
         if (key := tuple(inside)) not in known:
-            known[key] = _flow(model, blocks, image_shape, device, True, inside, watched)
+            known[key] = _flow(known["trained"], blocks, image_shape, device, inside, watched)
         if (kind := (key, memory.recompute, memory.compute)) not in known:
             recomputed = kept_by_path(pieces, memory.recompute, model, image_shape)
             costs = tracing.node_costs(known[key].graph, image_shape, device, memory.compute, recomputed, counted)

@@ -1,37 +1,36 @@
 """Which layouts of a run fit devices, how fast each is predicted to be, and which of them `auto` takes.
 
-A *layout* is a strategy with its mesh and with or without recomputed blocks. `plan` looks at all of them, each with the largest
-micro-batch that fits; `choose` at those that the keys which are auto leave open.
+`plan` looks at all of them, each with the largest micro-batch that fits; `choose` at those that the keys which are auto leave
+open.
 """
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from bigvision.config import (
-    SPLIT_BACKWARD,
     Config,
     LoraConfig,
-    ParallelConfig,
     admitted,
     auto_keys,
     with_values,
     without_auto,
 )
-from bigvision.config.checks import PIPELINE_KEYS, SHARDED_KEYS
 from bigvision.config.values import get, spell
 from bigvision.errors import UserError
 from bigvision.models import GivenModel
 from bigvision.models.offload import TRANSFERS
-from bigvision.planning.estimates import Estimates, has_batchnorm, with_size
+from bigvision.planning.beside import Beside, as_data, from_data
+from bigvision.planning.estimates import CASTING, Estimates, has_batchnorm, with_size
 from bigvision.planning.hardware import PER_HOST, Hardware
+from bigvision.planning.layouts import DETAILS, Refusal, Row, layouts
 from bigvision.planning.memory import Memory
 from bigvision.planning.profile import Profile, collector_paused
 from bigvision.planning.state import Layout
-from bigvision.planning.timing import StepTime
 from bigvision.tasks import Task
 
 GIB = 1 << 30
@@ -39,55 +38,8 @@ STRATEGIES = ("ddp", "fsdp", "pipeline", "zero1", "zero2", "zero3")
 """The simplest first."""
 AHEAD = 1.1
 """How much faster a layout must be predicted than a simpler one for auto to take it: below that a prediction says little."""
-MOST_STAGES = 64
-"""Ranks of the longest pipeline that is looked at, where the recipe does not say how many."""
 MOST_TIMES = 64
 """How many times as many devices are looked at for what does not fit."""
-DETAILS = (*(f"parallel.{key}" for key in (*SHARDED_KEYS, *PIPELINE_KEYS)), "parallel.offload", "parallel.deepspeed")
-"""The keys that say more about one strategy, and have no meaning for others."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A layout that fits."""
-
-    values: dict[str, Any]
-    """The keys that make it, where they differ from the recipe's."""
-    config: Config
-    micro_batch: int
-    largest: int
-    """The largest micro-batch that fits."""
-    share: int
-    """A rank's part of the global batch."""
-    memory: Memory
-    """Of the worst rank."""
-    time: StepTime
-
-    @property
-    def passes(self) -> int:
-        """Micro-batches of a step."""
-        return -(-self.share // self.micro_batch)
-
-    @property
-    def name(self) -> str:
-        """The strategy and its mesh, such as "fsdp, 4 replicas"."""
-        return layout_name(self.config)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A layout that does not fit, or cannot be."""
-
-    config: Config
-    why: str
-    needs: int | None = None
-    """Bytes of the worst rank; None where it cannot be for another reason."""
-    change: str | None = None
-    """The smallest change that would make it fit."""
-
-    @property
-    def name(self) -> str:
-        return layout_name(self.config)
 
 
 @dataclass(frozen=True)
@@ -115,47 +67,6 @@ class Choice:
 
 class NothingFits(UserError):
     """None of the layouts that are left open fits."""
-
-
-def layout_name(config: Config) -> str:
-    """The strategy and its mesh."""
-    parallel = config.parallel
-    parts: list[str] = [parallel.strategy]
-    if parallel.strategy == "pipeline":
-        parts.append(f"{parallel.stages or 'all'} stages")
-        parts += [parallel.schedule] if parallel.schedule != ParallelConfig.schedule else []
-    if parallel.replicas > 1:
-        parts.append(f"{parallel.replicas} replicas" if parallel.strategy == "fsdp" else f"{parallel.replicas} copies")
-    parts += [f"offload {parallel.offload}"] if parallel.offload != "none" else []
-    return ", ".join(parts)
-
-
-# Which layouts there are.
-
-
-def layouts(config: Config, hardware: Hardware, strategies: Sequence[str], blocks: int) -> Iterator[dict[str, Any]]:
-    """The values of `parallel` for each layout of *strategies* that *config* leaves open; the simplest first."""
-    parallel, ranks = config.parallel, hardware.ranks
-    for strategy in strategies:
-        values: dict[str, Any] = {"parallel.strategy": strategy}
-        if strategy == "fsdp" and parallel.replicas == 1:
-            yield values
-            # Sharded over whole hosts, one, two, four, ... of them.
-            for replicas in [hardware.hosts >> n for n in range(hardware.hosts.bit_length())] if hardware.hosts > 1 else ():
-                if replicas > 1 and ranks % replicas == 0 and hardware.per_host > 1:
-                    yield values | {"parallel.replicas": replicas}
-        elif strategy == "pipeline":
-            most = min(ranks, MOST_STAGES, blocks // parallel.per_rank)
-            counts = [parallel.stages or ranks] if parallel.stages else [1 << n for n in range(1, most.bit_length())]
-            for stages in (count for count in counts if count <= most and ranks % count == 0):
-                of_stage = ranks // stages
-                copies = {1, of_stage} if parallel.replicas == 1 else {parallel.replicas}
-                if parallel.schedule in SPLIT_BACKWARD:
-                    copies = {of_stage}
-                for replicas in sorted(copies, reverse=True):
-                    yield values | {"parallel.stages": stages, "parallel.replicas": replicas}
-        else:
-            yield values
 
 
 # Whether one fits.
@@ -291,41 +202,70 @@ def _named(values: Mapping[str, Any]) -> str:
 
 @collector_paused()
 def plan(
-    config: Config, hardware: Hardware, *, model: GivenModel | None = None, task: Task | None = None, outputs: int | None = None
+    config: Config, hardware: Hardware, *, model: GivenModel | None = None, task: Task | None = None,
+    outputs: int | None = None, forks: bool = False,
 ) -> Plan:  # fmt: skip
     """Look at every layout of *config* on *hardware*, whatever it says about the strategy and recompute: at recompute where it
     is asked for, or makes a larger micro-batch fit.
 
-    A ``train.micro_batch`` that is a number is kept; null and auto take the largest that fits. `UserError` for a model that
-    cannot be built, and for what *config* says itself where it is impossible.
+    A ``train.micro_batch`` that is a number is kept; null and auto take the largest that fits. *forks*: a process that is
+    forked looks at some of the layouts meanwhile; the caller must have no threads. `UserError` for a model that cannot be
+    built, and for what *config* says itself where it is impossible.
     """
     estimates, usual = Estimates(hardware, model, task, outputs), without_auto(config)
     estimates.check(usual)
+    blocks = len(estimates.built(usual)[1])
+    laid = _all_layouts(config, hardware, blocks)
+    looks = [functools.partial(_looked_at, estimates, config, one, blocks) for one in laid]
+    # Those that need another profile than the first one.
+    forks, casts = forks and hardware.ranks > 1, usual.parallel.strategy in CASTING
+    apart = [forks and (one.parallel.strategy in CASTING) != casts for one in laid]
+
+    def look_apart() -> list[list[dict[str, Any]]]:
+        found = [look() for look, there in zip(looks, apart) if there]
+        return [[as_data(one if isinstance(one, Row) else _explained(estimates, one, False)) for one in mine] for mine in found]
+
+    beside = Beside(look_apart) if any(apart) else None
     first = estimates.profile(with_values(usual, {"parallel.recompute": "none"}))
-    blocks = sum(1 for part in first.parts if part.path)
+    here = [None if there else look() for look, there in zip(looks, apart)]
+    sent: Iterator[list[dict[str, Any]]] = iter(beside.result() if beside is not None else [])
+    found = [[from_data(data, one) for data in next(sent)] if mine is None else mine for one, mine in zip(laid, here)]
+    rows = sorted((one for mine in found for one in mine if isinstance(one, Row)), key=lambda one: -one.time.images_per_second)
+    refusals = tuple(
+        one if there and rows else _explained(estimates, one, not rows)
+        for mine, there in zip(found, apart)
+        for one in mine
+        if isinstance(one, Refusal)
+    )
+    return Plan(config, hardware, first, tuple(rows), refusals, None if rows else _advice(refusals))
+
+
+def _all_layouts(config: Config, hardware: Hardware, blocks: int) -> list[Config]:
+    """Every layout, without recompute: of the strategy that *config* names first as it says, then with all else usual."""
     if config.parallel.strategy == "auto":
         bases = [(config, [name for name in STRATEGIES if name in admitted(config)])]
     else:
         plain = with_values(config, {key: get(Config(), key) for key in DETAILS})
         bases = [(config, [config.parallel.strategy]), (plain, list(STRATEGIES))]
-    found: dict[str, Row | Refusal] = {}
+    found: dict[str, Config] = {}
     for base, strategies in bases:
         for values in layouts(base, hardware, strategies, blocks):
-            here: list[Row | Refusal] = []
-            for recompute in ("none", "blocks") if blocks else ("none",):
-                if here and config.parallel.recompute != recompute and not _recompute_helps(estimates, here[0]):
-                    break
-                laid = with_values(base, values | {"parallel.recompute": recompute})
-                if repr(laid.parallel) not in found:
-                    found[repr(laid.parallel)] = row(estimates, config, laid)
-                here.append(found[repr(laid.parallel)])
-            laid = with_values(base, values | {"parallel.recompute": "selective"})
-            if repr(laid.parallel) not in found and _selective_helps(here):
-                one = row(estimates, config, laid)
-                found |= {repr(laid.parallel): one} if isinstance(one, Row) else {}
-    rows = sorted((one for one in found.values() if isinstance(one, Row)), key=lambda one: -one.time.images_per_second)
-    refusals = tuple(_explained(estimates, one, not rows) for one in found.values() if isinstance(one, Refusal))
-    return Plan(config, hardware, first, tuple(rows), refusals, None if rows else _advice(refusals))
+            laid = with_values(base, values | {"parallel.recompute": "none"})
+            found.setdefault(repr(laid.parallel), laid)
+    return list(found.values())
+
+
+def _looked_at(estimates: Estimates, recipe: Config, laid: Config, blocks: int) -> list[Row | Refusal]:
+    """What becomes of the layout *laid* of *recipe*, without recompute and with those kinds of it that may help."""
+    found: list[Row | Refusal] = []
+    for recompute in ("none", "blocks") if blocks else ("none",):
+        if found and recipe.parallel.recompute != recompute and not _recompute_helps(estimates, found[0]):
+            break
+        found.append(row(estimates, recipe, with_values(laid, {"parallel.recompute": recompute})))
+    if _selective_helps(found):
+        one = row(estimates, recipe, with_values(laid, {"parallel.recompute": "selective"}))
+        found += [one] if isinstance(one, Row) else []
+    return found
 
 
 def _recompute_helps(estimates: Estimates, found: Row | Refusal) -> bool:

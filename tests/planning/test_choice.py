@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ from bigvision.errors import UserError
 from bigvision.planning import choice, command, estimates
 from bigvision.planning.choice import NothingFits, plan
 from bigvision.planning.hardware import LINKS, Hardware, parse_hardware
+from bigvision.planning.memory import Memory
+from bigvision.planning.timing import StepTime
 
 GIB = 1 << 30
 
@@ -32,6 +35,9 @@ class Simple(choice.Estimates):
         parts = [SimpleNamespace(path=f"blocks.{number}") for number in range(self.blocks)]
         return SimpleNamespace(parts=parts, tensors=[tensor], parameters=self.parameters, image=(3, 224, 224), flops=1e12)
 
+    def built(self, config: Config) -> Any:
+        return None, [None] * self.blocks
+
     def memory(self, config: Config) -> Any:
         parallel, ranks = config.parallel, self.hardware.ranks
         stages = parallel.pipeline_ranks or ranks
@@ -42,13 +48,15 @@ class Simple(choice.Estimates):
         size = micro_batch(config, ranks // stages, stages)
         peak = weights / shards + size * self.image * recomputed / stages * min(4, stages)
         host = 8 * self.parameters / shards if parallel.offloads_state else 0
-        return SimpleNamespace(peak=peak, rank=ranks - 1, host=host, pinned=GIB if parallel.offloads_activations else 0)
+        kept = {"rank": ranks - 1, "peak": peak, "host": host, "pinned": GIB if parallel.offloads_activations else 0}
+        return Memory(**dict.fromkeys((field.name for field in fields(Memory)), 0) | kept)
 
     def time(self, config: Config) -> Any:
         slower = {"ddp": 1.0, "fsdp": 1.02, "pipeline": 1.3}.get(config.parallel.strategy, 1.2)
         slower *= {"blocks": 1.3, "selective": 1.05}.get(config.parallel.recompute, 1.0)
         seconds = slower * config.train.global_batch / self.hardware.ranks / 100
-        return SimpleNamespace(total=seconds, images_per_second=config.train.global_batch / seconds, mfu=0.4 / slower)
+        known = {"total": seconds, "images_per_second": config.train.global_batch / seconds, "mfu": 0.4 / slower}
+        return StepTime(**dict.fromkeys((field.name for field in fields(StepTime)), 0.0) | known)
 
     def least(self, config: Config, strategy: str) -> float:
         return config.train.global_batch / self.hardware.ranks / 100
@@ -188,6 +196,50 @@ def test_a_teacher_is_held_as_the_engine_holds_it(monkeypatch: pytest.MonkeyPatc
             assert known.profile(with_values(taught, {"parallel.strategy": strategy})) == expected
             plain = known.profile(config(parallel={"strategy": strategy}))
             assert plain == ("ddp" if strategy == "ddp" else "fsdp"), "no profile more than without"
+
+
+@pytest.mark.parametrize("hardware", ["2x4xH200", "4xRTX4090", "4xL40S"])
+def test_a_plan_with_a_forked_process_is_the_plan_without(hardware: str, simple: type[Simple]) -> None:
+    """Where most layouts fit, where some do, and where nothing does."""
+    devices = parse_hardware(hardware)
+    for simple.parameters in (2e9, 2e10):
+        for asked in (config(), config(parallel={"strategy": "pipeline"}), config(parallel={"strategy": "ddp"})):
+            alone, forked = plan(asked, devices), plan(asked, devices, forks=True)
+            assert forked.rows == alone.rows and forked.refusals == alone.refusals and forked.advice == alone.advice
+            assert alone.rows or alone.refusals
+
+
+def test_what_fails_in_the_forked_process_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, looked_at, here = os.getpid(), choice._looked_at, list[str]()
+
+    def fails_there(estimates: Any, recipe: Config, laid: Config, blocks: int) -> Any:
+        assert os.getpid() == parent, "the other process cannot"
+        here.append(laid.parallel.strategy)
+        return looked_at(estimates, recipe, laid, blocks)
+
+    monkeypatch.setattr(choice, "_looked_at", fails_there)
+    assert {row.config.parallel.strategy for row in plan(config(), parse_hardware("4xH200"), forks=True).rows} >= {
+        "ddp",
+        "fsdp",
+    }
+    assert "ddp" in here
+
+
+@pytest.mark.long
+def test_a_real_models_plan_with_a_forked_process_is_the_plan_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "Estimates", REAL)
+    sizes = {"depth": 2, "embed_dim": 768, "num_heads": 3, "patch_size": 16}
+    asked = config(
+        model={"name": "vit_tiny_patch16_224", "image_size": 32, "options": sizes, "num_classes": 10},
+        parallel={"compile": False}, train={"global_batch": 4, "micro_batch": 1},
+    )  # fmt: skip
+    hardware = parse_hardware("2xH200")
+    peaks = [row.memory.peak / estimates.USABLE for row in plan(asked, hardware).rows]
+    for memory in (int(sum(peaks) / len(peaks)), int(min(peaks) / 2)):
+        smaller = replace(hardware, device=replace(hardware.device, memory=memory))
+        alone, forked = plan(asked, smaller), plan(asked, smaller, forks=True)
+        assert forked.rows == alone.rows and forked.refusals == alone.refusals and forked.advice == alone.advice
+        assert alone.refusals
 
 
 @pytest.mark.long
