@@ -278,7 +278,8 @@ class ParallelConfig:
     """The number format in which gradients travel and are added up over the ranks. bf16 halves the traffic and rounds each
     gradient to 8 bits; a rank's own micro-batches are added up in fp32 either way."""
     channels_last: Literal["auto", "always", "never"] = "auto"
-    """Compute convolutions in channels_last. auto: on CUDA, where convolutions are most of the model and none is grouped."""
+    """Compute convolutions in channels_last. auto: where convolutions are most of the model; on CUDA where none is grouped, on
+    CPUs where some are depthwise or grouped."""
     recompute: str = "none"
     """blocks: keep only each block's input and compute its activations again in the backward pass. selective: keep what matrix
     products, convolutions and attention compute too. budget:X, such as budget:0.4: keep those products that save the most, at

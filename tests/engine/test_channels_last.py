@@ -140,12 +140,14 @@ def test_a_module_is_laid_out_row_by_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "likes"),
+    ("name", "on_cuda", "on_cpus"),
     [
-        ("resnet50", True), ("convnext_tiny", True), ("efficientnet_b0", True), ("regnety_032", False),
-        ("resnext50_32x4d", False), ("vit_tiny_patch16_224", False), ("swin_tiny_patch4_window7_224", False),
+        ("resnet50", True, False), ("convnext_tiny", True, True), ("efficientnet_b0", True, True), ("regnety_032", False, True),
+        ("resnext50_32x4d", False, True), ("vit_tiny_patch16_224", False, False),
+        ("swin_tiny_patch4_window7_224", False, False),
     ],
 )  # fmt: skip
-def test_which_models_like_channels_last(name: str, likes: bool) -> None:
+def test_which_models_like_channels_last(name: str, on_cuda: bool, on_cpus: bool) -> None:
     with torch.device("meta"):
-        assert likes_channels_last(timm.create_model(name)) == likes
+        module = timm.create_model(name)
+    assert (likes_channels_last(module, "cuda"), likes_channels_last(module, "cpu")) == (on_cuda, on_cpus)
