@@ -8,8 +8,8 @@ time is from the start of a process, or from its end by SIGKILL, to a line on it
         rank is killed, and started again by its parent, which has imported everything. The peers have nothing like it: they
         are killed whole, and their command is run again at once, as by a launcher that loses no time
     accuracy: to the first evaluation of at least 97 %, in a run of eight epochs. Where a copy of timm's train.py is named
-        (--timm-train), that program is a side too: the same model, batch, optimizer and schedule, the images as PNG files, and
-        its own crops, since it has no shifts and turns
+        (--timm-train), that program is a side too, and beside it bigvision with what it can do as well: the images as PNG
+        files, and random crops in the place of shifts and turns
     train: images/s of ``make train`` (two ranks, the recipe's strategy), beside another checkout of this project (--other)
 
 Run it with ``make bench``, beside Fabric where the extra ``bench`` is installed; it writes
@@ -48,9 +48,11 @@ OWN, PEERS = "bigvision", ("accelerate", "fabric", "timm")
 GOAL = 97.0
 """Percent of the validation images."""
 FIRST, ACCURACY = re.compile(r"^step \d+ of \d+"), re.compile(r"accuracy +([\d.]+)%")
-TIMM = "timm's train.py"
+TIMM, OWN_CROPS = "timm's train.py", "bigvision, timm's crops"
 OF_TIMM = re.compile(r"Test: +\[ *(?:\d+)/(?:\d+)\].*Acc@1: +[\d.]+ +\( *([\d.]+)\)")
 """Its lines of the first and the last batch of an evaluation, each with the accuracy so far."""
+CROPS = (0.8, 1.0)
+"""The share of an image that a random crop of timm's has."""
 LIMIT = 120.0
 """Seconds that a program may take to its next line."""
 RESTARTS = ["--restarts", "3"]
@@ -138,8 +140,16 @@ def command_of_timm(program: Path, folder: Path, epochs: int) -> list[str]:
         "val-split": "val", "output": folder,
     }  # fmt: skip
     listed = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    crops = ["--scale", "0.8", "1.0", "--ratio", "0.9", "1.1"]
+    crops = ["--scale", *map(str, CROPS), "--train-interpolation", "bicubic"]
     return [sys.executable, str(program), str(folder / "files"), *listed, *crops, "--sched-on-updates", "--experiment"]
+
+
+def command_of_crops(ours: list[str], folder: Path) -> list[str]:
+    """bigvision's command *ours* with the images and the crops of `command_of_timm`."""
+    data = {"train": f"imagefolder:{folder}/files/train", "val": f"imagefolder:{folder}/files/val", "hflip": 0}
+    data["crop_scale"] = list(CROPS)
+    keys = [text for key, value in data.items() for text in (f"--data.{key}", str(value))]
+    return [*ours[:2], str(ROOT / "recipes/digits.yaml"), *keys, *ours[2:]]
 
 
 def starts(asked: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[float]]]:
@@ -176,6 +186,7 @@ def accuracies(asked: argparse.Namespace, folder: Path) -> dict[str, dict[str, l
     if asked.timm_train is not None:
         write_files(folder / "digits.npz", folder / "files")
         sides[TIMM] = command_of_timm(asked.timm_train, folder, asked.epochs)
+        sides[OWN_CROPS] = command_of_crops(sides[OWN], folder)
     times: dict[str, dict[str, list[float]]] = {what: {name: [] for name in sides} for what in ("accuracy", "whole run")}
     for number in range(asked.rounds):
         for name in turn(list(sides), number):
@@ -234,8 +245,9 @@ def table(part: str, times: dict[str, dict[str, list[float]]], facts: dict[str, 
     targets, rows = [], []
     for which, peer, what, limit in TARGETS[part]:
         if peer in times[which]:
-            line = summarize(OWN, times[which][OWN], times[which][peer])
-            targets.append(Target(f"{what}: {OWN} over {peer}", line.ratio, line.interval, limit, True))
+            own = OWN_CROPS if peer == TIMM else OWN
+            line = summarize(own, times[which][own], times[which][peer])
+            targets.append(Target(f"{what}: {own} over {peer}", line.ratio, line.interval, limit, True))
     rows += ["| target | found | 95 % interval | wanted | met |", "|---|---:|---:|---:|---|", *(one.row() for one in targets)]
     for which, sides in times.items():
         baseline = TARGETS[part][0][1]

@@ -68,7 +68,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "data.image_range": (lambda ends: -math.inf < ends[0] < ends[1] < math.inf, "two finite numbers, the smaller first"),
     "data.crop_scale": (lambda ends: 0 < ends[0] <= ends[1] <= 1, "two shares above 0, the smaller first"),
-    "data.erase": (lambda value: value <= 1, "a share, at most 1"),
+    **dict.fromkeys(("data.hflip", "data.vflip", "data.erase"), (lambda value: value <= 1, "a share, at most 1")),
     "task.distill_weight": (lambda value: value <= 1, "a share, at most 1"),
     "data.balance": (lambda value: value <= 1, "at most 1"),
     "task.class_weights": (

@@ -126,6 +126,11 @@ class DataConfig:
     model.image_size."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Least and largest share of a photo's area that a random crop takes."""
+    hflip: float | None = None
+    """How often a training image is mirrored, left to right; null: half of them, and no digits. 0 for images of text, and where
+    left and right are classes."""
+    vflip: float = 0.0
+    """How often a training image is turned upside down, such as 0.5 for images from above or through a microscope."""
     policy: Literal["none", "randaugment", "autoaugment", "trivialaugment", "three-augment"] = "none"
     """More augmentation after the crop (Cubuk et al. 2019 and 2020; Müller and Hutter 2021; Touvron et al. 2022)."""
     jitter: float = 0.0

@@ -34,7 +34,8 @@ class Encoded(NamedTuple):
     whole: tuple[int, int]
     """Height and width of the image, as its header says."""
     rectangle: Rectangle
-    flipped: bool
+    flipped: tuple[int, ...]
+    """Dimensions along which it is flipped."""
     generator: np.ndarray | None
     """torch's state for the steps after the crop."""
 

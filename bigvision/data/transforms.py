@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ Policy = Literal["none", "randaugment", "autoaugment", "trivialaugment", "three-
 CropMode = Literal["center", "squash", "border"]
 Size = tuple[int, int]
 """height and width"""
-MOVING = (v2.RandomCrop, v2.RandomHorizontalFlip, v2.RandomAffine)
+MOVING = (v2.RandomCrop, v2.RandomHorizontalFlip, v2.RandomVerticalFlip, v2.RandomAffine)
 """The steps after the crop that act on masks and boxes too."""
 POLICY: dict[Policy, Callable[[], v2.Transform]] = {
     "randaugment": lambda: v2.RandAugment(interpolation=InterpolationMode.BILINEAR),
@@ -56,6 +57,8 @@ def transform(
     crop_mode: CropMode = "center",
     mean: Sequence[float] = (0.0,),
     scale: tuple[float, float] = (0.08, 1.0),
+    hflip: float | None = None,
+    vflip: float = 0.0,
     policy: Policy = "none",
     jitter: float = 0.0,
     erase: float = 0.0,
@@ -75,7 +78,7 @@ def transform(
     Args:
         image_size: the side of a square, or height and width.
         style: of the source. In training ``photo`` is cropped at random and flipped; ``tiny`` is shifted by up to an
-            eighth and flipped; ``digit`` is shifted, turned and scaled a little, never flipped.
+            eighth and flipped; ``digit`` is shifted, turned and scaled a little, and only flipped where it is asked for.
         train: whether for training; for evaluation the image is resized and cropped at its centre.
         augment: False to train on the images that evaluation would see.
         interpolation: timm's ``interpolation``: "bilinear", "bicubic", ...
@@ -84,6 +87,8 @@ def transform(
             both sides are. border: the longer side is, and what is missing gets the colour *mean*.
         mean: per channel, of images in 0..1.
         scale: the share of a photo's area that a random crop takes (Szegedy et al. 2015).
+        hflip: how often an image is mirrored, left to right; None: half of them, and no digits.
+        vflip: how often it is turned upside down.
         policy: RandAugment (Cubuk et al. 2020), AutoAugment (2019), TrivialAugment (Müller and Hutter 2021), or one of
             grey, solarised and blurred (Touvron et al. 2022), after the crop.
         jitter: of brightness, contrast, saturation, and a quarter of it of hue.
@@ -105,16 +110,19 @@ def transform(
     check_channels(channels, policy, jitter)
     crop: _Crop = _WholeImage(size, mode, reduce)
     outside: Any = {Mask: ignore, "others": 0}
+    mirrored = (0.0 if style == "digit" else 0.5) if hflip is None else hflip
+    flips: list[v2.Transform] = [v2.RandomHorizontalFlip(mirrored)] if mirrored else []
+    flips += [v2.RandomVerticalFlip(vflip)] if vflip else []
     if style == "photo":
         crop = _RandomCrop(size, mode, reduce, scale=scale)
         steps: list[v2.Transform] = []
     elif style == "tiny":
         padding = [max(1, side // 8) for side in reversed(size)]
-        steps = [v2.RandomCrop(size, padding=padding, fill=outside), v2.RandomHorizontalFlip()]
+        steps = [v2.RandomCrop(size, padding=padding, fill=outside), *flips]
     else:
         # After the resize: at 8x8 a shift of a tenth would be less than a pixel.
         turned: dict[str, Any] = {"translate": (0.1, 0.1), "scale": (0.9, 1.1), "interpolation": InterpolationMode.BILINEAR}
-        steps = [v2.RandomAffine((-10, 10), fill=outside, **turned)]
+        steps = [v2.RandomAffine((-10, 10), fill=outside, **turned), *flips]
     if policy != "none":
         steps.append(POLICY[policy]())
     if jitter:
@@ -122,7 +130,9 @@ def transform(
     if erase:
         mean_colour: Any = [124, 116, 104] if channels == 3 else 115
         steps.append(v2.RandomErasing(erase, value=mean_colour))
-    return Steps(crop, steps, decoding, flip=style == "photo", ignore=ignore)
+    # A photo is flipped before it is copied out of the crop: the same, and faster.
+    of_photos = {-1: mirrored, -2: vflip} if style == "photo" else {}
+    return Steps(crop, steps, decoding, flips=of_photos, ignore=ignore)
 
 
 def check_channels(channels: int, policy: Policy, jitter: float) -> None:
@@ -137,10 +147,12 @@ class Steps:
     """Decodes, crops and resizes, and then does the rest on pixels of the final size."""
 
     def __init__(
-        self, crop: _Crop, steps: list[v2.Transform], decoding: Decoding, flip: bool = False, ignore: int = 0
+        self, crop: _Crop, steps: list[v2.Transform], decoding: Decoding, flips: Mapping[int, float] = MappingProxyType({}),
+        ignore: int = 0,
     ) -> None:  # fmt: skip
-        """Args: *flip* half of the images after the crop, before *steps*; *ignore*: what masks are where nothing of them is."""
-        self.crop, self.steps, self.decoding, self.flip, self.ignore = crop, steps, decoding, flip, ignore
+        """Args: *flips*: how often the images are flipped along a dimension after the crop, before *steps*; *ignore*: what
+        masks are where nothing of them is."""
+        self.crop, self.steps, self.decoding, self.flips, self.ignore = crop, steps, decoding, flips, ignore
         self.size = crop.size
 
     def __call__(self, image: bytes | Tensor | Image.Image, target: Any) -> tuple[Tensor, Any]:
@@ -170,7 +182,7 @@ class Steps:
         picture = open_picture(image, self.decoding)
         rectangle = self.crop.choose(picture.height, picture.width)
         rectangle.check(self.decoding.max_pixels)
-        flipped = self.flip and torch.rand(1).item() < 0.5
+        flipped = tuple(side for side, share in self.flips.items() if share and torch.rand(1).item() < share)
         moving: list[Tensor] = []
         _each(target, lambda part: moving.append(part) or part)
         if moving and any(isinstance(step, POLICIES) for step in self.steps):
@@ -189,10 +201,10 @@ class Steps:
         part = F.resize_image(part, list(resized), interpolation=self.crop.mode, antialias=True)
         _put_middle(buffer, part.round_().clamp_(0, 255).to(torch.uint8), self.crop.outside)
 
-    def finish(self, buffer: Tensor, flipped: bool, generator: Tensor | None, moving: Any = None) -> Any:
+    def finish(self, buffer: Tensor, flipped: Sequence[int], generator: Tensor | None, moving: Any = None) -> Any:
         """Do the steps after the crop to *buffer*, on any device; returns *moving*, a target with masks or boxes, moved."""
         if flipped:
-            buffer.copy_(buffer.flip(-1))
+            buffer.copy_(buffer.flip(*flipped))
         if generator is not None:
             torch.set_rng_state(generator)
             values = buffer
@@ -204,8 +216,8 @@ class Steps:
             buffer.copy_(values)
         return moving
 
-    def _moved(self, part: Tensor, whole: Size, rectangle: Rectangle, flipped: bool) -> Tensor:
-        """What belongs to an image of the size *whole*, with the crop and the flip of its pixels."""
+    def _moved(self, part: Tensor, whole: Size, rectangle: Rectangle, flipped: Sequence[int]) -> Tensor:
+        """What belongs to an image of the size *whole*, with the crop and the flips of its pixels."""
         top, left, height, width, resized = rectangle
         if tuple(F.get_size(part)) != whole:
             raise UnreadableSample(f"its {type(part).__name__} is of {F.get_size(part)} pixels, but the image of {list(whole)}")
@@ -223,7 +235,8 @@ class Steps:
             edges = [right // 2, down // 2, (right + 1) // 2, (down + 1) // 2]
             part = Mask(F.pad(part, edges, fill=self.ignore))
         part = F.center_crop(part, list(self.size))
-        return F.horizontal_flip(part) if flipped else part
+        part = F.horizontal_flip(part) if -1 in flipped else part
+        return F.vertical_flip(part) if -2 in flipped else part
 
 
 @dataclass
@@ -234,7 +247,8 @@ class Begun:
     picture: Picture
     target: Any
     rectangle: Rectangle
-    flipped: bool
+    flipped: tuple[int, ...]
+    """dimensions along which it is flipped"""
     moves: bool
     """whether the target has masks, boxes or the like"""
     generator: Tensor | None

@@ -36,7 +36,6 @@ UNLIKE: dict[str, tuple[Any, str]] = {
     "grayscale_prob": (None, "only data.policy makes images grey"),
     "head_init_bias": (None, "the head begins as timm makes it"),
     "head_init_scale": (None, "the head begins as timm makes it"),
-    "hflip": (0.5, "half of the photos are flipped"),
     "initial_checkpoint": ("", "rewrite it with bigvision convert, and name the new file in model.weights"),
     "interpolation": ("", "images are resized as the model's card says"),
     "jsd_loss": (False, "the loss is cross-entropy"),
@@ -70,7 +69,6 @@ UNLIKE: dict[str, tuple[Any, str]] = {
     "tta": (0, "images are evaluated once"),
     "val_interval": (1, "write train.eval_every, in steps"),
     "val_split": ("validation", "name the folder itself in data.val"),
-    "vflip": (0.0, "photos are not flipped upside down"),
     "warmup_lr": (1e-5, "the rate rises from 0"),
     "warmup_prefix": (False, "the warm-up is part of train.epochs"),
 }  # fmt: skip
@@ -283,6 +281,9 @@ def _data(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         return keys | {"augment": False}
     if (scale := options.numbers("scale")) is not None and scale != [0.08, 1.0]:
         keys["crop_scale"] = scale
+    for name, usual in (("hflip", 0.5), ("vflip", 0.0)):
+        if (share := options.number(name, usual)) != usual:
+            keys[name] = share
     policy, jitter = options.text("aa"), options.number("color_jitter", 0.4)
     kind = "randaugment" if policy.startswith("rand") else POLICIES.get(policy)
     if kind is not None:

@@ -366,7 +366,8 @@ def _transform(config: Config, source: Source, blueprint: Blueprint, size: Size,
     return transform(
         source.style, size, train=train, augment=settings.augment, interpolation=blueprint.interpolation,
         crop_pct=blueprint.crop_pct, crop_mode=blueprint.crop_mode, mean=blueprint.mean, scale=settings.crop_scale,
-        policy=settings.policy, jitter=settings.jitter, erase=settings.erase, reduce=settings.reduce, channels=source.channels,
+        hflip=settings.hflip, vflip=settings.vflip, policy=settings.policy, jitter=settings.jitter, erase=settings.erase,
+        reduce=settings.reduce, channels=source.channels,
         decoding=Decoding(settings.max_pixels, settings.image_range), ignore=config.task.ignore,
     )  # fmt: skip
 

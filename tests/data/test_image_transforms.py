@@ -188,6 +188,30 @@ def test_a_flip_is_one_of_all():
     assert len(seen) > 1
 
 
+@pytest.mark.parametrize(("style", "usual"), [("photo", {False, True}), ("tiny", {False, True}), ("digit", {False})])
+def test_how_often_images_are_flipped(style, usual):
+    """The image has a dark left and upper half, and its mask tells the same."""
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[0, :, 16:], image[1, 16:] = 255, 255
+    target = {"mask": Mask(image[:2] // 255)}
+
+    def sides(**flips):
+        """Whether images came mirrored, and upside down."""
+        change = transform(style, 32, train=True, scale=(1.0, 1.0), interpolation="bilinear", **flips)
+        mirrored, turned = set(), set()
+        for seed in range(24):
+            torch.manual_seed(seed)
+            pixels, moved = change(image, target)
+            for shown in (pixels[:2].float(), moved["mask"].float()):
+                mirrored.add(bool(shown[0, :, :16].mean() > shown[0, :, 16:].mean()))
+                turned.add(bool(shown[1, :16].mean() > shown[1, 16:].mean()))
+        return mirrored, turned
+
+    assert sides() == (usual, {False}), "as fits the images"
+    assert sides(hflip=0.0) == ({False}, {False}) and sides(hflip=1.0, vflip=1.0) == ({True}, {True})
+    assert sides(hflip=0.5, vflip=0.5) == ({False, True}, {False, True})
+
+
 def test_targets_that_cannot_move():
     image, target = spots(40, 30)
     with pytest.raises(UnreadableSample, match=r"its Mask is of \[40, 30\] pixels, but the image of \[30, 40\]"):

@@ -1,7 +1,8 @@
 """Which pixels a photo becomes: torchvision's, drawn from the same generator, and bit for bit."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,15 +37,30 @@ def decoded(file: bytes) -> torch.Tensor:
     return torch.from_numpy(simplejpeg.decode_jpeg(file)).permute(2, 0, 1)
 
 
-def torchvision(size: int, mode: str, scale: tuple[float, float] = (0.08, 1.0)) -> v2.Compose:
+def torchvision(
+    size: int, mode: str, scale: tuple[float, float] = (0.08, 1.0), flips: Sequence[v2.Transform] = (v2.RandomHorizontalFlip(),)
+) -> v2.Compose:  # fmt: skip
     crop = v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode(mode), antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    return v2.Compose([crop, *flips])
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest", "lanczos"])
-@pytest.mark.parametrize("scale", [(0.08, 1.0), (1.0, 1.0)])
-def test_the_random_crop_and_flip_are_torchvisions(files: list[bytes], mode: str, scale: tuple[float, float]) -> None:
-    ours, theirs = transform("photo", 48, train=True, interpolation=mode, scale=scale), torchvision(48, mode, scale)
+FLIPS: list[tuple[dict[str, Any], list[v2.Transform]]] = [
+    ({}, [v2.RandomHorizontalFlip()]),
+    ({"hflip": 0.0}, []),
+    ({"hflip": 0.3, "vflip": 0.6}, [v2.RandomHorizontalFlip(0.3), v2.RandomVerticalFlip(0.6)]),
+    ({"hflip": 0.0, "vflip": 0.5}, [v2.RandomVerticalFlip(0.5)]),
+]
+SCALES = ((0.08, 1.0), (1.0, 1.0))
+CROPS = [(mode, scale, FLIPS[0]) for mode in ("bilinear", "bicubic", "nearest", "lanczos") for scale in SCALES]
+CROPS += [("bilinear", (0.5, 1.0), flips) for flips in FLIPS[1:]]
+
+
+@pytest.mark.parametrize(("mode", "scale", "flips"), CROPS)
+def test_the_random_crop_and_flips_are_torchvisions(
+    files: list[bytes], mode: str, scale: tuple[float, float], flips: tuple[dict[str, Any], list[v2.Transform]]
+) -> None:
+    ours = transform("photo", 48, train=True, interpolation=mode, scale=scale, **flips[0])
+    theirs = torchvision(48, mode, scale, flips[1])
     seen = set()
     for seed in range(8):
         for file in files:

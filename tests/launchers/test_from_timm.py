@@ -48,11 +48,19 @@ def test_what_has_a_key_is_taken_over(tmp_path: Path) -> None:
             "scale": [0.3, 1],
             "drop_path": 0.2, "drop": 0.1, "clip_grad": 1.0, "layer_decay": 0.75, "model_ema": True, "model_ema_decay": 0.9999,
             "model_ema_warmup": True, "amp": True, "amp_dtype": "bfloat16", "seed": 7, "aug_repeats": 3, "workers": 8,
+            "hflip": 0.0, "vflip": 0.5,
             "output": "runs", "experiment": "job", "sync_bn": True, "channels_last": True, "grad_checkpointing": True,
             "torchcompile": "inductor", "model_kwargs": {"patch_size": 8}, "eval_metric": "loss",
         },
     )  # fmt: skip
-    data = {"workers": 8, "train": "imagefolder:pets", "val": "imagefolder:pets", "crop_scale": [0.3, 1.0]}
+    data = {
+        "workers": 8,
+        "train": "imagefolder:pets",
+        "val": "imagefolder:pets",
+        "crop_scale": [0.3, 1.0],
+        "hflip": 0.0,
+        "vflip": 0.5,
+    }
     assert recipe == {
         "out": "runs/job",
         "seed": 7,
