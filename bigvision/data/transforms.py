@@ -7,7 +7,6 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -147,12 +146,12 @@ class Steps:
     """Decodes, crops and resizes, and then does the rest on pixels of the final size."""
 
     def __init__(
-        self, crop: _Crop, steps: list[v2.Transform], decoding: Decoding, flips: Mapping[int, float] = MappingProxyType({}),
+        self, crop: _Crop, steps: list[v2.Transform], decoding: Decoding, flips: Mapping[int, float] | None = None,
         ignore: int = 0,
     ) -> None:  # fmt: skip
         """Args: *flips*: how often the images are flipped along a dimension after the crop, before *steps*; *ignore*: what
         masks are where nothing of them is."""
-        self.crop, self.steps, self.decoding, self.flips, self.ignore = crop, steps, decoding, flips, ignore
+        self.crop, self.steps, self.decoding, self.flips, self.ignore = crop, steps, decoding, flips or {}, ignore
         self.size = crop.size
 
     def __call__(self, image: bytes | Tensor | Image.Image, target: Any) -> tuple[Tensor, Any]:
