@@ -35,6 +35,10 @@ SHAPE_ONLY |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.rand_like, ate
 OVERWRITE = {aten.fill_, aten.zero_, aten.copy_, aten.uniform_, aten.normal_, aten.random_, aten.exponential_}
 OVERWRITE |= {aten.log_normal_, aten.cauchy_, aten.geometric_, aten.bernoulli_}
 
+# Change floating-point numbers where they lie, whatever their tensor's shape. On meta some of them run through Python code of torch's.
+BY_NUMBERS = {aten.uniform_, aten.normal_, aten.fill_, aten.zero_, aten.add_, aten.sub_, aten.mul_, aten.div_, aten.clamp_}
+BY_NUMBERS |= {aten.erfinv_, aten.clamp_min_, aten.clamp_max_}
+
 # torch's truncated normal draws until every value fits, so how much it draws depends on what it drew: one operation.
 WHOLE_SAMPLER = "_no_grad_trunc_normal_"
 
@@ -299,8 +303,9 @@ class Recorder(TorchDispatchMode):
             return func(*self._real(args), **self._real(kwargs))
         if torch.device("cpu") == kwargs.get("device") or not tensors:
             kwargs["device"] = torch.device("meta")
+        numbers = func.overloadpacket in BY_NUMBERS and len(tensors) == 1 and tensors[0].is_floating_point()
         try:
-            result = func(*args, **kwargs)
+            result = args[0] if numbers else func(*args, **kwargs)
         except NotImplementedError:
             # No shape without values (torch.unique): work on the real values and keep the results as constants.
             if changed or random:
