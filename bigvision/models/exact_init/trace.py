@@ -35,7 +35,7 @@ SHAPE_ONLY |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.rand_like, ate
 OVERWRITE = {aten.fill_, aten.zero_, aten.copy_, aten.uniform_, aten.normal_, aten.random_, aten.exponential_}
 OVERWRITE |= {aten.log_normal_, aten.cauchy_, aten.geometric_, aten.bernoulli_}
 
-# Change floating-point numbers where they lie, whatever their tensor's shape. On meta some of them run through Python code of torch's.
+# Change floating-point numbers where they lie, whatever the shape. On meta some of them would run through Python code of torch.
 BY_NUMBERS = {aten.uniform_, aten.normal_, aten.fill_, aten.zero_, aten.add_, aten.sub_, aten.mul_, aten.div_, aten.clamp_}
 BY_NUMBERS |= {aten.erfinv_, aten.clamp_min_, aten.clamp_max_}
 
