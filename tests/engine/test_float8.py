@@ -63,9 +63,21 @@ def passes(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> list[Tensor]:
     return [one.float() for one in (output.detach(), entering.grad, layer.weight.grad, layer.bias.grad)]  # type: ignore[union-attr]
 
 
-def test_a_layer_computes_what_torchao_does_and_gradients_of_weights_in_bf16() -> None:
+def as_on_cuda(first: Tensor, second: Tensor, rows: Tensor, columns: Tensor, **options: Any) -> Tensor:
+    """``_scaled_mm`` that refuses what it refuses on CUDA for scales of rows; the CPU takes other layouts too."""
+    assert first.is_contiguous() and second.t().is_contiguous() and not any(size % 16 for size in second.shape)
+    assert rows.shape == (len(first), 1) and columns.shape == (1, second.shape[1])
+    assert all(scale.dtype == torch.float32 and scale.is_contiguous() for scale in (rows, columns))
+    return _scaled_mm(first, second, rows, columns, **options)
+
+
+_scaled_mm = torch._scaled_mm
+
+
+def test_a_layer_computes_what_torchao_does_and_gradients_of_weights_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+    monkeypatch.setattr(torch, "_scaled_mm", as_on_cuda)
     torch.manual_seed(0)
     plain = nn.Linear(96, 160)
     with torch.no_grad():  # for the gradient of the input torchao scales all columns alike
