@@ -2,7 +2,7 @@
 
 What is "on the host" is numpy's, so that torch's memory is the device's alone. A copy is made as late as CUDA might make it:
 when something waits for its event. What reads before that, or keeps too little alive, reads bytes of ones, which are NaN in
-every format.
+every format. What comes back into memory that is free by then is an error: on a GPU it might be somebody else's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 
 from bigvision.models import offload
 
@@ -53,6 +54,7 @@ class LateCopies:
         while self.done < event:
             address, host, out = self.queue.pop(0)
             self.done += 1
+            assert out or not address.expired()
             if not address.expired():
                 storage = torch.UntypedStorage._new_with_weak_ptr(address.cdata)
                 here = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()  # type: ignore[call-overload]
@@ -60,6 +62,48 @@ class LateCopies:
 
     def free(self, copy: Any) -> None:
         self.held -= len(copy)
+
+
+class LateStream(TorchFunctionMode):
+    """A stream of CUDA on the CPU for `bigvision.models.offload.PinnedCopies`, and the stream that computes and waits for it.
+
+    A copy is made when its event is waited for, of what its memory has then, and not at all where that is gone. One that
+    would not wait for what is computed is an error.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: list[tuple[tuple[StorageWeakRef, int, int], ...]] = []
+        """Of each copy that was begun the memories that it writes and reads, with offset and size."""
+        self.done = 0
+        self.behind = False
+        """Whether what is begun now waits for what was computed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.copy_:
+            return func(*args, **(kwargs or {}))
+        assert self.behind and kwargs == {"non_blocking": True}
+        if args[0].numel() == args[0].untyped_storage().nbytes():  # not a part of a slab, so it is the device's
+            args[0].fill_(NEVER_WRITTEN)
+        self.queue.append(tuple((StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.numel()) for t in args))
+        return args[0]
+
+    def wait_stream(self, computing: LateStream) -> None:
+        self.behind = True
+
+    def record_event(self) -> int:
+        self.behind = False
+        return self.done + len(self.queue)
+
+    def wait_event(self, event: int) -> None:
+        while self.done < event:
+            memories = self.queue.pop(0)
+            self.done += 1
+            assert not memories[0][0].expired()
+            if not memories[1][0].expired():
+                storages = [(torch.UntypedStorage._new_with_weak_ptr(memory.cdata), *where) for memory, *where in memories]
+                here, there = (torch.empty(0, dtype=torch.uint8).set_(s, at, (size,)) for s, at, size in storages)  # type: ignore[call-overload]
+                here.copy_(there)
 
 
 @contextmanager

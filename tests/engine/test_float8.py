@@ -13,12 +13,27 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from bigvision.config import LoraConfig, ModelConfig, load_config
+from bigvision.engine.parallelize import Computing
 from bigvision.errors import UserError
 from bigvision.models import blueprint, find_blocks, float8
-from bigvision.models.float8 import Float8Linear, Float8LoraLinear, check_float8, choose_float8, product, speedup, use_float8
+from bigvision.models.float8 import (
+    Float8,
+    Float8Linear,
+    Float8LoraLinear,
+    check_float8,
+    choose_float8,
+    product,
+    rows_of,
+    speedup,
+    use_float8,
+)
+from bigvision.runtime import start
+from bigvision.training.build import build_model
 from tests.distributed import run_ranks
+from tests.planning.test_memory import written_teacher
 from tests.recipes import MODELS, digests, lines, losses, recipe, run
 
 LONG = pytest.mark.long
@@ -48,9 +63,21 @@ def passes(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> list[Tensor]:
     return [one.float() for one in (output.detach(), entering.grad, layer.weight.grad, layer.bias.grad)]  # type: ignore[union-attr]
 
 
-def test_a_layer_computes_what_torchao_does_and_gradients_of_weights_in_bf16() -> None:
+def as_on_cuda(first: Tensor, second: Tensor, rows: Tensor, columns: Tensor, **options: Any) -> Tensor:
+    """``_scaled_mm`` that refuses what it refuses on CUDA for scales of rows; the CPU takes other layouts too."""
+    assert first.is_contiguous() and second.t().is_contiguous() and not any(size % 16 for size in second.shape)
+    assert rows.shape == (len(first), 1) and columns.shape == (1, second.shape[1])
+    assert all(scale.dtype == torch.float32 and scale.is_contiguous() for scale in (rows, columns))
+    return _scaled_mm(first, second, rows, columns, **options)
+
+
+_scaled_mm = torch._scaled_mm
+
+
+def test_a_layer_computes_what_torchao_does_and_gradients_of_weights_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+    monkeypatch.setattr(torch, "_scaled_mm", as_on_cuda)
     torch.manual_seed(0)
     plain = nn.Linear(96, 160)
     with torch.no_grad():  # for the gradient of the input torchao scales all columns alike
@@ -60,8 +87,7 @@ def test_a_layer_computes_what_torchao_does_and_gradients_of_weights_in_bf16() -
     gradient = torch.randn(3, 7, 160).bfloat16()
     exact = passes(copy.deepcopy(plain).float(), inputs.float(), gradient)
     rounded = passes(copy.deepcopy(plain), inputs, gradient)
-    ours = copy.deepcopy(plain)
-    use_float8(nn.Sequential(ours), frozenset({"0"}))
+    ours = use_float8_in(copy.deepcopy(plain))
     assert type(ours) is Float8Linear
     found = passes(ours, inputs, gradient)
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp"), emulate=True)
@@ -71,6 +97,17 @@ def test_a_layer_computes_what_torchao_does_and_gradients_of_weights_in_bf16() -
     assert torch.equal(found[2], rounded[2]) and off(found[2], exact[2]) < 3e-3, "the gradient of the weight is bf16's"
     assert 1e-2 < off(found[0], exact[0]) < 5e-2 and 1e-2 < off(found[1], exact[1]) < 5e-2, "these two are in fp8"
     assert off(found[1], theirs[1]) < 5e-3
+    # As fp32 masters under ddp, and where the inputs have no gradient.
+    held = use_float8_in(plain.float())
+    first = held(inputs)
+    first.backward(gradient)
+    assert first.dtype == torch.bfloat16 and torch.equal(first.float(), found[0])
+    assert torch.equal(held.weight.grad, found[2]) and torch.equal(held.bias.grad, found[3])
+
+
+def use_float8_in(layer: nn.Module) -> Any:
+    use_float8(nn.Sequential(layer), frozenset({"0"}))
+    return layer
 
 
 def test_a_product_of_rows_does_not_depend_on_other_rows_or_on_powers_of_two() -> None:
@@ -103,7 +140,8 @@ def chosen(module: nn.Module, images: int = 64, asked: Any = "auto", shape: tupl
 
 
 def test_wide_layers_of_inner_blocks_are_chosen() -> None:
-    found = chosen(giant())
+    found = chosen(module := giant().eval())
+    assert not any(part.training for part in module.modules()), "the mode is as before"
     kinds = ("attn.qkv", "mlp.fc1", "mlp.fc2")
     assert found.names == {f"blocks.{block}.{kind}" for block in range(1, 5) for kind in kinds}
     assert found.note == (
@@ -113,6 +151,7 @@ def test_wide_layers_of_inner_blocks_are_chosen() -> None:
     assert not chosen(giant(), images=2).names, "with few rows to cast the weights takes what is gained"
     assert chosen(giant(num_classes=21841)).names == found.names, "a head that is a block of its own is not the last block"
     assert not chosen(timm.create_model("vit_base_patch16_224", depth=4)).names, "768 are too narrow"
+    assert len(chosen(module.requires_grad_(False)).names) == 16, "a frozen attn.proj has no product that stays in bf16"
 
 
 def test_the_roofline() -> None:
@@ -133,6 +172,14 @@ def test_layers_that_are_named() -> None:
         chosen(module, asked=("head",))
     with pytest.raises(UserError, match="which reads its weight in another way"):
         chosen(nn.Sequential(nn.Flatten(), _ReadsWeight()), asked=("1.inner",), shape=(3, 4, 4))
+
+
+def test_of_several_calls_the_one_with_the_fewest_rows_counts() -> None:
+    class Twice(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x)) + self[1](x.flatten(1)[:, :48])[:, None]
+
+    assert dict(rows_of(Twice(nn.Flatten(2), nn.Linear(48, 16, device="meta")), (5, 4, 12))) == {"1": 1}
 
 
 class _ReadsWeight(nn.Module):
@@ -156,7 +203,10 @@ def test_adapters_stay_in_bf16_and_a_frozen_layer_computes_no_gradient() -> None
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     layer.weight.requires_grad_(False)
-    inputs = torch.randn(5, 48).bfloat16().requires_grad_()
+    inputs, saved = torch.randn(5, 48).bfloat16().requires_grad_(), list[int]()
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+        Float8Linear.forward(layer, inputs)
+    assert saved == [layer.weight.data_ptr()], "nor does it keep its inputs"
     adapted = layer(inputs)
     assert torch.equal(adapted, Float8Linear.forward(layer, inputs) + layer.lora_B(layer.lora_A(inputs)) * layer.scaling)
     adapted.sum().backward()
@@ -199,6 +249,32 @@ def test_a_gpu_that_does_not_multiply_fp8_is_refused(monkeypatch: pytest.MonkeyP
 
 def plain(out: Path, parallel: dict[str, Any], **sections: Any) -> dict[str, Any]:
     return recipe(out, train=SHORT | sections.pop("train", {}), parallel=FP8 | parallel, **sections)
+
+
+def test_all_stages_of_a_rank_have_layers_in_fp8() -> None:
+    stages = [nn.ModuleDict({name: nn.Linear(16, 16)}) for name in ("first", "last")]
+    names = Float8(frozenset({"first", "last"}), "")
+    Computing(torch.bfloat16, float8=names).apply(stages, [], True, torch.device("cpu"))
+    assert all(isinstance(layer, Float8Linear) for stage in stages for layer in stage.values())
+
+
+def test_an_engine_asks_for_its_micro_batch_and_device_and_its_teacher_is_in_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, devices = list[int](), list[str]()
+
+    def chooses(module: nn.Module, blocks: Any, shape: Any, count: int, asked: Any) -> Float8:
+        images.append(count)
+        return choose_float8(module, blocks, shape, count, asked)
+
+    monkeypatch.setattr("bigvision.engine.parallelize.choose_float8", chooses)
+    monkeypatch.setattr("bigvision.engine.engine.check_float8", lambda device: devices.append(device.type))
+    config = load_config(plain(tmp_path / "run", {"strategy": "ddp"}, task={"teacher": written_teacher(tmp_path)}))
+    with start("cpu") as runtime:
+        engine = build_model(config, 10, runtime, 9, lambda text: None)[0]
+        counts = [sum(isinstance(p, Float8Linear) for p in one.modules()) for one in (engine.module, engine.teacher.module)]
+        engine.close()
+    assert (images, devices, counts) == ([6], ["cpu"], [4, 0])
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", *(pytest.param(name, marks=LONG) for name in LAYOUTS if name != "fsdp2")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import shutil
 from collections.abc import Sequence
@@ -17,12 +19,12 @@ from bigvision import load_config
 from bigvision.engine import check_engine
 from bigvision.engine.parallelize import make_offload, wrap_blocks
 from bigvision.errors import UserError
-from bigvision.models import blueprint, find_blocks
-from bigvision.models.offload import ALIGNED, SLAB, Buffers, Offload
+from bigvision.models import SkippedBranches, blueprint, find_blocks
+from bigvision.models.offload import ALIGNED, SLAB, Buffers, Offload, PinnedCopies
 from bigvision.runtime import start
 from bigvision.tasks import Classify
 from tests.distributed import run_ranks
-from tests.offload import LateCopies, on_the_cpu
+from tests.offload import NEVER_WRITTEN, LateCopies, LateStream, on_the_cpu
 from tests.recipes import MODELS, digests, recipe, run
 
 LONG = pytest.mark.long
@@ -80,6 +82,19 @@ def test_what_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = [(f"backward {n} is over", each * back) for n, back in ((4, 0), (3, 1), (2, 2), (1, 3), (0, 3))]
     assert events == begun + ended
     assert sum(copies.leaving) == 4 * each and copies.held == 0
+
+
+def test_a_block_that_saves_nothing_does_not_delay_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigvision.models.offload.LEAST", 1)
+    blocks: list[nn.Module] = [nn.Tanh() for _ in range(5)]
+    copies, back = wrapped([*blocks[:3], nothing := nn.Identity(), *blocks[3:]]), list[int]()
+    x = torch.randn(8, requires_grad=True) * 1
+    for block in (*blocks[:3], nothing, *blocks[3:]):
+        x = block(x) * 1
+        if block is nothing:
+            x.register_hook(lambda _: back.append(copies.back))
+    x.sum().backward()
+    assert back == [32], "when the next block's backward pass begins"
 
 
 def saved_in(block: nn.Module, *inputs: Tensor, least: int = 1) -> tuple[list[int], Tensor]:
@@ -167,13 +182,40 @@ def test_memory_that_is_changed_between_two_saves_is_two(monkeypatch: pytest.Mon
     class Twice(nn.Module):
         def forward(self, x: Tensor, scale: Tensor) -> Tensor:
             table = torch.ones(4)
-            one = x * table  # whose gradient nobody asks for
+            self.one = x * table  # whose gradient nobody asks for
             table.mul_(3)
-            return one.detach() + scale * table
+            return self.one.detach() + scale * table
 
     leaving, output = saved_in(Twice(), torch.randn(4, requires_grad=True), scale := torch.ones(4, requires_grad=True))
     output.sum().backward()
-    assert leaving == [16] and torch.equal(scale.grad, torch.full((4,), 3.0))  # type: ignore[arg-type]
+    assert leaving == [16], "what was changed is of no use"
+    assert torch.equal(scale.grad, torch.full((4,), 3.0))  # type: ignore[arg-type]
+
+
+def test_memory_at_an_address_that_is_used_again_moves_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigvision.models.offload.LEAST", 1)
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            one = x * scale
+            older.clear()
+            return one + x * scale
+
+    first, second, third, twice, last = blocks = [nn.Tanh(), nn.Tanh(), nn.Tanh(), Twice(), nn.Tanh()]
+    copies, saved = wrapped(blocks), first(torch.randn(8, requires_grad=True) * 1)
+    address, older = saved.untyped_storage()._cdata, [saved * 1]
+    del saved  # which its block has saved
+    second(torch.zeros(8))
+    third(torch.zeros(8))  # the first block's memory is free now, and awaited by a backward pass still
+    others = [torch.zeros(8)]
+    while others[-1].untyped_storage()._cdata != address and len(others) < 1000:
+        others.append(torch.zeros(8))
+    assert others[-1].untyped_storage()._cdata == address
+    output = twice(others[-1], scale := torch.ones(8, requires_grad=True))
+    last(torch.zeros(8))
+    assert copies.leaving == [32, 32], "of the first block and of this one"
+    output.sum().backward()
+    assert torch.equal(scale.grad, torch.zeros(8))  # type: ignore[arg-type]
 
 
 def test_what_no_backward_pass_needs_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +237,23 @@ def test_what_no_backward_pass_needs_leaves_nothing_behind(monkeypatch: pytest.M
     assert copies.held > 0
     del outputs
     assert copies.held == 0
+    copies.wait(copies.done + len(copies.queue))  # nothing comes back into memory that is free
+
+
+def test_what_a_backward_pass_has_begun_to_read_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines alternate between forward and backward passes."""
+    monkeypatch.setattr("bigvision.models.offload.LEAST", 1)
+    blocks: list[nn.Module] = [nn.Tanh() for _ in range(4)]
+    copies = wrapped(blocks)
+    first, second = (block(torch.randn(8, requires_grad=True) * 1) * 1 for block in blocks[:2])
+    assert copies.leaving == [32], "of the first"
+    first.sum().backward(retain_graph=True)
+    second.sum().backward(retain_graph=True)
+    for block in blocks[2:]:
+        block(torch.zeros(8))
+    first.sum().backward()
+    second.sum().backward()
+    assert copies.leaving == [32] and copies.back == 0
 
 
 def test_hooks_around_the_model_see_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +297,9 @@ def test_slabs_are_used_again() -> None:
         ends = sorted((one.data_ptr(), one.data_ptr() + one.numel()) for one in taken)
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends))
         buffers.give(taken[0])
-        assert buffers.take(1000).data_ptr() == taken[0].data_ptr()
+        other = buffers.take(2000)
+        assert buffers.take(1000).data_ptr() == taken[0].data_ptr() and other.numel() == 2000
+        buffers.give(other)
         for one in taken:
             buffers.give(one)
     assert made == [SLAB, SLAB + 5] and buffers.out == 0
@@ -250,19 +311,51 @@ def test_slabs_are_used_again() -> None:
         Buffers(full).take(1)
 
 
+def test_pinned_copies_are_made_between_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the streams of CUDA imitated."""
+    stream = LateStream()
+    for name, value in {"Stream": lambda _: stream, "current_stream": lambda _: stream, "stream": lambda one: one}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def pinned(size: int, *, dtype: torch.dtype, pin_memory: bool) -> Tensor:
+        return torch.full((size,), NEVER_WRITTEN, dtype=dtype)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", pinned)
+        copies = PinnedCopies(CPU)
+    blocks = [Block() for _ in range(5)]
+    same, offload = copy.deepcopy(blocks), Offload(CPU, transfers=copies, least=1)
+    for block in blocks:
+        offload.wrap(block)
+    for step in range(1, 4):
+        images = torch.randn(8, 16, requires_grad=True)
+        assert equal(gradients(blocks, images), gradients(same, images))
+        # Two memories of each block but the last leave, and come back where they were gone.
+        assert stream.done == step * (4 * 2 + 3 * 2) and not stream.queue
+        assert copies.buffers.used == [4 * (16 + 4 * 16) * 8 * 4] and copies.buffers.out == 0
+
+
 # Models.
 
+SKIP = {"drop_path": 0.5, "drop_path_schedule": "constant", "drop_path_mode": "skip"}
+"""Of four samples and of six a branch runs on half."""
+DEEP = {"depth": 5}
+"""Of fewer blocks each has so many of the parameters that it is divided into attention and MLP."""
 
-def passes(model: str, recompute: str, offload: str, dtype: str = "fp32", compiled: bool = False) -> tuple[list[Tensor], Any]:
-    """The gradients of a small model, and its transfers."""
+
+def passes(model: str, recompute: str, offload: str) -> tuple[list[Tensor], list[LateCopies], int]:
+    """The gradients of a small model, its transfers, and how often blocks were called."""
     torch.manual_seed(0)
-    plan = blueprint(load_config({"model": MODELS[model]}).model, 10)
+    skips = SKIP | {"options": MODELS[model]["options"] | DEEP} if model == "vit" else {}
+    plan = blueprint(load_config({"model": MODELS[model] | skips}).model, 10)
     module = plan.module.train()
-    blocks = [block.module for block in find_blocks(module, plan.image_size)]
-    parallel = {"recompute": recompute, "offload": offload, "precision": dtype, "compile": compiled}
+    found_blocks = find_blocks(module, plan.image_size)
+    blocks = [block.module for block in found_blocks]
+    branches = SkippedBranches.of(module, found_blocks, [plan.input_shape], CPU, False, 6)[0] if skips else None
+    parallel = {"recompute": recompute, "offload": offload, "precision": "fp32", "compile": False}
     with on_the_cpu() as found:
         config = load_config({"parallel": parallel})
-        wrap_blocks(blocks, config, CPU, module, plan.input_shape, offload=make_offload(config, CPU))
+        wrap_blocks(blocks, config, CPU, module, plan.input_shape, branches, make_offload(config, CPU))
         module.to_empty(device="cpu")
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
@@ -273,19 +366,30 @@ def passes(model: str, recompute: str, offload: str, dtype: str = "fp32", compil
             if hasattr(part, "relative_position_index"):
                 part.get_buffer("relative_position_index").zero_()
         images = torch.randn(6, *plan.input_shape)
-        for _ in range(2):  # two micro-batches, the second shorter
-            module(images).float().logsumexp(1).sum().backward()
+        for micro in range(2):  # two micro-batches, the second shorter
+            if branches is not None:
+                branches.draw(len(images), micro)
+            loss = module(images).float().logsumexp(1).sum()
+            if branches is not None:  # as in pipelines
+                branches.draw(len(images), micro + 2)
+            loss.backward()
             images = images[:4]
-    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None], found
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None], found, 2 * len(blocks)
+
+
+@functools.cache
+def plainly(model: str) -> list[Tensor]:
+    return passes(model, "none", "none")[0]
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "budget:0.4", "blocks"])
 @pytest.mark.parametrize("model", ["vit", "swin", "convnext", "resnet", "eva02"])
 def test_gradients_have_the_same_bytes(model: str, recompute: str) -> None:
-    plain, _ = passes(model, recompute, "none")
-    found, (copies,) = passes(model, recompute, "activations")
-    assert equal(found, plain)
+    found, (copies,), calls = passes(model, recompute, "activations")
+    assert equal(found, plainly(model))
     assert copies.leaving and copies.back and copies.held == 0
+    # Recomputed blocks save their inputs, and the last call's stays; of other ones what they keep leaves too.
+    assert (len(copies.leaving) < calls) is (recompute == "blocks")
 
 
 # Runs.
@@ -300,7 +404,6 @@ def offloaded(plain: dict[str, Any]) -> tuple[list[float], list[int]]:
 
 
 DROPS = {"drop_rate": 0.1, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1}
-SKIP = {"drop_path": 0.4, "drop_path_schedule": "constant", "drop_path_mode": "skip"}
 RUNS: list[Any] = [
     # ranks, parallel, model, other keys of the model
     pytest.param(2, {"strategy": "fsdp", "recompute": "selective", "precision": "bf16"}, "vit", {"drop_path": 0.2}),
@@ -351,7 +454,7 @@ def test_a_run_ends_with_the_same_bytes(
 
     def plain(name: str, offload: str) -> dict[str, Any]:
         made = recipe(tmp_path / name, model, train=train, parallel=parallel | {"offload": offload}, checkpoint={"every": 2})
-        options = MODELS[model].get("options", {}) | (DROPS if more.get("drop_path") == 0.2 else {})
+        options = MODELS[model].get("options", {}) | (DEEP if "drop_path_mode" in more else DROPS if more else {})
         made["model"] = made["model"] | {"options": options} | more
         return made
 

@@ -9,8 +9,11 @@ import pytest
 
 from bigvision.config import Config, load_config, with_values
 from bigvision.errors import UserError
+from bigvision.models.float8 import SHARE
 from bigvision.planning.estimates import Estimates
-from bigvision.planning.hardware import parse_hardware, peak_of
+from bigvision.planning.hardware import Rates, parse_hardware, peak_of
+from bigvision.planning.operations import Work
+from bigvision.planning.timing import SHARES, Clock
 
 MODEL = {"name": "vit_giant_patch14_224", "num_classes": 10, "options": {"depth": 4}}
 
@@ -52,3 +55,11 @@ def test_gpus_without_fp8_are_refused() -> None:
     device = parse_hardware("H100").device
     assert peak_of(device, "fp8") == peak_of(device, "amp_bf16") == device.flops["bf16"] != peak_of(device, "fp32")
     assert peak_of(replace(device, flops={}), "fp8") is None
+
+
+def test_where_rates_were_measured_fp8_is_as_much_faster_as_on_paper() -> None:
+    device = parse_hardware("H100").device
+    measured = replace(device, rates=Rates({"product bf16": ((1.0, 4e14),), "bytes": ((1.0, 1e12),)}, 0.0, 1.0))
+    for clock in (Clock(device), Clock(measured)):
+        bf16, fp8 = (clock.works([Work("product", name, 1e16, 0.0)], 1).device for name in ("bf16", "fp8"))
+        assert bf16 / fp8 == pytest.approx(SHARE / SHARES["product"] * device.flops["fp8"] / device.flops["bf16"], rel=1e-4)

@@ -6,15 +6,22 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bigvision.config import load_config
+from bigvision.engine.parallelize import make_offload, wrap_blocks
+from bigvision.models import blueprint, find_blocks
+from bigvision.models.offload import LEAST
 from bigvision.planning.hardware import parse_hardware
+from bigvision.planning.memory import rank_memory
 from bigvision.planning.operations import IMAGES, Amount
-from bigvision.planning.profile import Profile, planned, profile
+from bigvision.planning.profile import USUAL, Profile, planned, profile
+from bigvision.planning.program import Compute, Copy, Mesh, Wait, passes, reached
 from bigvision.planning.state import Layout
 from bigvision.planning.timing import step_time
 from bigvision.tasks import build_task
 from bigvision.training.build import flops_of_image
+from tests.offload import on_the_cpu
 
 
 def counted(**parallel: object) -> Profile:
@@ -98,3 +105,36 @@ def test_what_is_random_in_a_compiled_block_is_computed_again(device: str) -> No
     for one, other in zip(*found, strict=True):
         assert one.backward_flops == other.backward_flops and 0 < one.recomputed_flops <= one.forward_flops
         assert one.saved.per_image < other.saved.per_image / 3
+
+
+def test_offloaded_activations_are_the_bytes_that_move_and_are_waited_for() -> None:
+    model = {"name": "vit_tiny_patch16_224", "num_classes": 10, "image_size": 64, "options": {"depth": 5}}
+    plain = {"strategy": "ddp", "device": "cpu", "precision": "fp32", "compile": False, "offload": "activations"}
+    config = load_config({"model": model, "parallel": plain, "train": {"global_batch": 4096, "micro_batch": 4096}})
+    found, images, here = profile(config, 10), 16, torch.device("cpu")
+    with on_the_cpu(LEAST * images // USUAL) as made:
+        plan = blueprint(config.model, 10)
+        blocks = [block.module for block in find_blocks(plan.module, plan.image_size)]
+        offload = make_offload(config, here)
+        wrap_blocks(blocks, config, here, plan.module, plan.input_shape, offload=offload)
+        plan.module.train().to_empty(device=here)
+        plan.module(torch.zeros(images, *plan.input_shape)).sum().backward()
+    leaves, returns = ([getattr(part, way).at(images) for part in found.parts if part.path] for way in ("leaves", "returns"))
+    moved = sum(made[0].leaving)
+    assert leaves == [0, *[moved / 4] * 4] and returns == [0, *[moved / 4] * 3, 0] and sum(returns) == made[0].back
+    # What a block begins to copy is waited for when the next one begins.
+    order = []
+    for one in passes(found, config, Mesh.of(Layout.of(config, 1)), last=True):
+        if not isinstance(one, Compute):
+            order.append("copy" if isinstance(one, Copy) else "wait" if isinstance(one, Wait) else "send")
+        elif found.parts[one.part].path:
+            order.append(f"{one.what} {found.parts[one.part].path[-1]}")
+    assert " ".join(order) == (
+        "forward 0 copy forward 1 wait copy forward 2 wait copy forward 3 wait copy forward 4 "
+        "backward 4 copy backward 3 wait copy backward 2 wait copy backward 1 wait backward 0"
+    )
+    # So narrow a model waits for most of its copies.
+    hardware = parse_hardware("H100")
+    time, copies = step_time(found, config, Layout.of(config, 1), hardware), 7 * moved / 4 * (4096 / images)
+    assert 0.7 * time.total < time.offload < copies / reached(hardware.host) < time.total
+    assert rank_memory(found, config, Layout.of(config, 1), 0).pinned == moved * (4096 / images)
