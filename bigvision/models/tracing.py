@@ -65,7 +65,7 @@ class TraceFailed(Exception):
 class _BufferProxy(fx.Proxy):
     """Stands for a buffer; its shape is known, so that Python may decide by it."""
 
-    def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, buffer: Tensor) -> None:
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, buffer: Tensor) -> None:
         super().__init__(node, tracer)
         self._buffer = buffer
 
@@ -109,8 +109,10 @@ class CoarseTracer(fx.Tracer):
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         if name not in parameter_proxy_cache:
             node = self.create_node("get_attr", name, (), {})
-            stands_for = ParameterProxy if isinstance(attr_val, nn.Parameter) else _BufferProxy
-            parameter_proxy_cache[name] = stands_for(self, node, name, attr_val)
+            proxy: fx.Proxy = _BufferProxy(self, node, attr_val)
+            if isinstance(attr_val, nn.Parameter):
+                proxy = ParameterProxy(self, node, name, attr_val)
+            parameter_proxy_cache[name] = proxy
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
