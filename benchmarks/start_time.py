@@ -187,6 +187,7 @@ def accuracies(asked: argparse.Namespace, folder: Path) -> dict[str, dict[str, l
         write_files(folder / "digits.npz", folder / "files")
         sides[TIMM] = command_of_timm(asked.timm_train, folder, asked.epochs)
         sides[OWN_CROPS] = command_of_crops(sides[OWN], folder)
+    sides = {name: command for name, command in sides.items() if name in (asked.sides or sides)}
     times: dict[str, dict[str, list[float]]] = {what: {name: [] for name in sides} for what in ("accuracy", "whole run")}
     for number in range(asked.rounds):
         for name in turn(list(sides), number):
@@ -244,13 +245,13 @@ def table(part: str, times: dict[str, dict[str, list[float]]], facts: dict[str, 
     """The figures as Markdown, and the targets."""
     targets, rows = [], []
     for which, peer, what, limit in TARGETS[part]:
-        if peer in times[which]:
-            own = OWN_CROPS if peer == TIMM else OWN
+        own = OWN_CROPS if peer == TIMM else OWN
+        if {own, peer} <= times[which].keys():
             line = summarize(own, times[which][own], times[which][peer])
             targets.append(Target(f"{what}: {own} over {peer}", line.ratio, line.interval, limit, True))
     rows += ["| target | found | 95 % interval | wanted | met |", "|---|---:|---:|---:|---|", *(one.row() for one in targets)]
     for which, sides in times.items():
-        baseline = TARGETS[part][0][1]
+        baseline = next(peer for _, peer, _, _ in TARGETS[part] if peer in sides)
         rows += ["", f"| {which} | s (quartiles) | over {baseline} | 95 % interval |", "|---|---:|---:|---:|"]
         for name, taken in sides.items():
             line = summarize(name, taken, sides[baseline])
@@ -271,6 +272,7 @@ def main() -> int:
     parser.add_argument("--part", choices=tuple(MEASURES), action="append", help="by default start and accuracy")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=8, help="of the runs to an accuracy and of make train")
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", help="of accuracy, by default all; one of them a peer")
     parser.add_argument("--other", type=Path, help="another checkout, for train")
     parser.add_argument("--timm-train", type=Path, metavar="FILE", help="timm's train.py, which its package lacks")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))

@@ -284,7 +284,7 @@ class ParallelConfig:
     gradient to 8 bits; a rank's own micro-batches are added up in fp32 either way."""
     channels_last: Literal["auto", "always", "never"] = "auto"
     """Compute convolutions in channels_last. auto: where convolutions are most of the model; on CUDA where none is grouped, on
-    CPUs where some are depthwise or grouped."""
+    CPUs in fp32 where some are depthwise or grouped."""
     recompute: str = "none"
     """blocks: keep only each block's input and compute its activations again in the backward pass. selective: keep what matrix
     products, convolutions and attention compute too. budget:X, such as budget:0.4: keep those products that save the most, at

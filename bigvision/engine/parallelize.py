@@ -107,7 +107,8 @@ def choose_computing(
     *images* are those of a micro-batch, on which it depends what fp8 pays for.
     """
     asked, dtype = config.parallel.channels_last, formats.COMPUTE_DTYPES[config.parallel.precision]
-    liked = given_layout or formats.likes_channels_last(blueprint.module, device.type)
+    measured = device.type == "cuda" or config.parallel.precision == "fp32"
+    liked = given_layout or (measured and formats.likes_channels_last(blueprint.module, device.type))
     choice = Computing(dtype, channels_last=asked == "always" or (asked == "auto" and liked))
     if config.parallel.precision in ("fp32", "amp_bf16"):
         return replace(choice, autocast=config.parallel.precision == "amp_bf16")

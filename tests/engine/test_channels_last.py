@@ -151,3 +151,12 @@ def test_which_models_like_channels_last(name: str, on_cuda: bool, on_cpus: bool
     with torch.device("meta"):
         module = timm.create_model(name)
     assert (likes_channels_last(module, "cuda"), likes_channels_last(module, "cpu")) == (on_cuda, on_cpus)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", True), ("bf16", False)])
+def test_auto_takes_it_on_cpus_where_it_was_measured(tmp_path: Path, precision: str, expected: bool) -> None:
+    config = load_config(recipe(tmp_path, "convnext", parallel={"strategy": "ddp", "precision": precision}))
+    with start("cpu") as runtime:
+        engine = build_model(config, 10, runtime, 9, lambda text: None)[0]
+        engine.close()
+    assert engine.computing.channels_last is expected
