@@ -129,7 +129,7 @@ def transform(
     if erase:
         mean_colour: Any = [124, 116, 104] if channels == 3 else 115
         steps.append(v2.RandomErasing(erase, value=mean_colour))
-    # A photo is flipped before it is copied out of the crop: the same, and faster.
+    # Those of a photo are drawn with its crop, before it is decoded.
     of_photos = {-1: mirrored, -2: vflip} if style == "photo" else {}
     return Steps(crop, steps, decoding, flips=of_photos, ignore=ignore)
 

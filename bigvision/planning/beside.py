@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from bigvision.config import Config, with_values
 from bigvision.planning.estimates import with_size
 from bigvision.planning.layouts import Refusal, Row
@@ -16,9 +18,12 @@ from bigvision.planning.memory import Memory
 from bigvision.planning.timing import StepTime
 
 
-def second_core() -> bool:
-    """Whether this process may use more than one core, and can be forked."""
-    return sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1
+def can_fork() -> bool:
+    """Whether a forked process would help: there is a second core, and no GPU.
+
+    Tensors without values start CUDA where there is a GPU, which no forked process can use.
+    """
+    return sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1 and not torch.cuda.is_available()
 
 
 class Beside:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bigvision.config import Config, resolve
 from bigvision.errors import Exit, UserError
-from bigvision.planning.beside import second_core
+from bigvision.planning.beside import can_fork
 from bigvision.planning.choice import Plan, gib, plan, rate, spelled
 from bigvision.planning.hardware import Hardware, parse_hardware
 from bigvision.planning.layouts import Row
@@ -22,7 +22,7 @@ def run(recipe: str | None, flags: Sequence[str], hardware: str | None, as_json:
     """Print the plan of *recipe* with *flags* and return the exit code: 2 where nothing fits. *notes* come first."""
     config, _ = resolve(recipe, flags, prog="bigvision plan", say=notes.append)
     devices = parse_hardware(hardware) if hardware else here(config)
-    found = plan(config, devices, forks=second_core())
+    found = plan(config, devices, forks=can_fork())
     if as_json:
         print(json.dumps(as_dict(found)))
     else:

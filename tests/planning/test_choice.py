@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from bigvision.config import Config, load_config, micro_batch, with_values
 from bigvision.errors import UserError
 from bigvision.planning import choice, command, estimates
+from bigvision.planning.beside import can_fork
 from bigvision.planning.choice import NothingFits, plan
 from bigvision.planning.hardware import LINKS, Hardware, parse_hardware
 from bigvision.planning.memory import Memory
@@ -218,11 +221,19 @@ def test_what_fails_in_the_forked_process_is_done_here(monkeypatch: pytest.Monke
         return looked_at(estimates, recipe, laid, blocks)
 
     monkeypatch.setattr(choice, "_looked_at", fails_there)
-    assert {row.config.parallel.strategy for row in plan(config(), parse_hardware("4xH200"), forks=True).rows} >= {
-        "ddp",
-        "fsdp",
-    }
-    assert "ddp" in here
+    rows = plan(config(), parse_hardware("4xH200"), forks=True).rows
+    assert {row.config.parallel.strategy for row in rows} >= {"ddp", "fsdp"} and "ddp" in here
+
+
+def test_nothing_is_forked_where_there_is_a_gpu_or_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU's machine tensors without values start CUDA, and a forked process could not."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert can_fork() == (sys.platform == "linux" and not torch.cuda.is_available())
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        assert not can_fork()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert not can_fork()
 
 
 @pytest.mark.long
